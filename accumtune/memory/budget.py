@@ -1,0 +1,68 @@
+"""A memory budget as people write it ("2GiB") and as programs count it (bytes)."""
+
+from __future__ import annotations
+
+import re
+
+from accumtune.errors import BudgetError
+
+# GiB = 2**30 and GB = 10**9, as IEC 80000-13 has it; a bare "G" is read as the larger of the two, as
+# `docker run --memory` and Slurm do.
+_UNITS = {
+    "": 1, "b": 1,
+    "k": 2**10, "kib": 2**10, "kb": 10**3,
+    "m": 2**20, "mib": 2**20, "mb": 10**6,
+    "g": 2**30, "gib": 2**30, "gb": 10**9,
+    "t": 2**40, "tib": 2**40, "tb": 10**12,
+}  # fmt: skip
+_PATTERN = re.compile(r"\s*([0-9]+(?:\.[0-9]*)?|\.[0-9]+)\s*([a-z]*)\s*", re.IGNORECASE)
+_EXPECTED = 'a number of bytes (2147483648) or a text such as "2GiB", "1.5 GiB" or "512MiB"'
+_FIX = "write the number and its unit, for example memory_budget=\"2GiB\"."
+
+
+def parse_budget(budget: int | float | str) -> int:
+    """Turns a memory budget into bytes.
+
+    Args:
+        budget: bytes as a number, or a text with a unit: `"2GiB"` (2 * 2**30), `"2GB"` (2 * 10**9), `"512MiB"`.
+
+    Returns:
+        The budget in bytes, at least 1.
+
+    Raises:
+        BudgetError: the budget cannot be read, or is not positive and finite.
+
+    Example:
+
+    >>> parse_budget("2GiB")
+    2147483648
+    """
+    if isinstance(budget, bool) or not isinstance(budget, (int, float, str)):
+        raise BudgetError(f"Received memory_budget={budget!r} of type {type(budget).__name__}.", _EXPECTED, _FIX)
+    if isinstance(budget, str):
+        match = _PATTERN.fullmatch(budget)
+        if match is None or match[2].lower() not in _UNITS:
+            raise BudgetError(f"Received memory_budget={budget!r}, which is not a size.", _EXPECTED, _FIX)
+        number = float(match[1]) * _UNITS[match[2].lower()]
+    else:
+        number = float(budget)
+    if not 1 <= number < 2**63:
+        raise BudgetError(f"Received memory_budget={budget!r}, which no device can give.", _EXPECTED, _FIX)
+    return int(number)
+
+
+def format_bytes(size_bytes: float) -> str:
+    """Writes a size for people: `"1.50 GiB"`, `"20.0 MiB"`.
+
+    >>> format_bytes(1610612736)
+    '1.50 GiB'
+    """
+    for unit, factor, digits in (("GiB", 2**30, 2), ("MiB", 2**20, 1), ("KiB", 2**10, 1)):
+        if abs(size_bytes) >= factor:
+            return f"{size_bytes / factor:.{digits}f} {unit}"
+    return f"{int(size_bytes)} B"
+
+
+def mib(size_bytes: float) -> float:
+    """Bytes to mebibytes (2**20), the unit of MLflow's metrics."""
+    return size_bytes / 2**20
