@@ -1,0 +1,139 @@
+"""Arrays and memory maps, batch by batch, into `fit` and `evaluate`.
+
+Keras puts the arrays it is given into one big TensorFlow tensor: with a memory budget on the allocator that
+tensor would be counted, and a data set larger than the budget could not be trained on. Here only the batches are
+in the allocator. They come in the order in which Keras's own array adapter would have given them, so that
+training is the same run bit for bit. Under JAX and torch, Keras slices NumPy arrays lazily on its own.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from accumtune.errors import DataError
+
+
+def batch_source(
+    x: Any,
+    y: Any = None,
+    sample_weight: Any = None,
+    *,
+    batch_size: int,
+    shuffle: bool | str = False,
+    class_weight: dict[int, float] | None = None,
+) -> Any:
+    """Gives `fit(x=...)` and `evaluate(x=...)` arrays batch by batch, without a copy of them all on the device.
+
+    Args:
+        x: inputs: an array, `np.memmap`, or dicts, tuples and lists of them.
+        y: targets, likewise, or `None`.
+        sample_weight: one weight per sample, or one array per output, or `None`.
+        batch_size: samples per batch; the last one may be smaller.
+        shuffle: as in `fit`: `True`, `False` or `"batch"`.
+        class_weight: as in `fit`.
+
+    Returns:
+        A `tf.data.Dataset` under TensorFlow, Keras's own adapter under JAX and torch. Hand it to
+        `fit(x=..., shuffle=False)`: shuffling and class weights are in it already.
+
+    Raises:
+        DataError: the arrays do not have the same number of samples, or cannot be sliced.
+    """
+    import keras
+    from keras.src.trainers.data_adapters.array_data_adapter import ArrayDataAdapter
+
+    _check(x, y, sample_weight, batch_size)
+    if keras.backend.backend() != "tensorflow":
+        return ArrayDataAdapter(
+            x, y, sample_weight, batch_size=batch_size, shuffle=shuffle, class_weight=class_weight
+        )
+    # The adapter checks the arguments as fit would, and turns class weights into sample weights.
+    packed = ArrayDataAdapter(x, y, sample_weight, batch_size=batch_size, class_weight=class_weight)._inputs
+    return _tensorflow_batches(packed, batch_size, shuffle)
+
+
+def _check(x: Any, y: Any, sample_weight: Any, batch_size: int) -> None:
+    import keras
+
+    arrays = [array for array in keras.tree.flatten((x, y, sample_weight)) if array is not None]
+    for array in arrays:
+        if not hasattr(array, "shape") or len(array.shape) < 1:
+            raise DataError(
+                f"Received {type(array).__name__} among the arrays of x, y and sample_weight.",
+                "arrays with samples along their first axis",
+                "convert it with numpy.asarray.",
+            )
+    sizes = sorted({int(array.shape[0]) for array in arrays})
+    if len(sizes) != 1 or sizes[0] < 1:
+        raise DataError(
+            f"Received arrays with {' and '.join(map(str, sizes)) or 'no'} samples.",
+            "the same number of samples, at least 1, in every array of x, y and sample_weight",
+            "look at the arrays' shapes.",
+        )
+    if batch_size < 1:
+        raise DataError(f"Received {batch_size=}.", "at least 1", "raise batch_size.")
+
+
+def _tensorflow_batches(packed: Any, batch_size: int, shuffle: bool | str) -> Any:
+    import keras
+    import tensorflow as tf
+    from keras.src.trainers.data_adapters.array_data_adapter import ArrayDataAdapter
+
+    leaves = [_Leaf(array) for array in keras.tree.flatten(packed) if array is not None]
+    samples = leaves[0].samples
+    # Keras's own adapter orders the indices instead of the data: the same operations with the same seeds.
+    indices = ArrayDataAdapter(np.arange(samples), batch_size=batch_size, shuffle=shuffle).get_tf_dataset()
+
+    def gather(rows: Any) -> Any:
+        # One numpy_function for all arrays. It hands over NumPy's own buffer, which no allocator counts; the copy
+        # puts the batch where a batch belongs, into the device's account.
+        flat = tf.numpy_function(lambda i: [leaf.take(i) for leaf in leaves], [rows], [leaf.dtype for leaf in leaves])
+        full = rows.shape[0]  # None where the last batch is smaller
+        for tensor, leaf in zip(flat, leaves, strict=True):
+            tensor.set_shape((full, *leaf.row_shape))
+        flat = [tensor if tensor.dtype == tf.string else tf.raw_ops.DeepCopy(x=tensor) for tensor in flat]
+        remaining = iter(flat)
+        structure = keras.tree.map_structure(lambda array: None if array is None else next(remaining), packed)
+        return keras.tree.lists_to_tuples(structure)
+
+    # In order and one at a time: a batch that waits is a whole window of memory.
+    dataset = indices.map(gather, num_parallel_calls=None)
+    options = tf.data.Options()
+    options.experimental_optimization.apply_default_optimizations = False
+    options.autotune.enabled = False
+    if shuffle:
+        options.experimental_external_state_policy = tf.data.experimental.ExternalStatePolicy.IGNORE
+    dataset = dataset.with_options(options)
+    return dataset.apply(tf.data.experimental.assert_cardinality(-(-samples // batch_size)))
+
+
+class _Leaf:
+    """One array, sliced when a batch needs it, in the dtype in which Keras would have fed it."""
+
+    def __init__(self, array: Any) -> None:
+        import keras
+        import tensorflow as tf
+
+        self._array = array if isinstance(array, np.ndarray) else np.asarray(array)
+        if type(array).__name__ == "Series" and self._array.ndim == 1:  # pandas: Keras makes a column of it
+            self._array = self._array[:, None]
+        self.samples = int(self._array.shape[0])
+        self.row_shape = tuple(self._array.shape[1:])
+        if self._array.dtype.kind in "OSU":
+            self._dtype, self.dtype = np.dtype(object), tf.string
+        else:
+            # All floats become floatx, as in Keras's array_slicing.convert_to_sliceable.
+            self._dtype = self._array.dtype
+            if keras.backend.is_float_dtype(str(self._dtype)):
+                self._dtype = np.dtype(tf.as_dtype(keras.config.floatx()).as_numpy_dtype)
+            self.dtype = tf.as_dtype(self._dtype)
+
+    def take(self, indices: np.ndarray) -> np.ndarray:
+        first, last = int(indices[0]), int(indices[-1])
+        if last - first + 1 == len(indices) and np.array_equal(indices, np.arange(first, last + 1)):
+            rows = self._array[first : last + 1]  # one contiguous read of a memory map
+        else:
+            rows = self._array[indices]
+        return np.ascontiguousarray(rows, dtype=self._dtype)

@@ -1,0 +1,101 @@
+"""A few real updates of an accumulating model, measured. Runs inside a child process of its own."""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from accumtune.memory.device import Device, is_out_of_memory
+from accumtune.memory.feeding import batch_source
+from accumtune.memory.profile import Measurement
+
+Batches = Callable[[int], tuple[Any, Any, Any]]
+
+
+def probe(
+    model: Any,
+    batches: Batches,
+    *,
+    micro_batch_size: int,
+    accumulation_steps: Sequence[int] = (1, 2, 4),
+    updates: int = 3,
+    device: Device,
+) -> list[Measurement]:
+    """Trains and validates a few updates at one micro-batch size, and measures each number of accumulation steps.
+
+    The model ends up trained on these few batches: build another one for training.
+
+    Args:
+        model: a compiled Keras model.
+        batches: gives `count` samples as `(x, y, sample_weight)`, arrays or structures of them.
+        micro_batch_size: samples per micro-step.
+        accumulation_steps: micro-steps per update; each number is measured on its own, in rising order.
+        updates: how many updates are timed. One more runs before them, for tracing and compilation.
+        device: the opened device, limited or not.
+
+    Returns:
+        One measurement per number of accumulation steps. When memory runs out, that measurement has no peak and
+        is the last.
+    """
+    from accumtune.accumulation import accumulate
+
+    def measure(steps: int, peak_memory_bytes: int | None, seconds: float | None) -> Measurement:
+        return Measurement(
+            micro_batch_size, steps, peak_memory_bytes, seconds, device.memory_source, device.limit_bytes
+        )
+
+    model = accumulate(model, micro_batch_size=micro_batch_size)
+    measurements = []
+    for steps in sorted(set(accumulation_steps)):
+        device.reset_peak()
+        try:
+            seconds = _train(model, batches, micro_batch_size, steps, updates)
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            measurements.append(measure(steps, None, None))
+            break
+        peak = device.peak_memory_bytes()
+        measurements.append(measure(steps, peak, seconds))
+        gc.collect()
+    return measurements
+
+
+def _train(model: Any, batches: Batches, micro_batch_size: int, steps: int, updates: int) -> float:
+    """One epoch is one update, so that a single window of data serves them all. Returns seconds per update."""
+    window_size = micro_batch_size * steps
+    clock = _update_clock()
+    model.fit(
+        batch_source(*batches(window_size), batch_size=window_size),
+        epochs=1 + updates,
+        # Trials validate at the micro-batch, while the training data stays open.
+        validation_data=batch_source(*batches(micro_batch_size), batch_size=micro_batch_size),
+        validation_freq=[1, 1 + updates],
+        callbacks=[clock],
+        shuffle=False,
+        verbose=0,
+    )
+    timed = sorted(clock.seconds[1:])
+    return timed[len(timed) // 2]
+
+
+def _update_clock() -> Any:
+    import keras
+
+    class UpdateClock(keras.callbacks.Callback):
+        """Times each update. Having `on_train_batch_end` makes Keras wait for the update's logs."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.seconds: list[float] = []
+            self._started = 0.0
+
+        def on_train_batch_begin(self, batch: int, logs: Any = None) -> None:
+            self._started = time.perf_counter()
+
+        def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
+            self.seconds.append(time.perf_counter() - self._started)
+
+    return UpdateClock()
