@@ -1,0 +1,201 @@
+"""What happened in a search, written down at once and for good: append-only files of JSON lines.
+
+Everything else (MLflow, pictures, the terminal) is made from these files, so what is in them is never lost:
+
+    <search folder>/search.jsonl                    the search itself
+    <search folder>/trial_<id>/journal.jsonl        one trial
+    <search folder>/infeasible_<n>/journal.jsonl    a proposal that fits at no micro-batch size
+
+A line is written by one `write`, so a process killed at any moment leaves at most one torn line, the last. Readers
+ignore it, and the next append ends it with a line break, so that it never swallows the line that follows.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import time
+from collections.abc import Mapping
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from accumtune.tracking.records import EpochRecord, SearchRecord, TrialRecord
+
+SEARCH_JOURNAL = "search.jsonl"
+TRIAL_JOURNAL = "journal.jsonl"
+
+
+class Journal:
+    """An append-only file of events.
+
+    Args:
+        path: the file; it and its folder are made by the first `append`.
+
+    Example:
+
+    >>> journal = Journal(folder / "journal.jsonl")
+    >>> journal.append("epoch", epoch=0, logs={"loss": 0.5})
+    >>> journal.events()[0]["logs"]
+    {'loss': 0.5}
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path)
+
+    def append(self, event: str, **fields: Any) -> None:
+        """Adds one event with the present time (`"time"`, in Unix seconds).
+
+        NaN, infinities and NumPy scalars and arrays are kept; what JSON has no word for is kept as text.
+
+        Raises:
+            OSError: the line could not be written (a full disk, a read-only folder). What was there stays readable.
+        """
+        entry = {"event": event, "time": time.time(), **fields}
+        line = json.dumps(entry, default=_to_json, skipkeys=True).encode() + b"\n"
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+        try:
+            if _is_torn(descriptor):
+                line = b"\n" + line
+            _write(descriptor, line)
+        finally:
+            os.close(descriptor)
+
+    def events(self) -> list[dict[str, Any]]:
+        """All events that were written completely, oldest first; `[]` where there is no file."""
+        try:
+            content = self.path.read_bytes()
+        except FileNotFoundError:
+            return []
+        parsed = (_parse(line) for line in content.split(b"\n"))
+        return [event for event in parsed if event is not None]
+
+    def __repr__(self) -> str:
+        return f"Journal({str(self.path)!r})"
+
+
+def _is_torn(descriptor: int) -> bool:
+    size = os.fstat(descriptor).st_size
+    return size > 0 and os.pread(descriptor, 1, size - 1) != b"\n"
+
+
+def _write(descriptor: int, line: bytes) -> None:
+    # One call in all but the rarest cases; a full disk may take a part and refuses the rest with an OSError.
+    while line:
+        line = line[os.write(descriptor, line) :]
+
+
+def _parse(line: bytes) -> dict[str, Any] | None:
+    try:
+        event = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    return event if isinstance(event, dict) and isinstance(event.get("event"), str) else None
+
+
+def _to_json(value: Any) -> Any:
+    """NumPy and framework scalars and arrays as numbers and lists; anything else as its text."""
+    for method in ("tolist", "item"):
+        convert = getattr(value, method, None)
+        if callable(convert):
+            return convert()
+    if isinstance(value, (set, frozenset)):
+        return sorted(value, key=repr)
+    if hasattr(value, "__array__"):
+        return value.__array__().tolist()
+    return str(value)
+
+
+def read_trial(folder: Path) -> TrialRecord:
+    """Reads one trial's folder. A missing or empty journal gives a running trial about which nothing is known."""
+    folder = Path(folder)
+    values: dict[str, Any] = {"trial_id": folder.name.removeprefix("trial_")}
+    epochs: dict[tuple[int, int], EpochRecord] = {}
+    for event in Journal(folder / TRIAL_JOURNAL).events():
+        kind = event["event"]
+        if kind == "proposed":
+            _forget_outcome(values)
+            values |= _known(TrialRecord, event) | {"proposed_at": event.get("time")}
+        elif kind == "started":
+            _forget_outcome(values)
+            values |= _known(TrialRecord, event) | {"started_at": event.get("time")}
+            epochs.clear()
+        elif kind == "epoch":
+            record = _epoch(event)
+            if record is not None:
+                epochs[record.execution, record.epoch] = record
+        elif kind == "ended":
+            known = {name: value for name, value in _known(TrialRecord, event).items() if value is not None}
+            values |= known | {"ended_at": event.get("time"), "status": event.get("status") or "failed"}
+    return TrialRecord(**values | {"folder": folder, "epochs": tuple(epochs.values())})
+
+
+def read_search(folder: Path) -> SearchRecord:
+    """Reads a search's folder with all its trials. What is missing or unknown is left at its default."""
+    folder = Path(folder)
+    values: dict[str, Any] = {}
+    advice: list[str] = []
+    resumed: list[float] = []
+    for event in Journal(folder / SEARCH_JOURNAL).events():
+        kind = event["event"]
+        if kind == "search_started":
+            values = _known(SearchRecord, event) | {"started_at": event.get("time"), "status": "running"}
+        elif kind == "search_resumed":
+            resumed.append(event.get("time", 0.0))
+            values |= {"status": "running", "reason": "", "ended_at": None}
+        elif kind == "advice":
+            # A resumed search may give the same advice again.
+            if event.get("text") and event["text"] not in advice:
+                advice.append(str(event["text"]))
+        elif kind == "search_ended":
+            ended = {"status": event.get("status") or "finished", "reason": event.get("reason") or ""}
+            values |= ended | {"ended_at": event.get("time")}
+    for name in ("micro_batch_sizes", "accumulation_steps"):
+        values[name] = tuple(values.get(name) or ())
+    trials = sorted(map(read_trial, trial_folders(folder)), key=lambda trial: (trial.number, trial.trial_id))
+    values |= {"advice": tuple(advice), "resumed_at": tuple(resumed), "trials": tuple(trials), "folder": folder}
+    return SearchRecord(**values)
+
+
+def trial_folders(folder: Path) -> list[Path]:
+    """The folders of a search that have, or will have, a trial's journal."""
+    try:
+        entries = list(Path(folder).iterdir())
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    return sorted(entry for entry in entries if re.match(r"(trial|infeasible)_", entry.name) and entry.is_dir())
+
+
+_OUTCOME = (
+    "status", "reason", "traceback", "objective_value", "best_epoch", "peak_memory_bytes",
+    "throughput_samples_per_second", "updates", "training_seconds", "reused_from", "reused_logs", "ended_at",
+)  # fmt: skip
+
+
+def _forget_outcome(values: dict[str, Any]) -> None:
+    """Whatever an earlier attempt came to is void."""
+    for name in _OUTCOME:
+        values.pop(name, None)
+
+
+def _known(record: type, event: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of an event that a record has; a later version's other fields are passed over."""
+    names = {item.name for item in fields(record)} - {"folder", "epochs", "trials", "status", "advice"}
+    known = {name: value for name, value in event.items() if name in names}
+    for name in ("reason", "traceback", "description"):
+        if name in known and not isinstance(known[name], str):
+            known[name] = "" if known[name] is None else str(known[name])
+    for name in ("hyperparameters", "versions", "data", "objective"):
+        if name in known and not isinstance(known[name], Mapping):
+            del known[name]
+    return known
+
+
+def _epoch(event: Mapping[str, Any]) -> EpochRecord | None:
+    logs, epoch = event.get("logs"), event.get("epoch")
+    if not isinstance(logs, Mapping) or not isinstance(epoch, int):
+        return None
+    numbers = {str(name): float(value) for name, value in logs.items() if isinstance(value, (int, float))}
+    return EpochRecord(epoch, numbers, event.get("execution") or 0, event.get("time") or 0.0)

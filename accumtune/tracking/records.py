@@ -1,0 +1,114 @@
+"""A search and its trials as their journals tell them: plain, frozen values."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True)
+class EpochRecord:
+    """What one epoch reported."""
+
+    epoch: int
+    logs: Mapping[str, float]
+    execution: int = 0
+    time: float = 0.0
+
+
+@dataclass(frozen=True)
+class TrialRecord:
+    """One trial, as far as it has come; `status` is `"running"` until it has ended.
+
+    Only the epochs of the latest attempt are here: an attempt that is started anew (after running out of memory,
+    or after the search was killed) supersedes the one before.
+    """
+
+    folder: Path
+    trial_id: str
+    number: int = 0
+    status: str = "running"
+    reason: str = ""
+    traceback: str = ""
+    description: str = ""
+    hyperparameters: Mapping[str, Any] = field(default_factory=dict)
+    predicted_peak_memory_bytes: float | None = None
+    predicted_throughput_samples_per_second: float | None = None
+    attempt: int = 0
+    pid: int | None = None
+    device: str | None = None
+    memory_source: str | None = None
+    epochs: tuple[EpochRecord, ...] = ()
+    objective_value: float | None = None
+    best_epoch: int | None = None
+    peak_memory_bytes: float | None = None
+    throughput_samples_per_second: float | None = None
+    updates: int | None = None
+    training_seconds: float | None = None
+    reused_from: str | None = None
+    reused_logs: Mapping[str, float] | None = None
+    proposed_at: float | None = None
+    started_at: float | None = None
+    ended_at: float | None = None
+
+    @property
+    def is_ended(self) -> bool:
+        return self.status != "running"
+
+    @property
+    def micro_batch_size(self) -> int | None:
+        return self.hyperparameters.get("micro_batch_size")
+
+    @property
+    def accumulation_steps(self) -> int | None:
+        return self.hyperparameters.get("accumulation_steps")
+
+    @property
+    def effective_batch_size(self) -> int | None:
+        return self.hyperparameters.get("effective_batch_size")
+
+
+@dataclass(frozen=True)
+class SearchRecord:
+    """A search and its trials, by number; `status` is `"running"` until it has ended."""
+
+    folder: Path
+    search_id: str = ""
+    name: str = ""
+    status: str = "running"
+    reason: str = ""
+    objective: Mapping[str, str] = field(default_factory=lambda: {"name": "val_loss", "direction": "min"})
+    memory_budget_bytes: int | None = None
+    micro_batch_sizes: tuple[int, ...] = ()
+    accumulation_steps: tuple[int, ...] = ()
+    search_over: str | None = None
+    learning_rate_scaling: str | None = None
+    tuner: str | None = None
+    max_trials: int | None = None
+    backend: str | None = None
+    device: str | None = None
+    versions: Mapping[str, str] = field(default_factory=dict)
+    data: Mapping[str, Any] = field(default_factory=dict)
+    advice: tuple[str, ...] = ()
+    trials: tuple[TrialRecord, ...] = ()
+    started_at: float | None = None
+    resumed_at: tuple[float, ...] = ()
+    ended_at: float | None = None
+
+    @property
+    def is_ended(self) -> bool:
+        return self.status != "running"
+
+    @property
+    def objective_name(self) -> str:
+        return self.objective.get("name", "val_loss")
+
+    @property
+    def objective_direction(self) -> str:
+        return self.objective.get("direction", "min")
+
+    def with_status(self, status: str) -> tuple[TrialRecord, ...]:
+        """The trials that ended so (`"completed"`, `"reused"`, `"infeasible"`, `"failed"`) or are `"running"`."""
+        return tuple(trial for trial in self.trials if trial.status == status)
