@@ -1,1 +1,69 @@
+"""Micro-batch size and gradient accumulation steps as tunable hyperparameters under a memory budget."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
 __version__ = "0.1.0"
+
+# Where each public name lives. They are imported when they are used: `import accumtune` loads no framework.
+_HOMES = {
+    "accumulate": "accumtune.accumulation",
+    "batch_coupled_layers": "accumtune.accumulation",
+    "profile": "accumtune.trials.profiling",
+    "RandomSearch": "accumtune.search.tuners",
+    "BayesianOptimization": "accumtune.search.tuners",
+    "Hyperband": "accumtune.search.tuners",
+    "GridSearch": "accumtune.search.tuners",
+    "Tuner": "accumtune.search.tuners",
+    "AccumulationHyperModel": "accumtune.search.hypermodel",
+    "Candidate": "accumtune.search.selection",
+    "TrainingConfig": "accumtune.config",
+    "load_config": "accumtune.config",
+    "errors": "accumtune.errors",
+}
+
+__all__ = [
+    "AccumulationHyperModel",
+    "BayesianOptimization",
+    "Candidate",
+    "GridSearch",
+    "Hyperband",
+    "RandomSearch",
+    "TrainingConfig",
+    "Tuner",
+    "accumulate",
+    "batch_coupled_layers",
+    "errors",
+    "load_config",
+    "profile",
+]
+
+if TYPE_CHECKING:
+    from accumtune import errors as errors
+    from accumtune.accumulation import accumulate as accumulate
+    from accumtune.accumulation import batch_coupled_layers as batch_coupled_layers
+    from accumtune.config import TrainingConfig as TrainingConfig
+    from accumtune.config import load_config as load_config
+    from accumtune.search.hypermodel import AccumulationHyperModel as AccumulationHyperModel
+    from accumtune.search.selection import Candidate as Candidate
+    from accumtune.search.tuners import BayesianOptimization as BayesianOptimization
+    from accumtune.search.tuners import GridSearch as GridSearch
+    from accumtune.search.tuners import Hyperband as Hyperband
+    from accumtune.search.tuners import RandomSearch as RandomSearch
+    from accumtune.search.tuners import Tuner as Tuner
+    from accumtune.trials.profiling import profile as profile
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'accumtune' has no attribute {name!r}")
+    module = importlib.import_module(_HOMES[name])
+    value = module if name == "errors" else getattr(module, name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

@@ -47,6 +47,9 @@ class TrialRecord:
     throughput_samples_per_second: float | None = None
     updates: int | None = None
     training_seconds: float | None = None
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    signature: str | None = None
+    precision_policy: str | None = None
     reused_from: str | None = None
     reused_logs: Mapping[str, float] | None = None
     proposed_at: float | None = None

@@ -1,0 +1,142 @@
+"""What Keras Tuner's oracles are given and told, whichever oracle it is.
+
+An oracle keeps its own class and algorithm; accumtune uses its public methods and works around three faults:
+
+- it writes its state non-atomically, so a kill leaves a truncated file: files are written whole here;
+- three failures in a row raise inside `end_trial`, which leaves the trial RUNNING and a lock held for ever: that
+  limit is lifted inside the oracle and kept by the tuner;
+- the pair that was measured rather than searched is written into a trial's values after the oracle has recorded
+  them, so that its search for duplicates compares what it proposed.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from keras_tuner.engine.trial import TrialStatus
+
+from accumtune.errors import SearchDirectoryError
+from accumtune.trials.directory import write_atomically
+
+# Draws of random values before a space is taken to hold nothing (new, feasible); Keras Tuner's own limit is 20.
+MAX_DRAWS = 20
+
+
+class _AtomicState:
+    """Mixed into an oracle's class: the same files and contents as Keras Tuner writes, but whole."""
+
+    def save(self: Any) -> None:
+        write_atomically(Path(self._get_oracle_fname()), json.dumps(self.get_state()))
+
+    def _save_trial(self: Any, trial: Any) -> None:
+        write_atomically(Path(self._get_trial_dir(trial.trial_id)) / "trial.json", json.dumps(trial.get_state()))
+
+
+def with_atomic_state(oracle: Any) -> Any:
+    """The same oracle, writing its files atomically; its class is a subclass of what it was."""
+    kind = type(oracle)
+    if not issubclass(kind, _AtomicState):
+        oracle.__class__ = type(kind.__name__, (_AtomicState, kind), {"__module__": kind.__module__})
+    return oracle
+
+
+def check_state_files(folder: Path) -> None:
+    """Refuses a search directory with files that are not JSON.
+
+    Raises:
+        SearchDirectoryError: names the file. Journals and trained weights are not touched.
+    """
+    files = [folder / "oracle.json", *folder.glob("tuner*.json"), *folder.glob("trial_*/trial.json")]
+    for file in files:
+        try:
+            json.loads(file.read_text())
+        except FileNotFoundError:
+            continue
+        except (ValueError, OSError) as error:
+            raise SearchDirectoryError(
+                f"Received the search directory {folder}, in which {file.relative_to(folder)} cannot be read: {error}",
+                "the files of an earlier search, complete.",
+                "give another project_name to begin anew beside it (what its trials reported stays in their "
+                "journal.jsonl), or overwrite=True to delete it.",
+            ) from error
+
+
+def redraw(oracle: Any, trial: Any) -> dict[str, Any] | None:
+    """Gives a trial that has not begun other values, at random; Hyperband's bookkeeping stays.
+
+    Returns:
+        The new values, or None where the oracle knows no more.
+    """
+    values = oracle._random_values()
+    if values is None:
+        return None
+    kept = {name: value for name, value in trial.hyperparameters.values.items() if name.startswith("tuner/")}
+    trial.hyperparameters.values = {**values, **kept}
+    oracle._record_values(trial)
+    oracle._save_trial(trial)
+    return dict(trial.hyperparameters.values)
+
+
+def can_redraw(oracle: Any) -> bool:
+    """Whether random values instead of a proposal do no harm: not in a grid, which walks through all of them."""
+    import keras_tuner
+
+    return not isinstance(oracle, keras_tuner.oracles.GridSearchOracle)
+
+
+def end_completed(oracle: Any, trial: Any, metrics: dict[str, float], best_epoch: int) -> bool:
+    """Tells the oracle a trial's metrics; False where the objective is NaN, which ends the trial as failed."""
+    oracle.update_trial(trial.trial_id, metrics, step=best_epoch)
+    trial.status = TrialStatus.COMPLETED
+    _end(oracle, trial)
+    return bool(oracle.trials[trial.trial_id].status == TrialStatus.COMPLETED)
+
+
+def end_failed(oracle: Any, trial: Any, message: str) -> None:
+    """A trial without a result; Keras Tuner may try it again (`max_retries_per_trial`)."""
+    trial.status = TrialStatus.INVALID
+    trial.message = message
+    _end(oracle, trial)
+
+
+def end_without_counting(oracle: Any, trial: Any, message: str) -> None:
+    """A trial that never trained: it counts neither as a failure in a row nor towards `max_trials`."""
+    trial.status = TrialStatus.FAILED
+    trial.message = message
+    _end(oracle, trial)
+    grant_another_trial(oracle)
+
+
+def grant_another_trial(oracle: Any) -> None:
+    """`max_trials` counts trials that train; one that did not makes room for another."""
+    if oracle.max_trials:
+        oracle.max_trials += 1
+
+
+def note_batch(oracle: Any, trial_id: str, batch: dict[str, int]) -> None:
+    """Writes the pair that was run into an ended trial's values, where everybody looks for it."""
+    trial = oracle.trials[trial_id]
+    trial.hyperparameters.values.update(batch)
+    oracle._save_trial(trial)
+
+
+def consecutive_failures(oracle: Any) -> list[Any]:
+    """The failed trials since the last one that completed, newest last."""
+    failed: list[Any] = []
+    for trial_id in reversed(oracle.end_order):
+        trial = oracle.trials[trial_id]
+        if trial.status != TrialStatus.FAILED:
+            break
+        failed.insert(0, trial)
+    return failed
+
+
+def _end(oracle: Any, trial: Any) -> None:
+    limit, oracle.max_consecutive_failed_trials = oracle.max_consecutive_failed_trials, math.inf
+    try:
+        oracle.end_trial(trial)
+    finally:
+        oracle.max_consecutive_failed_trials = limit

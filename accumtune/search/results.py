@@ -1,0 +1,207 @@
+"""What a search has found, put together from its journals and profiles."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from accumtune.config import TrainingConfig
+from accumtune.memory.profile import Profile
+from accumtune.search.feasibility import feasible_pairs
+from accumtune.search.selection import Candidate, Choice, pareto_front
+from accumtune.tracking import report
+from accumtune.tracking.records import SearchRecord, TrialRecord
+from accumtune.trials.data import input_arguments, is_data_function
+from accumtune.trials.directory import SearchDirectory
+
+
+def candidates(record: SearchRecord, profiles_folder: Path, is_exact: bool) -> list[Candidate]:
+    """The trained configurations within the budget, and with exact accumulation their other micro-batches.
+
+    Args:
+        record: the search.
+        profiles_folder: what the models cost.
+        is_exact: whether pairs of one effective batch are the same training.
+    """
+    trained = [_trained(trial) for trial in record.with_status("completed") if _is_within(trial, record)]
+    if not is_exact:
+        return trained
+    signatures = {trial.trial_id: trial.signature for trial in record.trials}
+    others: list[Candidate] = []
+    for candidate in trained:
+        profile = load_profile(profiles_folder, signatures.get(candidate.trial_id))
+        if profile is not None:
+            others.extend(_untrained(candidate, profile, record))
+    return trained + others
+
+
+def load_profile(profiles_folder: Path, signature: str | None) -> Profile | None:
+    """The profile of a model signature, or None where it was not kept."""
+    try:
+        return Profile.from_dict(json.loads((profiles_folder / f"{signature}.json").read_text()))
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def training_config(
+    record: SearchRecord, choice: Choice, run_id: str | None, tracking_uri: Any
+) -> TrainingConfig:
+    """What production imports, from the candidate that was chosen."""
+    candidate = choice.candidate
+    trial = next(trial for trial in record.trials if trial.trial_id == candidate.trial_id)
+    return TrainingConfig(
+        micro_batch_size=candidate.micro_batch_size,
+        accumulation_steps=candidate.accumulation_steps,
+        effective_batch_size=candidate.effective_batch_size,
+        hyperparameters=dict(candidate.hyperparameters),
+        memory_budget_bytes=record.memory_budget_bytes,
+        peak_memory_bytes=None if candidate.peak_memory_bytes is None else int(candidate.peak_memory_bytes),
+        memory_source=candidate.memory_source,
+        throughput_samples_per_second=candidate.throughput_samples_per_second,
+        objective={
+            "name": record.objective_name,
+            "direction": record.objective_direction,
+            "value": candidate.objective,
+        },
+        learning_rate_scaling=record.learning_rate_scaling,
+        epochs=max((epoch.epoch for epoch in trial.epochs), default=-1) + 1 or None,
+        precision_policy=trial.precision_policy,
+        backend=record.backend,
+        versions=dict(record.versions),
+        device=trial.device,
+        data_shapes=record.data.get("shapes"),
+        policy=choice.policy,
+        reason=choice.reason,
+        source={
+            "experiment": record.name,
+            "run_id": run_id,
+            "search_id": record.search_id,
+            "trial_id": candidate.trial_id,
+            "tracking_uri": tracking_uri if isinstance(tracking_uri, str) else None,
+        },
+    )
+
+
+def write_report(files: SearchDirectory, record: SearchRecord, best: tuple[Choice, TrainingConfig] | None) -> None:
+    """Pictures, table and note, into the search's folder."""
+    found = candidates(record, files.profiles_folder, is_exact=_is_exact(record))
+    report.write_report(
+        files.report_folder,
+        record=record,
+        candidates=found,
+        front=pareto_front(found, record.objective_direction),
+        best=None if best is None else best[0],
+        config_json=None if best is None else best[1].to_json(),
+        profile_points=_profile_points(record, files.profiles_folder, None if best is None else best[0].candidate),
+    )
+
+
+def summary(record: SearchRecord, found: Sequence[Candidate], limit: int) -> str:
+    """The table of candidates for the terminal, best first, and what became of the other trials."""
+    direction = record.objective_direction
+    front = pareto_front(found, direction)
+    trained = [candidate for candidate in found if candidate.is_trained]
+    sign = -1 if direction == "max" else 1
+    shown = sorted(trained, key=lambda item: sign * (item.objective if item.objective is not None else np.inf))[:limit]
+    shown += [candidate for candidate in front if not candidate.is_trained]
+    counts = {
+        status: len(record.with_status(status)) for status in ("completed", "reused", "infeasible", "failed")
+    }
+    lines = [
+        f"Results of search {record.name!r}: "
+        + ", ".join(f"{count} {status}" for status, count in counts.items() if count),
+        report.candidates_table(shown, front, direction),
+        "* on the Pareto front of objective, peak memory and throughput",
+    ]
+    return "\n".join(lines)
+
+
+def describe_data(fit_args: Sequence[Any], fit_kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Shapes of the training data, where they come as arrays."""
+    x, y, _ = input_arguments(fit_args, fit_kwargs)
+    return {"shapes": {"x": _shape(x), "y": _shape(y)}, "digest": None}
+
+
+def _shape(tree: Any) -> Any:
+    if tree is None or is_data_function(tree):
+        return None
+    if isinstance(tree, Mapping):
+        return {str(key): _shape(value) for key, value in tree.items()}
+    if isinstance(tree, (tuple, list)):
+        return [_shape(value) for value in tree]
+    shape = getattr(tree, "shape", None)
+    return None if shape is None else [int(size) for size in shape]
+
+
+def _is_exact(record: SearchRecord) -> bool:
+    return record.search_over != "pairs"
+
+
+def _is_within(trial: TrialRecord, record: SearchRecord) -> bool:
+    budget, peak = record.memory_budget_bytes, trial.peak_memory_bytes
+    return budget is None or peak is None or peak <= budget
+
+
+def _trained(trial: TrialRecord) -> Candidate:
+    batch = {name: int(trial.hyperparameters[name]) for name in _BATCH}
+    return Candidate(
+        objective=trial.objective_value,
+        peak_memory_bytes=trial.peak_memory_bytes,
+        throughput_samples_per_second=trial.throughput_samples_per_second,
+        hyperparameters=dict(trial.hyperparameters),
+        trial_id=trial.trial_id,
+        is_trained=True,
+        memory_source=trial.memory_source,
+        **batch,
+    )
+
+
+def _untrained(candidate: Candidate, profile: Profile, record: SearchRecord) -> list[Candidate]:
+    """The same training in other micro-batches, with what the profile predicts for them."""
+    pairs = feasible_pairs(
+        profile, candidate.effective_batch_size, record.micro_batch_sizes, record.memory_budget_bytes
+    )
+    others = []
+    for pair in pairs:
+        if pair.micro_batch_size != candidate.micro_batch_size:
+            micro, steps = pair.micro_batch_size, pair.accumulation_steps
+            others.append(
+                replace(
+                    candidate,
+                    micro_batch_size=micro,
+                    accumulation_steps=steps,
+                    peak_memory_bytes=profile.predict_peak_memory(micro, steps),
+                    throughput_samples_per_second=profile.predict_throughput(micro, steps),
+                    hyperparameters={**candidate.hyperparameters, **pair.as_hyperparameters()},
+                    is_trained=False,
+                    memory_source="profile",
+                )
+            )
+    return others
+
+
+def _profile_points(record: SearchRecord, profiles_folder: Path, best: Candidate | None) -> list[dict[str, Any]]:
+    """Predicted peak over micro-batch size of the model that won, for the memory picture."""
+    if best is None:
+        return []
+    trial = next(trial for trial in record.trials if trial.trial_id == best.trial_id)
+    profile = load_profile(profiles_folder, trial.signature)
+    if profile is None:
+        return []
+    return [
+        {
+            "micro_batch_size": size,
+            "accumulation_steps": 2,
+            "predicted_peak_memory_bytes": profile.predict_peak_memory(size, 2),
+            "predicted_throughput_samples_per_second": profile.predict_throughput(size, 2),
+        }
+        for size in record.micro_batch_sizes
+    ]
+
+
+_BATCH = ("effective_batch_size", "micro_batch_size", "accumulation_steps")

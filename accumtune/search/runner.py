@@ -1,0 +1,313 @@
+"""One trial from proposal to outcome: find the pair that fits, train it, and take surprises as they come."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from accumtune.errors import AccumtuneError
+from accumtune.memory.budget import format_bytes
+from accumtune.memory.device import memory_limit_environment
+from accumtune.memory.profile import Measurement
+from accumtune.search.feasibility import Pair, next_smaller, realise, training_key
+from accumtune.tracking.journal import Journal, read_trial
+from accumtune.tracking.records import TrialRecord
+from accumtune.trials.directory import SearchDirectory, TaskDirectory
+from accumtune.trials.executors import LocalExecutor, Outcome
+from accumtune.trials.profiling import Profiler, out_of_memory
+
+# A trial whose process is killed again and again would be run for ever after each resume.
+_MAX_STARTS = 3
+
+
+@dataclass(frozen=True)
+class TrialResult:
+    """How a trial ended, for the oracle, the journal and the terminal.
+
+    Args:
+        status: `"completed"`, `"reused"`, `"infeasible"` or `"failed"`.
+        reason: one line for a person; empty when completed.
+        values: the hyperparameters that really ran, the three batch sizes included.
+        metrics: the best epoch's, by name.
+    """
+
+    status: str
+    values: Mapping[str, Any]
+    reason: str = ""
+    traceback: str = ""
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    best_epoch: int = 0
+    predicted_peak_memory_bytes: float | None = None
+    report: Mapping[str, Any] = field(default_factory=dict)
+    reused_from: str | None = None
+
+
+@dataclass(frozen=True)
+class SearchSettings:
+    """What is the same for all trials of a search."""
+
+    memory_budget_bytes: int | None
+    micro_batch_sizes: tuple[int, ...]
+    searches_pairs: bool
+    is_batch_coupled: bool
+    executions_per_trial: int
+    seed: int
+    objective_name: str
+    trial_timeout_seconds: float | None
+
+
+class TrialRunner:
+    """Runs trials; `run` may be called from several threads at once.
+
+    Args:
+        settings: what is the same for all trials.
+        directory: of the search.
+        executor: where processes start.
+        profiler: knows what models cost.
+        on_start: called with the trial's number, values and predicted peak when it begins to train.
+    """
+
+    def __init__(
+        self,
+        settings: SearchSettings,
+        directory: SearchDirectory,
+        executor: LocalExecutor,
+        profiler: Profiler,
+        on_start: Callable[[int, Mapping[str, Any], int | None], None] = lambda number, values, peak: None,
+    ) -> None:
+        self._settings = settings
+        self._directory = directory
+        self._executor = executor
+        self._profiler = profiler
+        self._on_start = on_start
+        self._trainings: dict[str, Future[tuple[str, TrialResult]]] = {}
+        self._lock = threading.Lock()
+
+    def remember(self, trial_id: str, result: TrialResult) -> None:
+        """A training of an earlier session that need not be done again."""
+        future: Future[tuple[str, TrialResult]] = Future()
+        future.set_result((trial_id, result))
+        self._trainings[training_key(result.values, self._settings.is_batch_coupled)] = future
+
+    def run(self, trial_id: str, number: int, space: Mapping[str, Any], fit_overrides: Mapping[str, Any]) -> TrialResult:
+        """Runs one proposal.
+
+        Args:
+            trial_id: Keras Tuner's.
+            number: counts trials from 1.
+            space: Keras Tuner's configuration of the proposal: the space and the values.
+            fit_overrides: arguments of `fit` that this trial alone has (Hyperband's epochs).
+        """
+        directory = self._directory.trial(trial_id)
+        try:
+            return self._run(directory, trial_id, number, space, fit_overrides)
+        except AccumtuneError as error:
+            reason = str(error).splitlines()[0]
+            return TrialResult("failed", dict(space["values"]), reason=reason, traceback=str(error))
+
+    def _run(
+        self,
+        directory: TaskDirectory,
+        trial_id: str,
+        number: int,
+        space: Mapping[str, Any],
+        fit_overrides: Mapping[str, Any],
+    ) -> TrialResult:
+        values = dict(space["values"])
+        earlier_result = self._ended_before(directory, values)
+        if earlier_result is not None:
+            return earlier_result
+        profile = self._profiler.profile(space)
+        budget = self._settings.memory_budget_bytes
+        pair = realise(
+            profile,
+            values["effective_batch_size"],
+            self._settings.micro_batch_sizes,
+            budget,
+            largest_micro_batch_size=values.get("micro_batch_size") if self._settings.searches_pairs else None,
+        )
+        if pair is None:
+            return TrialResult("infeasible", values, reason=_why_infeasible(profile, values, budget))
+        values |= pair.as_hyperparameters()
+        key = training_key(values, self._settings.is_batch_coupled)
+        earlier = self._claim(key)
+        if isinstance(earlier, tuple):
+            source, result = earlier
+            reason = f"the same training as trial {source}"
+            return replace(result, status="reused", values={**values, **_batch_of(result)}, reason=reason, reused_from=source)
+        try:
+            result = self._train(directory, trial_id, number, {**space, "values": values}, pair, fit_overrides)
+        except BaseException as error:
+            self._release(key, earlier, None)
+            raise error
+        self._release(key, earlier, (trial_id, result) if result.status == "completed" else None)
+        return result
+
+    def _ended_before(self, directory: TaskDirectory, values: Mapping[str, Any]) -> TrialResult | None:
+        """The result of a trial that had completed when the search was killed, before the oracle was told."""
+        record = read_trial(directory.path)
+        same = all(record.hyperparameters.get(name) == value for name, value in values.items())
+        return completed_result(record) if record.status == "completed" and same else None
+
+    def _claim(self, key: str) -> tuple[str, TrialResult] | Future[tuple[str, TrialResult]]:
+        """The finished training of this key, waiting for it if it runs; or a claim to do it."""
+        while True:
+            with self._lock:
+                known = self._trainings.get(key)
+                if known is None:
+                    claim: Future[tuple[str, TrialResult]] = Future()
+                    self._trainings[key] = claim
+                    return claim
+            try:
+                return known.result()
+            except _NotTrained:
+                continue  # whoever had claimed it failed: this trial tries for itself
+
+    def _release(self, key: str, claim: Any, outcome: tuple[str, TrialResult] | None) -> None:
+        with self._lock:
+            if outcome is None:
+                del self._trainings[key]
+        if outcome is None:
+            claim.set_exception(_NotTrained())
+        else:
+            claim.set_result(outcome)
+
+    def _train(
+        self,
+        directory: TaskDirectory,
+        trial_id: str,
+        number: int,
+        space: dict[str, Any],
+        pair: Pair,
+        fit_overrides: Mapping[str, Any],
+    ) -> TrialResult:
+        journal = Journal(directory.journal_file)
+        while True:
+            profile = self._profiler.profile(space)
+            peak = profile.predict_peak_memory(pair.micro_batch_size, pair.accumulation_steps)
+            values = {**space["values"], **pair.as_hyperparameters()}
+            journal.append(
+                "proposed",
+                trial_id=trial_id,
+                number=number,
+                hyperparameters=values,
+                signature=profile.signature,
+                predicted_peak_memory_bytes=peak,
+                predicted_throughput_samples_per_second=profile.predict_throughput(
+                    pair.micro_batch_size, pair.accumulation_steps
+                ),
+                description=f"effective batch {pair}",
+            )
+            attempt = read_trial(directory.path).attempt + 1
+            finished = self._finished_before(directory, attempt, values)
+            if finished is not None:
+                return self._result(values, peak, profile.signature, pair, finished)
+            if attempt > _MAX_STARTS:
+                reason = f"its process was started {_MAX_STARTS} times and did not live to report"
+                return TrialResult("failed", values, reason=reason, traceback=directory.log_tail())
+            self._on_start(number, values, peak)
+            outcome = self._start(directory, attempt, {**space, "values": values}, fit_overrides)
+            if outcome.status != "out_of_memory":
+                return self._result(values, peak, profile.signature, pair, outcome)
+            # A surprise: the profile learns it, and the same effective batch is tried with a smaller micro-batch.
+            self._profiler.learn(
+                profile.signature,
+                out_of_memory(pair.micro_batch_size, pair.accumulation_steps, self._settings.memory_budget_bytes),
+            )
+            smaller = next_smaller(pair, self._settings.micro_batch_sizes, self._settings.searches_pairs)
+            if smaller is None:
+                return TrialResult("infeasible", values, reason=f"micro-batch {pair.micro_batch_size} ran out of memory, and there is no smaller one")
+            pair = smaller
+
+    def _finished_before(self, directory: TaskDirectory, attempt: int, values: Mapping[str, Any]) -> Outcome | None:
+        """What a child had written when the search was killed, before it could read it."""
+        if attempt == 1 or (written := directory.read_outcome()) is None or written["status"] != "completed":
+            return None
+        _, arguments = directory.read_task()
+        return Outcome(**written) if arguments["hyperparameters"]["values"] == values else None
+
+    def _start(
+        self, directory: TaskDirectory, attempt: int, space: dict[str, Any], fit_overrides: Mapping[str, Any]
+    ) -> Outcome:
+        budget = self._settings.memory_budget_bytes
+        arguments: dict[str, Any] = {
+            "payload": str(self._directory.payload_file.resolve()),
+            "hyperparameters": space,
+            "memory_budget_bytes": budget,
+            "seed": self._settings.seed,
+            "attempt": attempt,
+            "executions": self._settings.executions_per_trial,
+            "fit_overrides": dict(fit_overrides),
+        }
+        source = space["values"].get("tuner/trial_id")
+        if source:
+            arguments["initial_weights"] = str(self._directory.trial(source).weights_file.resolve())
+        directory.write_task("train", arguments)
+        environment = memory_limit_environment(self._executor.backend, budget)
+        return self._executor.submit(directory, environment, self._settings.trial_timeout_seconds).result()
+
+    def _result(
+        self, values: dict[str, Any], predicted: int, signature: str, pair: Pair, outcome: Outcome
+    ) -> TrialResult:
+        if not outcome.is_completed:
+            return TrialResult("failed", values, reason=outcome.reason, traceback=outcome.traceback)
+        report = outcome.result
+        measurement = Measurement(
+            micro_batch_size=pair.micro_batch_size,
+            accumulation_steps=pair.accumulation_steps,
+            peak_memory_bytes=report["peak_memory_bytes"],
+            seconds_per_update=report["seconds_per_update"],
+            memory_source=report["memory_source"],
+            memory_limit_bytes=self._settings.memory_budget_bytes,
+        )
+        self._profiler.learn(signature, measurement)
+        name = self._settings.objective_name
+        value = report["metrics"].get(name)
+        result = TrialResult(
+            "completed", values, metrics=report["metrics"], best_epoch=report["best_epoch"],
+            predicted_peak_memory_bytes=predicted, report=report,
+        )  # fmt: skip
+        if value is not None and value != value:
+            reason = f"{name} was NaN in every epoch: the training diverged (a smaller learning rate may help)"
+            return replace(result, status="failed", reason=reason)
+        budget = self._settings.memory_budget_bytes
+        if budget is not None and report["peak_memory_bytes"] > budget:
+            # Where the backend has no allocator limit on this device, the process is measured instead.
+            reason = (
+                f"it took {format_bytes(report['peak_memory_bytes'])}, more than the budget of {format_bytes(budget)}"
+            )
+            return replace(result, status="infeasible", reason=reason)
+        return result
+
+
+def completed_result(record: TrialRecord) -> TrialResult:
+    """The result of a completed trial, from its journal."""
+    names = ("peak_memory_bytes", "throughput_samples_per_second", "memory_source", "device", "updates",
+             "training_seconds", "precision_policy")  # fmt: skip
+    return TrialResult(
+        "completed",
+        dict(record.hyperparameters),
+        metrics=dict(record.metrics),
+        best_epoch=record.best_epoch or 0,
+        predicted_peak_memory_bytes=record.predicted_peak_memory_bytes,
+        report={name: getattr(record, name) for name in names},
+    )
+
+
+class _NotTrained(Exception):
+    """The trial that was to do a training has failed."""
+
+
+def _batch_of(result: TrialResult) -> dict[str, Any]:
+    return {name: result.values[name] for name in ("micro_batch_size", "accumulation_steps")}
+
+
+def _why_infeasible(profile: Any, values: Mapping[str, Any], budget: int | None) -> str:
+    needed = profile.predict_peak_memory(1, values["effective_batch_size"]) if profile.measurements else None
+    least = "its parameters alone are larger" if needed is None else f"predicted {format_bytes(needed)}"
+    return f"not even micro-batch 1 fits in {format_bytes(budget or 0)} ({least})"
+
+

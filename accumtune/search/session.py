@@ -1,0 +1,225 @@
+"""One call of `tuner.search`: proposals from the oracle, trials in processes, everything in the journal."""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+from collections.abc import Callable, Mapping
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from typing import Any
+
+from keras_tuner.engine.trial import TrialStatus
+
+from accumtune.errors import BudgetTooSmallError, SearchFailedError
+from accumtune.memory.budget import format_bytes
+from accumtune.search import oracles
+from accumtune.search.display import Display
+from accumtune.search.feasibility import BATCH_HYPERPARAMETERS
+from accumtune.search.runner import TrialResult, TrialRunner, completed_result
+from accumtune.tracking.journal import Journal, read_search, read_trial
+from accumtune.trials.directory import SearchDirectory, TaskDirectory
+
+# An oracle that keeps proposing what was trained already is given other values after so many in a row.
+_MAX_REUSED_IN_A_ROW = 3
+
+
+class SearchSession:
+    """Runs trials until the oracle has no more.
+
+    Args:
+        oracle: Keras Tuner's.
+        runner: runs one trial.
+        directory: of the search.
+        display: what the user sees.
+        workers: trials at once.
+        memory_budget_bytes: for messages.
+        after_trial: called after each trial, with the state saved.
+    """
+
+    def __init__(
+        self,
+        oracle: Any,
+        runner: TrialRunner,
+        directory: SearchDirectory,
+        display: Display,
+        *,
+        workers: int = 1,
+        memory_budget_bytes: int | None = None,
+        after_trial: Callable[[], None] = lambda: None,
+    ) -> None:
+        self._oracle = oracle
+        self._runner = runner
+        self._directory = directory
+        self._display = display
+        self._workers = workers
+        self._memory_budget_bytes = memory_budget_bytes
+        self._after_trial = after_trial
+        self._reused_in_a_row = 0
+        self._infeasible_in_a_row = 0
+        self._has_trained = False
+
+    def run(self) -> None:
+        """Returns when the search has finished.
+
+        Raises:
+            SearchFailedError: `max_consecutive_failed_trials` trials failed one after another.
+            BudgetTooSmallError: no proposal fits in the budget at any micro-batch size.
+        """
+        self._recover()
+        idle = [f"tuner{index}" for index in range(self._workers)]
+        running: dict[Future[TrialResult], tuple[str, Any]] = {}
+        with ThreadPoolExecutor(self._workers, thread_name_prefix="accumtune-trial") as threads:
+            while True:
+                waits_for_others = False
+                while idle and not waits_for_others:
+                    trial = self._oracle.create_trial(idle[-1])
+                    if trial.status == TrialStatus.RUNNING:
+                        running[threads.submit(self._run_trial, trial)] = (idle.pop(), trial)
+                    else:  # STOPPED, or IDLE: waiting for the outcome of another trial
+                        waits_for_others = True
+                if not running:
+                    return
+                done, _ = wait(running, return_when=FIRST_COMPLETED)
+                for future in done:
+                    tuner_id, trial = running.pop(future)
+                    if self._end_trial(trial, future.result()):
+                        idle.append(tuner_id)
+                    else:  # the same trial once more, with other values
+                        running[threads.submit(self._run_trial, trial)] = (tuner_id, trial)
+                self._after_trial()
+
+    def _run_trial(self, trial: Any) -> TrialResult:
+        values = trial.hyperparameters.values
+        overrides = {}
+        if "tuner/epochs" in values:  # Hyperband
+            overrides = {"epochs": values["tuner/epochs"], "initial_epoch": values["tuner/initial_epoch"]}
+        number = self._number(trial)
+        return self._runner.run(trial.trial_id, number, trial.hyperparameters.get_config(), overrides)
+
+    def _number(self, trial: Any) -> int:
+        return int(self._oracle.start_order.index(trial.trial_id)) + 1
+
+    def _end_trial(self, trial: Any, result: TrialResult) -> bool:
+        """Tells journal, oracle and user; False where the trial is to run again with other values."""
+        number = self._number(trial)
+        if result.status == "infeasible":
+            self._infeasible_in_a_row += 1
+            self._display.trial_ended(number, result)
+            if self._may_redraw() and oracles.redraw(self._oracle, trial) is not None:
+                self._record_proposal(result)
+                return False
+        self._write(self._directory.trial(trial.trial_id), trial.trial_id, number, result)
+        batch = {name: result.values[name] for name in BATCH_HYPERPARAMETERS if name in result.values}
+        self._tell_values(trial, batch)
+        if result.status in ("completed", "reused"):
+            self._infeasible_in_a_row = 0
+            oracles.end_completed(self._oracle, trial, dict(result.metrics), result.best_epoch)
+        elif result.status == "infeasible":
+            oracles.end_without_counting(self._oracle, trial, result.reason)
+        else:
+            oracles.end_failed(self._oracle, trial, f"{result.reason}\n{result.traceback}".strip())
+        oracles.note_batch(self._oracle, trial.trial_id, batch)
+        if result.status != "infeasible":
+            self._display.trial_ended(number, result)
+        self._count_reused(result)
+        self._check_limits()
+        return True
+
+    def _tell_values(self, trial: Any, batch: Mapping[str, Any]) -> None:
+        """The oracle learns from the micro-batch that ran, where that is something it searches."""
+        searched = {hp.name: getattr(hp, "values", ()) for hp in self._oracle.hyperparameters.space}
+        for name, value in batch.items():
+            if name in searched and value in searched[name]:
+                trial.hyperparameters.values[name] = value
+
+    def _may_redraw(self) -> bool:
+        return oracles.can_redraw(self._oracle) and self._infeasible_in_a_row < oracles.MAX_DRAWS
+
+    def _count_reused(self, result: TrialResult) -> None:
+        if result.status == "reused":
+            oracles.grant_another_trial(self._oracle)
+            self._reused_in_a_row += 1
+        else:
+            self._reused_in_a_row = 0
+
+    def _check_limits(self) -> None:
+        failed = oracles.consecutive_failures(self._oracle)
+        if self._infeasible_in_a_row and not self._any_completed():
+            limit = 1 if not oracles.can_redraw(self._oracle) else oracles.MAX_DRAWS
+            if self._infeasible_in_a_row >= limit:
+                raise self._too_small(failed[-1].message if failed else "")
+        counted = [trial for trial in failed if self._status(trial) == "failed"]
+        if len(counted) >= self._oracle.max_consecutive_failed_trials:
+            raise _too_many_failures(counted[-self._oracle.max_consecutive_failed_trials :])
+
+    def _any_completed(self) -> bool:
+        return any(trial.status == TrialStatus.COMPLETED for trial in self._oracle.trials.values())
+
+    def _status(self, trial: Any) -> str:
+        return str(read_trial(self._directory.trial(trial.trial_id).path).status)
+
+    def _too_small(self, reason: str) -> BudgetTooSmallError:
+        return BudgetTooSmallError(
+            f"Received memory_budget={format_bytes(self._memory_budget_bytes or 0)}, in which none of "
+            f"{self._infeasible_in_a_row} proposals fits: {reason or 'not even micro-batch 1 fits'}.",
+            "a budget that holds the parameters, the optimizer's slots and one sample's activations.",
+            "raise memory_budget, or let the build function make smaller models.",
+        )
+
+    def _write(self, directory: TaskDirectory, trial_id: str, number: int, result: TrialResult) -> None:
+        journal = Journal(directory.journal_file)
+        if result.status in ("reused", "infeasible"):
+            journal.append(
+                "proposed", trial_id=trial_id, number=number, hyperparameters=dict(result.values),
+                predicted_peak_memory_bytes=result.predicted_peak_memory_bytes,
+            )  # fmt: skip
+        report = {
+            name: result.report.get(name)
+            for name in (
+                "peak_memory_bytes", "memory_source", "device", "throughput_samples_per_second", "updates",
+                "training_seconds", "precision_policy",
+            )
+        }  # fmt: skip
+        journal.append(
+            "ended", status=result.status, reason=result.reason, traceback=result.traceback,
+            objective_value=result.metrics.get(self._oracle.objective.name), best_epoch=result.best_epoch,
+            reused_from=result.reused_from, metrics=dict(result.metrics), **report,
+        )  # fmt: skip
+
+    def _record_proposal(self, result: TrialResult) -> None:
+        """A proposal that fits at no micro-batch size: on record, though it never became a trial."""
+        number = len(list(self._directory.path.glob("infeasible_*")))
+        directory = TaskDirectory(self._directory.path / f"infeasible_{number:04d}")
+        self._write(directory, directory.path.name, number, result)
+
+    def _recover(self) -> None:
+        """What an earlier session has done: its trainings are known, its trials that never trained do not count."""
+        record = read_search(self._directory.path)
+        known = {trial.trial_id: trial for trial in record.trials}
+        for trial_id in self._oracle.end_order:
+            trial = known.get(trial_id)
+            if trial is None:
+                continue
+            if trial.status == "completed":
+                self._runner.remember(trial_id, completed_result(trial))
+            elif trial.status in ("reused", "infeasible"):
+                oracles.grant_another_trial(self._oracle)
+
+
+def _too_many_failures(trials: list[Any]) -> SearchFailedError:
+    reasons = "\n".join(f"  trial {trial.trial_id}: {(trial.message or '').splitlines()[0]}" for trial in trials)
+    return SearchFailedError(
+        f"{len(trials)} trials in a row failed:\n{reasons}\n\nThe last one in full:\n{trials[-1].message}",
+        "a build function whose models train.",
+        "mend what the reasons say and run the same script again: completed trials are kept. More patience: "
+        "max_consecutive_failed_trials=.",
+    )
+
+
+@contextlib.contextmanager
+def shared_data(directory: SearchDirectory) -> Any:
+    """The data that trials map into memory exist while the search runs."""
+    try:
+        yield directory.payload_file
+    finally:
+        shutil.rmtree(directory.payload_file.parent, ignore_errors=True)

@@ -1,0 +1,82 @@
+"""Keras callbacks inside a trial: each epoch goes to the journal, and updates are timed."""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import keras
+
+from accumtune.errors import UnsendableDataError
+from accumtune.tracking.journal import Journal
+
+# The first update of a shape traces and compiles, the second still fills caches.
+_WARM_UP_UPDATES = 2
+
+
+class JournalWriter(keras.callbacks.Callback):
+    """Appends the logs of each epoch to the trial's journal and measures the time of an update.
+
+    Attributes:
+        updates: optimizer updates so far.
+    """
+
+    def __init__(self, journal: Journal, attempt: int, execution: int) -> None:
+        super().__init__()
+        self._journal = journal
+        self._labels = {"attempt": attempt, "execution": execution}
+        self._seconds_of_updates: list[float] = []
+        self._mark = 0.0
+        self._last_batch = -1
+        self.updates = 0
+
+    @property
+    def seconds_per_update(self) -> float | None:
+        """The median over all updates after warm-up; None before the first update."""
+        warm = self._seconds_of_updates[_WARM_UP_UPDATES:] or self._seconds_of_updates[-1:]
+        return median(warm) if warm else None
+
+    def on_epoch_begin(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
+        self._last_batch = -1
+
+    def on_train_batch_begin(self, batch: int, logs: dict[str, Any] | None = None) -> None:
+        self._mark = time.perf_counter()
+
+    def on_train_batch_end(self, batch: int, logs: dict[str, Any] | None = None) -> None:
+        # With `steps_per_execution` one call stands for several updates.
+        count = max(1, batch - self._last_batch)
+        self._last_batch = batch
+        self.updates += count
+        self._seconds_of_updates.append((time.perf_counter() - self._mark) / count)
+
+    def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
+        logged = {name: float(value) for name, value in (logs or {}).items() if _is_number(value)}
+        self._journal.append("epoch", **self._labels, epoch=epoch, logs=logged)
+
+
+def copy_callbacks(callbacks: Sequence[Any] | None, trial_name: str, execution: int) -> list[Any]:
+    """The user's callbacks for one execution: fresh copies, TensorBoard's with a folder of its own."""
+    try:
+        copies = copy.deepcopy(list(callbacks or []))
+    except Exception as error:
+        raise UnsendableDataError(
+            f"Received callbacks that cannot be copied: {type(error).__name__}: {error}",
+            "callbacks that copy.deepcopy can copy, because each trial uses its own.",
+            "open files and connections in on_train_begin instead of the constructor.",
+        ) from error
+    for callback in copies:
+        if type(callback).__name__ == "TensorBoard":
+            callback.log_dir = str(Path(callback.log_dir) / trial_name / f"execution{execution}")
+    return copies
+
+
+def _is_number(value: Any) -> bool:
+    try:
+        float(value)
+    except (TypeError, ValueError):
+        return False
+    return True

@@ -1,0 +1,242 @@
+"""The user's data inside a trial: a few samples for a probe, and batches of the effective size for training.
+
+Data come as arrays (also dicts and tuples of arrays), a `keras.utils.PyDataset`, or a function without arguments that
+returns one of these or a `tf.data.Dataset`.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from accumtune.errors import DataError
+
+Samples = tuple[Any, Any, Any]  # x, y, sample_weight: trees of arrays, or None
+
+
+def input_arguments(fit_args: Sequence[Any], fit_kwargs: Mapping[str, Any]) -> Samples:
+    """The training data among the arguments of `tuner.search`, before any function is called."""
+    named = dict(zip(("x", "y"), fit_args, strict=False))
+    return (
+        named.get("x", fit_kwargs.get("x")),
+        named.get("y", fit_kwargs.get("y")),
+        fit_kwargs.get("sample_weight"),
+    )
+
+
+def resolve(x: Any, y: Any = None, sample_weight: Any = None) -> Samples:
+    """Calls the functions among the data; a function for `x` may return `(x, y)` or `(x, y, sample_weight)`."""
+    if is_data_function(x):
+        x = x()
+        if y is None and isinstance(x, tuple) and 2 <= len(x) <= 3:
+            x, y, *rest = x
+            sample_weight = rest[0] if rest else sample_weight
+    return x, y() if is_data_function(y) else y, sample_weight
+
+
+def is_data_function(value: Any) -> bool:
+    """Whether data come as a function to be called in the process of the trial."""
+    return inspect.isroutine(value) or isinstance(value, functools.partial)
+
+
+def is_tf_dataset(value: Any) -> bool:
+    """Whether it is a `tf.data.Dataset`, without importing TensorFlow."""
+    return hasattr(value, "element_spec") and hasattr(value, "rebatch")
+
+
+def is_py_dataset(value: Any) -> bool:
+    """Whether it is a `keras.utils.PyDataset` or behaves like one."""
+    return hasattr(value, "__getitem__") and hasattr(value, "num_batches")
+
+
+def first_samples(
+    x: Any, y: Any = None, sample_weight: Any = None, *, count: int, is_batched: bool = True
+) -> Samples:
+    """The first samples of the data, as arrays; a data set that is smaller is repeated.
+
+    Args:
+        x, y, sample_weight: as given to `tuner.search`.
+        count: how many samples.
+        is_batched: whether the elements of a `tf.data.Dataset` are batches, as `fit` wants them.
+
+    Returns:
+        `(x, y, sample_weight)`, each a tree of arrays with `count` rows, or None.
+    """
+    x, y, sample_weight = resolve(x, y, sample_weight)
+    if is_tf_dataset(x):
+        x, y, sample_weight = _collect(iter(x if is_batched else x.batch(count)), count)
+    elif is_py_dataset(x):
+        x, y, sample_weight = _collect((x[index] for index in range(x.num_batches or count)), count)
+    available = _number_of_rows(x)
+    rows = np.arange(count) % available
+    # A slice of a memory map reads only what it covers.
+    take = (lambda array: np.asarray(array[:count])) if available >= count else (lambda array: np.asarray(array)[rows])
+    return _map(take, x), _map(take, y), _map(take, sample_weight)
+
+
+def feed_by_batches(model: Any, effective_batch_size: int, micro_batch_size: int) -> None:
+    """Makes `model.fit` train with the effective batch, whatever calls it, and validate at the micro-batch.
+
+    Arrays are read batch by batch, so that the data set at rest takes no memory on the device; batches of a pipeline
+    are cut anew. The user's own `HyperModel.fit` calls `model.fit` as ever.
+    """
+    keras_fit = model.fit
+    signature = inspect.signature(keras_fit)
+
+    @functools.wraps(keras_fit)
+    def fit(*args: Any, **kwargs: Any) -> Any:
+        given = signature.bind(*args, **kwargs).arguments
+        if given.get("batch_size") not in (None, effective_batch_size):
+            warnings.warn(
+                f"fit() was called with batch_size={given['batch_size']}, but this trial is about an effective batch "
+                f"of {effective_batch_size}: that is used. Leave batch_size out of your HyperModel's fit().",
+                stacklevel=2,
+            )
+        given = _with_validation_split(given)
+        given = _with_training_batches(model, given, effective_batch_size)
+        given = _with_validation_batches(model, given, micro_batch_size)
+        return keras_fit(**given)
+
+    model.fit = fit
+
+
+def _with_validation_split(given: dict[str, Any]) -> dict[str, Any]:
+    share = given.pop("validation_split", 0.0)
+    if not share or given.get("validation_data") is not None:
+        return given
+    x, y, sample_weight = resolve(given.get("x"), given.get("y"), given.get("sample_weight"))
+    if is_tf_dataset(x) or is_py_dataset(x):
+        raise DataError(
+            f"Received validation_split={share} with x of type {type(x).__name__}.",
+            "arrays, where validation_split is used.",
+            "split the data yourself and pass validation_data.",
+        )
+    # As Keras has it: the last samples, before shuffling.
+    split = int(_number_of_rows(x) * (1 - share))
+    head, tail = (_map(lambda array, part=part: array[part], (x, y, sample_weight))
+                  for part in (slice(None, split), slice(split, None)))  # fmt: skip
+    return {**given, "x": head[0], "y": head[1], "sample_weight": head[2], "validation_data": tail}
+
+
+def _with_training_batches(model: Any, given: dict[str, Any], batch_size: int) -> dict[str, Any]:
+    given.pop("batch_size", None)
+    x, y, sample_weight = resolve(given.pop("x", None), given.pop("y", None), given.pop("sample_weight", None))
+    source = _batches(
+        model, x, y, sample_weight, batch_size, given.pop("shuffle", True), given.pop("class_weight", None)
+    )
+    return {**given, **source}
+
+
+def _with_validation_batches(model: Any, given: dict[str, Any], batch_size: int) -> dict[str, Any]:
+    validation_data = given.pop("validation_data", None)
+    given.pop("validation_batch_size", None)
+    if validation_data is None:
+        return given
+    if is_data_function(validation_data):
+        validation_data = validation_data()
+    parts = validation_data if isinstance(validation_data, (tuple, list)) else (validation_data,)
+    source = _batches(model, *resolve(*parts), batch_size, False, None)
+    return {**given, "validation_data": source["x"]}
+
+
+def _batches(
+    model: Any,
+    x: Any,
+    y: Any,
+    sample_weight: Any,
+    batch_size: int,
+    shuffle: Any,
+    class_weight: Any,
+) -> dict[str, Any]:
+    """Arguments of `fit` that give batches of `batch_size` samples."""
+    from accumtune.memory.feeding import batch_source
+
+    if is_tf_dataset(x):
+        dataset = x.rebatch(batch_size) if has_batches(model, x) else x.batch(batch_size)
+        return {"x": dataset, "class_weight": class_weight}
+    if is_py_dataset(x):
+        from accumtune.trials.rebatch import RebatchedDataset
+
+        return {"x": RebatchedDataset(x, batch_size), "class_weight": class_weight}
+    _number_of_rows(x)
+    return {
+        "x": batch_source(
+            x, y, sample_weight, batch_size=batch_size, shuffle=shuffle, class_weight=class_weight
+        )
+    }
+
+
+def has_batches(model: Any, dataset: Any) -> bool:
+    """Whether the elements of a `tf.data.Dataset` are batches, as `fit` wants them, or single samples."""
+    inputs = getattr(model, "inputs", None)
+    if not inputs:
+        return True
+    spec = dataset.element_spec
+    first = _leaves(spec[0] if isinstance(spec, tuple) else spec)[0]
+    return len(first.shape) >= len(inputs[0].shape)
+
+
+def _collect(batches: Iterator[Any], count: int) -> Samples:
+    collected: list[Samples] = []
+    rows = 0
+    for batch in batches:
+        parts = batch if isinstance(batch, tuple) else (batch,)
+        arrays = _map(np.asarray, tuple(parts) + (None,) * (3 - len(parts)))
+        collected.append(arrays)
+        rows += _number_of_rows(arrays[0])
+        if rows >= count:
+            break
+    if not collected:
+        raise DataError("Received data without a single batch.", "at least one sample.")
+    return _join(collected)
+
+
+def _join(trees: list[Any]) -> Any:
+    first = trees[0]
+    if first is None:
+        return None
+    if isinstance(first, Mapping):
+        return {key: _join([tree[key] for tree in trees]) for key in first}
+    if isinstance(first, (tuple, list)):
+        return type(first)(_join([tree[index] for tree in trees]) for index in range(len(first)))
+    return np.concatenate(trees)
+
+
+def _map(function: Callable[[Any], Any], tree: Any) -> Any:
+    if tree is None:
+        return None
+    if isinstance(tree, Mapping):
+        return {key: _map(function, value) for key, value in tree.items()}
+    if isinstance(tree, (tuple, list)):
+        return type(tree)(_map(function, value) for value in tree)
+    return function(tree)
+
+
+def _leaves(tree: Any) -> list[Any]:
+    leaves: list[Any] = []
+    _map(leaves.append, tree)
+    return leaves
+
+
+def _number_of_rows(tree: Any) -> int:
+    rows = set()
+    for leaf in _leaves(tree):
+        shape = getattr(leaf, "shape", None)
+        if not shape:
+            raise DataError(
+                f"Received data of type {type(leaf).__module__}.{type(leaf).__qualname__}.",
+                "arrays (also dicts and tuples of arrays), a keras.utils.PyDataset, or a function without arguments "
+                "that returns these or a tf.data.Dataset.",
+                "convert it with np.asarray, or pass a function that makes it.",
+            )
+        rows.add(int(shape[0]))
+    if len(rows) != 1 or 0 in rows:
+        raise DataError(
+            f"Received arrays with {sorted(rows) or 'no'} samples.", "arrays with one and the same number of samples."
+        )
+    return rows.pop()

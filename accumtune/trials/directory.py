@@ -1,0 +1,125 @@
+"""The files of one task (a trial, a probe) and of a search, and how they are written."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+
+def write_atomically(path: Path, content: bytes | str) -> None:
+    """Writes a file so that a reader, or the next process after a kill, sees all of it or none of it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with open(temporary, "wb") as file:
+        file.write(content.encode() if isinstance(content, str) else content)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+@dataclass(frozen=True)
+class TaskDirectory:
+    """One task is one process is one directory; this owns every file name in it.
+
+    Args:
+        path: the directory. It is made when something is written.
+    """
+
+    path: Path
+
+    @property
+    def task_file(self) -> Path:
+        """What to do, written by the search: the name of a task and its arguments (JSON)."""
+        return self.path / "task.json"
+
+    @property
+    def outcome_file(self) -> Path:
+        """How it ended, written by the child (JSON). Missing when the child could not write it."""
+        return self.path / "outcome.json"
+
+    @property
+    def log_file(self) -> Path:
+        """Everything that the child printed."""
+        return self.path / "log.txt"
+
+    @property
+    def journal_file(self) -> Path:
+        """What happened, line by line (see `accumtune.tracking.journal`)."""
+        return self.path / "journal.jsonl"
+
+    @property
+    def weights_file(self) -> Path:
+        """The weights of the best epoch, under Keras Tuner's own name."""
+        return self.path / "checkpoint.weights.h5"
+
+    @property
+    def build_config_file(self) -> Path:
+        """Keras's build configuration, under Keras Tuner's own name."""
+        return self.path / "build_config.json"
+
+    def write_task(self, name: str, arguments: dict[str, Any]) -> None:
+        """Prepares the directory for a new process: the outcome of an earlier one is gone."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        self.outcome_file.unlink(missing_ok=True)
+        write_atomically(self.task_file, json.dumps({"task": name, "arguments": arguments}))
+
+    def read_task(self) -> tuple[str, dict[str, Any]]:
+        task = json.loads(self.task_file.read_text())
+        return task["task"], task["arguments"]
+
+    def write_outcome(self, outcome: dict[str, Any]) -> None:
+        write_atomically(self.outcome_file, json.dumps(outcome))
+
+    def read_outcome(self) -> dict[str, Any] | None:
+        try:
+            return json.loads(self.outcome_file.read_text())
+        except FileNotFoundError:
+            return None
+
+    def log_tail(self, lines: int = 20) -> str:
+        """The last lines that the child printed."""
+        try:
+            return "\n".join(self.log_file.read_text(errors="replace").splitlines()[-lines:])
+        except FileNotFoundError:
+            return ""
+
+
+@dataclass(frozen=True)
+class SearchDirectory:
+    """The directory of a search: Keras Tuner's files, one directory per trial, and what trials share.
+
+    Args:
+        path: `<directory>/<project_name>`.
+    """
+
+    path: Path
+
+    @property
+    def journal_file(self) -> Path:
+        return self.path / "search.jsonl"
+
+    @property
+    def payload_file(self) -> Path:
+        """The hypermodel and the data, for all trials. Its arrays are in `data/arrays`."""
+        return self.path / "data" / "payload.pkl"
+
+    @property
+    def profiles_folder(self) -> Path:
+        """One file per model signature: what it costs."""
+        return self.path / "profiles"
+
+    @property
+    def report_folder(self) -> Path:
+        return self.path / "report"
+
+    @property
+    def scratch_folder(self) -> Path:
+        """Tasks that are not trials: discovering the space, inspecting and probing models."""
+        return self.path / "scratch"
+
+    def trial(self, trial_id: str) -> TaskDirectory:
+        """The directory of a trial, under Keras Tuner's own name."""
+        return TaskDirectory(self.path / f"trial_{trial_id}")

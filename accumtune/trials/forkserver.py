@@ -1,0 +1,177 @@
+"""A small process that has the framework imported and forks a child for each task.
+
+Importing TensorFlow takes ten seconds, forking a process that has it takes milliseconds. `multiprocessing`'s fork
+server would do, but it imports the user's script a second time in every child (so the script needs an
+`if __name__ == "__main__"` guard); this one never does.
+
+The search starts it with one end of a socket pair and writes a line of JSON per request:
+
+    {"start": 7, "directory": "...", "environment": {...}, "path": [...], "cwd": "..."}
+    {"kill": 7}
+
+It answers `{"started": 7, "pid": 4242}` and `{"ended": 7, "exit_code": 0}` (a signal's number is negative, as in
+`subprocess`). When the search is gone, the socket closes, and the server takes all children with it.
+
+Forking after the import is safe while no operation has run and no device was listed; the server only imports.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import select
+import signal
+import socket
+import sys
+import traceback
+import warnings
+from pathlib import Path
+from typing import Any
+
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
+
+
+class _Server:
+    def __init__(self, connection: socket.socket) -> None:
+        self._connection = connection
+        self._received = b""
+        self._children: dict[int, int] = {}  # process id -> task
+
+    def serve(self) -> None:
+        wake_reader, wake_writer = os.pipe()
+        os.set_blocking(wake_reader, False)
+        os.set_blocking(wake_writer, False)
+        signal.set_wakeup_fd(wake_writer, warn_on_full_buffer=False)
+        signal.signal(signal.SIGCHLD, lambda *_: None)
+        self._send({"ready": True})
+        while True:
+            readable, _, _ = select.select([self._connection, wake_reader], [], [])
+            if wake_reader in readable:
+                os.read(wake_reader, 4096)
+            self._reap()
+            if self._connection in readable and not self._receive():
+                break
+        for pid in self._children:
+            _kill_group(pid)
+
+    def _receive(self) -> bool:
+        """Handles the requests that have come in; False when the search is gone."""
+        try:
+            chunk = self._connection.recv(2**16)
+        except ConnectionError:
+            return False
+        self._received += chunk
+        *lines, self._received = self._received.split(b"\n")
+        for line in lines:
+            request = json.loads(line)
+            if "start" in request:
+                self._start(request)
+            elif "kill" in request:
+                for pid in [pid for pid, task in self._children.items() if task == request["kill"]]:
+                    _kill_group(pid)
+        return bool(chunk)
+
+    def _start(self, request: dict[str, Any]) -> None:
+        pid = os.fork()
+        if pid == 0:
+            self._connection.close()
+            _run_child(request)
+        _make_group(pid)
+        self._children[pid] = request["start"]
+        self._send({"started": request["start"], "pid": pid})
+
+    def _reap(self) -> None:
+        while self._children:
+            pid, status = os.waitpid(-1, os.WNOHANG)
+            if pid == 0:
+                return
+            # What the task itself has started must not outlive it.
+            _kill_group(pid)
+            task = self._children.pop(pid)
+            self._send({"ended": task, "exit_code": os.waitstatus_to_exitcode(status)})
+
+    def _send(self, message: dict[str, Any]) -> None:
+        try:
+            self._connection.sendall(json.dumps(message).encode() + b"\n")
+        except ConnectionError:
+            pass  # the search is gone: the next read says so, and serve() ends
+
+
+def _make_group(pid: int) -> None:
+    # Both parent and child do this, as shells do: whoever comes first, the group exists when it is killed.
+    try:
+        os.setpgid(pid, pid)
+    except (ProcessLookupError, PermissionError):
+        pass
+
+
+def _kill_group(pid: int) -> None:
+    try:
+        os.killpg(pid, signal.SIGKILL)
+    except ProcessLookupError:
+        pass
+    except PermissionError:
+        os.kill(pid, signal.SIGKILL)
+
+
+def _run_child(request: dict[str, Any]) -> None:
+    """Runs one task in a forked child and never returns."""
+    exit_code = 1
+    try:
+        _settle_child(request)
+        from accumtune.trials.worker import run_task
+
+        exit_code = run_task(Path(request["directory"]))
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        # No interpreter shutdown: the handlers of a forked copy belong to the server.
+        os._exit(exit_code)
+
+
+def _settle_child(request: dict[str, Any]) -> None:
+    signal.set_wakeup_fd(-1)
+    for number in (signal.SIGCHLD, signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_DFL)
+    _make_group(0)
+    _die_with_parent()
+    directory = Path(request["directory"])
+    log = os.open(directory / "log.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    null = os.open(os.devnull, os.O_RDONLY)
+    os.dup2(null, 0)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    sys.stdout = os.fdopen(1, "w", buffering=1, closefd=False)
+    sys.stderr = os.fdopen(2, "w", buffering=1, closefd=False)
+    os.environ.update(request["environment"])
+    os.chdir(request["cwd"])
+    sys.path[:] = request["path"]
+
+
+def _die_with_parent() -> None:
+    """Where the server itself is killed, its children go too (Linux)."""
+    if sys.platform == "linux":
+        import ctypes
+
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def main() -> None:
+    """`python -m accumtune.trials.forkserver FILE_DESCRIPTOR MODULE,MODULE,...`"""
+    connection = socket.socket(fileno=int(sys.argv[1]))
+    connection.set_inheritable(False)
+    for module in sys.argv[2].split(","):
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                importlib.import_module(module)
+        except ImportError:
+            traceback.print_exc()  # the task that needs it says so with its own traceback
+    _Server(connection).serve()
+
+
+if __name__ == "__main__":
+    main()

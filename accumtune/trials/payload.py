@@ -1,0 +1,127 @@
+"""Objects that travel to a trial's process: functions by value, large arrays as memory maps.
+
+`cloudpickle` sends what a script or a notebook defines. Arrays are written once, as `.npy` files that every trial of
+the search maps into its memory, so neither the payload nor the trials hold a copy.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+import pickle
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import cloudpickle
+import numpy as np
+
+from accumtune.errors import UnsendableDataError
+from accumtune.trials.directory import write_atomically
+
+# Smaller arrays cost less inside the pickle than as a file of their own.
+_SMALLEST_MAPPED_BYTES = 64 * 2**10
+
+
+class _Pickler(cloudpickle.Pickler):
+    def __init__(self, file: io.BytesIO, arrays_folder: Path) -> None:
+        super().__init__(file)
+        self._arrays_folder = arrays_folder
+
+    def persistent_id(self, obj: Any) -> Any:
+        # A subclass of ndarray other than memmap means something to somebody: pickle it as it is.
+        if type(obj) not in (np.ndarray, np.memmap) or obj.nbytes < _SMALLEST_MAPPED_BYTES or obj.dtype.hasobject:
+            return None
+        return str(_store_array(obj, self._arrays_folder))
+
+
+class _Unpickler(pickle.Unpickler):
+    def persistent_load(self, pid: Any) -> Any:
+        return np.load(pid, mmap_mode="r")
+
+
+def dump_payload(payload: Mapping[str, Any], path: Path) -> None:
+    """Writes named objects so that another process can load them.
+
+    Args:
+        payload: names and objects. The names are used in errors.
+        path: the file to write. Arrays go to `arrays/` beside it.
+
+    Raises:
+        UnsendableDataError: one of the objects cannot be pickled, or is a live pipeline that belongs to this process.
+    """
+    arrays_folder = path.parent / "arrays"
+    arrays_folder.mkdir(parents=True, exist_ok=True)
+    for name, value in payload.items():
+        _refuse_live_pipelines(name, value)
+    buffer = io.BytesIO()
+    try:
+        _Pickler(buffer, arrays_folder.resolve()).dump(dict(payload))
+    except Exception as error:
+        raise _unsendable(payload, arrays_folder.resolve(), error) from error
+    write_atomically(path, buffer.getvalue())
+
+
+def load_payload(path: Path) -> dict[str, Any]:
+    """Reads what `dump_payload` wrote; large arrays come as read-only memory maps."""
+    with open(path, "rb") as file:
+        return _Unpickler(file).load()
+
+
+def _store_array(array: np.ndarray, folder: Path) -> Path:
+    # Named by content: a resumed search finds its arrays, and the same array given twice is written once.
+    contiguous = np.ascontiguousarray(array)
+    digest = hashlib.blake2b(digest_size=16)
+    digest.update(repr((array.dtype.str, array.shape)).encode())
+    digest.update(contiguous.reshape(-1).view(np.uint8).data)
+    path = folder / f"{digest.hexdigest()}.npy"
+    if not path.exists():
+        temporary = path.with_suffix(f".{os.getpid()}.tmp")
+        with open(temporary, "wb") as file:
+            np.save(file, contiguous)
+        os.replace(temporary, path)
+    return path
+
+
+def _refuse_live_pipelines(name: str, value: Any) -> None:
+    if isinstance(value, (tuple, list)):
+        for index, item in enumerate(value):
+            _refuse_live_pipelines(f"{name}[{index}]", item)
+    elif isinstance(value, Mapping):
+        for key, item in value.items():
+            _refuse_live_pipelines(f"{name}[{key!r}]", item)
+    elif _is_live_pipeline(value):
+        raise UnsendableDataError(
+            f"Received {name} of type {type(value).__module__}.{type(value).__qualname__}, which lives in this "
+            "process and cannot be sent to the process of a trial.",
+            "arrays (also dicts and tuples of arrays), a keras.utils.PyDataset, or a function without arguments "
+            "that returns a tf.data.Dataset, a PyDataset or arrays.",
+            "move the lines that make it into a function and pass the function: "
+            "`def train_data(): return tf.data.Dataset...`, then `tuner.search(train_data, ...)`.",
+        )
+
+
+def _is_live_pipeline(value: Any) -> bool:
+    if hasattr(value, "__next__"):  # generators and iterators: whoever reads first takes all
+        return True
+    module = type(value).__module__
+    return module.startswith("tensorflow.") and hasattr(value, "element_spec") and hasattr(value, "__iter__")
+
+
+def _unsendable(payload: Mapping[str, Any], arrays_folder: Path, error: Exception) -> UnsendableDataError:
+    culprit = ", ".join(name for name, value in payload.items() if not _can_pickle(value, arrays_folder))
+    return UnsendableDataError(
+        f"Received {culprit or 'an object'} that cannot be sent to the process of a trial: "
+        f"{type(error).__name__}: {error}",
+        "functions, classes and data that cloudpickle can send (no open files, locks, sessions or live pipelines).",
+        "make such objects inside the build function, or pass a function without arguments that makes them.",
+    )
+
+
+def _can_pickle(value: Any, arrays_folder: Path) -> bool:
+    try:
+        _Pickler(io.BytesIO(), arrays_folder).dump(value)
+    except Exception:  # whatever the object's own pickling raises
+        return False
+    return True

@@ -1,0 +1,308 @@
+"""What a model costs, found out in processes of its own: inspect it, probe a few sizes, predict the rest."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import shutil
+import tempfile
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from accumtune import errors
+from accumtune.memory.budget import format_bytes, parse_budget
+from accumtune.memory.device import memory_limit_environment
+from accumtune.memory.profile import Measurement, Profile
+from accumtune.trials.builder import ModelBuilder
+from accumtune.trials.directory import TaskDirectory, write_atomically
+from accumtune.trials.executors import LocalExecutor, Outcome
+from accumtune.trials.payload import dump_payload
+
+DEFAULT_MICRO_BATCH_SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
+# Enough to tell apart: no accumulator, one accumulator, and what a longer window adds.
+_PROBED_ACCUMULATION_STEPS = (1, 2, 4)
+_BATCH_HYPERPARAMETERS = ("effective_batch_size", "micro_batch_size", "accumulation_steps")
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """What `inspect` finds: models with one `signature` share a profile."""
+
+    signature: str
+    device: str
+    static_bytes: int
+    sample_bytes: int
+    batch_coupled_layers: tuple[str, ...]
+    precision_policy: str
+    sample_shapes: Any
+
+
+class Profiler:
+    """Profiles models of one search, each signature once.
+
+    Args:
+        executor: where probes run.
+        payload_file: the hypermodel and the data (`dump_payload`).
+        scratch_folder: where probes leave their logs.
+        profiles_folder: where profiles are kept between searches.
+        memory_budget_bytes: probes run under it; None for no limit.
+        micro_batch_sizes: the sizes that matter to the search.
+        on_probe: called with one line of text for each probe.
+    """
+
+    def __init__(
+        self,
+        executor: LocalExecutor,
+        payload_file: Path,
+        scratch_folder: Path,
+        profiles_folder: Path,
+        *,
+        memory_budget_bytes: int | None,
+        micro_batch_sizes: Sequence[int],
+        on_probe: Callable[[str], None] = lambda line: None,
+    ) -> None:
+        self._executor = executor
+        self._payload_file = payload_file
+        self._scratch_folder = scratch_folder
+        self._profiles_folder = profiles_folder
+        self._memory_budget_bytes = memory_budget_bytes
+        self._micro_batch_sizes = tuple(sorted(micro_batch_sizes))
+        self._on_probe = on_probe
+        self._facts: dict[str, ModelFacts] = {}
+        self._profiles: dict[str, Profile] = {}
+        self._numbers = itertools.count()
+        # One at a time: two trials with one signature must not both probe it, and probes that are timed want quiet.
+        self._lock = threading.RLock()
+
+    def inspect(self, hyperparameters: Mapping[str, Any]) -> ModelFacts:
+        """Builds the model of these hyperparameters (Keras Tuner's configuration of them) and describes it."""
+        values = {k: v for k, v in hyperparameters["values"].items() if k not in _BATCH_HYPERPARAMETERS}
+        key = json.dumps(values, sort_keys=True, default=repr)
+        with self._lock:
+            if key not in self._facts:
+                outcome = self._run("inspect", {"hyperparameters": dict(hyperparameters)}, limited=False)
+                result = dict(finished(outcome, "The build function").result)
+                result["batch_coupled_layers"] = tuple(result["batch_coupled_layers"])
+                self._facts[key] = ModelFacts(**result)
+            return self._facts[key]
+
+    def profile(self, hyperparameters: Mapping[str, Any]) -> Profile:
+        """What the model of these hyperparameters costs at every micro-batch size.
+
+        Raises:
+            BuildError: the model could not be built or did not train.
+        """
+        with self._lock:
+            facts = self.inspect(hyperparameters)
+            profile = self._known(facts.signature) or Profile(
+                measurements=(),
+                device=facts.device,
+                memory_source="",
+                signature=facts.signature,
+                memory_budget_bytes=self._memory_budget_bytes,
+                sample_bytes=facts.sample_bytes,
+            )
+            while (size := self._next_size(profile, facts)) is not None:
+                for measurement in self._probe(hyperparameters, size):
+                    profile = profile.with_measurement(measurement)
+                    profile = replace(profile, memory_source=profile.memory_source or measurement.memory_source)
+                self._keep(profile)
+            return profile
+
+    def learn(self, signature: str, measurement: Measurement) -> None:
+        """Adds what a real trial has measured."""
+        with self._lock:
+            profile = self._known(signature)
+            if profile is not None:
+                self._keep(profile.with_measurement(measurement))
+
+    def known_profiles(self) -> dict[str, Profile]:
+        """All profiles so far, by signature."""
+        return dict(self._profiles)
+
+    def _next_size(self, profile: Profile, facts: ModelFacts) -> int | None:
+        if self._memory_budget_bytes is not None and facts.static_bytes > self._memory_budget_bytes:
+            return None  # the parameters alone are too large: probing would only wait for the allocator
+        size = profile.next_probe_size(self._memory_budget_bytes, self._micro_batch_sizes)
+        if size is None and not any(measurement.is_feasible for measurement in profile.measurements):
+            # Not even the smallest listed size fits: how far down does one have to go?
+            smaller = [2**power for power in range(20) if 2**power < self._micro_batch_sizes[0]]
+            size = profile.next_probe_size(self._memory_budget_bytes, smaller) if smaller else None
+        return size
+
+    def _probe(self, hyperparameters: Mapping[str, Any], micro_batch_size: int) -> list[Measurement]:
+        arguments = {
+            "hyperparameters": dict(hyperparameters),
+            "memory_budget_bytes": self._memory_budget_bytes,
+            "micro_batch_size": micro_batch_size,
+            "accumulation_steps": list(_PROBED_ACCUMULATION_STEPS),
+        }
+        outcome = self._run("probe", arguments, limited=True)
+        if outcome.status == "out_of_memory" or _was_killed_for_memory(outcome):
+            measurements = [out_of_memory(micro_batch_size, 1, self._memory_budget_bytes)]
+        else:
+            result = finished(outcome, "Training a few updates").result
+            measurements = [Measurement.from_dict(measurement) for measurement in result["measurements"]]
+        self._on_probe(_describe_probe(micro_batch_size, measurements))
+        return measurements
+
+    def _run(self, task: str, arguments: dict[str, Any], limited: bool) -> Outcome:
+        directory = TaskDirectory(self._scratch_folder / f"{task}_{os.getpid()}_{next(self._numbers):04d}")
+        directory.write_task(task, {"payload": str(self._payload_file.resolve()), **arguments})
+        budget = self._memory_budget_bytes if limited else None
+        environment = memory_limit_environment(self._executor.backend, budget)
+        outcome = self._executor.submit(directory, environment).result()
+        if outcome.is_completed:
+            shutil.rmtree(directory.path, ignore_errors=True)
+        return outcome
+
+    def _known(self, signature: str) -> Profile | None:
+        if signature not in self._profiles:
+            try:
+                content = json.loads(self._file(signature).read_text())
+                self._profiles[signature] = Profile.from_dict(content)
+            except FileNotFoundError:
+                return None
+            except (ValueError, KeyError, TypeError):
+                return None  # written by another version: probing again costs little
+        return self._profiles[signature]
+
+    def _keep(self, profile: Profile) -> None:
+        self._profiles[profile.signature] = profile
+        write_atomically(self._file(profile.signature), json.dumps(profile.to_dict()))
+
+    def _file(self, signature: str) -> Path:
+        return self._profiles_folder / f"{signature}.json"
+
+
+def profile(
+    build_model: Any,
+    x: Any,
+    y: Any = None,
+    *,
+    sample_weight: Any = None,
+    micro_batch_sizes: Sequence[int] | None = None,
+    memory_budget: int | float | str | None = None,
+    hyperparameters: Mapping[str, Any] | None = None,
+    on_probe: Callable[[str], None] = lambda line: None,
+) -> Profile:
+    """Finds out what a model costs: peak memory and throughput of every micro-batch size.
+
+    A few real updates run at a few sizes, each size in a process of its own under the budget; the rest is predicted.
+
+    Args:
+        build_model: a Keras Tuner build function or `keras_tuner.HyperModel`.
+        x, y, sample_weight: training data: arrays (also dicts and tuples of arrays), a `keras.utils.PyDataset`, or
+            a function without arguments that returns one of these or a `tf.data.Dataset`.
+        micro_batch_sizes: the sizes that matter; probes are chosen among them. Default: powers of two.
+        memory_budget: `"2GiB"` or bytes; None measures without a limit.
+        hyperparameters: values by name, for those of `build_model`; others take their defaults.
+        on_probe: called with one line of text after each probe, to show progress.
+
+    Returns:
+        A `Profile`: `predict_peak_memory(...)` in bytes, `predict_throughput(...)` in samples per second,
+        `largest_micro_batch_size(...)`.
+
+    Raises:
+        BudgetError: the budget cannot be read.
+        BatchSizeError: sizes below 1.
+        BuildError: the model could not be built or did not train; the message has the traceback.
+        UnsendableDataError: the data cannot be sent to another process.
+
+    Example:
+
+    >>> profile = accumtune.profile(build_model, x, y, memory_budget="2GiB")  # doctest: +SKIP
+    >>> profile.largest_micro_batch_size("2GiB", accumulation_steps=2)  # doctest: +SKIP
+    96
+    """
+    budget_bytes = None if memory_budget is None else parse_budget(memory_budget)
+    sizes = check_sizes("micro_batch_sizes", micro_batch_sizes or DEFAULT_MICRO_BATCH_SIZES)
+    values = dict(getattr(hyperparameters, "values", None) or {}) if not isinstance(hyperparameters, Mapping) else dict(
+        hyperparameters
+    )
+    with tempfile.TemporaryDirectory(prefix="accumtune-profile-") as folder:
+        root = Path(folder)
+        payload_file = root / "data" / "payload.pkl"
+        builder = build_model if hasattr(build_model, "build_plain") else ModelBuilder(build_model)
+        arguments = {"x": x, "y": y, "sample_weight": sample_weight}
+        dump_payload({"hypermodel": builder, "fit_args": (), "fit_kwargs": arguments}, payload_file)
+        with LocalExecutor(current_backend()) as executor:
+            profiler = Profiler(
+                executor, payload_file, root / "scratch", root / "profiles",
+                memory_budget_bytes=budget_bytes, micro_batch_sizes=sizes, on_probe=on_probe,
+            )  # fmt: skip
+            return profiler.profile({"space": [], "values": values})
+
+
+def current_backend() -> str:
+    """Keras's backend in this process, also where Keras is not imported yet."""
+    import keras
+
+    return str(keras.config.backend())
+
+
+def check_sizes(name: str, sizes: Sequence[int]) -> tuple[int, ...]:
+    """Sorted, without repetition.
+
+    Raises:
+        BatchSizeError: one of them is not a whole number of at least 1, or there is none.
+    """
+    import numbers
+
+    listed = list(sizes) if not isinstance(sizes, (int, str)) else [sizes]
+    wrong = [size for size in listed if isinstance(size, bool) or not isinstance(size, numbers.Integral) or size < 1]
+    if wrong or not listed:
+        raise errors.BatchSizeError(
+            f"Received {name}={sizes!r}" + (f", in which {wrong[0]!r} is not possible." if wrong else "."),
+            "whole numbers of at least 1.",
+            f"for example {name}=(8, 16, 32, 64).",
+        )
+    return tuple(sorted({int(size) for size in listed}))
+
+
+def out_of_memory(micro_batch_size: int, accumulation_steps: int, limit_bytes: int | None) -> Measurement:
+    """The measurement of a size that ran out of memory under a limit: no peak, no time."""
+    return Measurement(
+        micro_batch_size=micro_batch_size,
+        accumulation_steps=accumulation_steps,
+        peak_memory_bytes=None,
+        seconds_per_update=None,
+        memory_source="out of memory",
+        memory_limit_bytes=limit_bytes,
+    )
+
+
+def finished(outcome: Outcome, what: str) -> Outcome:
+    """The outcome, if the task completed.
+
+    Raises:
+        AccumtuneError: accumtune's own error from the child; for anything else a `BuildError` with its traceback.
+    """
+    if outcome.is_completed:
+        return outcome
+    if outcome.error is not None:
+        kind = getattr(errors, outcome.error["class"], errors.BuildError)
+        raise kind(*outcome.error["arguments"])
+    raise errors.BuildError(
+        f"{what} failed in its process: {outcome.reason}\n{outcome.traceback}".rstrip(),
+        "a build function that returns a compiled model which trains on the data.",
+        "call it by hand: `model = build_model(keras_tuner.HyperParameters()); model.fit(x[:8], y[:8])`.",
+    )
+
+
+def _was_killed_for_memory(outcome: Outcome) -> bool:
+    return outcome.status == "killed" and "SIGKILL" in outcome.reason
+
+
+def _describe_probe(micro_batch_size: int, measurements: Sequence[Measurement]) -> str:
+    parts = []
+    for measurement in measurements:
+        if measurement.peak_memory_bytes is None:
+            parts.append(f"×{measurement.accumulation_steps} out of memory")
+        else:
+            parts.append(f"×{measurement.accumulation_steps} {format_bytes(measurement.peak_memory_bytes)}")
+    return f"probed micro-batch {micro_batch_size}: " + ", ".join(parts)

@@ -1,0 +1,241 @@
+"""What happens inside the process of a task: limit memory, build, probe or train, report.
+
+Each task reads `task.json` in its directory and leaves `outcome.json`. It is run by a process that the fork server
+has made, and by nothing else; the search process never builds a model.
+"""
+
+from __future__ import annotations
+
+import gc
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from accumtune.trials.directory import TaskDirectory
+from accumtune.trials.payload import load_payload
+
+
+def run_task(path: Path) -> int:
+    """Runs the task of a directory and writes its outcome.
+
+    Returns:
+        The exit code for the process: 0 unless not even an outcome could be written.
+    """
+    directory = TaskDirectory(path)
+    name, arguments = directory.read_task()
+    try:
+        result = _TASKS[name](directory, **arguments)
+    except Exception as error:
+        directory.write_outcome(_describe(error))
+    else:
+        directory.write_outcome({"status": "completed", "result": result})
+    return 0
+
+
+def _describe(error: Exception) -> dict[str, Any]:
+    from accumtune.errors import AccumtuneError
+    from accumtune.memory.device import is_out_of_memory
+
+    text = str(error).strip() or type(error).__name__
+    return {
+        "status": "out_of_memory" if is_out_of_memory(error) else "failed",
+        "reason": f"{type(error).__name__}: {text.splitlines()[0]}",
+        "traceback": "".join(traceback.format_exception(error)),
+        "error": (
+            {"class": type(error).__name__, "arguments": list(error.args)}
+            if isinstance(error, AccumtuneError)
+            else None
+        ),
+    }
+
+
+def discover(directory: TaskDirectory, payload: str) -> dict[str, Any]:
+    """Finds the hyperparameters of a build function and whether its models couple the samples of a batch.
+
+    Follows Keras Tuner's `BaseTuner._activate_all_conditions`: builds until each conditional scope was active once.
+    """
+    import keras_tuner
+    from keras_tuner.engine.oracle import Oracle
+
+    from accumtune.accumulation import batch_coupled_layers
+
+    content = load_payload(Path(payload))
+    hypermodel = content["hypermodel"]
+    coupled: dict[str, None] = {}
+    # A bare Oracle and BaseTuner lend their bookkeeping; nothing is searched here.
+    oracle = Oracle(objective="val_loss", hyperparameters=content["hyperparameters"])
+
+    class Recorder:
+        def build(self, hp: keras_tuner.HyperParameters) -> None:
+            model = hypermodel.build_plain(hp)
+            coupled.update(dict.fromkeys(str(layer) for layer in batch_coupled_layers(model)))
+
+    class Explorer(keras_tuner.engine.base_tuner.BaseTuner):
+        def __init__(self) -> None:
+            self.oracle, self.hypermodel = oracle, Recorder()
+
+    hp = oracle.get_space()
+    hypermodel.declare_hyperparameters(hp)
+    oracle.update_space(hp)
+    Explorer()._activate_all_conditions()
+    return {"hyperparameters": oracle.hyperparameters.get_config(), "batch_coupled_layers": list(coupled)}
+
+
+def inspect(directory: TaskDirectory, payload: str, hyperparameters: dict[str, Any]) -> dict[str, Any]:
+    """Builds the model of one set of hyperparameters and says what decides its memory."""
+    from accumtune.memory.device import open_device
+    from accumtune.trials.signature import describe_model
+
+    content = load_payload(Path(payload))
+    device = open_device()
+    model = content["hypermodel"].build_plain(_hyperparameters(hyperparameters))
+    sample = _samples(model, content)(1)
+    return describe_model(model, sample, device.name, hyperparameters["values"])
+
+
+def probe(
+    directory: TaskDirectory,
+    payload: str,
+    hyperparameters: dict[str, Any],
+    memory_budget_bytes: int | None,
+    micro_batch_size: int,
+    accumulation_steps: list[int],
+) -> dict[str, Any]:
+    """Runs a few real updates at one micro-batch size and measures them."""
+    from accumtune.memory import probe as probes
+    from accumtune.memory.device import open_device
+
+    content = load_payload(Path(payload))
+    device = open_device(budget_bytes=memory_budget_bytes)
+    model = content["hypermodel"].build_plain(_hyperparameters(hyperparameters))
+    measurements = probes.probe(
+        model,
+        _samples(model, content),
+        micro_batch_size=micro_batch_size,
+        accumulation_steps=tuple(accumulation_steps),
+        device=device,
+    )
+    return {"measurements": [measurement.to_dict() for measurement in measurements], "device": device.name}
+
+
+def train(
+    directory: TaskDirectory,
+    payload: str,
+    hyperparameters: dict[str, Any],
+    memory_budget_bytes: int | None,
+    seed: int,
+    attempt: int,
+    executions: int = 1,
+    fit_overrides: dict[str, Any] | None = None,
+    initial_weights: str | None = None,
+) -> dict[str, Any]:
+    """Trains one set of hyperparameters, as often as the search asks, and reports each epoch to the journal."""
+    import os
+
+    import keras
+    from keras_tuner.engine import tuner_utils
+
+    from accumtune.memory.device import open_device
+    from accumtune.tracking.journal import Journal
+    from accumtune.trials.callbacks import JournalWriter, copy_callbacks
+
+    content = load_payload(Path(payload))
+    hypermodel, objective = content["hypermodel"], content["objective"]
+    device = open_device(budget_bytes=memory_budget_bytes)
+    journal = Journal(directory.journal_file)
+    journal.append(
+        "started", attempt=attempt, pid=os.getpid(), device=device.name, memory_source=device.memory_source
+    )
+    # One for all executions: the best epoch of all of them is kept, as in Keras Tuner.
+    save_best = tuner_utils.SaveBestEpoch(objective=objective, filepath=str(directory.weights_file))
+    histories, writers, peaks = [], [], []
+    started = time.monotonic()
+    for execution in range(executions):
+        keras.backend.clear_session()
+        gc.collect()
+        # Every trial starts from the same seed, so that two trials differ by their hyperparameters alone.
+        keras.utils.set_random_seed(seed + execution)
+        hp = _hyperparameters(hyperparameters)
+        model = hypermodel.build(hp)
+        if initial_weights is not None:
+            _load_weights(model, Path(initial_weights))
+        writer = JournalWriter(journal, attempt=attempt, execution=execution)
+        arguments = {**content["fit_kwargs"], **(fit_overrides or {}), "verbose": 0}
+        callbacks = copy_callbacks(arguments.pop("callbacks", None), directory.path.name, execution)
+        device.reset_peak()
+        history = hypermodel.fit(
+            hp, model, *content["fit_args"], **arguments, callbacks=[*callbacks, writer, save_best]
+        )
+        peaks.append(device.peak_memory_bytes())
+        tuner_utils.validate_trial_results(history, objective, "HyperModel.fit()")
+        histories.append(history)
+        writers.append(writer)
+        _save_build_config(model, directory)
+    metrics = tuner_utils.convert_to_metrics_dict(histories, objective)
+    effective_batch_size = hyperparameters["values"].get("effective_batch_size", 0)
+    seconds_per_update = _median([writer.seconds_per_update for writer in writers])
+    return {
+        "metrics": {name: float(value) for name, value in metrics.items()},
+        "best_epoch": int(tuner_utils.get_best_step(histories, objective)),
+        "peak_memory_bytes": int(max(peaks)),
+        "memory_source": device.memory_source,
+        "device": device.name,
+        "seconds_per_update": seconds_per_update,
+        "throughput_samples_per_second": effective_batch_size / seconds_per_update if seconds_per_update else None,
+        "updates": sum(writer.updates for writer in writers),
+        "training_seconds": time.monotonic() - started,
+        "precision_policy": keras.config.dtype_policy().name,
+    }
+
+
+def call(directory: TaskDirectory, payload: str) -> dict[str, Any]:
+    """Runs a function of the payload: what tests and tools use to do something in an isolated process."""
+    content = load_payload(Path(payload))
+    return {"value": content["function"](*content.get("arguments", ()))}
+
+
+_TASKS: dict[str, Callable[..., dict[str, Any]]] = {
+    "discover": discover,
+    "inspect": inspect,
+    "probe": probe,
+    "train": train,
+    "call": call,
+}
+
+
+def _samples(model: Any, content: dict[str, Any]) -> Callable[[int], Any]:
+    from accumtune.trials.data import first_samples, has_batches, input_arguments, is_tf_dataset, resolve
+
+    x, y, sample_weight = resolve(*input_arguments(content["fit_args"], content["fit_kwargs"]))
+    is_batched = not is_tf_dataset(x) or has_batches(model, x)
+    return lambda count: first_samples(x, y, sample_weight, count=count, is_batched=is_batched)
+
+
+def _hyperparameters(config: dict[str, Any]) -> Any:
+    import keras_tuner
+
+    return keras_tuner.HyperParameters.from_config(config)
+
+
+def _load_weights(model: Any, weights_file: Path) -> None:
+    if not model.built:
+        import json
+
+        model.build_from_config(json.loads(TaskDirectory(weights_file.parent).build_config_file.read_text()))
+    model.load_weights(weights_file)
+
+
+def _save_build_config(model: Any, directory: TaskDirectory) -> None:
+    """Keras Tuner reads it in `load_model`, to make the variables of a model that is built by its first call."""
+    from keras_tuner import utils
+
+    utils.save_json(str(directory.build_config_file), model.get_build_config())
+
+
+def _median(values: list[float | None]) -> float | None:
+    from statistics import median
+
+    known = [value for value in values if value]
+    return median(known) if known else None
