@@ -1,0 +1,86 @@
+"""Exact gradient accumulation inside one Keras step.
+
+    model = accumulate(model, micro_batch_size=32)
+    model.fit(x, y, batch_size=256)         # 8 forward and backward passes of 32, one update, as if 256 had fitted
+
+The whole window (the effective batch) is one Keras step: learning-rate schedules, EMA, clipping, callbacks and
+`optimizer.iterations` see updates. No framework is imported before it is used.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from accumtune.accumulation.coupling import Coupling, batch_coupled_layers
+from accumtune.accumulation.window import Accumulation
+
+if TYPE_CHECKING:
+    import keras
+
+__all__ = [
+    "Accumulation",
+    "Coupling",
+    "accumulate",
+    "accumulation_of",
+    "batch_coupled_layers",
+    "stop_accumulating",
+]
+
+
+def accumulate(
+    model: keras.Model, micro_batch_size: int | None = None, *, accumulation_steps: int | None = None
+) -> keras.Model:
+    """Makes `model` train with exact gradient accumulation.
+
+    Give one of the two. With `micro_batch_size=m`, the batches of `fit` and `train_on_batch` are effective batches;
+    each is split into micro-batches of m samples (the last may be smaller) and makes one update. With
+    `accumulation_steps=k`, the batches of `fit` are the micro-batches and k of them make one update; an incomplete
+    window at the end of an epoch makes an update too, with its true weight. Either way one Keras step is one update:
+    `steps_per_epoch`, the progress bar, batch callbacks, schedules, EMA and `optimizer.iterations` count updates.
+
+    Training then equals plain Keras at the effective batch (docs of `batch_coupled_layers` say where it cannot):
+    gradients are summed in float32 (float64 for float64 variables) and each micro-batch counts for what it holds,
+    with sample weights, class weights, masks and every loss reduction. Dropout draws a fresh mask per micro-batch.
+    BatchNormalization normalizes per micro-batch, but its moving statistics after an update are those of the
+    effective batch, with the momentum applied once. Gradients of embeddings are dense.
+
+    Micro-batches whose shapes differ (sequences padded to different lengths) are weighted by what their loss values
+    number, so each token counts the same.
+
+    Args:
+        model: a compiled Functional, Sequential or subclassed `keras.Model` with the stock `train_step`. The
+            arguments of `compile` (run_eagerly, jit_compile, steps_per_execution) hold as before.
+        micro_batch_size: samples in one forward and backward pass, at least 1.
+        accumulation_steps: micro-batches per update, at least 1.
+
+    Returns:
+        The same model. It saves, loads and clones as a plain Keras model; a loaded copy does not accumulate.
+        Called again, the micro-batch changes; `stop_accumulating` leads back to plain Keras.
+
+    Raises:
+        BatchSizeError: both or neither argument given, or not a whole number of at least 1.
+        UncompiledModelError: the model was not compiled.
+        CustomTrainStepError: the model's class has a `train_step` or `make_train_function` of its own.
+        ModelError: not a `keras.Model`, or the optimizer accumulates by itself.
+
+    Example:
+
+    >>> model = accumulate(model, micro_batch_size=8)
+    >>> model.fit(x, y, batch_size=64)
+    """
+    from accumtune.accumulation import training
+
+    accumulation = Accumulation.read(micro_batch_size, accumulation_steps)
+    return training.install(model, accumulation)
+
+
+def stop_accumulating(model: keras.Model) -> keras.Model:
+    """Makes `model` train as plain Keras again, and frees its accumulators. Returns the same model."""
+    from accumtune.accumulation import training
+
+    return training.remove(model)
+
+
+def accumulation_of(model: Any) -> Accumulation | None:
+    """How `model` accumulates (`.micro_batch_size` or `.accumulation_steps`), or None where it does not."""
+    return getattr(model, "_accumtune_accumulation", None)

@@ -1,0 +1,97 @@
+"""Batches as `fit` reads them: micro-batches cut from a batch, or windows counted in an epoch."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from typing import Any
+
+from accumtune.accumulation.window import split
+
+
+def samples_of(batch: Any) -> int:
+    """The samples in a batch (x, y, sample_weight)."""
+    from keras import tree
+
+    return int(next(leaf for leaf in tree.flatten(batch) if leaf is not None).shape[0])
+
+
+def without_empty_weights(batch: Any) -> tuple[Any, Any, Any]:
+    """A batch in any of Keras's forms as (x, y, sample_weight)."""
+    from keras.src.trainers.data_adapters import data_adapter_utils
+
+    return data_adapter_utils.unpack_x_y_sample_weight(batch)
+
+
+def micro_batches(batch: Any, micro_batch_size: int, cut: Any) -> list[Any]:
+    """Cuts an effective batch; `cut(leaf, slice)` cuts one array. A batch that fits in one is returned as it is."""
+    from keras import tree
+
+    parts = split(samples_of(batch), micro_batch_size)
+    if len(parts) <= 1:
+        return [batch]
+
+    def part_of(part: slice) -> Any:
+        return tree.map_structure(lambda leaf: None if leaf is None else cut(leaf, part), batch)
+
+    return [part_of(part) for part in parts]
+
+
+def same_shapes(window: list[Any]) -> bool:
+    """Whether the micro-batches differ in their number of samples at most."""
+    from keras import tree
+
+    if len(window) == 1:
+        return True
+    inner = {tuple(tuple(leaf.shape[1:]) for leaf in tree.flatten(batch) if leaf is not None) for batch in window}
+    return len(inner) == 1
+
+
+def windowed_arguments(model: Any, accumulation_steps: int, args: tuple, kwargs: dict) -> dict[str, Any]:
+    """The arguments of `fit`, with data that an epoch counts in windows of `accumulation_steps` batches."""
+    from keras.src.trainers.data_adapters import array_slicing, get_data_adapter
+
+    bound = inspect.signature(type(model).fit).bind(model, *args, **kwargs)
+    bound.apply_defaults()
+    given = {name: value for name, value in bound.arguments.items() if name != "self"}
+    given.update(given.pop("kwargs", {}))
+    x, y, sample_weight = given.get("x"), given.pop("y", None), given.pop("sample_weight", None)
+    if given.get("validation_split") and given.get("validation_data") is None:
+        (x, y, sample_weight), given["validation_data"] = array_slicing.train_validation_split(
+            (x, y, sample_weight), validation_split=given.pop("validation_split")
+        )
+    steps = given.get("steps_per_epoch")
+    adapter = get_data_adapter(
+        x=x,
+        y=y,
+        sample_weight=sample_weight,
+        batch_size=given.get("batch_size"),
+        steps_per_epoch=steps and steps * accumulation_steps,
+        shuffle=given.pop("shuffle", True),
+        class_weight=given.pop("class_weight", None),
+    )
+    given["x"] = _windowed(adapter, accumulation_steps)
+    return given
+
+
+def _windowed(adapter: Any, accumulation_steps: int) -> Any:
+    """The same data; `num_batches` counts windows. Keras takes a DataAdapter wherever it takes data."""
+    from keras.src.trainers.data_adapters.data_adapter import DataAdapter
+
+    class WindowedAdapter(DataAdapter):
+        get_numpy_iterator = adapter.get_numpy_iterator
+        get_tf_dataset = adapter.get_tf_dataset
+        get_jax_iterator = adapter.get_jax_iterator
+        get_torch_dataloader = adapter.get_torch_dataloader
+        on_epoch_begin = adapter.on_epoch_begin
+        on_epoch_end = adapter.on_epoch_end
+        batch_size = property(lambda self: adapter.batch_size)
+        has_partial_batch = property(lambda self: adapter.has_partial_batch)
+        partial_batch_size = property(lambda self: adapter.partial_batch_size)
+
+        @property
+        def num_batches(self) -> int | None:
+            number = adapter.num_batches
+            return None if number is None else math.ceil(number / accumulation_steps)
+
+    return WindowedAdapter()

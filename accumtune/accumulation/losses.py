@@ -1,0 +1,164 @@
+"""What a compiled loss divides by, and how each micro-batch's loss is made part of the window's.
+
+`model.compute_loss` stays Keras's own (or the user's): while it is traced, the loss functions inside
+`model._compile_loss` are replaced by ones that multiply by their factor (see window.py) or report their denominator.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from keras import losses as keras_losses
+from keras import ops
+
+SUMS = ("sum", "none", None)
+
+
+def flat_losses(model: Any) -> list[Any]:
+    """The built loss functions of a compiled model, in the order of the factors."""
+    compiled = model._compile_loss
+    return [] if compiled is None else [entry.loss for entry in compiled._flat_losses]
+
+
+def is_sum(loss: Any) -> bool:
+    """Whether the losses of micro-batches add up to the window's as they are."""
+    return getattr(loss, "reduction", "sum_over_batch_size") in SUMS
+
+
+def may_depend_on_data(loss: Any, has_sample_weight: bool) -> bool:
+    """Whether what a loss divides by may be another number than the samples times a constant.
+
+    Masks of the predictions come on top: whether there are any is seen when the model is traced.
+    """
+    if is_sum(loss):
+        return False
+    if has_sample_weight and getattr(loss, "reduction", None) == "mean_with_sample_weight":
+        return True
+    # Losses may mask their own values: SparseCategoricalCrossentropy(ignore_class=...) and Circle do, a user's may.
+    arguments = getattr(loss, "_fn_kwargs", {})
+    is_stock = type(loss).__module__.startswith("keras.") and type(loss) is not keras_losses.Circle
+    is_wrapped = type(loss).__name__ == "LossFunctionWrapper" and not loss.fn.__module__.startswith("keras.")
+    return arguments.get("ignore_class") is not None or not is_stock or is_wrapped
+
+
+@contextlib.contextmanager
+def scaled(model: Any, factors: Any, on_mask: Callable[[], None], metric_weight: Any = None) -> Iterator[None]:
+    """While open, compiled losses multiply by their factor: a tensor of shape `(losses,)`.
+
+    Args:
+        on_mask: called (while tracing) when predictions carry a mask.
+        metric_weight: what a micro-batch counts for in the logged loss of each output (a scalar tensor); None
+            leaves that to Keras, which takes the samples where it knows their number.
+    """
+
+    def scale(index: int, loss: Any) -> Callable[..., Any]:
+        def call(y_true: Any, y_pred: Any, sample_weight: Any = None) -> Any:
+            if mask_of(y_pred) is not None:
+                on_mask()
+            value = loss(y_true, y_pred, sample_weight)
+            return value * ops.cast(factors[index], value.dtype)
+
+        return call
+
+    metrics = None
+    if metric_weight is not None:
+        metrics = [_Weighted(metric, metric_weight) for metric in model._compile_loss.metrics]
+    with _replaced(model, scale, metrics):
+        yield
+
+
+@contextlib.contextmanager
+def counting(model: Any) -> Iterator[list[Any]]:
+    """While open, compiled losses compute nothing but their denominators, which end up in the list."""
+    counted: list[Any] = []
+
+    def count(index: int, loss: Any) -> Callable[..., Any]:
+        def call(y_true: Any, y_pred: Any, sample_weight: Any = None) -> Any:
+            counted.append(denominator(loss, y_true, y_pred, sample_weight))
+            return ops.zeros(())
+
+        return call
+
+    with _replaced(model, count, [None] * len(model._compile_loss.metrics)):
+        yield counted
+
+
+@contextlib.contextmanager
+def _replaced(model: Any, replace: Callable[[int, Any], Any], metrics: list[Any] | None) -> Iterator[None]:
+    compiled = model._compile_loss
+    if compiled is None:
+        yield
+        return
+    own_losses, own_metrics = compiled._flat_losses, compiled._metrics
+    compiled._flat_losses = [
+        entry._replace(loss=replace(index, entry.loss)) for index, entry in enumerate(own_losses)
+    ]
+    if metrics is not None:
+        compiled._metrics = metrics
+    try:
+        yield
+    finally:
+        compiled._flat_losses, compiled._metrics = own_losses, own_metrics
+
+
+class _Weighted:
+    """A metric whose updates all carry the given weight."""
+
+    def __init__(self, metric: Any, weight: Any) -> None:
+        self.metric, self.weight = metric, weight
+
+    def update_state(self, value: Any, sample_weight: Any = None) -> None:
+        self.metric.update_state(value, sample_weight=self.weight)
+
+
+def mask_of(tensor: Any) -> Any:
+    """The mask that Keras attached to a tensor, or None."""
+    from keras.src import backend
+
+    return backend.get_keras_mask(tensor)
+
+
+def denominator(loss: Any, y_true: Any, y_pred: Any, sample_weight: Any) -> Any:
+    """What `loss` divides the sum of its values by, as a scalar tensor; for a sum, 1.
+
+    Follows `keras.losses.Loss.__call__` and `reduce_weighted_values` line by line (Keras 3.13 to 3.15). A loss that
+    hides its values (a `__call__` of its own, or `call` returning one number per batch) is taken for a mean over
+    samples; `batch_coupled_layers` reports it.
+    """
+    from keras import tree
+    from keras.src.losses.loss import apply_mask, squeeze_or_expand_to_same_rank
+
+    samples = ops.cast(ops.shape(tree.flatten(y_pred)[0])[0], "float32")
+    if is_sum(loss):
+        return ops.ones_like(samples)
+    if type(loss).__call__ is not keras_losses.Loss.__call__:
+        return samples
+    prediction_mask = mask_of(y_pred)
+    y_pred = tree.map_structure(lambda x: ops.convert_to_tensor(x, dtype=loss.dtype), y_pred)
+    y_true = tree.map_structure(lambda x: ops.convert_to_tensor(x, dtype=loss.dtype), y_true)
+    values = loss.call(y_true, y_pred)
+    if len(values.shape) == 0:
+        return samples
+    masks = [mask for mask in (prediction_mask, mask_of(values)) if mask is not None]
+    mask = masks[0] & masks[1] if len(masks) == 2 else (masks[0] if masks else None)
+    if loss.reduction != "mean_with_sample_weight":
+        return _size(values) if mask is None else _valid(mask, values)
+    if sample_weight is not None:
+        sample_weight = ops.convert_to_tensor(sample_weight, dtype=loss.dtype)
+    if mask is not None:
+        mask = ops.convert_to_tensor(mask, dtype=loss.dtype)
+    weights = apply_mask(sample_weight, mask, dtype=values.dtype, reduction=loss.reduction)
+    if weights is None:
+        return _size(values)
+    return ops.sum(squeeze_or_expand_to_same_rank(values, ops.cast(weights, values.dtype))[1])
+
+
+def _size(values: Any) -> Any:
+    return ops.cast(ops.prod(ops.convert_to_tensor(ops.shape(values), dtype="int32")), values.dtype)
+
+
+def _valid(mask: Any, values: Any) -> Any:
+    """Keras divides by the values, having multiplied by (mask's entries / valid entries)."""
+    return ops.sum(ops.cast(mask, values.dtype)) * _size(values) / _size(ops.cast(mask, values.dtype))

@@ -1,0 +1,127 @@
+"""Where accumulation takes hold of a Keras model, and lets go of it.
+
+Two methods are replaced on the instance, never on its class: `make_train_function`, so that `fit` and
+`train_on_batch` run a window per step, and `fit`, so that an epoch has as many steps as windows. Saving, pickling
+and cloning look at the class and its configuration, so what they give is a plain Keras model.
+"""
+
+from __future__ import annotations
+
+import functools
+import types
+from typing import Any
+
+from accumtune.accumulation.window import Accumulation
+from accumtune.errors import CustomTrainStepError, ModelError, UncompiledModelError
+
+_ADAPT = """\
+leave train_step as it is and override what it calls:
+    class MyModel(keras.Model):
+        def call(self, inputs, training=None): ...                     # the forward pass
+        def compute_loss(self, x, y, y_pred, sample_weight, training=True):
+            return super().compute_loss(x, y, y_pred, sample_weight) + ...   # a mean over samples
+        def compute_metrics(self, x, y, y_pred, sample_weight=None): ...
+Losses of a layer go through self.add_loss(mean over samples)."""
+
+
+def install(model: Any, accumulation: Accumulation) -> Any:
+    """`accumulate` after its arguments were read."""
+    _check(model)
+    remove(model)
+    _set(model, "_accumtune_accumulation", accumulation)
+    _set(model, "make_train_function", types.MethodType(_make_train_function, model))
+    if accumulation.accumulation_steps is not None:
+        _set(model, "fit", _windowed_fit(model, accumulation.accumulation_steps))
+    return model
+
+
+def remove(model: Any) -> Any:
+    """`stop_accumulating`; on a plain model it does nothing."""
+    if "_accumtune_accumulation" not in vars(model):
+        return model
+    for name in ("_accumtune_accumulation", "make_train_function", "fit"):
+        if name in vars(model):
+            delattr(model, name)
+    model.train_function = None
+    return model
+
+
+def _set(model: Any, name: str, value: Any) -> None:
+    # Keras and TensorFlow watch attributes for what has to be saved; these are not to be.
+    object.__setattr__(model, name, value)
+
+
+def _check(model: Any) -> None:
+    import keras
+
+    if not isinstance(model, keras.Model):
+        raise ModelError(
+            f"Received a {type(model).__name__}.", "a keras.Model.", "pass the model that you compiled."
+        )
+    if not model.compiled or model.optimizer is None:
+        raise UncompiledModelError(
+            f"Received model {model.name!r}, which is not compiled.",
+            "a compiled model.",
+            'call model.compile(optimizer="adam", loss=...) before accumulate(model, ...).',
+        )
+    for name in ("train_step", "make_train_function"):
+        is_ours = name in vars(model) and "_accumtune_accumulation" in vars(model) and name != "train_step"
+        if getattr(type(model), name) is not getattr(keras.Model, name) or (name in vars(model) and not is_ours):
+            raise CustomTrainStepError(
+                f"Received model {model.name!r} of class {type(model).__name__}, which has its own {name}.",
+                "the stock train_step: accumulation replaces it, so what yours does would be lost.",
+                _ADAPT,
+            )
+    optimizer = getattr(model.optimizer, "inner_optimizer", model.optimizer)
+    if getattr(optimizer, "gradient_accumulation_steps", None):
+        raise ModelError(
+            f"Received an optimizer with gradient_accumulation_steps={optimizer.gradient_accumulation_steps}.",
+            "an optimizer that updates at every step.",
+            "leave out gradient_accumulation_steps; accumulate() does the accumulation.",
+        )
+
+
+def _make_train_function(model: Any, force: bool = False) -> Any:
+    """Stands in for `keras.Model.make_train_function` on an accumulating model."""
+    import keras
+
+    if model.train_function is not None and not force:
+        return model.train_function
+    accumulation = model._accumtune_accumulation
+    _check(model)  # compile may have been called again
+    backend = keras.backend.backend()
+    if backend == "tensorflow":
+        from accumtune.accumulation.tensorflow import TensorFlowTraining as training
+    elif backend == "jax":
+        from accumtune.accumulation.jax import JaxTraining as training
+    elif backend == "torch":
+        from accumtune.accumulation.torch import TorchTraining as training
+    else:
+        raise ModelError(
+            f"Received a model on the Keras backend {backend!r}.", "tensorflow, jax or torch.", "set KERAS_BACKEND."
+        )
+    model.train_function = training(model, accumulation)
+    return model.train_function
+
+
+def _windowed_fit(model: Any, accumulation_steps: int) -> Any:
+    """The model's `fit`, whose epochs count windows instead of batches."""
+    from accumtune.accumulation.feeding import windowed_arguments
+
+    own_fit = type(model).fit
+
+    @functools.wraps(own_fit)
+    def fit(*args: Any, **kwargs: Any) -> Any:
+        return own_fit(model, **windowed_arguments(model, accumulation_steps, args, kwargs))
+
+    return fit
+
+
+def build(model: Any, micro_batch: Any) -> None:
+    """Creates whatever variables of model, loss, metrics and optimizer do not exist yet, without computing."""
+    compiled = [part for part in (model._compile_loss, model._compile_metrics) if part is not None]
+    if all(part.built for part in (*compiled, model.optimizer)) and all(
+        layer.built for layer in model._flatten_layers()
+    ):
+        return
+    model._symbolic_build(data_batch=micro_batch)

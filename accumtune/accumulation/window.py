@@ -1,0 +1,94 @@
+"""An effective batch as micro-batches, and what each of them counts for (no framework).
+
+A window is the micro-batches of one update. A loss of the whole window is a mean or a sum; Keras computes the same
+reduction per micro-batch. If micro-batch j holds `samples[j]` samples and its mean has the denominator `counts[j]`
+(the samples, the valid tokens, the sum of the weights), then
+
+    loss(window) = sum over j of  samples[j] / sum(samples)  *  factor[j] * loss(j)
+    factor[j]    = counts[j] / sum(counts)  /  (samples[j] / sum(samples))
+
+`share[j] = samples[j] / sum(samples)` scales the whole objective; losses added by layers and regularizers need
+nothing more. `factor` corrects one compiled loss: 1 for a plain mean, 1 / share[j] for a sum, and what the masks or
+weights ask for otherwise. Averaged over samples, as Keras's loss trackers do, `factor[j] * loss(j)` is the loss of
+the window.
+"""
+
+from __future__ import annotations
+
+import numbers
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from accumtune.errors import BatchSizeError
+
+
+@dataclass(frozen=True)
+class Accumulation:
+    """How a model accumulates: exactly one of the two is a number.
+
+    Args:
+        micro_batch_size: fit's batches are effective batches, split into micro-batches of this many samples.
+        accumulation_steps: fit's batches are micro-batches, and this many of them make one update.
+    """
+
+    micro_batch_size: int | None = None
+    accumulation_steps: int | None = None
+
+    @classmethod
+    def read(cls, micro_batch_size: object, accumulation_steps: object) -> Accumulation:
+        """What a user wrote, checked; raises BatchSizeError."""
+        if (micro_batch_size is None) == (accumulation_steps is None):
+            raise BatchSizeError(
+                f"Received {micro_batch_size=} and {accumulation_steps=}.",
+                "exactly one of the two.",
+                "micro_batch_size=32 splits each batch of fit; accumulation_steps=8 joins 8 batches of fit.",
+            )
+        if micro_batch_size is not None:
+            return cls(micro_batch_size=_whole_number("micro_batch_size", micro_batch_size))
+        return cls(accumulation_steps=_whole_number("accumulation_steps", accumulation_steps))
+
+
+def _whole_number(name: str, value: object) -> int:
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < 1:
+        raise BatchSizeError(
+            f"Received {name}={value!r} of type {type(value).__name__}.",
+            "a whole number of at least 1.",
+            f"write, for example, {name}=8.",
+        )
+    return int(value)
+
+
+def split(effective_batch_size: int, micro_batch_size: int) -> list[slice]:
+    """The micro-batches of an effective batch: all full but perhaps the last, in order, none empty.
+
+    >>> split(10, 4)
+    [slice(0, 4, None), slice(4, 8, None), slice(8, 10, None)]
+    """
+    if micro_batch_size < 1:
+        raise BatchSizeError(f"Received {micro_batch_size=}.", "at least 1.", "use a micro-batch of 1 or more.")
+    starts = range(0, effective_batch_size, micro_batch_size)
+    return [slice(start, min(start + micro_batch_size, effective_batch_size)) for start in starts]
+
+
+def shares(samples: Sequence[int]) -> list[float]:
+    """The part of a window that each micro-batch is, by samples; they sum to 1 (0 for a window without samples)."""
+    total = sum(samples)
+    return [number / total if total else 0.0 for number in samples]
+
+
+def factors(samples: Sequence[int], counts: Sequence[float] | None = None) -> list[float]:
+    """What corrects one loss of each micro-batch, see the top of this file.
+
+    Args:
+        samples: samples per micro-batch, shape `(micro_batches,)`.
+        counts: the denominators of the loss, shape `(micro_batches,)`; None where the loss is a sum.
+
+    Returns:
+        One factor per micro-batch; 0 where the window or the micro-batch counts for nothing (Keras's own loss of
+        such a batch is 0).
+    """
+    parts = shares(samples)
+    if counts is None:
+        return [1 / part if part else 0.0 for part in parts]
+    total = sum(counts)
+    return [count / total / part if total and part else 0.0 for count, part in zip(counts, parts, strict=True)]
