@@ -48,9 +48,7 @@ def load_profile(profiles_folder: Path, signature: str | None) -> Profile | None
         return None
 
 
-def training_config(
-    record: SearchRecord, choice: Choice, run_id: str | None, tracking_uri: Any
-) -> TrainingConfig:
+def training_config(record: SearchRecord, choice: Choice, run_id: str | None, tracking_uri: Any) -> TrainingConfig:
     """What production imports, from the candidate that was chosen."""
     candidate = choice.candidate
     trial = next(trial for trial in record.trials if trial.trial_id == candidate.trial_id)
@@ -109,9 +107,7 @@ def summary(record: SearchRecord, found: Sequence[Candidate], limit: int) -> str
     sign = -1 if direction == "max" else 1
     shown = sorted(trained, key=lambda item: sign * (item.objective if item.objective is not None else np.inf))[:limit]
     shown += [candidate for candidate in front if not candidate.is_trained]
-    counts = {
-        status: len(record.with_status(status)) for status in ("completed", "reused", "infeasible", "failed")
-    }
+    counts = {status: len(record.with_status(status)) for status in ("completed", "reused", "infeasible", "failed")}
     lines = [
         f"Results of search {record.name!r}: "
         + ", ".join(f"{count} {status}" for status, count in counts.items() if count),

@@ -92,7 +92,9 @@ class TrialRunner:
         future.set_result((trial_id, result))
         self._trainings[training_key(result.values, self._settings.is_batch_coupled)] = future
 
-    def run(self, trial_id: str, number: int, space: Mapping[str, Any], fit_overrides: Mapping[str, Any]) -> TrialResult:
+    def run(
+        self, trial_id: str, number: int, space: Mapping[str, Any], fit_overrides: Mapping[str, Any]
+    ) -> TrialResult:
         """Runs one proposal.
 
         Args:
@@ -137,7 +139,9 @@ class TrialRunner:
         if isinstance(earlier, tuple):
             source, result = earlier
             reason = f"the same training as trial {source}"
-            return replace(result, status="reused", values={**values, **_batch_of(result)}, reason=reason, reused_from=source)
+            return replace(
+                result, status="reused", values={**values, **_batch_of(result)}, reason=reason, reused_from=source
+            )
         try:
             result = self._train(directory, trial_id, number, {**space, "values": values}, pair, fit_overrides)
         except BaseException as error:
@@ -219,7 +223,11 @@ class TrialRunner:
             )
             smaller = next_smaller(pair, self._settings.micro_batch_sizes, self._settings.searches_pairs)
             if smaller is None:
-                return TrialResult("infeasible", values, reason=f"micro-batch {pair.micro_batch_size} ran out of memory, and there is no smaller one")
+                return TrialResult(
+                    "infeasible",
+                    values,
+                    reason=f"micro-batch {pair.micro_batch_size} ran out of memory, and there is no smaller one",
+                )
             pair = smaller
 
     def _finished_before(self, directory: TaskDirectory, attempt: int, values: Mapping[str, Any]) -> Outcome | None:
@@ -309,5 +317,3 @@ def _why_infeasible(profile: Any, values: Mapping[str, Any], budget: int | None)
     needed = profile.predict_peak_memory(1, values["effective_batch_size"]) if profile.measurements else None
     least = "its parameters alone are larger" if needed is None else f"predicted {format_bytes(needed)}"
     return f"not even micro-batch 1 fits in {format_bytes(budget or 0)} ({least})"
-
-

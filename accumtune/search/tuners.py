@@ -291,7 +291,9 @@ class Tuner(keras_tuner.Tuner):
             )
             advice.append(f"The result of {layers} depends on which samples share a micro-batch, {consequence}.")
         names = [hp.name.lower() for hp in self.oracle.hyperparameters.space]
-        tunes_rate = any("learning_rate" in name or name in ("lr", "alpha") or "lr" in name.split("_") for name in names)
+        tunes_rate = any(
+            "learning_rate" in name or name in ("lr", "alpha") or "lr" in name.split("_") for name in names
+        )
         if len(self.effective_batch_sizes) > 1 and self.learning_rate_scaling is None and not tunes_rate:
             advice.append(
                 "The effective batch varies, but the learning rate is neither tuned nor scaled with it: large batches "
@@ -358,7 +360,9 @@ class Tuner(keras_tuner.Tuner):
         Raises:
             NoResultError: no trial has completed within the budget.
         """
-        return results.training_config(self.record(), self._choose(policy, tolerance), self._run_id(), self.tracking_uri)
+        return results.training_config(
+            self.record(), self._choose(policy, tolerance), self._run_id(), self.tracking_uri
+        )
 
     def _choose(self, policy: Policy, tolerance: float) -> Choice:
         return select(self.candidates(), policy, tolerance, self.oracle.objective.direction)

@@ -54,9 +54,7 @@ def is_py_dataset(value: Any) -> bool:
     return hasattr(value, "__getitem__") and hasattr(value, "num_batches")
 
 
-def first_samples(
-    x: Any, y: Any = None, sample_weight: Any = None, *, count: int, is_batched: bool = True
-) -> Samples:
+def first_samples(x: Any, y: Any = None, sample_weight: Any = None, *, count: int, is_batched: bool = True) -> Samples:
     """The first samples of the data, as arrays; a data set that is smaller is repeated.
 
     Args:
@@ -164,11 +162,7 @@ def _batches(
 
         return {"x": RebatchedDataset(x, batch_size), "class_weight": class_weight}
     _number_of_rows(x)
-    return {
-        "x": batch_source(
-            x, y, sample_weight, batch_size=batch_size, shuffle=shuffle, class_weight=class_weight
-        )
-    }
+    return {"x": batch_source(x, y, sample_weight, batch_size=batch_size, shuffle=shuffle, class_weight=class_weight)}
 
 
 def has_batches(model: Any, dataset: Any) -> bool:

@@ -221,8 +221,10 @@ def profile(
     """
     budget_bytes = None if memory_budget is None else parse_budget(memory_budget)
     sizes = check_sizes("micro_batch_sizes", micro_batch_sizes or DEFAULT_MICRO_BATCH_SIZES)
-    values = dict(getattr(hyperparameters, "values", None) or {}) if not isinstance(hyperparameters, Mapping) else dict(
-        hyperparameters
+    values = (
+        dict(getattr(hyperparameters, "values", None) or {})
+        if not isinstance(hyperparameters, Mapping)
+        else dict(hyperparameters)
     )
     with tempfile.TemporaryDirectory(prefix="accumtune-profile-") as folder:
         root = Path(folder)

@@ -145,9 +145,7 @@ def train(
     hypermodel, objective = content["hypermodel"], content["objective"]
     device = open_device(budget_bytes=memory_budget_bytes)
     journal = Journal(directory.journal_file)
-    journal.append(
-        "started", attempt=attempt, pid=os.getpid(), device=device.name, memory_source=device.memory_source
-    )
+    journal.append("started", attempt=attempt, pid=os.getpid(), device=device.name, memory_source=device.memory_source)
     # One for all executions: the best epoch of all of them is kept, as in Keras Tuner.
     save_best = tuner_utils.SaveBestEpoch(objective=objective, filepath=str(directory.weights_file))
     histories, writers, peaks = [], [], []

@@ -1,0 +1,100 @@
+"""Rules about the package as a whole: its public names, and who may import whom."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import accumtune
+
+PACKAGE = Path(accumtune.__file__).parent
+FRAMEWORKS = ("tensorflow", "jax", "torch", "keras", "keras_tuner", "mlflow", "matplotlib")
+
+# The floors of the house, ground first (DESIGN section 3). A module imports from its own floor or one below;
+# trials write the journal, so tracking is below them.
+FLOORS = [
+    {"errors", "memory.budget"},
+    {"accumulation"},
+    {"memory"},
+    {"tracking"},
+    {"trials"},
+    {"config"},
+    {"search"},
+    {"cli"},
+]
+
+
+def floor_of(module):
+    """The number of the floor of `accumtune.<module>`; the longest name decides."""
+    found = [
+        (len(name), number)
+        for number, floor in enumerate(FLOORS)
+        for name in floor
+        if module == name or module.startswith(name + ".")
+    ]
+    return max(found)[1] if found else None
+
+
+def modules():
+    for path in sorted(PACKAGE.rglob("*.py")):
+        name = ".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix("__init__").rstrip(".")
+        if name:
+            yield name, path
+
+
+def top_level_imports(tree):
+    """Imports that run when the module is imported: not those inside functions or `if TYPE_CHECKING`."""
+    pending = list(tree.body)
+    while pending:
+        node = pending.pop()
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module and node.level == 0:
+            yield node.module
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+        elif isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test):
+            continue
+        elif not isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            pending.extend(ast.iter_child_nodes(node))
+
+
+def test_all_names_the_public_api():
+    promised = {
+        "accumulate", "batch_coupled_layers", "profile", "RandomSearch", "BayesianOptimization", "Hyperband",
+        "GridSearch", "AccumulationHyperModel", "load_config", "TrainingConfig", "Candidate", "errors",
+    }  # fmt: skip
+    assert promised <= set(accumtune.__all__)
+    assert sorted(accumtune.__all__) == accumtune.__all__
+    for name in accumtune.__all__:
+        assert getattr(accumtune, name) is not None
+    with pytest.raises(AttributeError, match="no_such_name"):
+        _ = accumtune.no_such_name
+
+
+@pytest.mark.parametrize("name, path", list(modules()), ids=lambda value: value if isinstance(value, str) else "")
+def test_imports_run_one_way(name, path):
+    floor = floor_of(name)
+    assert floor is not None, f"accumtune.{name} stands on no floor: put it into FLOORS"
+    for imported in top_level_imports(ast.parse(path.read_text())):
+        if imported.startswith("accumtune."):
+            other = floor_of(imported.removeprefix("accumtune."))
+            assert other is None or other <= floor, f"accumtune.{name} imports {imported}, which is above it"
+
+
+def test_the_rule_would_notice_an_import_upwards():
+    imported = set(top_level_imports(ast.parse("from accumtune.search import tuners\nimport keras")))
+    assert {"accumtune.search.tuners", "keras"} <= imported
+    assert floor_of("search.tuners") > floor_of("memory.profile") > floor_of("memory.budget")
+
+
+def test_import_accumtune_loads_no_framework():
+    script = f"""
+import sys, accumtune
+loaded = [name for name in {FRAMEWORKS!r} if name in sys.modules]
+assert not loaded, loaded
+accumtune.errors
+assert "keras" not in sys.modules
+"""
+    subprocess.run([sys.executable, "-c", script], check=True)
