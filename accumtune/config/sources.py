@@ -1,0 +1,166 @@
+"""Where a configuration is loaded from: a file, an MLflow run, a registered model, or the newest search of a name."""
+
+from __future__ import annotations
+
+import os
+import re
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from accumtune.config.uris import DEFAULT_TRACKING_URI, redacted, sqlite_path, without_credentials
+from accumtune.config.value import TrainingConfig
+from accumtune.errors import ConfigError
+
+CONFIG_FILE = "best_config.json"
+_SOURCES = (
+    'a path ("best_config.json"), "runs:/<run_id>/best_config.json", "models:/<name>@<alias>", an MLflow run, '
+    "or the name of an experiment"
+)
+
+
+def load_config(source: Any, tracking_uri: str | None = None) -> TrainingConfig:
+    """Loads the training configuration that a search has exported.
+
+    Args:
+        source: a path, `"runs:/<run_id>/best_config.json"`, `"models:/<name>@<alias>"` or `"models:/<name>/<version>"`,
+            an `mlflow.entities.Run`, or an experiment's (project's) name: then its newest finished search.
+        tracking_uri: MLflow's store; default: the one that was set in MLflow (`MLFLOW_TRACKING_URI`,
+            `mlflow.set_tracking_uri`), then accumtune's own, `sqlite:///mlruns/mlflow.db`.
+
+    Raises:
+        ConfigError: nothing is there, or what is there is no configuration that this version can read.
+
+    Example:
+
+    >>> config = accumtune.load_config("runs:/0123456789abcdef/best_config.json")
+    """
+    run_id = getattr(getattr(source, "info", None), "run_id", None)
+    if run_id is not None:
+        return _from_run(str(run_id), None, tracking_uri)
+    if not isinstance(source, (str, os.PathLike)):
+        raise ConfigError(f"Received {source!r} of type {type(source).__name__}.", _SOURCES, "pass one of these.")
+    text = os.fspath(source)
+    if isinstance(text, bytes):
+        text = os.fsdecode(text)
+    if match := re.fullmatch(r"runs:/+([^/]+)(?:/(.+))?", text):
+        return _from_run(match[1], match[2], tracking_uri)
+    if match := re.fullmatch(r"models:/+([^/@]+)(?:@(.+)|/(\d+))", text):
+        return _from_model(match[1], match[2], match[3], tracking_uri)
+    if isinstance(source, os.PathLike) or _is_path(text):
+        return _from_file(Path(source))
+    return _from_experiment(text, tracking_uri)
+
+
+def _is_path(text: str) -> bool:
+    if text.endswith(".json") or os.sep in text or "\0" in text:
+        return True
+    return os.path.exists(text)
+
+
+def _from_file(path: Path) -> TrainingConfig:
+    try:
+        if path.is_dir():
+            path = path / CONFIG_FILE
+        content = path.read_bytes()
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise ConfigError(f"The file {str(path)!r} cannot be read: {reason}.", _SOURCES, "check the path.") from None
+    return TrainingConfig.from_json(content, f"The file {str(path)!r}")
+
+
+def _from_run(run_id: str, artifact: str | None, tracking_uri: str | None) -> TrainingConfig:
+    faults = []
+    for uri in _stores(tracking_uri):
+        client = _client(uri)
+        try:
+            # A trial's run has no configuration of its own: its search, the parent, has.
+            parent = client.get_run(run_id).data.tags.get("mlflow.parentRunId")
+        except Exception as error:  # MLflow raises what its store raises, SQLAlchemy's and requests' errors included
+            faults.append(f"{without_credentials(uri)}: {_first_line(error)}")
+            continue
+        return _download(client, parent if parent and artifact is None else run_id, artifact or CONFIG_FILE)
+    raise _not_found(f"The run {run_id!r}", faults)
+
+
+def _from_model(name: str, alias: str | None, version: str | None, tracking_uri: str | None) -> TrainingConfig:
+    faults = []
+    for uri in _stores(tracking_uri):
+        client = _client(uri)
+        try:
+            found = client.get_model_version_by_alias(name, alias) if alias else client.get_model_version(name, version)
+        except Exception as error:
+            faults.append(f"{without_credentials(uri)}: {_first_line(error)}")
+            continue
+        return _from_run(found.run_id, None, uri)
+    raise _not_found(f"The registered model {name!r}", faults)
+
+
+def _from_experiment(name: str, tracking_uri: str | None) -> TrainingConfig:
+    faults = []
+    for uri in _stores(tracking_uri):
+        client = _client(uri)
+        try:
+            experiment = client.get_experiment_by_name(name)
+            runs = [] if experiment is None else client.search_runs(
+                [experiment.experiment_id],
+                "tags.`accumtune.kind` = 'search' and attributes.status = 'FINISHED'",
+                order_by=["attributes.start_time DESC"],
+                max_results=1,
+            )
+        except Exception as error:
+            faults.append(f"{without_credentials(uri)}: {_first_line(error)}")
+            continue
+        if runs:
+            return _download(client, runs[0].info.run_id, CONFIG_FILE)
+        faults.append(f"{without_credentials(uri)}: no {'finished search in it' if experiment else 'such experiment'}")
+    raise _not_found(f"{name!r}, which is no file, was taken for an experiment's name. It", faults)
+
+
+def _download(client: Any, run_id: str, artifact: str) -> TrainingConfig:
+    origin = f"runs:/{run_id}/{artifact}"
+    with tempfile.TemporaryDirectory(prefix="accumtune-") as folder:
+        try:
+            content = Path(client.download_artifacts(run_id, artifact, folder)).read_bytes()
+        except Exception as error:
+            raise ConfigError(
+                f"{origin} cannot be downloaded: {_first_line(error)}",
+                "the run of a search that has finished with a best configuration",
+                "pass the search's (parent) run; `accumtune best SEARCH` prints its configuration.",
+            ) from None
+    return TrainingConfig.from_json(content, origin)
+
+
+def _stores(tracking_uri: str | None) -> list[str]:
+    if tracking_uri is not None:
+        return [tracking_uri]
+    import mlflow
+
+    stores = [mlflow.get_tracking_uri()] if mlflow.is_tracking_uri_set() else []
+    default = sqlite_path(DEFAULT_TRACKING_URI)
+    if not stores or (default is not None and default.exists()):
+        stores.append(DEFAULT_TRACKING_URI)
+    return list(dict.fromkeys(stores))
+
+
+def _client(uri: str) -> Any:
+    path = sqlite_path(uri)
+    if path is not None and not path.exists():
+        # MLflow would make an empty database here, and then say that the run is not in it.
+        raise ConfigError(
+            f"There is no tracking store at {uri}.",
+            "the store that the search was tracked in",
+            'pass tracking_uri="sqlite:///<path>/mlflow.db", or run from the folder that holds mlruns/.',
+        )
+    from mlflow import MlflowClient
+
+    return MlflowClient(tracking_uri=uri, registry_uri=uri)
+
+
+def _not_found(what: str, faults: list[str]) -> ConfigError:
+    return ConfigError(f"{what} was not found. {'; '.join(faults)}.", _SOURCES, "check the name and the tracking_uri.")
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return redacted(lines[0][:300]) if lines else type(error).__name__

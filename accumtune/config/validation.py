@@ -1,0 +1,124 @@
+"""A configuration's text -> its values, or one clear error. Nothing in a file is ever executed or unpickled."""
+
+from __future__ import annotations
+
+import functools
+import importlib.resources
+import json
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from accumtune.errors import ConfigError
+
+SCHEMA_VERSION = 1
+# A configuration has about 2 KiB; what is far larger is something else.
+_MAXIMUM_CHARACTERS = 2**20
+BATCH_HYPERPARAMETERS = ("micro_batch_size", "accumulation_steps", "effective_batch_size")
+_EXPECTED = "a training configuration that accumtune wrote (best_config.json)"
+_FIX = "export it again: tuner.get_best_config().save(path), or take best_config.json from the search's MLflow run."
+
+
+def parse(text: str | bytes, origin: str) -> dict[str, Any]:
+    """Reads the JSON text of a configuration.
+
+    Args:
+        text: the content of the file.
+        origin: where it came from, for the error.
+
+    Raises:
+        ConfigError: it is not JSON, not a configuration, or one of a newer accumtune.
+    """
+    if len(text) > _MAXIMUM_CHARACTERS:
+        raise ConfigError(f"{origin} holds {len(text):,} bytes, too many for a configuration.", _EXPECTED, _FIX)
+    try:
+        text = text.decode() if isinstance(text, bytes) else text
+        values = json.loads(text, object_pairs_hook=_unique, parse_constant=_refuse_constant)
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"{origin} cannot be read as JSON: {_first_line(error)}.", _EXPECTED, _FIX) from None
+    return validated(values, origin)
+
+
+def validated(values: Any, origin: str) -> dict[str, Any]:
+    """The values, checked against the schema and against each other.
+
+    Raises:
+        ConfigError: with the first fault that was found.
+    """
+    version = values.get("schema_version") if isinstance(values, Mapping) else None
+    if isinstance(version, (int, float)) and not isinstance(version, bool) and version > SCHEMA_VERSION:
+        raise ConfigError(
+            f"{origin} has schema_version {version}.",
+            f"schema_version {SCHEMA_VERSION}, which this accumtune knows",
+            "it was written by a newer accumtune: update this one (pip install --upgrade accumtune).",
+        )
+    try:
+        fault = _schema_fault(values) or _inconsistency(values)
+    except RecursionError:
+        fault = "it is nested too deeply"
+    if fault:
+        raise ConfigError(f"{origin} is not a valid configuration: {fault}.", _EXPECTED, _FIX)
+    return dict(values)
+
+
+@functools.cache
+def _validator() -> Any:
+    import jsonschema
+
+    resource = importlib.resources.files("accumtune.config").joinpath("training_config.schema.json")
+    schema = json.loads(resource.read_text())
+    return jsonschema.Draft202012Validator(schema)
+
+
+def _schema_fault(values: Any) -> str | None:
+    import jsonschema.exceptions
+
+    error = jsonschema.exceptions.best_match(_validator().iter_errors(values))
+    if error is None:
+        return None
+    where = ".".join(str(part) for part in error.absolute_path)
+    return _shortened(f"{where}: {error.message}" if where else error.message)
+
+
+def _inconsistency(values: Mapping[str, Any]) -> str | None:
+    for name in (*BATCH_HYPERPARAMETERS, "epochs", "base_effective_batch_size"):
+        # JSON Schema takes 8.0 for an integer; Keras does not.
+        if isinstance(values.get(name), float):
+            return f"{name} is {values[name]!r}, not a whole number"
+    micro, steps, effective = (values[name] for name in BATCH_HYPERPARAMETERS)
+    # The last micro-batch of a window may be smaller, but there is one for every accumulation step.
+    if not micro * (steps - 1) < effective <= micro * steps:
+        return f"effective_batch_size {effective} is not micro_batch_size {micro} times accumulation_steps {steps}"
+    for name in BATCH_HYPERPARAMETERS:
+        if values["hyperparameters"].get(name, values[name]) != values[name]:
+            return f"{name} is {values[name]}, but {values['hyperparameters'][name]!r} among the hyperparameters"
+    if values.get("learning_rate_scaling") and not values.get("base_effective_batch_size"):
+        return "learning_rate_scaling needs base_effective_batch_size, the batch that it is relative to"
+    return "it holds a number that is not finite" if not _is_finite(values) else None
+
+
+def _is_finite(value: Any) -> bool:
+    if isinstance(value, float):
+        return math.isfinite(value)
+    if isinstance(value, Mapping):
+        return all(_is_finite(item) for item in value.values())
+    return all(_is_finite(item) for item in value) if isinstance(value, (list, tuple)) else True
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        raise ValueError("a key appears twice")
+    return values
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is not a number of JSON")
+
+
+def _first_line(error: Exception) -> str:
+    return _shortened((str(error) or type(error).__name__).splitlines()[0])
+
+
+def _shortened(text: str) -> str:
+    return text if len(text) <= 300 else text[:300] + "…"
