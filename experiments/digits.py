@@ -1,9 +1,9 @@
-"""Which batch should a small convolutional network train with on a device of 24 MiB?
+"""Which batch should a small convolutional network train with on a device of 8 MiB?
 
 Searches micro-batch size, accumulation steps, learning rate and width on scikit-learn's digits (1,797 pictures of
 8 x 8 pixels). The largest micro-batches do not fit in the budget; their effective batches are reached all the same.
 
-    python experiments/digits.py [--trials 12] [--epochs 12] [--memory-budget 24MiB] [--overwrite]
+    python experiments/digits.py [--trials 12] [--epochs 12] [--memory-budget 8MiB] [--overwrite]
 
 The same command after an interruption goes on where it was.
 """
@@ -51,7 +51,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--trials", type=int, default=12)
     parser.add_argument("--epochs", type=int, default=12)
-    parser.add_argument("--memory-budget", default="24MiB")
+    parser.add_argument("--memory-budget", default="8MiB")
     parser.add_argument("--directory", default="mlruns/searches")
     parser.add_argument("--tracking-uri", default=None)
     parser.add_argument("--config", default="best_config.json", help="where to save the best configuration")

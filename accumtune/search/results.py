@@ -20,16 +20,15 @@ from accumtune.trials.data import input_arguments, is_data_function
 from accumtune.trials.directory import SearchDirectory
 
 
-def candidates(record: SearchRecord, profiles_folder: Path, is_exact: bool) -> list[Candidate]:
+def candidates(record: SearchRecord, profiles_folder: Path) -> list[Candidate]:
     """The trained configurations within the budget, and with exact accumulation their other micro-batches.
 
     Args:
         record: the search.
         profiles_folder: what the models cost.
-        is_exact: whether pairs of one effective batch are the same training.
     """
     trained = [_trained(trial) for trial in record.with_status("completed") if _is_within(trial, record)]
-    if not is_exact:
+    if not _is_exact(record):
         return trained
     signatures = {trial.trial_id: trial.signature for trial in record.trials}
     others: list[Candidate] = []
@@ -87,7 +86,7 @@ def training_config(record: SearchRecord, choice: Choice, run_id: str | None, tr
 
 def write_report(files: SearchDirectory, record: SearchRecord, best: tuple[Choice, TrainingConfig] | None) -> None:
     """Pictures, table and note, into the search's folder."""
-    found = candidates(record, files.profiles_folder, is_exact=_is_exact(record))
+    found = candidates(record, files.profiles_folder)
     report.write_report(
         files.report_folder,
         record=record,
@@ -135,7 +134,8 @@ def _shape(tree: Any) -> Any:
 
 
 def _is_exact(record: SearchRecord) -> bool:
-    return record.search_over != "pairs"
+    """Whether pairs of one effective batch are the same training."""
+    return not record.batch_coupled_layers
 
 
 def _is_within(trial: TrialRecord, record: SearchRecord) -> bool:

@@ -272,6 +272,7 @@ class Tuner(keras_tuner.Tuner):
             "micro_batch_sizes": self.micro_batch_sizes,
             "accumulation_steps": self.accumulation_steps,
             "search_over": self.search_over,
+            "batch_coupled_layers": self.batch_coupled_layers,
             "learning_rate_scaling": self.learning_rate_scaling,
             "tuner": type(self).__name__,
             "max_trials": self.oracle.max_trials,
@@ -340,7 +341,7 @@ class Tuner(keras_tuner.Tuner):
 
         Those are marked `is_trained=False`: same training, with predicted memory and speed.
         """
-        return results.candidates(self.record(), self._files.profiles_folder, is_exact=not self.batch_coupled_layers)
+        return results.candidates(self.record(), self._files.profiles_folder)
 
     def pareto_front(self) -> list[Candidate]:
         """The candidates that no other beats in objective, peak memory and throughput, best objective first."""

@@ -87,6 +87,7 @@ class SearchRecord:
     micro_batch_sizes: tuple[int, ...] = ()
     accumulation_steps: tuple[int, ...] = ()
     search_over: str | None = None
+    batch_coupled_layers: tuple[str, ...] = ()
     learning_rate_scaling: str | None = None
     tuner: str | None = None
     max_trials: int | None = None

@@ -7,13 +7,15 @@ has made, and by nothing else; the search process never builds a model.
 from __future__ import annotations
 
 import gc
+import json
+import os
 import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from accumtune.trials.directory import TaskDirectory
+from accumtune.trials.directory import TaskDirectory, write_atomically
 from accumtune.trials.payload import load_payload
 
 
@@ -132,10 +134,8 @@ def train(
     initial_weights: str | None = None,
 ) -> dict[str, Any]:
     """Trains one set of hyperparameters, as often as the search asks, and reports each epoch to the journal."""
-    import os
-
     import keras
-    from keras_tuner.engine import tuner_utils
+    from keras_tuner.src.engine import tuner_utils  # how Keras Tuner reads what fit() returns; it has no public name
 
     from accumtune.memory.device import open_device
     from accumtune.tracking.journal import Journal
@@ -219,17 +219,13 @@ def _hyperparameters(config: dict[str, Any]) -> Any:
 
 def _load_weights(model: Any, weights_file: Path) -> None:
     if not model.built:
-        import json
-
         model.build_from_config(json.loads(TaskDirectory(weights_file.parent).build_config_file.read_text()))
     model.load_weights(weights_file)
 
 
 def _save_build_config(model: Any, directory: TaskDirectory) -> None:
     """Keras Tuner reads it in `load_model`, to make the variables of a model that is built by its first call."""
-    from keras_tuner import utils
-
-    utils.save_json(str(directory.build_config_file), model.get_build_config())
+    write_atomically(directory.build_config_file, json.dumps(model.get_build_config()))
 
 
 def _median(values: list[float | None]) -> float | None:

@@ -1,0 +1,246 @@
+"""The command line: `accumtune probe`, `ui`, `best`, `verify`, `sync`.
+
+Exit codes: 0 fine; 1 the answer is no (nothing fits, a configuration does not hold here, values not delivered);
+2 wrong usage or input, with the reason on the standard error.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import os
+import shlex
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from accumtune.errors import AccumtuneError, DataError, SearchDirectoryError, VerificationError
+from accumtune.memory.budget import format_bytes, parse_budget
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Entry point of the `accumtune` command."""
+    options = _parser().parse_args(arguments)
+    try:
+        return int(options.run(options))
+    except VerificationError as error:
+        print(f"accumtune: {error}", file=sys.stderr)
+        return 1
+    except AccumtuneError as error:
+        print(f"accumtune: {error}", file=sys.stderr)
+        return 2
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="accumtune",
+        description="Find the micro-batch size and accumulation steps to train a Keras model with, given this much "
+        "memory.",
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    probe = commands.add_parser("probe", help="which micro-batch sizes of a model fit in a memory budget")
+    probe.add_argument("build_model", metavar="MODULE:build_model", help="a Keras Tuner build function")
+    probe.add_argument("--data", required=True, metavar="MODULE:load", help="a function that returns (x, y)")
+    probe.add_argument("--memory-budget", default=None, help='for example "2GiB"')
+    probe.add_argument("--micro-batch-sizes", type=int, nargs="+", default=None)
+    probe.add_argument("--accumulation-steps", type=int, default=2)
+    probe.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    probe.set_defaults(run=_probe)
+
+    ui = commands.add_parser("ui", help="open a search in the MLflow UI")
+    ui.add_argument("search", nargs="?", default=None, help="a search's directory; default: the newest")
+    ui.add_argument("--tracking-uri", default=None)
+    ui.add_argument("--print", action="store_true", help="print the command and the address, start nothing")
+    ui.set_defaults(run=_ui)
+
+    best = commands.add_parser("best", help="the best configuration of a search")
+    best.add_argument("search", nargs="?", default=None, help="a search's directory; default: the newest")
+    best.add_argument("--policy", default="quality", choices=("quality", "memory", "throughput", "balanced"))
+    best.add_argument("--tolerance", type=float, default=0.01)
+    best.add_argument("--save", metavar="FILE", default=None)
+    best.add_argument("--json", action="store_true")
+    best.set_defaults(run=_best)
+
+    verify = commands.add_parser("verify", help="does a configuration hold on this machine? exit code 1 if not")
+    verify.add_argument("config", help="a path or an address such as runs:/RUN_ID/best_config.json")
+    verify.add_argument("build_model", metavar="MODULE:build_model")
+    verify.add_argument("--data", required=True, metavar="MODULE:load", help="a function that returns (x, y)")
+    verify.add_argument("--tracking-uri", default=None)
+    verify.set_defaults(run=_verify)
+
+    sync = commands.add_parser("sync", help="bring a search's journals into MLflow, after it was unreachable")
+    sync.add_argument("search", nargs="?", default=None, help="a search's directory; default: the newest")
+    sync.add_argument("--tracking-uri", default=None)
+    sync.set_defaults(run=_sync)
+    return parser
+
+
+def _probe(options: argparse.Namespace) -> int:
+    from accumtune.trials.profiling import profile
+
+    build_model, (x, y) = load_object(options.build_model), _load_data(options.data)
+    progress = (lambda line: None) if options.json else (lambda line: print(line, file=sys.stderr, flush=True))
+    costs = profile(
+        build_model,
+        x,
+        y,
+        micro_batch_sizes=options.micro_batch_sizes,
+        memory_budget=options.memory_budget,
+        on_probe=progress,
+    )
+    budget = None if options.memory_budget is None else parse_budget(options.memory_budget)
+    largest = None if budget is None else costs.largest_micro_batch_size(budget, options.accumulation_steps)
+    rows = [_row(costs, size, options.accumulation_steps, budget) for size in _sizes(options, costs)]
+    if options.json:
+        answer = {"largest_micro_batch_size": largest, "memory_budget_bytes": budget, "sizes": rows}
+        print(json.dumps(answer, indent=2))
+    else:
+        print(_table(rows))
+        if budget is not None:
+            answer = largest if largest is not None else "none: not even 1 fits"
+            print(f"Largest micro-batch in {format_bytes(budget)} ({options.accumulation_steps} steps): {answer}")
+    return 0 if budget is None or largest is not None else 1
+
+
+def _sizes(options: argparse.Namespace, costs: Any) -> list[int]:
+    from accumtune.trials.profiling import DEFAULT_MICRO_BATCH_SIZES
+
+    probed = {measurement.micro_batch_size for measurement in costs.measurements}
+    return sorted(probed | set(options.micro_batch_sizes or DEFAULT_MICRO_BATCH_SIZES))
+
+
+def _row(costs: Any, size: int, steps: int, budget: int | None) -> dict[str, Any]:
+    measured = [m for m in costs.measurements if (m.micro_batch_size, m.accumulation_steps) == (size, steps)]
+    return {
+        "micro_batch_size": size,
+        "predicted_peak_memory_bytes": costs.predict_peak_memory(size, steps),
+        "measured_peak_memory_bytes": measured[0].peak_memory_bytes if measured else None,
+        "fits": None if budget is None else costs.fits(size, steps, budget),
+        "throughput_samples_per_second": costs.predict_throughput(size, steps),
+    }
+
+
+def _table(rows: list[dict[str, Any]]) -> str:
+    lines = [f"{'micro-batch':>11}  {'predicted peak':>14}  {'measured':>10}  {'fits':>4}  {'samples/s':>9}"]
+    for row in rows:
+        measured = row["measured_peak_memory_bytes"]
+        fits = {None: "", True: "yes", False: "no"}[row["fits"]]
+        lines.append(
+            f"{row['micro_batch_size']:>11}  {format_bytes(row['predicted_peak_memory_bytes']):>14}  "
+            f"{'' if measured is None else format_bytes(measured):>10}  {fits:>4}  "
+            f"{row['throughput_samples_per_second']:>9,.0f}"
+        )
+    return "\n".join(lines)
+
+
+def _ui(options: argparse.Namespace) -> int:
+    tracker = _tracker(options)
+    tracker.sync()
+    command, address = tracker.ui_command(), tracker.ui_address()
+    print(f"{command}\nthen open {address}", flush=True)
+    if options.print:
+        return 0
+    return subprocess.call(shlex.split(command))
+
+
+def _best(options: argparse.Namespace) -> int:
+    from accumtune.search import results
+    from accumtune.search.selection import pareto_front, select
+    from accumtune.tracking.journal import read_search
+    from accumtune.trials.directory import SearchDirectory
+
+    files = SearchDirectory(find_search(options.search))
+    record = read_search(files.path)
+    found = results.candidates(record, files.profiles_folder)
+    config = results.training_config(
+        record, select(found, options.policy, options.tolerance, record.objective_direction), None, None
+    )
+    if options.save:
+        config.save(options.save)
+    if options.json:
+        print(config.to_json())
+        return 0
+    print(results.summary(record, found, limit=10))
+    print(f"\n{config}\nWhy: {config.reason}")
+    print(f"{len(pareto_front(found, record.objective_direction))} candidates on the Pareto front")
+    return 0
+
+
+def _verify(options: argparse.Namespace) -> int:
+    from accumtune.config import load_config
+
+    config = load_config(options.config, tracking_uri=options.tracking_uri)
+    x, y = _load_data(options.data)
+    print(config.verify(load_object(options.build_model), x, y))
+    return 0
+
+
+def _sync(options: argparse.Namespace) -> int:
+    tracker = _tracker(options)
+    tracker.sync()
+    print(f"Everything is in MLflow: run {tracker.parent_run_id}")
+    return 0
+
+
+def _tracker(options: argparse.Namespace) -> Any:
+    from accumtune.tracking.mlflow import Tracker
+
+    return Tracker(find_search(options.search), options.tracking_uri)
+
+
+def find_search(path: str | None, searches: str = "mlruns/searches") -> Path:
+    """The directory of a search: the given one, or the newest in the default place.
+
+    Raises:
+        SearchDirectoryError: there is none.
+    """
+    if path is not None:
+        candidates = [Path(path)]
+    else:
+        journals = Path(searches).glob("*/search.jsonl")
+        candidates = [file.parent for file in sorted(journals, key=os.path.getmtime, reverse=True)]
+    for folder in candidates:
+        if (folder / "search.jsonl").exists():
+            return folder
+    raise SearchDirectoryError(
+        f"Received {path or searches!r}, which holds no search.",
+        "a directory with a search.jsonl, such as mlruns/searches/<project_name>.",
+        "run a search first, or give its directory.",
+    )
+
+
+def load_object(address: str) -> Any:
+    """What `MODULE:name` means; the working directory is searched for modules too.
+
+    Raises:
+        DataError: there is no such module or name.
+    """
+    module_name, _, name = address.partition(":")
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    try:
+        value: Any = importlib.import_module(module_name)
+        for part in name.split("."):
+            value = getattr(value, part)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise DataError(
+            f"Received {address!r}: {error}",
+            "MODULE:NAME, a name in a module that can be imported from here.",
+            "for a file train.py with a function build_model: train:build_model.",
+        ) from error
+    return value
+
+
+def _load_data(address: str) -> tuple[Any, Any]:
+    data = load_object(address)()
+    if isinstance(data, tuple) and len(data) == 2:
+        return data
+    if isinstance(data, tuple) and len(data) == 4:  # as scikit-learn's train_test_split returns them
+        return data[0], data[2]
+    if isinstance(data, tuple):
+        raise DataError(f"{address} returned {len(data)} values.", "(x, y).", "return x and y.")
+    return load_object(address), None
