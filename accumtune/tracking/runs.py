@@ -1,0 +1,261 @@
+"""What MLflow should hold about a search and its trials. Pure functions: a record in, the content of a run out.
+
+Names are those of the design: flat, and the same for every trial, so that tables and charts work. Memory is in MiB.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from accumtune.config.uris import redacted
+from accumtune.memory.budget import format_bytes, mib
+from accumtune.tracking.records import SearchRecord, TrialRecord
+
+SEARCH_TAG = "accumtune.search_id"
+TRIAL_TAG = "accumtune.trial_id"
+KIND_TAG = "accumtune.kind"
+ATTEMPT_TAG = "accumtune.attempt"
+NOTE_TAG = "mlflow.note.content"
+# The first attributes of every table and chart; the user's own hyperparameters follow.
+BATCH = ("effective_batch_size", "micro_batch_size", "accumulation_steps")
+
+# MLflow's limits (mlflow.utils.validation): longer parameters, tags and names are refused.
+_MAXIMUM_PARAM, _MAXIMUM_TAG, _MAXIMUM_KEY = 6000, 8000, 250
+_LARGEST = 1.7976931348623157e308
+
+
+@dataclass(frozen=True)
+class Point:
+    """One value of a metric."""
+
+    name: str
+    value: float
+    step: int
+    milliseconds: int
+
+
+@dataclass(frozen=True)
+class RunContent:
+    """Everything that one MLflow run should hold, artifacts apart."""
+
+    name: str
+    tags: Mapping[str, str]
+    params: Mapping[str, str]
+    scalars: tuple[Point, ...] = ()
+    curves: tuple[Point, ...] = ()
+    status: str = "RUNNING"
+    started_milliseconds: int = 0
+    ended_milliseconds: int | None = None
+    attempt: int = 0
+    texts: Mapping[str, str] = field(default_factory=dict)
+
+
+def trial_run(trial: TrialRecord, search: SearchRecord) -> RunContent:
+    """The run of one trial."""
+    params = {clean_name(name): str(value)[:_MAXIMUM_PARAM] for name, value in trial.hyperparameters.items()}
+    scalars = _scalars(trial, search)
+    taken = {point.name for point in scalars}
+    started = trial.started_at or trial.proposed_at or search.started_at or 0.0
+    texts = {"traceback.txt": redacted(trial.traceback)} if trial.traceback else {}
+    return RunContent(
+        name=_trial_name(trial),
+        tags=_trial_tags(trial, search),
+        params=params,
+        scalars=scalars,
+        curves=_curves(trial, taken),
+        status=_trial_status(trial, search),
+        started_milliseconds=_milliseconds(trial.proposed_at or started),
+        ended_milliseconds=_milliseconds(trial.ended_at or search.ended_at or started),
+        attempt=trial.attempt,
+        texts=texts,
+    )
+
+
+def search_run(search: SearchRecord, statuses: Mapping[str, int], note: str | None) -> RunContent:
+    """The parent run.
+
+    Args:
+        search: the search; its trials are not looked at.
+        statuses: how many trials ended in each status, or are running.
+        note: the report's Markdown; None while there is none, then a line of progress takes its place.
+    """
+    budget = search.memory_budget_bytes
+    params = {
+        "memory_budget": "none" if budget is None else format_bytes(budget),
+        "objective": f"{search.objective_name} ({search.objective_direction})",
+        "micro_batch_sizes": ", ".join(map(str, search.micro_batch_sizes)),
+        "accumulation_steps_searched": ", ".join(map(str, search.accumulation_steps)),
+        "search_over": search.search_over,
+        "learning_rate_scaling": search.learning_rate_scaling,
+        "tuner": search.tuner,
+        "max_trials": search.max_trials,
+        "backend": search.backend,
+    }
+    tags = {
+        SEARCH_TAG: search.search_id,
+        KIND_TAG: "search",
+        "accumtune.status": search.status,
+        NOTE_TAG: (note or progress_note(search, statuses))[:_MAXIMUM_TAG],
+        **{f"accumtune.trials_{status}": str(count) for status, count in sorted(statuses.items())},
+        **{f"accumtune.version.{name}": str(version) for name, version in search.versions.items()},
+    }
+    if search.reason:
+        tags["accumtune.reason"] = redacted(search.reason)
+    status = {"running": "RUNNING", "finished": "FINISHED", "interrupted": "KILLED"}.get(search.status, "FAILED")
+    return RunContent(
+        name=search.name or "search",
+        tags=_clean_tags(tags),
+        params={name: str(value)[:_MAXIMUM_PARAM] for name, value in params.items() if value not in (None, "")},
+        status=status,
+        started_milliseconds=_milliseconds(search.started_at or 0.0),
+        ended_milliseconds=_milliseconds(search.ended_at or search.started_at or 0.0),
+    )
+
+
+def progress_note(search: SearchRecord, statuses: Mapping[str, int]) -> str:
+    """What stands on the parent's page until the report is written."""
+    counts = ", ".join(f"{count} {status}" for status, count in sorted(statuses.items())) or "none yet"
+    budget = search.memory_budget_bytes
+    within = "no memory budget" if budget is None else f"a memory budget of {format_bytes(budget)}"
+    return f"**{search.status.capitalize()}**: {search.tuner or 'search'} with {within}. Trials: {counts}."
+
+
+def count_statuses(trials: Mapping[Any, TrialRecord]) -> Counter[str]:
+    """How many trials are in each status."""
+    return Counter(trial.status for trial in trials.values())
+
+
+def dataset(search: SearchRecord) -> dict[str, str] | None:
+    """The training data as an MLflow dataset: name, digest and shapes; None where nothing is known of it."""
+    shapes = search.data.get("shapes")
+    if not search.data.get("name") and not shapes:
+        return None
+    text = json.dumps(shapes, sort_keys=True, default=str)
+    # MLflow wants a digest; without one of the content, the shapes tell at least other data apart.
+    digest = search.data.get("digest") or f"shapes-{_crc(text)}"
+    return {
+        "name": str(search.data.get("name") or search.name)[:500],
+        "digest": str(digest)[:36],
+        "profile": json.dumps({"shapes": shapes}, default=str),
+    }
+
+
+def clean_name(name: str) -> str:
+    """A name that MLflow takes: letters, digits and `_ - . : / space`, and no path that could climb."""
+    cleaned = re.sub(r"[^\w\-.: /]", "_", name)[:_MAXIMUM_KEY]
+    # MLflow refuses what os.path.normpath would change.
+    return "/".join(part for part in cleaned.split("/") if part.strip() not in ("", ".", "..")) or "_"
+
+
+def _trial_name(trial: TrialRecord) -> str:
+    if not trial.effective_batch_size:
+        return f"trial {trial.trial_id}"
+    label = "infeasible" if trial.status == "infeasible" else "trial"
+    batch = f"{trial.effective_batch_size}"
+    if trial.micro_batch_size and trial.accumulation_steps:
+        batch += f" = {trial.micro_batch_size} × {trial.accumulation_steps}"
+    return f"{label} {trial.number}: {batch}"
+
+
+def _trial_tags(trial: TrialRecord, search: SearchRecord) -> dict[str, str]:
+    tags = {
+        SEARCH_TAG: search.search_id,
+        TRIAL_TAG: trial.trial_id,
+        KIND_TAG: "trial",
+        "accumtune.status": trial.status,
+        "accumtune.memory_source": trial.memory_source,
+        "accumtune.device": trial.device,
+        "accumtune.reused_from": trial.reused_from,
+        "accumtune.reason": redacted(trial.reason),
+        NOTE_TAG: _trial_note(trial, search),
+    }
+    return _clean_tags(tags)
+
+
+def _clean_tags(tags: Mapping[str, str | None]) -> dict[str, str]:
+    return {clean_name(name): value[:_MAXIMUM_TAG] for name, value in tags.items() if value}
+
+
+def _trial_note(trial: TrialRecord, search: SearchRecord) -> str:
+    """One line: it is the run's description in the table, too."""
+    parts = []
+    if trial.objective_value is not None:
+        parts.append(f"{search.objective_name} {trial.objective_value:.4g}")
+    if trial.peak_memory_bytes is not None:
+        parts.append(f"peak {format_bytes(trial.peak_memory_bytes)}")
+    if trial.predicted_peak_memory_bytes is not None:
+        parts.append(f"predicted {format_bytes(trial.predicted_peak_memory_bytes)}")
+    if trial.throughput_samples_per_second is not None:
+        parts.append(f"{trial.throughput_samples_per_second:,.0f} samples/s")
+    if trial.reused_from:
+        parts.append(f"reused from trial {trial.reused_from}")
+    if trial.reason and trial.status != "completed":
+        parts.append(redacted(trial.reason.strip().splitlines()[0]))
+    status = trial.status.capitalize()
+    return f"{status}: {', '.join(parts)}" if parts else f"{status} ({trial.description or 'no result yet'})"
+
+
+def _trial_status(trial: TrialRecord, search: SearchRecord) -> str:
+    """MLflow has no word for "infeasible": KILLED says that nothing went wrong and that there is no result."""
+    if trial.is_ended:
+        return {"completed": "FINISHED", "reused": "FINISHED", "infeasible": "KILLED"}.get(trial.status, "FAILED")
+    return "KILLED" if search.is_ended else "RUNNING"
+
+
+def _scalars(trial: TrialRecord, search: SearchRecord) -> tuple[Point, ...]:
+    values = {name: trial.hyperparameters.get(name) for name in BATCH}
+    predicted, peak = trial.predicted_peak_memory_bytes, trial.peak_memory_bytes
+    values |= {
+        "predicted_peak_memory_mib": None if predicted is None else mib(predicted),
+        "predicted_throughput_samples_per_second": trial.predicted_throughput_samples_per_second,
+        "peak_memory_mib": None if peak is None else mib(peak),
+        "throughput_samples_per_second": trial.throughput_samples_per_second,
+        f"best_{search.objective_name}": trial.objective_value,
+        "best_epoch": trial.best_epoch,
+        "updates": trial.updates,
+        "training_seconds": trial.training_seconds,
+    }
+    proposed = _milliseconds(trial.proposed_at or search.started_at or 0.0)
+    ended = _milliseconds(trial.ended_at) if trial.ended_at else proposed
+    early = (*BATCH, "predicted_peak_memory_mib", "predicted_throughput_samples_per_second")
+    return tuple(
+        Point(clean_name(name), _storable(value), 0, proposed if name in early else ended)
+        for name, value in values.items()
+        if isinstance(value, (int, float))
+    )
+
+
+def _curves(trial: TrialRecord, taken: set[str]) -> tuple[Point, ...]:
+    points = []
+    for epoch in trial.epochs:
+        # The first execution of a trial is the one that every other trial has, too.
+        prefix = f"execution_{epoch.execution}/" if epoch.execution else ""
+        for name, value in epoch.logs.items():
+            name = clean_name(prefix + (f"epoch_{name}" if name in taken else name))
+            points.append(Point(name, _storable(value), epoch.epoch, _milliseconds(epoch.time)))
+    if not points and trial.reused_logs:
+        step, when = trial.best_epoch or 0, _milliseconds(trial.ended_at or 0.0)
+        points = [Point(clean_name(name), _storable(value), step, when) for name, value in trial.reused_logs.items()]
+    return tuple(points)
+
+
+def _storable(value: float) -> float:
+    """MLflow's databases hold NaN, and infinity as the largest number; said here, so that both sides compare."""
+    value = float(value)
+    return value if math.isnan(value) else max(-_LARGEST, min(_LARGEST, value))
+
+
+def _milliseconds(seconds: float | None) -> int:
+    return int((seconds or 0.0) * 1000)
+
+
+def _crc(text: str) -> str:
+    import zlib
+
+    return f"{zlib.crc32(text.encode()):08x}"
