@@ -17,7 +17,7 @@ import os
 import re
 import time
 from collections.abc import Mapping
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -124,7 +124,8 @@ def read_trial(folder: Path) -> TrialRecord:
             epochs.clear()
         elif kind == "epoch":
             record = _epoch(event)
-            if record is not None:
+            # A process that was given up may still write an epoch of its own attempt.
+            if record is not None and event.get("attempt", values.get("attempt")) == values.get("attempt"):
                 epochs[record.execution, record.epoch] = record
         elif kind == "ended":
             known = {name: value for name, value in _known(TrialRecord, event).items() if value is not None}
@@ -134,6 +135,12 @@ def read_trial(folder: Path) -> TrialRecord:
 
 def read_search(folder: Path) -> SearchRecord:
     """Reads a search's folder with all its trials. What is missing or unknown is left at its default."""
+    trials = sorted(map(read_trial, trial_folders(folder)), key=lambda trial: (trial.number, trial.trial_id))
+    return replace(read_search_journal(folder), trials=tuple(trials))
+
+
+def read_search_journal(folder: Path) -> SearchRecord:
+    """Reads what is known of a search itself, without its trials."""
     folder = Path(folder)
     values: dict[str, Any] = {}
     advice: list[str] = []
@@ -152,10 +159,9 @@ def read_search(folder: Path) -> SearchRecord:
         elif kind == "search_ended":
             ended = {"status": event.get("status") or "finished", "reason": event.get("reason") or ""}
             values |= ended | {"ended_at": event.get("time")}
-    for name in ("micro_batch_sizes", "accumulation_steps"):
+    for name in ("micro_batch_sizes", "accumulation_steps", "batch_coupled_layers"):
         values[name] = tuple(values.get(name) or ())
-    trials = sorted(map(read_trial, trial_folders(folder)), key=lambda trial: (trial.number, trial.trial_id))
-    values |= {"advice": tuple(advice), "resumed_at": tuple(resumed), "trials": tuple(trials), "folder": folder}
+    values |= {"advice": tuple(advice), "resumed_at": tuple(resumed), "folder": folder}
     return SearchRecord(**values)
 
 
@@ -187,7 +193,7 @@ def _known(record: type, event: Mapping[str, Any]) -> dict[str, Any]:
     for name in ("reason", "traceback", "description"):
         if name in known and not isinstance(known[name], str):
             known[name] = "" if known[name] is None else str(known[name])
-    for name in ("hyperparameters", "versions", "data", "objective"):
+    for name in ("hyperparameters", "versions", "data", "objective", "metrics", "reused_logs"):
         if name in known and not isinstance(known[name], Mapping):
             del known[name]
     return known

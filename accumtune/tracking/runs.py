@@ -19,11 +19,16 @@ from accumtune.tracking.records import SearchRecord, TrialRecord
 
 SEARCH_TAG = "accumtune.search_id"
 TRIAL_TAG = "accumtune.trial_id"
+REASON_TAG = "accumtune.reason"
+REUSED_TAG = "accumtune.reused_from"
 KIND_TAG = "accumtune.kind"
 ATTEMPT_TAG = "accumtune.attempt"
 NOTE_TAG = "mlflow.note.content"
+STATUSES = ("completed", "reused", "infeasible", "failed", "running")
 # The first attributes of every table and chart; the user's own hyperparameters follow.
 BATCH = ("effective_batch_size", "micro_batch_size", "accumulation_steps")
+
+_KNOWN_BEFORE = (*BATCH, "predicted_peak_memory_mib", "predicted_throughput_samples_per_second")
 
 # MLflow's limits (mlflow.utils.validation): longer parameters, tags and names are refused.
 _MAXIMUM_PARAM, _MAXIMUM_TAG, _MAXIMUM_KEY = 6000, 8000, 250
@@ -60,7 +65,8 @@ def trial_run(trial: TrialRecord, search: SearchRecord) -> RunContent:
     """The run of one trial."""
     params = {clean_name(name): str(value)[:_MAXIMUM_PARAM] for name, value in trial.hyperparameters.items()}
     scalars = _scalars(trial, search)
-    taken = {point.name for point in scalars}
+    # A metric of the user's with such a name must not be mixed with ours, whichever comes first.
+    taken = set(_scalar_values(trial, search))
     started = trial.started_at or trial.proposed_at or search.started_at or 0.0
     texts = {"traceback.txt": redacted(trial.traceback)} if trial.traceback else {}
     return RunContent(
@@ -102,11 +108,11 @@ def search_run(search: SearchRecord, statuses: Mapping[str, int], note: str | No
         KIND_TAG: "search",
         "accumtune.status": search.status,
         NOTE_TAG: (note or progress_note(search, statuses))[:_MAXIMUM_TAG],
-        **{f"accumtune.trials_{status}": str(count) for status, count in sorted(statuses.items())},
+        **{f"accumtune.trials_{status}": str(statuses.get(status, 0)) for status in STATUSES},
         **{f"accumtune.version.{name}": str(version) for name, version in search.versions.items()},
     }
     if search.reason:
-        tags["accumtune.reason"] = redacted(search.reason)
+        tags[REASON_TAG] = redacted(search.reason)
     status = {"running": "RUNNING", "finished": "FINISHED", "interrupted": "KILLED"}.get(search.status, "FAILED")
     return RunContent(
         name=search.name or "search",
@@ -171,8 +177,8 @@ def _trial_tags(trial: TrialRecord, search: SearchRecord) -> dict[str, str]:
         "accumtune.status": trial.status,
         "accumtune.memory_source": trial.memory_source,
         "accumtune.device": trial.device,
-        "accumtune.reused_from": trial.reused_from,
-        "accumtune.reason": redacted(trial.reason),
+        REUSED_TAG: trial.reused_from,
+        REASON_TAG: redacted(trial.reason),
         NOTE_TAG: _trial_note(trial, search),
     }
     return _clean_tags(tags)
@@ -208,10 +214,10 @@ def _trial_status(trial: TrialRecord, search: SearchRecord) -> str:
     return "KILLED" if search.is_ended else "RUNNING"
 
 
-def _scalars(trial: TrialRecord, search: SearchRecord) -> tuple[Point, ...]:
-    values = {name: trial.hyperparameters.get(name) for name in BATCH}
+def _scalar_values(trial: TrialRecord, search: SearchRecord) -> dict[str, Any]:
     predicted, peak = trial.predicted_peak_memory_bytes, trial.peak_memory_bytes
-    values |= {
+    return {
+        **{name: trial.hyperparameters.get(name) for name in BATCH},
         "predicted_peak_memory_mib": None if predicted is None else mib(predicted),
         "predicted_throughput_samples_per_second": trial.predicted_throughput_samples_per_second,
         "peak_memory_mib": None if peak is None else mib(peak),
@@ -221,12 +227,14 @@ def _scalars(trial: TrialRecord, search: SearchRecord) -> tuple[Point, ...]:
         "updates": trial.updates,
         "training_seconds": trial.training_seconds,
     }
+
+
+def _scalars(trial: TrialRecord, search: SearchRecord) -> tuple[Point, ...]:
     proposed = _milliseconds(trial.proposed_at or search.started_at or 0.0)
     ended = _milliseconds(trial.ended_at) if trial.ended_at else proposed
-    early = (*BATCH, "predicted_peak_memory_mib", "predicted_throughput_samples_per_second")
     return tuple(
-        Point(clean_name(name), _storable(value), 0, proposed if name in early else ended)
-        for name, value in values.items()
+        Point(clean_name(name), _storable(value), 0, proposed if name in _KNOWN_BEFORE else ended)
+        for name, value in _scalar_values(trial, search).items()
         if isinstance(value, (int, float))
     )
 

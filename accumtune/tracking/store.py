@@ -17,7 +17,7 @@ from urllib.parse import urlsplit
 
 from accumtune.config.uris import absolute_uri, sqlite_path, without_credentials
 from accumtune.errors import TrackingError
-from accumtune.tracking.runs import ATTEMPT_TAG, SEARCH_TAG, TRIAL_TAG, Point, RunContent
+from accumtune.tracking.runs import ATTEMPT_TAG, REASON_TAG, REUSED_TAG, SEARCH_TAG, TRIAL_TAG, Point, RunContent
 
 # A parent is found under this key, its trials under their ids.
 PARENT = ""
@@ -164,6 +164,11 @@ class Store:
             metrics = [Metric(point.name, point.value, point.milliseconds, point.step) for point in points_part]
             self.client.log_batch(state.run_id, metrics=metrics)
             self._remember(state, points_part)
+        for name in (REASON_TAG, REUSED_TAG):
+            # What was said of an earlier attempt, or of the session before.
+            if name in state.tags and name not in content.tags:
+                self.client.delete_tag(state.run_id, name)
+                del state.tags[name]
         state.tags |= tags
         state.params |= params
         self._bring_status(state, content)

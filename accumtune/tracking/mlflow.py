@@ -1,0 +1,230 @@
+"""The search's side of MLflow: a replay of its journals in the background, and how to look at the result."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Literal
+from urllib.parse import urlsplit
+
+from accumtune.config.uris import DEFAULT_TRACKING_URI, absolute_uri, sqlite_path, without_credentials
+from accumtune.errors import AccumtuneError, TrackingError
+from accumtune.tracking.replay import Replay, described
+
+__all__ = ["DEFAULT_TRACKING_URI", "Tracker"]
+
+CACHE_FILE = "tracking.json"
+_INTERVAL_SECONDS = 2.0
+_STOP_SECONDS = 60.0
+_LAST_ATTEMPTS = 3
+
+
+class Tracker:
+    """Keeps the MLflow runs of one search equal to its journals.
+
+    Nothing that happens to the tracking store reaches the search: the journals have it all, and a replay brings it
+    later, each value once.
+
+    Args:
+        search_folder: the search's folder, with `search.jsonl`.
+        tracking_uri: MLflow's; None for `sqlite:///mlruns/mlflow.db` with artifacts in `mlruns/artifacts`, False for
+            no tracking.
+        interval_seconds: how often the background looks for news.
+        stop_seconds: how long `stop` waits for what is still to be sent.
+
+    Example:
+
+    >>> tracker = Tracker(folder)
+    >>> tracker.start()
+    >>> ...
+    >>> message = tracker.stop()  # "" where everything has arrived
+    """
+
+    def __init__(
+        self,
+        search_folder: str | os.PathLike[str],
+        tracking_uri: str | Literal[False] | None = None,
+        *,
+        interval_seconds: float = _INTERVAL_SECONDS,
+        stop_seconds: float = _STOP_SECONDS,
+    ) -> None:
+        self.folder = Path(search_folder).resolve()
+        self.tracking_uri = self._resolve(tracking_uri)
+        self._interval_seconds = interval_seconds
+        self._stop_seconds = stop_seconds
+        self._replay = None if self.tracking_uri is None else Replay(self.folder, self.tracking_uri)
+        self._lock = threading.Lock()
+        self._stopping = threading.Event()
+        self._thread: threading.Thread | None = None
+        self._fault = ""
+
+    @staticmethod
+    def _resolve(tracking_uri: str | Literal[False] | None) -> str | None:
+        if tracking_uri is False:
+            return None
+        # Absolute now: the user's code may change the working directory later.
+        return absolute_uri(tracking_uri if tracking_uri else DEFAULT_TRACKING_URI)
+
+    @property
+    def parent_run_id(self) -> str | None:
+        """The search's run; None as long as the store has not given it one."""
+        return self._known("parent_run_id")
+
+    @property
+    def experiment_id(self) -> str | None:
+        return self._known("experiment_id")
+
+    def sync(self) -> None:
+        """Brings everything that the journals hold into MLflow, now. A second call changes nothing.
+
+        Raises:
+            TrackingError: the store cannot be reached or refuses; nothing is lost.
+        """
+        if self._replay is None:
+            return
+        try:
+            self._run(is_fresh=True)
+        except AccumtuneError:
+            raise
+        except Exception as error:  # whatever the store's driver raises: SQLAlchemy's, requests', MLflow's
+            raise TrackingError(
+                f"MLflow at {without_credentials(self._replay.tracking_uri)} refused: {described(error)}",
+                "a store that can be written to",
+                f"mend it, then `{self._sync_command()}`: nothing is lost.",
+            ) from error
+
+    def start(self) -> None:
+        """Begins to replay in the background; returns at once and never fails because of the store."""
+        if self._replay is None or self._thread is not None:
+            return
+        self._stopping.clear()
+        self._thread = threading.Thread(target=self._loop, name="accumtune-tracking", daemon=True)
+        self._thread.start()
+
+    def stop(self) -> str:
+        """Sends the rest and ends the background; waits at most `stop_seconds`.
+
+        Returns:
+            "" where everything has arrived, otherwise what to tell the user.
+        """
+        if self._thread is None or self._replay is None:
+            return ""
+        self._stopping.set()
+        self._thread.join(self._stop_seconds)
+        fault = "it takes too long" if self._thread.is_alive() else self._fault
+        self._thread = None
+        if not fault:
+            return ""
+        return (
+            f"MLflow at {without_credentials(self._replay.tracking_uri)} does not have everything yet ({fault}). "
+            f"Nothing is lost: `{self._sync_command()}` brings it later."
+        )
+
+    def ui_command(self) -> str:
+        """The command that starts the MLflow UI; "" where a server has it already, or without tracking."""
+        if self.tracking_uri is None or self._server_address():
+            return ""
+        uri = without_credentials(self.tracking_uri)
+        path = sqlite_path(uri)
+        if path is not None and path.is_relative_to(Path.cwd()):
+            uri = f"sqlite:///{path.relative_to(Path.cwd())}"
+        return f"mlflow ui --backend-store-uri {uri} --port {_UI_PORT}"
+
+    def ui_address(self) -> str:
+        """Where the UI shows this search: a table of its trials with the columns that matter; charts are beside it.
+
+        "" as long as the store has no experiment for it, or without tracking.
+        """
+        if self.tracking_uri is None or self.experiment_id is None:
+            return ""
+        address = f"{self._server_address() or f'http://127.0.0.1:{_UI_PORT}'}/#/experiments/{self.experiment_id}/runs"
+        key = self._known("view_key")
+        return f"{address}?viewStateShareKey={key}" if key else address
+
+    def _server_address(self) -> str:
+        uri = without_credentials(self.tracking_uri or "")
+        return uri.rstrip("/") if urlsplit(uri).scheme in ("http", "https") else ""
+
+    def _sync_command(self) -> str:
+        folder = self.folder.relative_to(Path.cwd()) if self.folder.is_relative_to(Path.cwd()) else self.folder
+        return f"accumtune sync {folder}"
+
+    def _loop(self) -> None:
+        is_fresh = True
+        while not self._stopping.is_set():
+            is_fresh = not self._try(is_fresh)
+            self._stopping.wait(self._interval_seconds)
+        for _ in range(_LAST_ATTEMPTS):
+            if self._try(is_fresh=True):
+                return
+            self._stopping.wait(0.5)
+
+    def _try(self, is_fresh: bool) -> bool:
+        try:
+            self._run(is_fresh)
+        except Exception as error:  # the search goes on whatever the store does; `stop` tells
+            self._fault = described(error)
+            return False
+        self._fault = ""
+        return True
+
+    def _run(self, is_fresh: bool) -> None:
+        assert self._replay is not None
+        with self._lock, _quiet_loggers():
+            self._replay.run(is_fresh)
+            self._remember()
+
+    def _remember(self) -> None:
+        """Writes down where the runs are, for commands that must not wait for the store."""
+        assert self._replay is not None and self.tracking_uri is not None
+        if self._replay.parent_run_id is None:
+            return
+        names = ("experiment_id", "parent_run_id", "view_key")
+        content = {"tracking_uri": without_credentials(self.tracking_uri)}
+        content |= {name: getattr(self._replay, name) for name in names}
+        if content != self._cache():
+            temporary = self.folder / f".{CACHE_FILE}.{os.getpid()}"
+            temporary.write_text(json.dumps(content, indent=2))
+            os.replace(temporary, self.folder / CACHE_FILE)
+
+    def _known(self, name: str) -> str | None:
+        if self._replay is None:
+            return None
+        found = getattr(self._replay, name)
+        cache = self._cache() if found is None else {}
+        is_same = cache.get("tracking_uri") == without_credentials(self.tracking_uri or "")
+        return cache.get(name) if found is None and is_same else found
+
+    def _cache(self) -> dict[str, str | None]:
+        return read_cache(self.folder)
+
+
+_UI_PORT = 5000
+
+
+def read_cache(folder: Path) -> dict[str, str | None]:
+    """Where a search's runs were last seen: `tracking_uri` (without credentials), `experiment_id`, `parent_run_id`."""
+    try:
+        content = json.loads((Path(folder) / CACHE_FILE).read_text())
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+@contextmanager
+def _quiet_loggers() -> Iterator[None]:
+    """Making a database tells of forty schema migrations, which say nothing to someone who searches."""
+    loggers = [logging.getLogger(name) for name in ("mlflow.store.db.utils", "alembic")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.WARNING)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

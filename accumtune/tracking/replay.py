@@ -1,0 +1,212 @@
+"""Journals -> MLflow, idempotently: brings what is missing, and nothing twice."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from accumtune.config.uris import redacted
+from accumtune.errors import TrackingError
+from accumtune.tracking import runs, view
+from accumtune.tracking.journal import TRIAL_JOURNAL, read_search_journal, read_trial, trial_folders
+from accumtune.tracking.records import SearchRecord, TrialRecord
+from accumtune.tracking.store import PARENT, RunState, Store
+
+REPORT_FOLDER = "report"
+NOTE_FILE = "note.md"
+CONFIG_FILE = "best_config.json"
+LOG_FILE = "log.txt"
+_LOCK_FILE = "tracking.lock"
+_SYNCED_TAG = "accumtune.synced"
+# What is written for a record; raised when a later version writes more, so that a sync brings it to old runs too.
+_CONTENT_VERSION = 1
+_MAXIMUM_LOG_BYTES = 2**20
+
+
+class Replay:
+    """Brings one search's journals into one MLflow store.
+
+    What it remembers only saves work: `run(is_fresh=True)` asks the store what it has and completes it.
+
+    Args:
+        folder: the search's.
+        tracking_uri: MLflow's.
+    """
+
+    def __init__(self, folder: Path, tracking_uri: str) -> None:
+        self.folder = folder
+        self.tracking_uri = tracking_uri
+        self.experiment_id: str | None = None
+        self.parent_run_id: str | None = None
+        self.view_key: str | None = None
+        self._store: Store | None = None
+        self._states: dict[str, RunState] = {}
+        self._trials: dict[Path, tuple[int, TrialRecord]] = {}
+        self._brought: dict[Path, tuple[int, bool]] = {}
+
+    def run(self, is_fresh: bool) -> None:
+        """Brings what is new. Any exception means that something is still missing; the next call goes on.
+
+        Args:
+            is_fresh: look into the store, rather than trusting what this process has written.
+        """
+        with _locked(self.folder / _LOCK_FILE):
+            try:
+                self._run(is_fresh)
+            except BaseException:
+                self._store = None
+                raise
+
+    def _run(self, is_fresh: bool) -> None:
+        search = read_search_journal(self.folder)
+        if not search.search_id:
+            return
+        store = self._open(search, is_fresh)
+        self._read_trials()
+        self._bring_parent(store, search)
+        trials = sorted(self._trials.items(), key=lambda item: (item[1][1].number, item[1][1].trial_id))
+        for folder, (size, trial) in trials:
+            key = (size, search.is_ended)
+            if self._brought.get(folder) != key:
+                self._bring_trial(store, folder, size, trial, search)
+                self._brought[folder] = key
+        self._bring_report(store, search)
+        records = [trial for _, (_, trial) in trials]
+        self.view_key = view.bring_view(store.client, store.experiment_id, search, records) or self.view_key
+
+    def _open(self, search: SearchRecord, is_fresh: bool) -> Store:
+        if self._store is None or is_fresh:
+            self._store = Store(self.tracking_uri, search.name or "accumtune")
+            self._states = self._store.runs(search.search_id)
+            self._brought.clear()
+        else:
+            self._store.check()
+        self.experiment_id = self._store.experiment_id
+        return self._store
+
+    def _read_trials(self) -> None:
+        """Only journals that have grown are read again, so a tick costs little however many trials there are."""
+        for folder in trial_folders(self.folder):
+            try:
+                size = os.stat(folder / TRIAL_JOURNAL).st_size
+            except FileNotFoundError:
+                continue
+            if self._trials.get(folder, (-1, None))[0] != size:
+                trial = read_trial(folder)
+                if trial.proposed_at is not None:
+                    self._trials[folder] = (size, trial)
+
+    def _bring_parent(self, store: Store, search: SearchRecord) -> None:
+        statuses = runs.count_statuses({folder: trial for folder, (_, trial) in self._trials.items()})
+        content = runs.search_run(search, statuses, self._note(search))
+        if PARENT not in self._states:
+            self._states[PARENT] = store.create(content)
+        state = self._states[PARENT]
+        self.parent_run_id = state.run_id
+        store.bring(state, content)
+        store.bring_dataset(state, runs.dataset(search))
+
+    def _bring_trial(self, store: Store, folder: Path, size: int, trial: TrialRecord, search: SearchRecord) -> None:
+        state = self._states.get(trial.trial_id)
+        fingerprint = f"{_CONTENT_VERSION}:{size}" if trial.is_ended else ""
+        if state is not None and fingerprint and state.tags.get(_SYNCED_TAG) == fingerprint:
+            return
+        content = runs.trial_run(trial, search)
+        if state is None:
+            state = store.create(content, self.parent_run_id)
+        elif store.conflicts(state, content):
+            state = store.replace(state, content, self.parent_run_id)
+        self._states[trial.trial_id] = state
+        store.bring(state, content)
+        store.set_tags(state, {"mlflow.parentRunId": self.parent_run_id or ""})
+        if trial.is_ended:
+            store.bring_dataset(state, runs.dataset(search))
+            log = _read_log(folder / LOG_FILE)
+            for name, text in {**content.texts, **({LOG_FILE: log} if log else {})}.items():
+                store.client.log_text(state.run_id, text, name)
+            # Last, so that a run which has it has everything.
+            store.set_tags(state, {_SYNCED_TAG: fingerprint})
+
+    def _bring_report(self, store: Store, search: SearchRecord) -> None:
+        """The files that the search has written for its parent run, whenever they are other ones."""
+        if not search.is_ended:
+            return
+        state, report = self._states[PARENT], self.folder / REPORT_FOLDER
+        fingerprint = f"{_CONTENT_VERSION}:{_digest(report)}"
+        if state.tags.get(_SYNCED_TAG) == fingerprint:
+            return
+        for file in _files(report):
+            store.client.log_artifact(state.run_id, str(file))
+        tags = {_SYNCED_TAG: fingerprint}
+        best = self._best_trial_id(report)
+        if best is not None and best in self._states:
+            tags = {"accumtune.best_trial_id": best, "accumtune.best_run_id": self._states[best].run_id} | tags
+        store.set_tags(state, tags)
+
+    def _note(self, search: SearchRecord) -> str | None:
+        # While a resumed search runs, the report is that of the session before.
+        if not search.is_ended:
+            return None
+        try:
+            return (self.folder / REPORT_FOLDER / NOTE_FILE).read_text(encoding="utf-8")
+        except FileNotFoundError:
+            return None
+
+    @staticmethod
+    def _best_trial_id(report: Path) -> str | None:
+        try:
+            return json.loads((report / CONFIG_FILE).read_text())["source"]["trial_id"]
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """One process at a time, so that the search and `accumtune sync` do not both make a run."""
+    with open(path, "a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise TrackingError(
+                f"Another process is bringing {path.parent} into MLflow at this moment.",
+                "one at a time",
+                "wait a moment and try again, or leave it to the other one.",
+            ) from None
+        yield
+
+
+def _files(folder: Path) -> list[Path]:
+    try:
+        return sorted(file for file in folder.iterdir() if file.is_file() and not file.name.startswith("."))
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+
+
+def _digest(folder: Path) -> str:
+    digest = hashlib.sha256()
+    for file in _files(folder):
+        digest.update(file.name.encode() + b"\0" + hashlib.sha256(file.read_bytes()).digest())
+    return digest.hexdigest()[:16]
+
+
+def _read_log(path: Path) -> str:
+    """The end of a trial's log, without credentials in addresses."""
+    try:
+        with open(path, "rb") as file:
+            file.seek(max(0, os.fstat(file.fileno()).st_size - _MAXIMUM_LOG_BYTES))
+            content = file.read()
+    except FileNotFoundError:
+        return ""
+    return redacted(content.decode(errors="replace"))
+
+
+def described(error: BaseException) -> str:
+    """An exception in one line, without credentials."""
+    lines: list[Any] = str(error).strip().splitlines()
+    return redacted(lines[0][:300] if lines else type(error).__name__)

@@ -1,0 +1,157 @@
+"""The saved view that MLflow's UI opens a search with: columns that matter, children visible, charts set up.
+
+MLflow 3 keeps a shared view in a tag of the experiment (verified on 3.17.2). It is not a documented interface, so
+nothing depends on it: where it is refused, the plain list of runs is opened instead.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import logging
+import zlib
+from collections.abc import Sequence
+from typing import Any
+
+from accumtune.tracking.records import SearchRecord, TrialRecord
+from accumtune.tracking.runs import BATCH, SEARCH_TAG, clean_name
+
+_TAG = "mlflow.sharedViewState."
+_OURS_TAG = "accumtune.viewDigest."
+_MAXIMUM_TAG = 20_000
+_METRICS = ("peak_memory_mib", "throughput_samples_per_second")
+_WIDE = 190
+
+
+def bring_view(client: Any, experiment_id: str, search: SearchRecord, trials: Sequence[TrialRecord]) -> str | None:
+    """Saves the search's view in its experiment, unless a person has edited or deleted it.
+
+    Returns:
+        The key that opens it (`?viewStateShareKey=<key>`), or None where there is none.
+    """
+    from mlflow.exceptions import MlflowException
+
+    key = hashlib.sha256(f"accumtune {search.search_id}".encode()).hexdigest()[:32]
+    value = _encoded(search, trials)
+    if value is None:
+        return None
+    digest = hashlib.sha256(value.encode()).hexdigest()[:16]
+    try:
+        tags = client.get_experiment(experiment_id).tags
+        ours, present = tags.get(_OURS_TAG + key), tags.get(_TAG + key)
+        is_untouched = ours is None or (present is not None and _digest(present) == ours)
+        if is_untouched and ours != digest:
+            client.set_experiment_tag(experiment_id, _TAG + key, value)
+            client.set_experiment_tag(experiment_id, _OURS_TAG + key, digest)
+            present = value
+    except MlflowException as error:
+        logging.getLogger(__name__).info("MLflow took no saved view: %s", error)
+        return None
+    return key if present is not None else None
+
+
+def _digest(value: str) -> str:
+    return hashlib.sha256(value.encode()).hexdigest()[:16]
+
+
+def _encoded(search: SearchRecord, trials: Sequence[TrialRecord]) -> str | None:
+    when = int((search.started_at or 0.0) * 1000)
+    state = json.dumps(view_state(search, trials), separators=(",", ":"))
+    packed = "deflate;" + base64.b64encode(zlib.compress(state.encode(), 9)).decode()
+    name = f"accumtune: {search.name or 'search'}"
+    value = json.dumps({"name": name, "createdAt": when, "updatedAt": when, "state": packed})
+    return value if len(value) <= _MAXIMUM_TAG else None
+
+
+def view_state(search: SearchRecord, trials: Sequence[TrialRecord]) -> dict[str, Any]:
+    """The state of MLflow's run list for one search.
+
+    Args:
+        search: the search.
+        trials: its trials; the hyperparameters that they have become columns and axes.
+    """
+    best = clean_name(f"best_{search.objective_name}")
+    own = _hyperparameters(trials)
+    columns = [
+        *(f"params.`{name}`" for name in BATCH),
+        *(f"metrics.`{name}`" for name in (best, *_METRICS, "predicted_peak_memory_mib")),
+        "tags.`accumtune.status`",
+        *(f"params.`{name}`" for name in own[:6]),
+        "attributes.`Description`",
+    ]
+    order = ["attributes.`Run Name`", *columns]
+    sections, charts = _charts(search, best, own)
+    return {
+        "searchFilter": f"tags.`{SEARCH_TAG}` = '{search.search_id}'",
+        "orderByKey": f"metrics.`{best}`",
+        "orderByAsc": search.objective_direction != "max",
+        "startTime": "ALL",
+        "lifecycleFilter": "Active",
+        "datasetsFilter": [],
+        "modelVersionFilter": "All Runs",
+        "selectedColumns": columns,
+        "columnOrder": order,
+        "columnWidths": {column: _WIDE for column in columns} | {"attributes.`Description`": 420},
+        "runsHiddenMode": "SHOW_ALL",
+        "viewMaximized": False,
+        "runListHidden": False,
+        "isAccordionReordered": False,
+        "hideEmptyCharts": True,
+        "groupBy": None,
+        "groupsExpanded": {},
+        "useGroupedValuesInCharts": True,
+        "compareRunSections": sections,
+        "compareRunCharts": charts,
+        "globalLineChartConfig": {"xAxisKey": "step", "lineSmoothness": 0, "selectedXAxisMetricKey": ""},
+    }
+
+
+def _hyperparameters(trials: Sequence[TrialRecord]) -> list[str]:
+    """The user's own, in the order of their first use; Keras Tuner's bookkeeping is left out."""
+    names = {clean_name(name): None for trial in trials for name in trial.hyperparameters}
+    return [name for name in names if name not in BATCH and not name.startswith("tuner/")]
+
+
+def _charts(search: SearchRecord, best: str, own: list[str]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    def identity(name: str) -> str:
+        return hashlib.sha256(f"{search.search_id} {name}".encode()).hexdigest()[:24]
+
+    def section(name: str) -> dict[str, Any]:
+        common = {"isReordered": False, "deleted": False, "isGenerated": False}
+        return {"uuid": identity(name), "name": name, "display": True, **common}
+
+    def chart(where: str, kind: str, title: str, **options: Any) -> dict[str, Any]:
+        common = {"runsCountToCompare": 100, "deleted": False, "isGenerated": False}
+        return {
+            "uuid": identity(title), "type": kind, "metricSectionId": identity(where), "displayName": title,
+            **common, **options,
+        }  # fmt: skip
+
+    def scatter(title: str, x: str, y: str, x_type: str = "METRIC") -> dict[str, Any]:
+        axes = {"xaxis": {"key": x, "type": x_type}, "yaxis": {"key": y, "type": "METRIC"}}
+        return chart(_TRADE_OFF, "SCATTER", title, **axes)
+
+    objective = search.objective_name
+    charts = [
+        scatter(f"{objective} against peak memory (MiB)", "peak_memory_mib", best),
+        scatter(f"{objective} against effective batch", "effective_batch_size", best),
+        scatter("throughput against peak memory (MiB)", "peak_memory_mib", "throughput_samples_per_second"),
+        chart(
+            _TRADE_OFF, "PARALLEL", "all trials: parameters to objective, memory, speed",
+            selectedParams=[*BATCH, *own[:4]], selectedMetrics=[*_METRICS, best], showAllRuns=False,
+        ),
+        *(
+            chart(
+                _CURVES, "LINE", name,
+                metricKey=name, selectedMetricKeys=[name], xAxisKey="step", yAxisKey="metric", yAxisExpressions=[],
+                range={}, xAxisScaleType="linear", scaleType="linear", lineSmoothness=0, selectedXAxisMetricKey="",
+            )
+            for name in dict.fromkeys((objective, "loss", "val_loss"))
+        ),
+    ]  # fmt: skip
+    return [section(_TRADE_OFF), section(_CURVES)], charts
+
+
+_TRADE_OFF = "What quality costs"
+_CURVES = "Curves"
