@@ -93,7 +93,7 @@ def _loss(loss: Any, model: Any) -> Coupling | None:
     import keras
 
     function = getattr(loss, "fn", loss)
-    name = getattr(loss, "name", None) or getattr(function, "__name__", str(loss))
+    name = str(getattr(loss, "name", None) or getattr(function, "__name__", loss))
     if isinstance(loss, str):
         identifier = keras.losses.get(loss)
         return _loss(identifier, model) if not isinstance(identifier, str) else None

@@ -3,10 +3,20 @@
 from __future__ import annotations
 
 import inspect
+import itertools
 import math
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 from accumtune.accumulation.window import split
+
+
+@dataclass(frozen=True)
+class Window:
+    """The micro-batches of one update, where a batch is expected (torch's data loader yields them)."""
+
+    micro_batches: list[Any]
 
 
 def samples_of(batch: Any) -> int:
@@ -16,7 +26,7 @@ def samples_of(batch: Any) -> int:
     return int(next(leaf for leaf in tree.flatten(batch) if leaf is not None).shape[0])
 
 
-def without_empty_weights(batch: Any) -> tuple[Any, Any, Any]:
+def unpacked(batch: Any) -> tuple[Any, Any, Any]:
     """A batch in any of Keras's forms as (x, y, sample_weight)."""
     from keras.src.trainers.data_adapters import data_adapter_utils
 
@@ -49,7 +59,10 @@ def same_shapes(window: list[Any]) -> bool:
 
 def windowed_arguments(model: Any, accumulation_steps: int, args: tuple, kwargs: dict) -> dict[str, Any]:
     """The arguments of `fit`, with data that an epoch counts in windows of `accumulation_steps` batches."""
+    import keras
     from keras.src.trainers.data_adapters import array_slicing, get_data_adapter
+
+    from accumtune.accumulation import training
 
     bound = inspect.signature(type(model).fit).bind(model, *args, **kwargs)
     bound.apply_defaults()
@@ -70,6 +83,9 @@ def windowed_arguments(model: Any, accumulation_steps: int, args: tuple, kwargs:
         shuffle=given.pop("shuffle", True),
         class_weight=given.pop("class_weight", None),
     )
+    if keras.backend.backend() == "torch" and not training.is_built(model):
+        adapter.on_epoch_begin()
+        training.build(model, next(iter(adapter.get_torch_dataloader())))  # Keras would read a window for a batch
     given["x"] = _windowed(adapter, accumulation_steps)
     return given
 
@@ -82,12 +98,16 @@ def _windowed(adapter: Any, accumulation_steps: int) -> Any:
         get_numpy_iterator = adapter.get_numpy_iterator
         get_tf_dataset = adapter.get_tf_dataset
         get_jax_iterator = adapter.get_jax_iterator
-        get_torch_dataloader = adapter.get_torch_dataloader
         on_epoch_begin = adapter.on_epoch_begin
         on_epoch_end = adapter.on_epoch_end
         batch_size = property(lambda self: adapter.batch_size)
         has_partial_batch = property(lambda self: adapter.has_partial_batch)
         partial_batch_size = property(lambda self: adapter.partial_batch_size)
+
+        def get_torch_dataloader(self) -> Iterator[Window]:
+            batches = iter(adapter.get_torch_dataloader())
+            while window := list(itertools.islice(batches, accumulation_steps)):
+                yield Window(window)
 
         @property
         def num_batches(self) -> int | None:

@@ -52,7 +52,7 @@ class TensorFlowTraining:
     def _window(self, iterator: Any) -> list[Any]:
         batches: list[Any] = []
         for batch in iterator:
-            batch = tree.map_structure(_tensor, feeding.without_empty_weights(batch), none_is_leaf=False)
+            batch = tree.map_structure(_tensor, feeding.unpacked(batch))
             if self.accumulation.micro_batch_size is not None:
                 return feeding.micro_batches(batch, self.accumulation.micro_batch_size, _cut)
             batches.append(batch)

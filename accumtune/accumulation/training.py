@@ -83,25 +83,34 @@ def _check(model: Any) -> None:
 
 def _make_train_function(model: Any, force: bool = False) -> Any:
     """Stands in for `keras.Model.make_train_function` on an accumulating model."""
-    import keras
-
     if model.train_function is not None and not force:
         return model.train_function
     accumulation = model._accumtune_accumulation
     _check(model)  # compile may have been called again
+    model.train_function = _engine()(model, accumulation)
+    return model.train_function
+
+
+def _engine() -> Any:
+    """The train function of the Keras backend in use."""
+    import keras
+
     backend = keras.backend.backend()
     if backend == "tensorflow":
-        from accumtune.accumulation.tensorflow import TensorFlowTraining as training
-    elif backend == "jax":
-        from accumtune.accumulation.jax import JaxTraining as training
-    elif backend == "torch":
-        from accumtune.accumulation.torch import TorchTraining as training
-    else:
-        raise ModelError(
-            f"Received a model on the Keras backend {backend!r}.", "tensorflow, jax or torch.", "set KERAS_BACKEND."
-        )
-    model.train_function = training(model, accumulation)
-    return model.train_function
+        from accumtune.accumulation.tensorflow import TensorFlowTraining
+
+        return TensorFlowTraining
+    if backend == "jax":
+        from accumtune.accumulation.jax import JaxTraining
+
+        return JaxTraining
+    if backend == "torch":
+        from accumtune.accumulation.torch import TorchTraining
+
+        return TorchTraining
+    raise ModelError(
+        f"Received a model on the Keras backend {backend!r}.", "tensorflow, jax or torch.", "set KERAS_BACKEND."
+    )
 
 
 def _windowed_fit(model: Any, accumulation_steps: int) -> Any:
@@ -117,11 +126,13 @@ def _windowed_fit(model: Any, accumulation_steps: int) -> Any:
     return fit
 
 
+def is_built(model: Any) -> bool:
+    """Whether the variables of model, loss, metrics and optimizer exist."""
+    compiled = [part for part in (model._compile_loss, model._compile_metrics) if part is not None]
+    return all(part.built for part in (*compiled, model.optimizer, *model._flatten_layers()))
+
+
 def build(model: Any, micro_batch: Any) -> None:
     """Creates whatever variables of model, loss, metrics and optimizer do not exist yet, without computing."""
-    compiled = [part for part in (model._compile_loss, model._compile_metrics) if part is not None]
-    if all(part.built for part in (*compiled, model.optimizer)) and all(
-        layer.built for layer in model._flatten_layers()
-    ):
-        return
-    model._symbolic_build(data_batch=micro_batch)
+    if not is_built(model):
+        model._symbolic_build(data_batch=micro_batch)

@@ -1,0 +1,147 @@
+"""One train function on torch: backward of each micro-batch's part into `.grad`, and one update."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import torch
+from keras import tree
+
+from accumtune.accumulation import feeding, losses, statistics
+from accumtune.accumulation.window import Accumulation, factors, shares
+
+
+class TorchTraining:
+    """Trains one window per call; Keras hands it a list with one batch, or with one window of batches."""
+
+    def __init__(self, model: Any, accumulation: Accumulation) -> None:
+        self.model = model
+        self.accumulation = accumulation
+        self.has_mask: bool | None = None
+        self._part = torch.compile(self._backward) if model._should_torch_compile() else self._backward
+
+    def __call__(self, data: Any) -> Any:
+        """Runs `steps_per_execution` windows; returns the logs."""
+        logs = None
+        for batch in data:
+            if isinstance(batch, feeding.Window):
+                logs = self._train([feeding.unpacked(micro_batch) for micro_batch in batch.micro_batches])
+            else:
+                logs = self._train(self._window(feeding.unpacked(batch)))
+        return logs
+
+    def _window(self, batch: Any) -> list[Any]:
+        if self.accumulation.micro_batch_size is None:
+            return [batch]
+        return feeding.micro_batches(batch, self.accumulation.micro_batch_size, lambda leaf, part: leaf[part])
+
+    def _train(self, window: list[Any]) -> Any:
+        model = self.model
+        model.zero_grad()  # a window that was interrupted may have left gradients
+        moments: list[Any] = []
+        if len(window) == 1:
+            logs = self._only(window[0])
+        else:
+            samples = [feeding.samples_of(batch) for batch in window]
+            parts, scales = shares(samples), self._factors(window, samples)
+            sums: list[Any] = [None] * len(model.trainable_weights)
+            for index, batch in enumerate(window):
+                with statistics.recorded(model) as noted:
+                    logs = self._part(batch, parts[index], scales[index])
+                moments = _joined(moments, noted)
+                sums = _collected(model.trainable_weights, sums)
+                window[index] = None
+            self._restore(sums)
+        self._update(moments)
+        return logs
+
+    def _only(self, batch: Any) -> Any:
+        return self._part(batch, 1.0, [1.0] * len(losses.flat_losses(self.model)))
+
+    def _factors(self, window: list[Any], samples: list[int]) -> list[list[float]]:
+        """The factors of the losses, one row per micro-batch."""
+        compiled = losses.flat_losses(self.model)
+        if not compiled:
+            return [[] for _ in window]
+        if self.has_mask is None:
+            with torch.no_grad():
+                y_pred = self._predict(window[0][0], training=False)
+            self.has_mask = any(losses.mask_of(leaf) is not None for leaf in tree.flatten(y_pred))
+        has_weight = window[0][2] is not None
+        must_count = self.has_mask or not feeding.same_shapes(window)
+        if must_count or any(losses.may_depend_on_data(loss, has_weight) for loss in compiled):
+            counts = [self._count(batch) for batch in window]
+            columns = [
+                factors(samples, None if losses.is_sum(loss) else [row[index] for row in counts])
+                for index, loss in enumerate(compiled)
+            ]
+        else:
+            columns = [factors(samples) if losses.is_sum(loss) else [1.0] * len(window) for loss in compiled]
+        return [list(row) for row in zip(*columns, strict=True)]
+
+    def _count(self, batch: Any) -> list[float]:
+        x, y, sample_weight = batch
+        with torch.no_grad(), losses.counting(self.model) as counts:
+            self.model._compile_loss(y, self._predict(x, training=False), sample_weight)
+        return [float(count) for count in counts]
+
+    def _predict(self, x: Any, training: bool) -> Any:
+        return self.model(x, training=training) if self.model._call_has_training_arg else self.model(x)
+
+    def _backward(self, batch: Any, share: float, scales: list[float]) -> Any:
+        """One forward and backward pass, as in Keras's train_step; adds this micro-batch's part to `.grad`."""
+        model = self.model
+        x, y, sample_weight = batch
+        y_pred = self._predict(x, training=True)
+        with losses.scaled(model, scales, self._see_mask):
+            loss = model._compute_loss(x=x, y=y, y_pred=y_pred, sample_weight=sample_weight, training=True)
+        model._loss_tracker.update_state(loss, sample_weight=feeding.samples_of(batch))
+        if model.trainable_weights:
+            model.optimizer.scale_loss(loss * share).backward()
+        return model.compute_metrics(x, y, y_pred, sample_weight=sample_weight)
+
+    def _see_mask(self) -> None:
+        self.has_mask = True
+
+    def _restore(self, sums: list[Any]) -> None:
+        for variable, total in zip(self.model.trainable_weights, sums, strict=True):
+            if total is not None:
+                variable.value.grad = total.to(variable.value.dtype)
+
+    def _update(self, moments: list[Any]) -> None:
+        model = self.model
+        weights = model.trainable_weights[:]
+        with torch.no_grad():
+            if weights:
+                model.optimizer.apply([weight.value.grad for weight in weights], weights)
+            else:
+                warnings.warn("The model does not have any trainable weights.", stacklevel=2)
+            for entry in moments:
+                statistics.moved(entry.layer, entry.tensors())
+        model.zero_grad()  # no accumulated gradient outlives its window
+
+
+def _collected(variables: list[Any], sums: list[Any]) -> list[Any]:
+    """Moves gradients that `.grad` would add in less than float32 into float32 sums of their own."""
+    for index, variable in enumerate(variables):
+        gradient = variable.value.grad
+        if gradient is None:
+            continue
+        overwrites = getattr(variable, "overwrite_with_gradient", False)  # float8 scales: a new value, not a sum
+        if gradient.dtype in (torch.float32, torch.float64) and not overwrites:
+            continue
+        so_far = None if overwrites else sums[index]
+        gradient = gradient.to(torch.float32)
+        sums[index] = gradient if so_far is None else so_far.add_(gradient)
+        variable.value.grad = None
+    return sums
+
+
+def _joined(so_far: list[Any], noted: list[Any]) -> list[Any]:
+    if not so_far:
+        return list(noted)
+    pairs = zip(so_far, noted, strict=True)
+    return [
+        statistics.Moments(one.layer, *statistics.combined(one.tensors(), other.tensors())) for one, other in pairs
+    ]
