@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from pathlib import Path
@@ -382,6 +383,22 @@ def is_out_of_memory(exception: BaseException) -> bool:
     True
     """
     return any(_is_memory_error(one) for one in _chain(exception))
+
+
+def died_of_memory(exit_signal: int, log: str = "", *, is_limited: bool = False) -> bool:
+    """Whether a process that was ended by a signal most likely ran out of memory.
+
+    TensorFlow's oneDNN kernels go on without the buffer that they did not get: with a limited allocator running
+    out of memory can end in a segmentation fault instead of an exception (seen on TensorFlow 2.21, Conv2D).
+
+    Args:
+        exit_signal: the number of the signal.
+        log: what the process wrote to its standard error.
+        is_limited: whether its allocator was limited.
+    """
+    if exit_signal == signal.SIGKILL or _MEMORY_TEXT.search(log):
+        return True
+    return is_limited and exit_signal in (signal.SIGSEGV, signal.SIGABRT, signal.SIGBUS)
 
 
 def _is_memory_error(exception: BaseException) -> bool:

@@ -13,6 +13,12 @@ from accumtune.memory.profile import Measurement
 
 Batches = Callable[[int], tuple[Any, Any, Any]]
 
+# The same update peaks a few percent higher or lower from one time to the next: operations run at the same time in
+# another order, and the allocator finds other gaps. The most of about this many micro-steps is steady.
+STEADY_MICRO_STEPS = 8
+# ... unless they are slow: no more updates than asked for once this much time has gone.
+PATIENCE_SECONDS = 3.0
+
 
 def probe(
     model: Any,
@@ -32,7 +38,7 @@ def probe(
         batches: gives `count` samples as `(x, y, sample_weight)`, arrays or structures of them.
         micro_batch_size: samples per micro-step.
         accumulation_steps: micro-steps per update; each number is measured on its own, in rising order.
-        updates: how many updates are timed. One more runs before them, for tracing and compilation.
+        updates: how many updates are timed at least. One more runs before them, for tracing and compilation.
         device: the opened device, limited or not.
 
     Returns:
@@ -57,8 +63,7 @@ def probe(
                 raise
             measurements.append(measure(steps, None, None))
             break
-        peak = device.peak_memory_bytes()
-        measurements.append(measure(steps, peak, seconds))
+        measurements.append(measure(steps, device.peak_memory_bytes(), seconds))
         gc.collect()
     return measurements
 
@@ -66,13 +71,13 @@ def probe(
 def _train(model: Any, batches: Batches, micro_batch_size: int, steps: int, updates: int) -> float:
     """One epoch is one update, so that a single window of data serves them all. Returns seconds per update."""
     window_size = micro_batch_size * steps
-    clock = _update_clock()
+    clock = _update_clock(updates)
     model.fit(
         batch_source(*batches(window_size), batch_size=window_size),
-        epochs=1 + updates,
+        epochs=1 + max(updates, -(-STEADY_MICRO_STEPS // steps)),
         # Trials validate at the micro-batch, while the training data stays open.
         validation_data=batch_source(*batches(micro_batch_size), batch_size=micro_batch_size),
-        validation_freq=[1, 1 + updates],
+        validation_freq=[1],
         callbacks=[clock],
         shuffle=False,
         verbose=0,
@@ -81,7 +86,7 @@ def _train(model: Any, batches: Batches, micro_batch_size: int, steps: int, upda
     return timed[len(timed) // 2]
 
 
-def _update_clock() -> Any:
+def _update_clock(updates: int) -> Any:
     import keras
 
     class UpdateClock(keras.callbacks.Callback):
@@ -97,5 +102,8 @@ def _update_clock() -> Any:
 
         def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
             self.seconds.append(time.perf_counter() - self._started)
+            timed = self.seconds[1:]
+            if len(timed) >= updates and sum(timed) > PATIENCE_SECONDS:
+                self.model.stop_training = True
 
     return UpdateClock()
