@@ -142,9 +142,11 @@ class Tracker:
         """
         if self.tracking_uri is None or self.experiment_id is None:
             return ""
-        address = f"{self._server_address() or f'http://127.0.0.1:{_UI_PORT}'}/#/experiments/{self.experiment_id}/runs"
+        server = self._server_address() or f"http://127.0.0.1:{_UI_PORT}"
+        # Without the workflow's name MLflow 3 shows its pages for prompts and traces.
+        address = f"{server}/#/experiments/{self.experiment_id}/runs?workflowType=machine_learning"
         key = self._known("view_key")
-        return f"{address}?viewStateShareKey={key}" if key else address
+        return f"{address}&viewStateShareKey={key}" if key else address
 
     def _server_address(self) -> str:
         uri = without_credentials(self.tracking_uri or "")

@@ -52,16 +52,17 @@ def draw_all(
 def _pareto(record: SearchRecord, shown: Sequence[Any], front: Sequence[Any], best: Any | None) -> bytes:
     figure, axes = _figure()
     trained = [item for item in shown if item.is_trained]
-    profiled = [item for item in shown if not item.is_trained]
+    # The other micro-batches of each trial are many; those that nothing beats are what one would switch to.
+    profiled = [item for item in front if not item.is_trained]
     speeds = [item.throughput_samples_per_second for item in shown if item.throughput_samples_per_second]
     scale = _speed_scale(speeds)
-    for items, marker, size, label in ((profiled, "s", 26, "profiled"), (trained, "o", 62, "trained")):
+    for items, marker, size, label in ((profiled, "s", 34, "predicted"), (trained, "o", 62, "trained")):
         if items:
             axes.scatter(
                 [mib(item.peak_memory_bytes) for item in items], [item.objective for item in items],
                 c=[item.throughput_samples_per_second or math.nan for item in items], cmap="viridis", norm=scale,
                 plotnonfinite=True, marker=marker, s=size, edgecolors="white", linewidths=0.6, zorder=3,
-                alpha=0.55 if items is profiled else 1.0, label=label,
+                label=label,
             )  # fmt: skip
     outline = sorted((mib(item.peak_memory_bytes), item.objective) for item in front)
     if outline:
@@ -81,6 +82,8 @@ def _pareto(record: SearchRecord, shown: Sequence[Any], front: Sequence[Any], be
 
         bar = figure.colorbar(ScalarMappable(norm=scale, cmap="viridis"), ax=axes, pad=0.015)
         bar.set_label("samples per second")
+        bar.ax.yaxis.set_major_formatter("{x:,.0f}")
+        bar.ax.yaxis.set_minor_formatter("{x:,.0f}")
     _legend(figure, axes)
     return _png(figure)
 
@@ -132,19 +135,20 @@ def _against_micro_batch(
     )
     if predicted:
         axes.plot(*zip(*predicted, strict=True), color=_BLUE, linewidth=1.6, marker="_", markersize=9, zorder=2,
-                  label="predicted for the chosen model")  # fmt: skip
+                  label="predicted, chosen model")  # fmt: skip
     same = [trial for trial in trials if signature is None or trial.signature == signature]
     others = [trial for trial in trials if trial not in same]
-    for group, color, text in ((others, _GREY, "measured, other models"), (same, _ORANGE, "measured")):
+    for group, color, text in ((others, _GREY, "measured, other models"), (same, _ORANGE, "measured, this model")):
         if group:
-            axes.scatter([trial.micro_batch_size for trial in group], [getattr(trial, name) * factor for trial in group],
-                         s=58, color=color, edgecolors=_BLACK, linewidths=0.6, zorder=3, label=text)  # fmt: skip
+            sizes, values = zip(*((it.micro_batch_size, getattr(it, name) * factor) for it in group), strict=True)
+            axes.scatter(sizes, values, s=58, color=color, edgecolors=_BLACK, linewidths=0.6, zorder=3,
+                         label=text)  # fmt: skip
     if name == "peak_memory_bytes":
         _budget_line(axes, record, vertical=False)
     axes.set_ylim(bottom=0)
     axes.set_ylabel(label)
-    sizes = {trial.micro_batch_size for trial in trials} | {size for size, _ in predicted}
-    _power_axis(axes, sorted(size for size in sizes if size), "micro-batch (samples in one pass)")
+    ticks = {trial.micro_batch_size for trial in trials} | {size for size, _ in predicted}
+    _power_axis(axes, sorted(size for size in ticks if size), "micro-batch (samples in one pass)")
     axes.set_title(f"{record.name}: {label.split(' (')[0]} against micro-batch")
     _legend(figure, axes)
     return _png(figure)
@@ -210,14 +214,15 @@ def _budget_line(axes: Any, record: SearchRecord, vertical: bool) -> None:
     if budget is None:
         return
     draw = axes.axvline if vertical else axes.axhline
-    draw(mib(budget), color=_VERMILLION, linestyle="--", linewidth=1.5, zorder=1, label=f"budget {format_bytes(budget)}")
+    label = f"budget {format_bytes(budget)}"
+    draw(mib(budget), color=_VERMILLION, linestyle="--", linewidth=1.5, zorder=1, label=label)
 
 
 def _legend(figure: Any, axes: Any) -> None:
     handles, labels = axes.get_legend_handles_labels()
     if handles:
         # Below the picture, where it hides no point.
-        legend = figure.legend(handles, labels, loc="outside lower center", ncols=min(len(handles), 4), frameon=False)
+        legend = figure.legend(handles, labels, loc="outside lower center", ncols=min(len(handles), 5), frameon=False)
         for handle in legend.legend_handles:
             if hasattr(handle, "set_sizes"):
                 handle.set_sizes([60])

@@ -19,7 +19,7 @@ from accumtune.config.uris import redacted
 from accumtune.memory.budget import format_bytes, mib
 from accumtune.tracking import pictures
 from accumtune.tracking.records import SearchRecord
-from accumtune.tracking.runs import BATCH
+from accumtune.tracking.runs import BATCH, STATUSES
 
 _RUNNERS_UP = 8
 _REASONS = 6
@@ -164,10 +164,10 @@ def candidates_table(candidates: Iterable[CandidateLike], front: Sequence[Candid
 def _answer(record: SearchRecord, best: ChoiceLike | None) -> str:
     if best is None:
         why = f": {record.reason}" if record.reason else ""
-        return f"# {_text(record.name)}: no configuration yet\n\nNo trial has completed (search {record.status}{why})."
+        title = f"### {_text(record.name)}: no configuration yet"
+        return f"{title}\n\nNo trial has completed (the search is {record.status}{why})."
     item = best.candidate
-    batch = f"{item.effective_batch_size} = {item.micro_batch_size} × {item.accumulation_steps}"
-    facts = [f"**{_text(record.objective_name)} {_number(item.objective)}**"]
+    facts = [f"{_text(record.objective_name)} **{_number(item.objective)}**"]
     if item.peak_memory_bytes is not None:
         share = ""
         if record.memory_budget_bytes:
@@ -176,28 +176,28 @@ def _answer(record: SearchRecord, best: ChoiceLike | None) -> str:
         facts.append(f"peak memory **{_size(item.peak_memory_bytes)}**{share}")
     if item.throughput_samples_per_second is not None:
         facts.append(f"**{_speed(item.throughput_samples_per_second)} samples/s**")
-    measured = "measured in its trial" if item.is_trained else "predicted from the profile of its model"
+    own = _own_hyperparameters(item.hyperparameters, "`")
     lines = [
-        f"# {_text(record.name)}: train with effective batch {batch}",
-        f"{', '.join(facts)}. Memory and speed were {measured}.",
-        f"*Micro-batch {item.micro_batch_size}, {item.accumulation_steps} accumulation steps.* "
-        + (f"Hyperparameters: {_own_hyperparameters(item.hyperparameters, '`')}." if _own(item.hyperparameters) else ""),
-        f"**Why this one:** {best.reason}",
+        # MLflow folds a note after a few lines: the whole answer is in them.
+        f"### Train with micro-batch {item.micro_batch_size} × {item.accumulation_steps} accumulation steps "
+        f"= effective batch {item.effective_batch_size}",
+        f"{', '.join(facts)}{', with ' + own if own else ''}.",
+        f"**Why:** {best.reason}"
+        + ("" if item.is_trained else " Its memory and speed were predicted from the profile of its model."),
     ]
-    return "\n\n".join(line.strip() for line in lines)
+    return "\n\n".join(lines)
 
 
 def _import_lines(config_json: str | None, folder: Path) -> str:
-    source = str(folder / "best_config.json")
-    try:
-        run_id = json.loads(config_json or "{}")["source"]["run_id"]
-    except (ValueError, KeyError, TypeError):
-        run_id = None
-    if run_id:
-        source = f"runs:/{run_id}/best_config.json"
+    origin = json.loads(config_json or "{}").get("source") or {}
+    source = json.dumps(str(folder / "best_config.json"))
+    if origin.get("run_id"):
+        source = f'"runs:/{origin["run_id"]}/best_config.json"'
+        # accumtune looks into its default store by itself.
+        source += f', tracking_uri="{origin["tracking_uri"]}"' if origin.get("tracking_uri") else ""
     return (
-        "## Train with it\n\n```python\n"
-        f'config = accumtune.load_config("{source}")\n'
+        "### Train with it\n\n```python\n"
+        f'config = accumtune.load_config({source})\n'
         "model = config.build(build_model)\n"
         "model.fit(x, y, **config.fit_arguments())\n```"
     )
@@ -214,7 +214,7 @@ def _runners_up(
         return ""
     name = _text(record.objective_name)
     lines = [
-        "## Runners-up",
+        "### Runners-up",
         "",
         f"| | {name} | effective batch | micro × steps | peak memory | samples/s | hyperparameters |",
         "|---|---:|---:|---:|---:|---:|---|",
@@ -239,7 +239,7 @@ def _runners_up(
 
 def _what_happened(record: SearchRecord) -> str:
     budget = record.memory_budget_bytes
-    counts = {status: record.with_status(status) for status in ("completed", "reused", "infeasible", "failed", "running")}
+    counts = {status: record.with_status(status) for status in STATUSES}
     words = {
         "completed": "trained",
         "reused": "reused (the same training as an earlier trial)",
@@ -249,7 +249,7 @@ def _what_happened(record: SearchRecord) -> str:
     }
     told = ", ".join(f"{len(trials)} {words[status]}" for status, trials in counts.items() if trials) or "none"
     lines = [
-        "## The search",
+        "### The search",
         "",
         f"- **Memory budget:** {'none' if budget is None else format_bytes(budget)}",
         f"- **Searched:** {record.tuner or 'a tuner'} over micro-batches {_sizes(record.micro_batch_sizes)} "

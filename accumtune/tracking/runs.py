@@ -218,15 +218,20 @@ def _scalar_values(trial: TrialRecord, search: SearchRecord) -> dict[str, Any]:
     predicted, peak = trial.predicted_peak_memory_bytes, trial.peak_memory_bytes
     return {
         **{name: trial.hyperparameters.get(name) for name in BATCH},
-        "predicted_peak_memory_mib": None if predicted is None else mib(predicted),
-        "predicted_throughput_samples_per_second": trial.predicted_throughput_samples_per_second,
-        "peak_memory_mib": None if peak is None else mib(peak),
-        "throughput_samples_per_second": trial.throughput_samples_per_second,
+        # To the nearest KiB: tables show every digit.
+        "predicted_peak_memory_mib": None if predicted is None else round(mib(predicted), 3),
+        "predicted_throughput_samples_per_second": _rounded(trial.predicted_throughput_samples_per_second),
+        "peak_memory_mib": None if peak is None else round(mib(peak), 3),
+        "throughput_samples_per_second": _rounded(trial.throughput_samples_per_second),
         f"best_{search.objective_name}": trial.objective_value,
         "best_epoch": trial.best_epoch,
         "updates": trial.updates,
-        "training_seconds": trial.training_seconds,
+        "training_seconds": _rounded(trial.training_seconds, 3),
     }
+
+
+def _rounded(value: float | None, digits: int = 1) -> float | None:
+    return None if value is None else round(float(value), digits)
 
 
 def _scalars(trial: TrialRecord, search: SearchRecord) -> tuple[Point, ...]:

@@ -21,7 +21,9 @@ _TAG = "mlflow.sharedViewState."
 _OURS_TAG = "accumtune.viewDigest."
 _MAXIMUM_TAG = 20_000
 _METRICS = ("peak_memory_mib", "throughput_samples_per_second")
-_WIDE = 190
+_KIND_TAG = "mlflow.experimentKind"
+# Pixels, at which a name of the table's header can be read.
+_PIXELS_PER_LETTER, _LEAST_PIXELS, _DESCRIPTION_PIXELS = 8, 90, 420
 
 
 def bring_view(client: Any, experiment_id: str, search: SearchRecord, trials: Sequence[TrialRecord]) -> str | None:
@@ -39,6 +41,9 @@ def bring_view(client: Any, experiment_id: str, search: SearchRecord, trials: Se
     digest = hashlib.sha256(value.encode()).hexdigest()[:16]
     try:
         tags = client.get_experiment(experiment_id).tags
+        if _KIND_TAG not in tags:
+            # Otherwise the UI takes the experiment for one of prompts and traces, and hides half of what matters.
+            client.set_experiment_tag(experiment_id, _KIND_TAG, "custom_model_development")
         ours, present = tags.get(_OURS_TAG + key), tags.get(_TAG + key)
         is_untouched = ours is None or (present is not None and _digest(present) == ours)
         if is_untouched and ours != digest:
@@ -92,12 +97,12 @@ def view_state(search: SearchRecord, trials: Sequence[TrialRecord]) -> dict[str,
         "modelVersionFilter": "All Runs",
         "selectedColumns": columns,
         "columnOrder": order,
-        "columnWidths": {column: _WIDE for column in columns} | {"attributes.`Description`": 420},
+        "columnWidths": {column: _width(column) for column in columns},
         "runsHiddenMode": "SHOW_ALL",
         "viewMaximized": False,
         "runListHidden": False,
-        "isAccordionReordered": False,
-        "hideEmptyCharts": True,
+        "isAccordionReordered": True,
+        "hideEmptyCharts": False,
         "groupBy": None,
         "groupsExpanded": {},
         "useGroupedValuesInCharts": True,
@@ -113,12 +118,18 @@ def _hyperparameters(trials: Sequence[TrialRecord]) -> list[str]:
     return [name for name in names if name not in BATCH and not name.startswith("tuner/")]
 
 
+def _width(column: str) -> int:
+    name = column.split("`")[1]
+    letters = max(_LEAST_PIXELS, _PIXELS_PER_LETTER * len(name) + 24)
+    return _DESCRIPTION_PIXELS if name == "Description" else letters
+
+
 def _charts(search: SearchRecord, best: str, own: list[str]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     def identity(name: str) -> str:
         return hashlib.sha256(f"{search.search_id} {name}".encode()).hexdigest()[:24]
 
     def section(name: str) -> dict[str, Any]:
-        common = {"isReordered": False, "deleted": False, "isGenerated": False}
+        common = {"isReordered": True, "deleted": False, "isGenerated": False}
         return {"uuid": identity(name), "name": name, "display": True, **common}
 
     def chart(where: str, kind: str, title: str, **options: Any) -> dict[str, Any]:
