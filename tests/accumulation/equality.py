@@ -110,7 +110,9 @@ def dense(loss="mse", optimizer=None, layers=(), **compile):
     """A builder of a small model with two outputs numbers per sample."""
 
     def build():
-        model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(5, activation="tanh"), *layers, keras.layers.Dense(2)])
+        model = keras.Sequential(
+            [keras.Input((4,)), keras.layers.Dense(5, activation="tanh"), *layers, keras.layers.Dense(2)]
+        )
         model.compile(optimizer() if optimizer else keras.optimizers.SGD(0.1, momentum=0.9), loss, **compile)
         return model
 

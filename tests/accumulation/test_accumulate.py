@@ -1,0 +1,189 @@
+"""The public functions: what they take, refuse, report, and what a saved model is."""
+
+import pickle
+import subprocess
+import sys
+import textwrap
+
+import keras
+import numpy as np
+import pytest
+from equality import dense, numbers, regression
+
+from accumtune.accumulation import (
+    Accumulation,
+    accumulate,
+    accumulation_of,
+    batch_coupled_layers,
+    stop_accumulating,
+)
+from accumtune.errors import BatchSizeError, CustomTrainStepError, ModelError, UncompiledModelError
+
+
+def test_the_same_model_comes_back_and_says_how_it_accumulates():
+    model = dense()()
+    kind = type(model)
+    assert accumulation_of(model) is None
+    assert accumulate(model, 8) is model and type(model) is kind
+    assert accumulation_of(model) == Accumulation(micro_batch_size=8)
+    assert accumulation_of(accumulate(model, accumulation_steps=4)) == Accumulation(accumulation_steps=4)
+    assert accumulation_of(stop_accumulating(model)) is None
+    assert stop_accumulating(model) is model
+
+
+def test_importing_loads_no_framework():
+    code = "import sys, accumtune.accumulation as a; assert not {'keras','tensorflow','jax','torch'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize("arguments", [(0,), (-3,), (1.5,), ("8",), (True,), ()])
+def test_bad_sizes(arguments):
+    with pytest.raises(BatchSizeError, match="Expected"):
+        accumulate(dense()(), *arguments)
+    with pytest.raises(BatchSizeError):
+        accumulate(dense()(), 2, accumulation_steps=2)
+
+
+def test_uncompiled():
+    with pytest.raises(UncompiledModelError, match="compile"):
+        accumulate(keras.Sequential([keras.Input((2,)), keras.layers.Dense(1)]), 2)
+
+
+class OwnStep(keras.Model):
+    def train_step(self, *args):
+        return {}
+
+
+def test_own_train_step():
+    model = OwnStep()
+    model.compile("sgd", "mse")
+    with pytest.raises(CustomTrainStepError, match="compute_loss") as caught:
+        accumulate(model, 2)
+    assert "OwnStep" in str(caught.value) and "train_step" in str(caught.value)
+
+
+def test_not_a_model():
+    with pytest.raises(ModelError):
+        accumulate("model", 2)
+
+
+def test_an_optimizer_that_accumulates_already():
+    model = dense(optimizer=lambda: keras.optimizers.SGD(0.1, gradient_accumulation_steps=2))()
+    with pytest.raises(ModelError, match="gradient_accumulation_steps"):
+        accumulate(model, 2)
+
+
+def test_a_loss_without_reduction():
+    model = accumulate(dense(keras.losses.MeanSquaredError(reduction=None))(), 3)
+    with pytest.raises(ModelError, match="reduction"):
+        model.train_on_batch(*regression().values())
+
+
+# Saved models are plain Keras
+
+
+def test_what_is_saved_loads_where_accumtune_is_not_installed(tmp_path):
+    model = accumulate(dense(optimizer=lambda: keras.optimizers.Adam(0.01))(), 3)
+    model.fit(**regression(), batch_size=8, verbose=0)
+    model.save(tmp_path / "model.keras")
+    np.save(tmp_path / "x.npy", numbers(3, 4))
+    code = f"""
+        import sys
+        sys.modules["accumtune"] = None      # importing it raises ImportError
+        import keras, numpy as np
+        keras.config.set_floatx("float64")
+        model = keras.saving.load_model(r"{tmp_path / "model.keras"}")
+        x = np.load(r"{tmp_path / "x.npy"}")
+        np.save(r"{tmp_path / "y.npy"}", model.predict(x, verbose=0))
+        assert int(keras.ops.convert_to_numpy(model.optimizer.iterations)) == 3
+        model.fit(x, np.zeros((3, 2)), verbose=0)
+    """
+    subprocess.run([sys.executable, "-c", textwrap.dedent(code)], check=True)
+    np.testing.assert_allclose(np.load(tmp_path / "y.npy"), model.predict(numbers(3, 4), verbose=0), rtol=1e-6)
+
+
+def test_copies_are_plain():
+    model = accumulate(dense()(), accumulation_steps=3)
+    model.fit(**regression(), batch_size=4, verbose=0)
+    for copy in (pickle.loads(pickle.dumps(model)), keras.models.clone_model(model)):
+        assert accumulation_of(copy) is None
+        assert not {"fit", "make_train_function"} & vars(copy).keys()
+    assert "train_function" not in str(model.get_config())
+
+
+# What cannot be exact is reported
+
+
+def in_batch(y_true, y_pred):
+    similarity = keras.ops.matmul(y_pred, keras.ops.transpose(y_pred))
+    return -keras.ops.diagonal(keras.ops.log_softmax(similarity))
+
+
+def batch_sum(y_true, y_pred):
+    return keras.ops.sum(keras.ops.abs(y_true - y_pred))
+
+
+def batch_mean(y_true, y_pred):
+    return keras.ops.mean(keras.ops.abs(y_true - y_pred))
+
+
+def sample_values(y_true, y_pred):
+    return keras.ops.sum(keras.ops.abs(y_true - y_pred), axis=-1)
+
+
+def class_values(y_true, y_pred):
+    return keras.losses.sparse_categorical_crossentropy(y_true, y_pred)
+
+
+class InBatchLoss(keras.losses.Loss):
+    def call(self, y_true, y_pred):
+        return in_batch(y_true, y_pred)
+
+
+class AddsLoss(keras.layers.Layer):
+    def call(self, inputs):
+        self.add_loss(keras.ops.sum(inputs))
+        return inputs
+
+
+class OwnLoss(keras.Model):
+    def compute_loss(self, *args, **kwargs):
+        return super().compute_loss(*args, **kwargs)
+
+
+@pytest.mark.parametrize("loss", ["mse", batch_mean, sample_values, class_values, keras.losses.Dice(axis=-1)])
+def test_what_is_exact_is_not_reported(loss):
+    layers = [keras.layers.LayerNormalization(), keras.layers.Dropout(0.1), keras.layers.GroupNormalization(1)]
+    assert batch_coupled_layers(dense(loss, layers=layers)()) == []
+
+
+@pytest.mark.parametrize(
+    "loss", [in_batch, batch_sum, InBatchLoss(), keras.losses.Dice(), keras.losses.Tversky(), keras.losses.Circle()]
+)
+def test_losses_that_look_at_the_whole_micro_batch(loss):
+    model = dense(loss)()
+    assert len(batch_coupled_layers(model)) == 1
+    if loss is in_batch:
+        model.fit(**regression(), batch_size=8, verbose=0)  # built losses are found too
+        assert [item.name for item in batch_coupled_layers(model)] == ["in_batch"]
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [keras.layers.BatchNormalization, lambda: keras.layers.SpectralNormalization(keras.layers.Dense(2)), AddsLoss],
+)
+def test_layers_that_look_at_the_whole_micro_batch(layer):
+    model = dense(layers=[layer()])()
+    (found,) = batch_coupled_layers(model)
+    assert found.name == model.layers[1].name and found.reason and found.kind in str(found)
+
+
+def test_frozen_normalization_is_not_coupled():
+    model = dense(layers=[keras.layers.BatchNormalization(trainable=False)])()
+    assert batch_coupled_layers(model) == []
+
+
+def test_own_compute_loss_is_reported():
+    model = OwnLoss(*[(inputs := keras.Input((2,))), keras.layers.Dense(1)(inputs)])
+    model.compile("sgd", "mse")
+    assert [item.kind for item in batch_coupled_layers(model)] == ["OwnLoss"]
