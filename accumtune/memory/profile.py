@@ -3,13 +3,16 @@
 Peak memory of a step is the larger of two moments: the update (parameters, slots, gradients: the same for every
 micro-batch) and the end of a forward pass (parameters, slots and the activations of one micro-batch: a line), so
 `peak = max(update floor, static + slope * micro-batch)`, which is convex. With more than one micro-step per
-update the accumulator is added to both, and the data of the whole window is there while it runs. Between measured
-sizes the curve is the chord, which is above a convex curve; beyond the last one it goes on at the last slope.
+update the accumulators come on top, so that one and several micro-steps have a curve each; they differ by no more
+than that constant, and lend each other their slope. The data of the whole window comes on top of the curve while
+the window runs, and is there twice for a moment when it is cut into micro-batches.
+
+Between measured sizes the curve is the chord, which is above a convex curve; beyond the last one it goes on at the
+last slope. Measured peaks are reproduced.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
@@ -17,10 +20,22 @@ from typing import Any
 import numpy as np
 from scipy.optimize import nnls
 
+from accumtune.errors import BudgetError
 from accumtune.memory.budget import format_bytes, parse_budget
 
-MAXIMUM_MICRO_BATCH_SIZE = 2**20
 MIB = 2**20
+
+# How far above the predicted peak a limit has to be. TensorFlow 2.21 on a CPU: the same step's peak differs by up to
+# 4 % from process to process, and a full allocator needs up to 3 % more than it hands out (gaps, chunks that are not
+# split); beyond the largest measured size the slope's own error counts as well.
+MARGIN = 0.04
+MARGIN_PER_DOUBLING = 0.03
+# No promise is made further than this beyond the largest measured size: a floor can hide a slope.
+LARGEST_EXTRAPOLATION = 4
+# Where the slope shows, the next probe may be this many times as large.
+LARGEST_PROBE_STEP = 8
+# A size closer than this to one that was measured teaches too little for the price of tracing it.
+SMALLEST_PROBE_STEP = 1.2
 
 
 @dataclass(frozen=True)
@@ -79,54 +94,68 @@ class Profile:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "measurements", tuple(self.measurements))
-        groups: dict[int, dict[int, float]] = {}
+        peaks: dict[int, dict[int, float]] = {}
+        statics: dict[int, float] = {}
         for point in self.measurements:
             if point.peak_memory_bytes is not None:
-                peaks = groups.setdefault(_group(point.accumulation_steps), {})
-                size = point.micro_batch_size
-                above_window = point.peak_memory_bytes - self._window_bytes(size, point.accumulation_steps)
-                peaks[size] = max(peaks.get(size, 0.0), float(above_window))
-        object.__setattr__(self, "_curves", {group: _Curve(peaks) for group, peaks in groups.items()})
+                size, group = point.micro_batch_size, _group(point.accumulation_steps)
+                window = self._window_bytes(size, point.accumulation_steps)
+                above = peaks.setdefault(group, {})
+                above[size] = max(above.get(size, 0.0), float(point.peak_memory_bytes - window))
+                statics[group] = min(statics.get(group, np.inf), float(point.peak_memory_bytes - 2 * window))
+        object.__setattr__(self, "_curves", _curves(peaks, statics))
 
     def __repr__(self) -> str:
-        feasible = [m for m in self.measurements if m.is_feasible]
-        sizes = ", ".join(str(size) for size in sorted({m.micro_batch_size for m in feasible}))
-        budget = "no budget" if self.memory_budget_bytes is None else format_bytes(self.memory_budget_bytes)
-        return f"Profile(device={self.device!r}, memory_source={self.memory_source!r}, {budget}, measured at {sizes})"
+        sizes = ", ".join(str(size) for size in self._measured_sizes()) or "nothing"
+        budget = "none" if self.memory_budget_bytes is None else format_bytes(self.memory_budget_bytes)
+        return (
+            f"Profile(device={self.device!r}, memory_source={self.memory_source!r}, memory_budget={budget}, "
+            f"measured_micro_batch_sizes=({sizes}))"
+        )
 
     # Memory
 
     def predict_peak_memory(self, micro_batch_size: int, accumulation_steps: int = 1) -> int:
-        """The expected peak in bytes, without a margin."""
-        peak = max(
-            self._curve(group).at(micro_batch_size)
-            for group in {_group(steps) for steps in (1, 2, 3) if steps <= accumulation_steps}
-        )
-        return int(np.ceil(peak + self._window_bytes(micro_batch_size, accumulation_steps)))
+        """The expected peak in bytes, without a margin.
+
+        Raises:
+            ValueError: nothing has been measured that fits.
+        """
+        if not self._curves:
+            raise ValueError("Received a profile in which every probe ran out of memory. Probe a smaller micro-batch.")
+        window = self._window_bytes(micro_batch_size, accumulation_steps)
+        # Several micro-steps never need less than one, whatever the noise of their measurements.
+        curves = [self._curves[group] for group in self._curves if group <= _group(accumulation_steps)]
+        curves = curves or [self._curves[min(self._curves)]]
+        running = max(curve.at(micro_batch_size) for curve in curves) + window
+        return int(np.ceil(max(running, curves[-1].static + 2 * window)))
 
     def margin_bytes(self, micro_batch_size: int, accumulation_steps: int = 1) -> int:
-        """How far the limit has to be above the predicted peak for the step to run under it.
+        """How far above the predicted peak a limit has to be for the step to run under it.
 
-        1 MiB because limits are whole MiB, 2 % because a full allocator cannot use every gap, and 1 % more for
-        each doubling beyond the largest measured size.
+        4 %, and 1 MiB because limits are whole MiB. Beyond the largest measured size, 3 % for each doubling, and
+        what a slope could add that has only begun to show there.
         """
         predicted = self.predict_peak_memory(micro_batch_size, accumulation_steps)
-        beyond = max(0.0, float(np.log2(micro_batch_size / self._largest_measured())))
-        return int(MIB + predicted * (0.02 + 0.01 * beyond))
+        largest = self._measured_sizes()[-1]
+        doublings = max(0.0, float(np.log2(micro_batch_size / largest)))
+        doubt = max(curve.doubt for curve in self._curves.values()) * max(0, micro_batch_size - largest)
+        return int(MIB + predicted * (MARGIN + MARGIN_PER_DOUBLING * doublings) + doubt)
 
     def fits(self, micro_batch_size: int, accumulation_steps: int, budget_bytes: int) -> bool:
         """Whether a step runs under a limit of `budget_bytes`: what was measured, else prediction and margin."""
+        group = _group(accumulation_steps)
         for point in self.measurements:
-            smaller = (
-                point.micro_batch_size <= micro_batch_size and point.accumulation_steps <= accumulation_steps
-            )
-            larger = point.micro_batch_size >= micro_batch_size and point.accumulation_steps >= accumulation_steps
+            is_smaller = point.micro_batch_size <= micro_batch_size and _group(point.accumulation_steps) <= group
             limit = point.memory_limit_bytes
-            if point.is_feasible and larger and limit is not None and limit <= budget_bytes:
-                return True
-            if not point.is_feasible and smaller and (limit is None or limit >= budget_bytes):
+            if not point.is_feasible and is_smaller and (limit is None or limit >= budget_bytes):
                 return False
-        if not self._curves:
+        for point in self.measurements:
+            is_larger = point.micro_batch_size >= micro_batch_size and point.accumulation_steps >= accumulation_steps
+            limit = point.memory_limit_bytes
+            if point.is_feasible and is_larger and limit is not None and limit <= budget_bytes:
+                return True
+        if not self._curves or micro_batch_size > LARGEST_EXTRAPOLATION * self._measured_sizes()[-1]:
             return False
         predicted = self.predict_peak_memory(micro_batch_size, accumulation_steps)
         return predicted + self.margin_bytes(micro_batch_size, accumulation_steps) <= budget_bytes
@@ -134,15 +163,28 @@ class Profile:
     def largest_micro_batch_size(
         self, budget: int | float | str | None = None, accumulation_steps: int = 1
     ) -> int | None:
-        """The largest micro-batch size, any integer, that runs under a limit of `budget`; `None` if not even 1."""
-        budget_bytes = self.memory_budget_bytes if budget is None else parse_budget(budget)
+        """The largest micro-batch size, any integer, that runs under a limit of `budget`.
+
+        Args:
+            budget: `"2GiB"` or bytes; by default the one the profile was measured under.
+            accumulation_steps: micro-steps per update.
+
+        Returns:
+            At most four times the largest size that was measured; `None` where not even 1 fits.
+
+        Raises:
+            BudgetError: there is no budget, or it cannot be read.
+        """
+        budget_bytes = parse_budget(budget) if budget is not None else self.memory_budget_bytes
         if budget_bytes is None:
-            raise ValueError("Received budget=None, and the profile was measured without one. Pass a budget.")
+            raise BudgetError(
+                "Received budget=None, and the profile was measured without one.",
+                'a budget such as "2GiB"',
+                'largest_micro_batch_size("2GiB")',
+            )
         fitting, failing = 0, 1
-        while failing <= MAXIMUM_MICRO_BATCH_SIZE and self.fits(failing, accumulation_steps, budget_bytes):
+        while self.fits(failing, accumulation_steps, budget_bytes):
             fitting, failing = failing, failing * 2
-        if failing > MAXIMUM_MICRO_BATCH_SIZE:
-            return MAXIMUM_MICRO_BATCH_SIZE
         while failing - fitting > 1:
             middle = (fitting + failing) // 2
             if self.fits(middle, accumulation_steps, budget_bytes):
@@ -153,21 +195,14 @@ class Profile:
 
     def is_extrapolated(self, micro_batch_size: int) -> bool:
         """Whether a size is outside those that were measured."""
-        sizes = [m.micro_batch_size for m in self.measurements if m.is_feasible]
-        return not sizes or not min(sizes) <= micro_batch_size <= max(sizes)
+        sizes = self._measured_sizes()
+        return not sizes or not sizes[0] <= micro_batch_size <= sizes[-1]
 
     def _window_bytes(self, micro_batch_size: int, accumulation_steps: int) -> int:
         return self.sample_bytes * micro_batch_size * accumulation_steps
 
-    def _largest_measured(self) -> int:
-        return max((m.micro_batch_size for m in self.measurements if m.is_feasible), default=1)
-
-    def _curve(self, group: int) -> _Curve:
-        """The curve of a group of accumulation steps, or of the nearest one that was measured."""
-        if not self._curves:
-            raise ValueError("Received a profile in which nothing was measured to fit. Probe a smaller micro-batch.")
-        larger = [known for known in self._curves if known >= group]
-        return self._curves[min(larger) if larger else max(self._curves)]
+    def _measured_sizes(self) -> list[int]:
+        return sorted({m.micro_batch_size for m in self.measurements if m.is_feasible})
 
     # Speed
 
@@ -180,30 +215,65 @@ class Profile:
     # Growing
 
     def with_measurement(self, measurement: Measurement) -> Profile:
-        """The profile refined by one more point; a point measured again replaces the earlier one."""
-        key = (measurement.micro_batch_size, measurement.accumulation_steps)
-        kept = [m for m in self.measurements if (m.micro_batch_size, m.accumulation_steps) != key]
+        """The profile refined by one more point. Measured again, a point keeps its higher peak."""
+        kept = []
+        for known in self.measurements:
+            if _key(known) != _key(measurement):
+                kept.append(known)
+            elif known.peak_memory_bytes is not None and measurement.peak_memory_bytes is not None:
+                peak = max(known.peak_memory_bytes, measurement.peak_memory_bytes)
+                seconds = measurement.seconds_per_update or known.seconds_per_update
+                measurement = replace(measurement, peak_memory_bytes=peak, seconds_per_update=seconds)
         return replace(self, measurements=(*kept, measurement))
 
     def next_probe_size(self, budget_bytes: int | None, micro_batch_sizes: Sequence[int]) -> int | None:
         """The size to probe next, or `None` when enough is known.
 
-        The smallest first, then a few times as large; then the largest that is predicted to fit, at most eight
-        times what is known to, until that one is measured.
+        The smallest first; then up, at most eightfold, to the largest that should fit, until that one is measured.
+        Without a budget, until most of the peak grows with the micro-batch, and at most four sizes.
+
+        Args:
+            budget_bytes: the limit the probes run under.
+            micro_batch_sizes: the sizes to choose from.
         """
-        sizes = sorted(set(micro_batch_sizes))
-        ran = sorted({m.micro_batch_size for m in self.measurements if m.is_feasible})
-        failed = [m.micro_batch_size for m in self.measurements if not m.is_feasible]
-        open_sizes = [s for s in sizes if s not in ran and (not failed or s < min(failed))]
-        if not ran:
-            return open_sizes[0] if open_sizes else None
-        larger = [s for s in open_sizes if s > ran[-1]]
-        if budget_bytes is not None:
-            larger = [s for s in larger if self.fits(s, 1, budget_bytes)]
-        if len(ran) == 1:
-            larger = [s for s in larger if s <= 4 * ran[0]] or larger[:1]
-        larger = [s for s in larger if s <= 8 * ran[-1]] or larger[:1]
-        return larger[-1] if larger else None
+        measured = self._measured_sizes()
+        failed = min((m.micro_batch_size for m in self.measurements if not m.is_feasible), default=None)
+        candidates = [size for size in sorted(set(micro_batch_sizes)) if failed is None or size < failed]
+        if not measured:
+            # One after the other failed: halve the way, down to the smallest.
+            return candidates[0 if failed is None else (len(candidates) - 1) // 2] if candidates else None
+        larger = [size for size in candidates if size > measured[-1]]
+        if failed is not None:
+            return larger[(len(larger) - 1) // 2] if larger and self._is_open(larger[0], budget_bytes) else None
+        if budget_bytes is None:
+            if len(measured) >= 4 or (len(measured) > 1 and self._grows_at(measured[-1])):
+                return None
+        else:
+            larger = [size for size in larger if self._is_open(size, budget_bytes)]
+        reach = LARGEST_PROBE_STEP if self._grows_at(measured[-1]) else LARGEST_EXTRAPOLATION
+        within_reach = [size for size in larger if size <= reach * measured[-1]]
+        choice = within_reach or larger[:1]
+        return choice[-1] if choice else None
+
+    def _is_open(self, size: int, budget_bytes: int | None) -> bool:
+        """Whether a size could fit. With one size measured, nothing is known of the slope: half of the peak grows."""
+        if budget_bytes is None:
+            return True
+        measured = self._measured_sizes()
+        if size < SMALLEST_PROBE_STEP * measured[-1]:
+            return False
+        if len(measured) == 1:
+            peak = min(m.peak_memory_bytes for m in self.measurements if m.peak_memory_bytes is not None)
+            # The next doubling is worth a try wherever there is any room.
+            growth = (1 + size / measured[0]) / 2 if size > 2 * measured[0] else 1 + MARGIN
+            return peak * growth + MIB <= budget_bytes
+        steps = max(m.accumulation_steps for m in self.measurements)
+        return self.predict_peak_memory(size, steps) * (1 + MARGIN) + MIB <= budget_bytes
+
+    def _grows_at(self, size: int) -> bool:
+        """Whether most of the peak is there because of the micro-batch."""
+        curve = next(iter(self._curves.values()))
+        return len(self._measured_sizes()) == 1 or curve.slope * size > 0.5 * curve.at(size)
 
     # Files
 
@@ -218,28 +288,62 @@ class Profile:
         rest = {key: value for key, value in values.items() if key != "measurements"}
         return cls(measurements=tuple(Measurement.from_dict(m) for m in values["measurements"]), **rest)
 
-    def to_json(self) -> str:
-        return json.dumps(self.to_dict(), indent=2)
+
+def _key(measurement: Measurement) -> tuple[int, int, bool]:
+    return measurement.micro_batch_size, measurement.accumulation_steps, measurement.is_feasible
 
 
 def _group(accumulation_steps: int) -> int:
-    """1: no accumulator; 2: a first and a last micro-step; 3 and more: one in the middle as well."""
-    return min(accumulation_steps, 3)
+    """1 has no accumulators; with more, every further micro-step is like the second."""
+    return min(accumulation_steps, 2)
+
+
+def _curves(peaks: Mapping[int, Mapping[int, float]], statics: Mapping[int, float]) -> dict[int, _Curve]:
+    """A curve per group of accumulation steps, with one slope for all beyond what was measured."""
+    # The steepest one: one group may still be at its floor where the other has left it.
+    slope = max((_last_slope(points) for points in peaks.values() if len(points) > 1), default=None)
+    return {group: _Curve(points, slope, statics[group]) for group, points in sorted(peaks.items())}
+
+
+def _last_slope(points: Mapping[int, float]) -> float:
+    before, last = sorted(points)[-2:]
+    return max(0.0, (points[last] - points[before]) / (last - before))
 
 
 class _Curve:
-    """A function through points, never falling: chords between them, the last slope beyond, flat before."""
+    """A function through points that never falls: chords between them, one slope beyond, flat before.
 
-    def __init__(self, points: Mapping[int, float]) -> None:
+    Args:
+        points: y by x.
+        slope: beyond the last point. `None` where it is not known: then the most it can be, in proportion to x.
+        most_static: a bound on `static`.
+
+    Attributes:
+        static: what there is without any sample: the smallest point, less what its samples take.
+        doubt: how much steeper the curve may be beyond the last point. When the last chord begins at the update
+            floor, the curve leaves the floor somewhere along it; the line it then follows has, at x = 0, at least
+            half of the floor below it (parameters and slots, without gradients).
+    """
+
+    def __init__(
+        self, points: Mapping[int, float], slope: float | None = None, most_static: float = np.inf
+    ) -> None:
         self._x = np.array(sorted(points), dtype=float)
         self._y = np.maximum.accumulate(np.array([points[int(x)] for x in self._x]))
-        self._slope = 0.0
-        if len(self._x) > 1:
-            self._slope = float((self._y[-1] - self._y[-2]) / (self._x[-1] - self._x[-2]))
+        self.slope = max(0.0, float(self._y[-1] / self._x[-1])) if slope is None else slope
+        self.static = min(float(self._y[0] - self.slope * self._x[0]), most_static)
+        steepest = (self._y[-1] - 0.5 * self._y[0]) / self._x[-1]
+        self.doubt = 0.0 if _is_straight(self._x, self._y) else max(0.0, float(steepest) - self.slope)
 
-    def at(self, size: float) -> float:
-        beyond = max(0.0, size - self._x[-1])
-        return float(np.interp(size, self._x, self._y)) + self._slope * beyond
+    def at(self, x: float) -> float:
+        beyond = max(0.0, x - self._x[-1])
+        return float(np.interp(x, self._x, self._y)) + self.slope * beyond
+
+
+def _is_straight(x: np.ndarray, y: np.ndarray) -> bool:
+    """Whether the last two chords agree, so that the last point lies well beyond the floor."""
+    slopes = np.diff(y[-3:]) / np.diff(x[-3:])
+    return len(slopes) == 2 and bool(slopes[1] <= 1.25 * slopes[0])
 
 
 def _fit_seconds(measurements: Sequence[Measurement]) -> tuple[float, _Curve]:
@@ -257,4 +361,5 @@ def _fit_seconds(measurements: Sequence[Measurement]) -> tuple[float, _Curve]:
         row[sizes.index(size)] = steps / seconds
         row[-1] = 1.0 / seconds
     solution, _ = nnls(rows, np.ones(len(points)))
-    return float(solution[-1]), _Curve(dict(zip(sizes, solution[:-1], strict=True)))
+    times = dict(zip(sizes, solution[:-1], strict=True))
+    return float(solution[-1]), _Curve(times, _last_slope(times) if len(times) > 1 else None)

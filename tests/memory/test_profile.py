@@ -1,0 +1,212 @@
+"""The arithmetic of predictions, on made-up measurements of steps whose cost is known."""
+
+import json
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from accumtune.errors import BudgetError
+from accumtune.memory.profile import Measurement, Profile
+
+MIB = 2**20
+ALLOCATOR = "tensorflow allocator"
+
+
+def measured(size, steps=1, peak_mib=None, seconds=None, limit_mib=None):
+    peak = None if peak_mib is None else int(peak_mib * MIB)
+    return Measurement(size, steps, peak, seconds, ALLOCATOR, limit_mib and limit_mib * MIB)
+
+
+def profile_of(*measurements, **arguments):
+    return Profile(measurements, device="CPU:0", memory_source=ALLOCATOR, **arguments)
+
+
+def step_cost(size, steps, floor=60, static=40, slope=3, accumulators=10):
+    """A step that behaves as the theory says."""
+    return max(floor, static + slope * size) + (accumulators if steps > 1 else 0)
+
+
+def theoretical(sizes, steps=(1, 2, 4), **cost):
+    return profile_of(*(measured(m, k, step_cost(m, k, **cost), k * 0.01 * m + 0.02) for m in sizes for k in steps))
+
+
+points = st.dictionaries(
+    st.tuples(st.integers(1, 512), st.sampled_from([1, 2, 4])), st.integers(1, 4096), min_size=1, max_size=8
+)
+profiles = st.builds(
+    lambda points, sample_bytes: profile_of(
+        *(measured(m, k, peak, 0.1 * k) for (m, k), peak in points.items()), sample_bytes=sample_bytes
+    ),
+    points,
+    st.integers(0, 4096),
+)
+sizes = st.integers(1, 4096)
+steps = st.integers(1, 64)
+
+
+@given(profiles, sizes, sizes, steps, steps)
+def test_more_samples_or_more_steps_never_need_less_memory(profile, m1, m2, k1, k2):
+    (small, large), (few, many) = sorted((m1, m2)), sorted((k1, k2))
+    if few == 1 and 1 not in {m.accumulation_steps for m in profile.measurements}:
+        many = few
+    assert profile.predict_peak_memory(small, few) <= profile.predict_peak_memory(large, few)
+    assert profile.predict_peak_memory(small, few) <= profile.predict_peak_memory(small, many)
+
+
+@given(profiles, st.integers(1, 8192), steps)
+@settings(max_examples=200)
+def test_the_largest_that_fits_fits_and_the_next_does_not(profile, budget_mib, steps):
+    largest = profile.largest_micro_batch_size(budget_mib * MIB, steps)
+    if largest is not None:
+        assert profile.fits(largest, steps, budget_mib * MIB)
+        predicted = profile.predict_peak_memory(largest, steps)
+        assert predicted + profile.margin_bytes(largest, steps) <= budget_mib * MIB
+    assert not profile.fits((largest or 0) + 1, steps, budget_mib * MIB)
+
+
+@given(profiles, steps, st.integers(1, 8192), st.integers(1, 8192))
+def test_a_larger_budget_never_fits_less(profile, steps, one, other):
+    small, large = sorted((one, other))
+    fitting = profile.largest_micro_batch_size(small * MIB, steps) or 0
+    assert fitting <= (profile.largest_micro_batch_size(large * MIB, steps) or 0)
+
+
+@given(profiles)
+def test_survives_json(profile):
+    assert Profile.from_dict(json.loads(json.dumps(profile.to_dict()))) == profile
+
+
+@given(st.lists(st.integers(1, 256), min_size=1, max_size=5, unique=True))
+def test_measured_points_are_reproduced(sizes):
+    profile = theoretical(sizes)
+    for m in profile.measurements:
+        assert profile.predict_peak_memory(m.micro_batch_size, m.accumulation_steps) == m.peak_memory_bytes
+
+
+@given(st.integers(1, 2000), steps)
+def test_two_sizes_beyond_the_floor_tell_all_larger_ones(size, steps):
+    profile = theoretical([1, 16, 64])
+    if size >= 16:
+        assert profile.predict_peak_memory(size, steps) == pytest.approx(step_cost(size, steps) * MIB, abs=2)
+    # Between the floor and the slope the chord is above the truth, never below.
+    assert profile.predict_peak_memory(size, steps) >= step_cost(size, steps) * MIB - 2
+
+
+def test_a_step_that_never_leaves_its_floor_costs_the_floor():
+    assert theoretical([1, 4], slope=0).predict_peak_memory(1000) == 60 * MIB
+
+
+def test_one_group_still_at_its_floor_takes_the_slope_of_the_other():
+    profile = profile_of(
+        measured(1, 1, 60), measured(16, 1, 88), measured(1, 4, 100), measured(16, 4, 100)
+    )
+    assert profile.predict_peak_memory(32, 4) > 120 * MIB
+
+
+def test_the_window_of_data_is_counted():
+    profile = profile_of(measured(4, 1, 50), measured(8, 1, 60), measured(8, 4, 90), sample_bytes=MIB)
+    assert profile.predict_peak_memory(8, 4) == 90 * MIB
+    assert profile.predict_peak_memory(8, 3) == (90 - 8) * MIB
+    # Twice the window while it is cut, before anything runs, and what is left of the 90 if 64 of them were that
+    assert profile.predict_peak_memory(8, 100) == (90 - 64 + 2 * 800) * MIB
+
+
+def test_quadratic_memory_is_not_promised_too_much_inside_the_measured_range():
+    cost = {m: 40 + 0.05 * m * m for m in (1, 8, 64)}
+    profile = profile_of(*(measured(m, 1, mib) for m, mib in cost.items()))
+    for m in range(1, 65):
+        assert profile.predict_peak_memory(m) >= int((40 + 0.05 * m * m) * MIB) - 1
+
+
+def test_running_out_of_memory_is_remembered():
+    profile = theoretical([1, 16]).with_measurement(measured(20, 1, None, limit_mib=300))
+    assert profile.fits(19, 1, 300 * MIB)
+    assert not profile.fits(20, 1, 300 * MIB) and not profile.fits(21, 4, 200 * MIB)
+    assert profile.largest_micro_batch_size(300 * MIB) == 19
+    assert profile.fits(20, 1, 301 * MIB)  # that says nothing of a larger budget
+    out_with_two = theoretical([1, 16]).with_measurement(measured(20, 2, None, limit_mib=300))
+    assert out_with_two.fits(20, 1, 300 * MIB) and not out_with_two.fits(20, 3, 300 * MIB)
+
+
+def test_what_ran_under_a_limit_fits_into_it_without_a_margin():
+    profile = theoretical([1, 16])
+    assert not profile.fits(16, 4, 98 * MIB)
+    profile = profile.with_measurement(measured(16, 4, 98, limit_mib=98))
+    assert profile.fits(16, 4, 98 * MIB) and profile.fits(15, 2, 98 * MIB) and not profile.fits(16, 4, 97 * MIB)
+
+
+def test_a_trial_refines_the_profile_and_keeps_the_higher_peak():
+    profile = theoretical([1, 16]).with_measurement(measured(16, 1, 95, 0.5))
+    assert profile.predict_peak_memory(16) == 95 * MIB
+    again = profile.with_measurement(measured(16, 1, 90, 0.4))
+    assert again.predict_peak_memory(16) == 95 * MIB
+    assert len(again.measurements) == len(profile.measurements)
+
+
+def test_seconds_are_steps_times_a_micro_step_and_one_update():
+    profile = theoretical([8, 16, 64])
+    for m, k in [(8, 1), (16, 32), (40, 3), (128, 2)]:
+        expected = m * k / (k * 0.01 * m + 0.02)
+        assert profile.predict_throughput(m, k) == pytest.approx(expected, rel=0.15)
+    assert profile.predict_throughput(8, 16) == pytest.approx(8 * 16 / (16 * 0.08 + 0.02), rel=0.02)
+
+
+def test_no_budget_is_an_error_that_says_so():
+    with pytest.raises(BudgetError, match="Pass|budget"):
+        theoretical([1, 16]).largest_micro_batch_size()
+    with pytest.raises(ValueError, match="ran out of memory"):
+        profile_of(measured(1, 1, None)).predict_peak_memory(1)
+    assert profile_of(measured(1, 1, None)).largest_micro_batch_size("1GiB") is None
+
+
+def drive(budget_mib, sizes, **cost):
+    """What a driver does: ask, probe under the limit, refit. Returns the sizes probed and the profile."""
+    budget = None if budget_mib is None else budget_mib * MIB
+    profile, probed = profile_of(memory_budget_bytes=budget), []
+    while (size := profile.next_probe_size(budget, sizes)) is not None:
+        assert size not in probed
+        probed.append(size)
+        for k in (1, 2, 4):
+            peak = step_cost(size, k, **cost)
+            out = budget_mib is not None and peak > budget_mib
+            profile = profile.with_measurement(measured(size, k, None if out else peak, 0.1, limit_mib=budget_mib))
+            if out:
+                break
+    return probed, profile
+
+
+powers = [2**i for i in range(11)]
+costs = st.builds(
+    lambda static, gradients, slope, accumulators: {
+        "static": static, "floor": static * (1 + gradients), "slope": slope, "accumulators": accumulators
+    },
+    st.integers(1, 500), st.floats(0, 1), st.floats(0.01, 50), st.integers(0, 100),
+)  # fmt: skip
+
+
+@given(costs, st.integers(20, 4000))
+@settings(max_examples=200)
+def test_probing_ends_soon_and_runs_out_of_memory_at_most_twice(cost, budget_mib):
+    probed, profile = drive(budget_mib, powers, **cost)
+    failed = [m for m in profile.measurements if not m.is_feasible]
+    assert len(probed) <= 8 and len(failed) <= 2
+    largest = profile.largest_micro_batch_size(budget_mib * MIB)
+    if largest is not None:
+        assert step_cost(largest, 1, **cost) <= budget_mib
+        # No listed size is given away that fits with room to spare.
+        best = max((m for m in powers if 1.08 * step_cost(m, 4, **cost) + 1 <= budget_mib), default=0)
+        assert largest >= best
+
+
+def test_probing_without_a_budget_stops_once_the_slope_shows():
+    assert len(drive(None, powers)[0]) <= 4
+    assert drive(None, powers, slope=100)[0] == [1, 8]
+    assert drive(None, [8, 16])[0][0] == 8
+
+
+def test_repr_is_for_people():
+    assert repr(theoretical([1, 16])) == (
+        "Profile(device='CPU:0', memory_source='tensorflow allocator', memory_budget=none, "
+        "measured_micro_batch_sizes=(1, 16))"
+    )
