@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -35,11 +36,37 @@ class _AtomicState:
         write_atomically(Path(self._get_trial_dir(trial.trial_id)) / "trial.json", json.dumps(trial.get_state()))
 
 
+class _GridState(_AtomicState):
+    """A grid walks from each trial's values to the next: for that, it must see what it proposed, not what ran."""
+
+    def populate_space(self: Any, trial_id: str) -> Any:
+        self._swap_proposals()
+        try:
+            return super().populate_space(trial_id)  # type: ignore[misc]
+        finally:
+            self._swap_proposals()
+
+    def _swap_proposals(self: Any) -> None:
+        for trial_id, values in list(self.replaced_proposals.items()):
+            hyperparameters = self.trials[trial_id].hyperparameters
+            self.replaced_proposals[trial_id], hyperparameters.values = hyperparameters.values, values
+
+    def get_state(self: Any) -> dict[str, Any]:
+        return {**super().get_state(), "replaced_proposals": self.replaced_proposals}  # type: ignore[misc]
+
+    def set_state(self: Any, state: dict[str, Any]) -> None:
+        super().set_state(state)  # type: ignore[misc]
+        self.replaced_proposals = state.get("replaced_proposals", {})
+
+
 def with_atomic_state(oracle: Any) -> Any:
     """The same oracle, writing its files atomically; its class is a subclass of what it was."""
     kind = type(oracle)
     if not issubclass(kind, _AtomicState):
-        oracle.__class__ = type(kind.__name__, (_AtomicState, kind), {"__module__": kind.__module__})
+        mixin = _AtomicState if can_redraw(oracle) else _GridState
+        oracle.__class__ = type(kind.__name__, (mixin, kind), {"__module__": kind.__module__})
+        if mixin is _GridState:
+            oracle.replaced_proposals = {}
     return oracle
 
 
@@ -87,6 +114,16 @@ def can_redraw(oracle: Any) -> bool:
     return not isinstance(oracle, keras_tuner.oracles.GridSearchOracle)
 
 
+def tell_batch(oracle: Any, trial: Any, batch: Mapping[str, Any]) -> None:
+    """The oracle learns from the micro-batch that ran, where that is something it searches (and not a grid)."""
+    if not can_redraw(oracle):
+        return
+    searched = {hp.name: getattr(hp, "values", ()) for hp in oracle.hyperparameters.space}
+    for name, value in batch.items():
+        if value in searched.get(name, ()):
+            trial.hyperparameters.values[name] = value
+
+
 def end_completed(oracle: Any, trial: Any, metrics: dict[str, float], best_epoch: int) -> bool:
     """Tells the oracle a trial's metrics; False where the objective is NaN, which ends the trial as failed."""
     oracle.update_trial(trial.trial_id, metrics, step=best_epoch)
@@ -119,7 +156,10 @@ def grant_another_trial(oracle: Any) -> None:
 def note_batch(oracle: Any, trial_id: str, batch: dict[str, int]) -> None:
     """Writes the pair that was run into an ended trial's values, where everybody looks for it."""
     trial = oracle.trials[trial_id]
+    proposal = dict(trial.hyperparameters.values)
     trial.hyperparameters.values.update(batch)
+    if not can_redraw(oracle) and any(proposal.get(name, value) != value for name, value in batch.items()):
+        oracle.replaced_proposals[trial_id] = proposal
     oracle._save_trial(trial)
 
 

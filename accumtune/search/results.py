@@ -55,7 +55,8 @@ def training_config(record: SearchRecord, choice: Choice, run_id: str | None, tr
         micro_batch_size=candidate.micro_batch_size,
         accumulation_steps=candidate.accumulation_steps,
         effective_batch_size=candidate.effective_batch_size,
-        hyperparameters=dict(candidate.hyperparameters),
+        # Hyperband's bookkeeping belongs to the search.
+        hyperparameters={k: v for k, v in candidate.hyperparameters.items() if not k.startswith("tuner/")},
         memory_budget_bytes=record.memory_budget_bytes,
         peak_memory_bytes=None if candidate.peak_memory_bytes is None else int(candidate.peak_memory_bytes),
         memory_source=candidate.memory_source,

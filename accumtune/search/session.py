@@ -110,7 +110,7 @@ class SearchSession:
                 return False
         self._write(self._directory.trial(trial.trial_id), trial.trial_id, number, result)
         batch = {name: result.values[name] for name in BATCH_HYPERPARAMETERS if name in result.values}
-        self._tell_values(trial, batch)
+        oracles.tell_batch(self._oracle, trial, batch)
         if result.status in ("completed", "reused"):
             self._infeasible_in_a_row = 0
             oracles.end_completed(self._oracle, trial, dict(result.metrics), result.best_epoch)
@@ -124,13 +124,6 @@ class SearchSession:
         self._count_reused(result)
         self._check_limits()
         return True
-
-    def _tell_values(self, trial: Any, batch: Mapping[str, Any]) -> None:
-        """The oracle learns from the micro-batch that ran, where that is something it searches."""
-        searched = {hp.name: getattr(hp, "values", ()) for hp in self._oracle.hyperparameters.space}
-        for name, value in batch.items():
-            if name in searched and value in searched[name]:
-                trial.hyperparameters.values[name] = value
 
     def _may_redraw(self) -> bool:
         return oracles.can_redraw(self._oracle) and self._infeasible_in_a_row < oracles.MAX_DRAWS

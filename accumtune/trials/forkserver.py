@@ -21,9 +21,11 @@ import importlib
 import json
 import os
 import select
+import shutil
 import signal
 import socket
 import sys
+import tempfile
 import traceback
 import warnings
 from pathlib import Path
@@ -36,7 +38,7 @@ class _Server:
     def __init__(self, connection: socket.socket) -> None:
         self._connection = connection
         self._received = b""
-        self._children: dict[int, int] = {}  # process id -> task
+        self._children: dict[int, tuple[int, Path]] = {}  # process id -> task and its directory
 
     def serve(self) -> None:
         wake_reader, wake_writer = os.pipe()
@@ -52,8 +54,9 @@ class _Server:
             self._reap()
             if self._connection in readable and not self._receive():
                 break
-        for pid in self._children:
+        for pid, (_, directory) in self._children.items():
             _kill_group(pid)
+            shutil.rmtree(_temporary_folder(directory), ignore_errors=True)
 
     def _receive(self) -> bool:
         """Handles the requests that have come in; False when the search is gone."""
@@ -68,8 +71,9 @@ class _Server:
             if "start" in request:
                 self._start(request)
             elif "kill" in request:
-                for pid in [pid for pid, task in self._children.items() if task == request["kill"]]:
-                    _kill_group(pid)
+                for pid, (task, _) in self._children.items():
+                    if task == request["kill"]:
+                        _kill_group(pid)
         return bool(chunk)
 
     def _start(self, request: dict[str, Any]) -> None:
@@ -78,7 +82,7 @@ class _Server:
             self._connection.close()
             _run_child(request)
         _make_group(pid)
-        self._children[pid] = request["start"]
+        self._children[pid] = (request["start"], Path(request["directory"]))
         self._send({"started": request["start"], "pid": pid})
 
     def _reap(self) -> None:
@@ -88,7 +92,8 @@ class _Server:
                 return
             # What the task itself has started must not outlive it.
             _kill_group(pid)
-            task = self._children.pop(pid)
+            task, directory = self._children.pop(pid)
+            shutil.rmtree(_temporary_folder(directory), ignore_errors=True)
             self._send({"ended": task, "exit_code": os.waitstatus_to_exitcode(status)})
 
     def _send(self, message: dict[str, Any]) -> None:
@@ -96,6 +101,10 @@ class _Server:
             self._connection.sendall(json.dumps(message).encode() + b"\n")
         except ConnectionError:
             pass  # the search is gone: the next read says so, and serve() ends
+
+
+def _temporary_folder(directory: Path) -> Path:
+    return directory / "tmp"
 
 
 def _make_group(pid: int) -> None:
@@ -147,6 +156,12 @@ def _settle_child(request: dict[str, Any]) -> None:
     sys.stdout = os.fdopen(1, "w", buffering=1, closefd=False)
     sys.stderr = os.fdopen(2, "w", buffering=1, closefd=False)
     os.environ.update(request["environment"])
+    # A forked child ends without interpreter shutdown, and may be killed: what it leaves in its own folder for
+    # temporary files (TensorFlow's autograph leaves a module per function) is removed with it.
+    temporary = _temporary_folder(directory)
+    temporary.mkdir(exist_ok=True)
+    os.environ["TMPDIR"] = str(temporary)
+    tempfile.tempdir = None
     os.chdir(request["cwd"])
     sys.path[:] = request["path"]
 
