@@ -194,13 +194,14 @@ def _open_tensorflow(budget_bytes: int | None) -> Device:
         details = tf.config.experimental.get_device_details(gpus[0])
         name = " ".join(["GPU:0", details.get("device_name", "")]).strip()
         return TensorFlowDevice(name, budget_bytes)
-    if os.environ.get("TF_CPU_ALLOCATOR_USE_BFC", "").lower() not in ("true", "1"):
-        raise _TooLateError
     device = TensorFlowDevice("CPU:0", budget_bytes)
-    try:
-        device.reset_peak()
-    except ValueError:  # the plain allocator, which keeps no statistics: an operation ran before
-        raise _TooLateError from None
+    trace = tf.zeros([1024])
+    is_counted = device.current_memory_bytes() > 0
+    del trace
+    # The variable is read once, at the first operation; the plain allocator counts nothing.
+    if not is_counted:
+        raise _TooLateError
+    device.reset_peak()
     return device
 
 

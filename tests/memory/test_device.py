@@ -1,0 +1,191 @@
+"""A known allocation gives a known peak, a limit bites on a real allocation, and each backend's words are read."""
+
+import os
+import signal
+
+import pytest
+
+from accumtune.errors import BudgetError
+from accumtune.memory.device import died_of_memory, is_out_of_memory, memory_limit_environment
+
+MIB = 2**20
+BACKEND = os.environ["KERAS_BACKEND"]
+tensorflow_only = pytest.mark.skipif(BACKEND != "tensorflow", reason="TensorFlow's allocator")
+
+
+@tensorflow_only
+def test_known_allocation_gives_known_peak_on_tensorflow(value_in_child):
+    def allocate():
+        import tensorflow as tf
+
+        from accumtune.memory.device import open_device
+
+        device = open_device("tensorflow")
+        start = device.current_memory_bytes()
+        first = tf.zeros([16 * 2**18])  # 16 MiB
+        one = device.current_memory_bytes() - start
+        second = tf.zeros([32 * 2**18])
+        both = device.peak_memory_bytes() - start
+        del first, second
+        kept, after = device.peak_memory_bytes() - start, device.current_memory_bytes() - start
+        device.reset_peak()
+        return [one, both, kept, after, device.peak_memory_bytes() - start, device.name, device.memory_source]
+
+    one, both, kept, after, reset, name, source = value_in_child(allocate)
+    assert (one / MIB, both / MIB, kept / MIB) == pytest.approx((16, 48, 48), abs=0.01)
+    assert after < 0.01 * MIB and reset < 0.01 * MIB
+    assert (name, source) == ("CPU:0", "tensorflow allocator") or name.startswith("GPU:0")
+
+
+@tensorflow_only
+def test_the_limit_bites_and_is_recognised(value_in_child):
+    def overdraw():
+        import tensorflow as tf
+
+        from accumtune.memory.device import is_out_of_memory, open_device
+
+        device = open_device("tensorflow", 64 * 2**20)
+        tf.zeros([16 * 2**18])  # what fits runs
+        try:
+            tf.zeros([80 * 2**18])
+        except Exception as error:
+            return [type(error).__name__, is_out_of_memory(error), device.is_limit_enforced, device.limit_bytes]
+        return None
+
+    expected = ["ResourceExhaustedError", True, True, 64 * MIB]
+    assert value_in_child(overdraw, budget_bytes=64 * MIB) == expected
+    # The negative control: without the limit the same allocation is no trouble.
+    assert value_in_child(overdraw) is None
+
+
+@tensorflow_only
+def test_opening_the_device_too_late_is_an_error(in_child):
+    def late():
+        import os
+
+        import tensorflow as tf
+
+        os.environ["TF_CPU_ALLOCATOR_USE_BFC"] = "false"
+        tf.zeros([1])
+        os.environ["TF_CPU_ALLOCATOR_USE_BFC"] = "true"
+
+        from accumtune.memory.device import open_device
+
+        open_device("tensorflow", 64 * 2**20)
+
+    outcome = in_child(late)
+    assert outcome.status == "failed" and "BudgetError" in outcome.reason
+
+
+@pytest.mark.skipif(BACKEND != "jax", reason="JAX")
+def test_known_allocation_gives_known_peak_on_jax(value_in_child):
+    def allocate():
+        import jax
+        import jax.numpy as jnp
+
+        from accumtune.memory.device import open_device
+
+        device = open_device("jax")
+        array = jnp.zeros((16 * 2**18,))  # 16 MiB
+        one = device.current_memory_bytes()
+
+        @jax.jit
+        def step(x):  # an output of 16 MiB beside its argument, and a sorted copy of 16 MiB between the two
+            return jnp.cumsum(jnp.sort(x))
+
+        kept = step(array)
+        return [one, device.current_memory_bytes(), device.peak_memory_bytes(), kept.nbytes, device.memory_source]
+
+    one, both, peak, _, source = value_in_child(allocate)
+    assert (one / MIB, both / MIB) == pytest.approx((16, 32), abs=0.1)
+    assert 48 <= peak / MIB <= 96.1
+    assert source == "jax compile-time analysis"
+
+
+@pytest.mark.skipif(BACKEND != "torch", reason="torch")
+def test_known_allocation_gives_known_peak_on_torch(value_in_child):
+    def allocate():
+        import torch
+
+        from accumtune.memory.device import open_device
+
+        device = open_device("torch")
+        torch.ones(64 * 2**18)  # 64 MiB, gone at once
+        peak, after = device.peak_memory_bytes(), device.current_memory_bytes()
+        device.reset_peak()
+        return [peak, after, device.peak_memory_bytes(), device.memory_source]
+
+    peak, after, reset, source = value_in_child(allocate)
+    assert peak / MIB == pytest.approx(64, abs=8)
+    assert after / MIB < 8 and reset / MIB < 8
+    assert source == "process high-water mark"
+
+
+@tensorflow_only
+def test_what_tensorflow_says_when_memory_runs_out():
+    import tensorflow as tf
+
+    def resource(text):
+        return tf.errors.ResourceExhaustedError(None, None, text)
+
+    assert is_out_of_memory(resource("OOM when allocating tensor with shape[9] and type float on CPU:0"))
+    assert is_out_of_memory(resource("Out of memory while trying to allocate 17179869184 bytes."))  # XLA
+    assert is_out_of_memory(resource("failed to allocate memory"))
+    assert is_out_of_memory(tf.errors.InternalError(None, None, "Dst tensor is not initialized."))
+    assert is_out_of_memory(tf.errors.UnknownError(None, None, "MemoryError: Unable to allocate 8.00 GiB"))
+    # Other resources run out too.
+    assert not is_out_of_memory(resource("Enqueue operation was cancelled: the queue is full"))
+    assert not is_out_of_memory(resource("Received message larger than max (5 vs. 4)"))
+    assert not is_out_of_memory(resource("/tmp/log; Too many open files"))
+    assert not is_out_of_memory(tf.errors.InvalidArgumentError(None, None, "Incompatible shapes"))
+
+
+class XlaRuntimeError(RuntimeError):
+    """JAX's, by name."""
+
+
+class OutOfMemoryError(RuntimeError):
+    """torch's, by name."""
+
+
+def test_what_others_say_when_memory_runs_out():
+    assert is_out_of_memory(MemoryError())
+    assert is_out_of_memory(XlaRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 4398046511104 bytes."))
+    assert is_out_of_memory(OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB."))
+    assert is_out_of_memory(RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried ..."))
+    assert is_out_of_memory(RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate`"))
+    assert not is_out_of_memory(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
+    assert not is_out_of_memory(ValueError("an LSTM has no memory of what was out of memory"))
+    assert not is_out_of_memory(KeyboardInterrupt())
+
+
+def raised(outer, cause=None, context=None, suppress=False):
+    outer.__cause__, outer.__context__ = cause, context
+    outer.__suppress_context__ = suppress
+    return outer
+
+
+def test_a_wrapped_out_of_memory_is_still_one():
+    assert is_out_of_memory(raised(ValueError("training failed"), cause=MemoryError()))
+    assert is_out_of_memory(raised(ValueError("in a callback"), context=MemoryError()))
+    assert is_out_of_memory(ExceptionGroup("two", [ValueError(), MemoryError()]))
+    assert not is_out_of_memory(raised(ValueError("from None"), context=MemoryError(), suppress=True))
+    circle = ValueError("its own cause")
+    assert not is_out_of_memory(raised(circle, cause=circle))
+
+
+def test_a_process_that_died_of_memory():
+    assert died_of_memory(signal.SIGKILL)
+    assert died_of_memory(signal.SIGSEGV, is_limited=True) and not died_of_memory(signal.SIGSEGV)
+    assert died_of_memory(signal.SIGABRT, "W bfc_allocator.cc: ran out of memory trying to allocate 49.00MiB")
+    assert not died_of_memory(signal.SIGTERM, is_limited=True)
+
+
+def test_environment_of_a_limited_child():
+    assert memory_limit_environment("tensorflow", 100 * MIB + 5) == {
+        "TF_CPU_ALLOCATOR_USE_BFC": "true", "TF_CPU_BFC_MEM_LIMIT_IN_MB": "100"
+    }  # fmt: skip
+    assert memory_limit_environment("tensorflow", None) == {"TF_CPU_ALLOCATOR_USE_BFC": "true"}
+    assert memory_limit_environment("torch", 100 * MIB) == {}
+    with pytest.raises(BudgetError, match="4.0 MiB"):
+        memory_limit_environment("tensorflow", MIB)
