@@ -96,12 +96,11 @@ def _probe(options: argparse.Namespace) -> int:
     largest = None if budget is None else costs.largest_micro_batch_size(budget, options.accumulation_steps)
     rows = [_row(costs, size, options.accumulation_steps, budget) for size in _sizes(options, costs)]
     if options.json:
-        answer = {"largest_micro_batch_size": largest, "memory_budget_bytes": budget, "sizes": rows}
-        print(json.dumps(answer, indent=2))
+        print(json.dumps({"largest_micro_batch_size": largest, "memory_budget_bytes": budget, "sizes": rows}, indent=2))
     else:
         print(_table(rows))
         if budget is not None:
-            answer = largest if largest is not None else "none: not even 1 fits"
+            answer = "none: not even 1 fits" if largest is None else str(largest)
             print(f"Largest micro-batch in {format_bytes(budget)} ({options.accumulation_steps} steps): {answer}")
     return 0 if budget is None or largest is not None else 1
 

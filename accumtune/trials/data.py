@@ -116,8 +116,8 @@ def _with_validation_split(given: dict[str, Any]) -> dict[str, Any]:
         )
     # As Keras has it: the last samples, before shuffling.
     split = int(_number_of_rows(x) * (1 - share))
-    head, tail = (_map(lambda array, part=part: array[part], (x, y, sample_weight))
-                  for part in (slice(None, split), slice(split, None)))  # fmt: skip
+    head = _map(lambda array: array[:split], (x, y, sample_weight))
+    tail = _map(lambda array: array[split:], (x, y, sample_weight))
     return {**given, "x": head[0], "y": head[1], "sample_weight": head[2], "validation_data": tail}
 
 

@@ -48,11 +48,12 @@ class _Server:
         signal.signal(signal.SIGCHLD, lambda *_: None)
         self._send({"ready": True})
         while True:
-            readable, _, _ = select.select([self._connection, wake_reader], [], [])
+            connection = self._connection.fileno()
+            readable, _, _ = select.select([connection, wake_reader], [], [])
             if wake_reader in readable:
                 os.read(wake_reader, 4096)
             self._reap()
-            if self._connection in readable and not self._receive():
+            if connection in readable and not self._receive():
                 break
         for pid, (_, directory) in self._children.items():
             _kill_group(pid)

@@ -1,0 +1,120 @@
+"""The README's main job on a smaller setting, and what production does with its result."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import accumtune
+from accumtune.tracking.journal import read_search
+
+ROOT = Path(__file__).parent.parent
+EXPERIMENTS = ROOT / "experiments"
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory):
+    """A finished digits search: its folder and what it printed."""
+    folder = tmp_path_factory.mktemp("digits")
+    return folder, run_digits(folder)
+
+
+def run(folder, script, *arguments):
+    done = subprocess.run(
+        [sys.executable, str(EXPERIMENTS / script), *arguments], cwd=folder, capture_output=True, text=True, timeout=500
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def run_digits(folder):
+    return run(folder, "digits.py", "--trials", "3", "--epochs", "2")
+
+
+def test_the_search_stays_in_its_budget_and_says_what_it_found(digits):
+    folder, output = digits
+    record = read_search(folder / "mlruns" / "searches" / "digits")
+    completed = record.with_status("completed")
+    assert len(completed) == 3
+    assert all(trial.peak_memory_bytes <= record.memory_budget_bytes for trial in completed)
+    for words in ("[3/3]", "micro × steps", "Pareto front", "Why:", "best_config.json", "mlflow ui"):
+        assert words in output
+
+
+def test_the_budget_bites(digits):
+    """The largest micro-batches do not fit: no trial uses them, and larger effective batches take more steps."""
+    folder, _ = digits
+    record = read_search(folder / "mlruns" / "searches" / "digits")
+    assert max(trial.micro_batch_size for trial in record.trials) < 256 or min(
+        trial.hyperparameters["width"] for trial in record.trials if trial.micro_batch_size == 256
+    ) == 16
+
+
+def test_mlflow_has_one_run_per_trial_and_the_best_configuration(digits):
+    import mlflow
+
+    folder, _ = digits
+    client = mlflow.MlflowClient(tracking_uri=f"sqlite:///{folder}/mlruns/mlflow.db")
+    experiment = client.get_experiment_by_name("digits")
+    runs = client.search_runs([experiment.experiment_id])
+    parents = [run for run in runs if "mlflow.parentRunId" not in run.data.tags]
+    children = [run for run in runs if "mlflow.parentRunId" in run.data.tags]
+    assert len(parents) == 1 and len(children) == 3
+    for run in children:
+        assert run.info.status == "FINISHED"
+        assert {"micro_batch_size", "accumulation_steps", "effective_batch_size", "width"} <= set(run.data.params)
+        assert {
+            "effective_batch_size", "throughput_samples_per_second", "peak_memory_mib", "predicted_peak_memory_mib",
+            "best_val_loss", "updates", "training_seconds", "loss", "val_loss",
+        } <= set(run.data.metrics)  # fmt: skip
+        assert run.data.tags["accumtune.status"] == "completed"
+        assert len(client.get_metric_history(run.info.run_id, "val_loss")) == 2
+    artifacts = {artifact.path for artifact in client.list_artifacts(parents[0].info.run_id)}
+    assert {"best_config.json", "candidates.csv", "pareto.png", "memory.png"} <= artifacts
+    assert "best_config.json" in parents[0].data.tags["mlflow.note.content"]
+    uri = f"sqlite:///{folder}/mlruns/mlflow.db"
+    config = accumtune.load_config(f"runs:/{parents[0].info.run_id}/best_config.json", tracking_uri=uri)
+    assert config.hyperparameters == accumtune.load_config(folder / "best_config.json").hyperparameters
+
+
+def test_the_same_command_again_trains_nothing_and_doubles_nothing(digits):
+    import mlflow
+
+    folder, _ = digits
+    before = {trial.trial_id: trial.ended_at for trial in read_search(folder / "mlruns/searches/digits").trials}
+    run_digits(folder)
+    after = {trial.trial_id: trial.ended_at for trial in read_search(folder / "mlruns/searches/digits").trials}
+    assert before == after
+    client = mlflow.MlflowClient(tracking_uri=f"sqlite:///{folder}/mlruns/mlflow.db")
+    experiment = client.get_experiment_by_name("digits")
+    assert len(client.search_runs([experiment.experiment_id])) == 4
+
+
+def test_production_trains_with_the_result_and_leaves_a_plain_keras_model(digits):
+    folder, _ = digits
+    output = run(folder, "production.py", "best_config.json", "--epochs", "2")
+    assert "a plain Keras model" in output
+    script = (
+        "import sys; sys.modules['accumtune'] = None\n"
+        "import keras; model = keras.models.load_model('production/digits.keras'); print(model.count_params())"
+    )
+    environment = {**os.environ, "TF_CPP_MIN_LOG_LEVEL": "2"}
+    done = subprocess.run([sys.executable, "-c", script], cwd=folder, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0 and int(done.stdout) > 0, done.stderr
+
+
+def test_the_command_line_finds_the_search(digits):
+    folder, _ = digits
+    for arguments, words in (
+        (["best"], "Why:"),
+        (["best", "--json"], '"effective_batch_size"'),
+        (["ui", "--print"], "viewStateShareKey"),
+        (["sync"], "Everything is in MLflow"),
+    ):
+        done = subprocess.run(
+            [sys.executable, "-c", "import sys; from accumtune.cli import main; sys.exit(main())", *arguments],
+            cwd=folder, capture_output=True, text=True,
+        )  # fmt: skip
+        assert done.returncode == 0 and words in done.stdout, done.stdout + done.stderr
