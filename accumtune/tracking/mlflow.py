@@ -22,6 +22,8 @@ CACHE_FILE = "tracking.json"
 _INTERVAL_SECONDS = 2.0
 _STOP_SECONDS = 60.0
 _LAST_ATTEMPTS = 3
+# How long `sync` lets another process finish.
+_WAIT_SECONDS = 60.0
 
 
 class Tracker:
@@ -88,7 +90,7 @@ class Tracker:
         if self._replay is None:
             return
         try:
-            self._run(is_fresh=True)
+            self._run(is_fresh=True, wait_seconds=_WAIT_SECONDS)
         except AccumtuneError:
             raise
         except Exception as error:  # whatever the store's driver raises: SQLAlchemy's, requests', MLflow's
@@ -175,10 +177,10 @@ class Tracker:
         self._fault = ""
         return True
 
-    def _run(self, is_fresh: bool) -> None:
+    def _run(self, is_fresh: bool, wait_seconds: float = 0.0) -> None:
         assert self._replay is not None
-        with self._lock, _quiet_loggers():
-            self._replay.run(is_fresh)
+        with self._lock, _quiet_thread():
+            self._replay.run(is_fresh, wait_seconds)
             self._remember()
 
     def _remember(self) -> None:
@@ -219,14 +221,23 @@ def read_cache(folder: Path) -> dict[str, str | None]:
 
 
 @contextmanager
-def _quiet_loggers() -> Iterator[None]:
-    """Making a database tells of forty schema migrations, which say nothing to someone who searches."""
-    loggers = [logging.getLogger(name) for name in ("mlflow.store.db.utils", "alembic")]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.WARNING)
+def _quiet_thread() -> Iterator[None]:
+    """Making a database tells of forty migrations, a slow server of each retry: nothing to someone who searches.
+
+    Only this thread is quiet; what the user's own MLflow says is heard as before.
+    """
+    thread = threading.get_ident()
+
+    def is_elsewhere(record: logging.LogRecord) -> bool:
+        return record.thread != thread or record.levelno > logging.WARNING
+
+    for name in _LOUD_LOGGERS:
+        logging.getLogger(name).addFilter(is_elsewhere)
     try:
         yield
     finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
+        for name in _LOUD_LOGGERS:
+            logging.getLogger(name).removeFilter(is_elsewhere)
+
+
+_LOUD_LOGGERS = ("mlflow.store.db.utils", "alembic.runtime.migration", "urllib3.connectionpool")

@@ -7,9 +7,10 @@ import fcntl
 import hashlib
 import json
 import os
+import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from accumtune.config.uris import redacted
 from accumtune.errors import TrackingError
@@ -27,6 +28,7 @@ _SYNCED_TAG = "accumtune.synced"
 # What is written for a record; raised when a later version writes more, so that a sync brings it to old runs too.
 _CONTENT_VERSION = 1
 _MAXIMUM_LOG_BYTES = 2**20
+_LOCK_INTERVAL_SECONDS = 0.1
 
 
 class Replay:
@@ -45,18 +47,20 @@ class Replay:
         self.experiment_id: str | None = None
         self.parent_run_id: str | None = None
         self.view_key: str | None = None
+        self._view: str | None = None
         self._store: Store | None = None
         self._states: dict[str, RunState] = {}
         self._trials: dict[Path, tuple[int, TrialRecord]] = {}
         self._brought: dict[Path, tuple[int, bool]] = {}
 
-    def run(self, is_fresh: bool) -> None:
+    def run(self, is_fresh: bool, wait_seconds: float = 0.0) -> None:
         """Brings what is new. Any exception means that something is still missing; the next call goes on.
 
         Args:
             is_fresh: look into the store, rather than trusting what this process has written.
+            wait_seconds: how long to wait while another process does the same.
         """
-        with _locked(self.folder / _LOCK_FILE):
+        with _locked(self.folder / _LOCK_FILE, wait_seconds):
             try:
                 self._run(is_fresh)
             except BaseException:
@@ -77,14 +81,20 @@ class Replay:
                 self._bring_trial(store, folder, size, trial, search)
                 self._brought[folder] = key
         self._bring_report(store, search)
-        records = [trial for _, (_, trial) in trials]
-        self.view_key = view.bring_view(store.client, store.experiment_id, search, records) or self.view_key
+        self._bring_view(store, search, [trial for _, (_, trial) in trials])
+
+    def _bring_view(self, store: Store, search: SearchRecord, trials: list[TrialRecord]) -> None:
+        value = view.encoded_view(search, trials)
+        if value is not None and value != self._view:
+            self.view_key = view.bring_view(store.client, store.experiment_id, search, value)
+            self._view = value
 
     def _open(self, search: SearchRecord, is_fresh: bool) -> Store:
         if self._store is None or is_fresh:
             self._store = Store(self.tracking_uri, search.name or "accumtune")
             self._states = self._store.runs(search.search_id)
             self._brought.clear()
+            self._view = None
         else:
             self._store.check()
         self.experiment_id = self._store.experiment_id
@@ -167,18 +177,27 @@ class Replay:
 
 
 @contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
+def _locked(path: Path, wait_seconds: float) -> Iterator[None]:
     """One process at a time, so that the search and `accumtune sync` do not both make a run."""
+    end = time.monotonic() + wait_seconds
     with open(path, "a") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise TrackingError(
-                f"Another process is bringing {path.parent} into MLflow at this moment.",
-                "one at a time",
-                "wait a moment and try again, or leave it to the other one.",
-            ) from None
+        while not _try_lock(file):
+            if time.monotonic() > end:
+                raise TrackingError(
+                    f"Another process is bringing {path.parent} into MLflow at this moment.",
+                    "one at a time",
+                    "wait a moment and try again, or leave it to the other one.",
+                )
+            time.sleep(_LOCK_INTERVAL_SECONDS)
         yield
+
+
+def _try_lock(file: IO[str]) -> bool:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
 
 
 def _files(folder: Path) -> list[Path]:

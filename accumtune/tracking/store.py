@@ -195,8 +195,18 @@ class Store:
         if content.status == "RUNNING":
             self.client.update_run(state.run_id, status="RUNNING")
         else:
-            self.client.set_terminated(state.run_id, content.status, content.ended_milliseconds)
+            self._terminate(state.run_id, content.status, content.ended_milliseconds)
         state.status = content.status
+
+    def _terminate(self, run_id: str, status: str, ended_milliseconds: int | None) -> None:
+        from mlflow.entities import RunStatus
+
+        # `set_terminated` prints the address of each run on a server, which would bury the search's own lines.
+        store = getattr(getattr(self.client, "_tracking_client", None), "store", None)
+        if store is None:
+            self.client.set_terminated(run_id, status, ended_milliseconds)
+        else:
+            store.update_run_info(run_id, RunStatus.from_string(status), ended_milliseconds, None)
 
     def set_tags(self, state: RunState, tags: Mapping[str, str]) -> None:
         """Sets the tags that are different."""

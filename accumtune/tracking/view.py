@@ -26,8 +26,14 @@ _KIND_TAG = "mlflow.experimentKind"
 _PIXELS_PER_LETTER, _LEAST_PIXELS, _DESCRIPTION_PIXELS = 8, 90, 420
 
 
-def bring_view(client: Any, experiment_id: str, search: SearchRecord, trials: Sequence[TrialRecord]) -> str | None:
+def bring_view(client: Any, experiment_id: str, search: SearchRecord, value: str) -> str | None:
     """Saves the search's view in its experiment, unless a person has edited or deleted it.
+
+    Args:
+        client: MLflow's.
+        experiment_id: the search's.
+        search: the search.
+        value: of `encoded_view`.
 
     Returns:
         The key that opens it (`?viewStateShareKey=<key>`), or None where there is none.
@@ -35,10 +41,7 @@ def bring_view(client: Any, experiment_id: str, search: SearchRecord, trials: Se
     from mlflow.exceptions import MlflowException
 
     key = hashlib.sha256(f"accumtune {search.search_id}".encode()).hexdigest()[:32]
-    value = _encoded(search, trials)
-    if value is None:
-        return None
-    digest = hashlib.sha256(value.encode()).hexdigest()[:16]
+    digest = _digest(value)
     try:
         tags = client.get_experiment(experiment_id).tags
         if _KIND_TAG not in tags:
@@ -60,7 +63,8 @@ def _digest(value: str) -> str:
     return hashlib.sha256(value.encode()).hexdigest()[:16]
 
 
-def _encoded(search: SearchRecord, trials: Sequence[TrialRecord]) -> str | None:
+def encoded_view(search: SearchRecord, trials: Sequence[TrialRecord]) -> str | None:
+    """The tag's value; None where it would be longer than MLflow allows."""
     when = int((search.started_at or 0.0) * 1000)
     state = json.dumps(view_state(search, trials), separators=(",", ":"))
     packed = "deflate;" + base64.b64encode(zlib.compress(state.encode(), 9)).decode()
@@ -86,7 +90,9 @@ def view_state(search: SearchRecord, trials: Sequence[TrialRecord]) -> dict[str,
         "attributes.`Description`",
     ]
     order = ["attributes.`Run Name`", *columns]
-    sections, charts = _charts(search, best, own)
+    # Parallel coordinates leave out every run that lacks one of the axes: only what all have may be one.
+    shared = [name for name in own if all(_has(trial, name) for trial in trials if trial.status == "completed")]
+    sections, charts = _charts(search, best, shared)
     return {
         "searchFilter": f"tags.`{SEARCH_TAG}` = '{search.search_id}'",
         "orderByKey": f"metrics.`{best}`",
@@ -102,7 +108,7 @@ def view_state(search: SearchRecord, trials: Sequence[TrialRecord]) -> dict[str,
         "viewMaximized": False,
         "runListHidden": False,
         "isAccordionReordered": True,
-        "hideEmptyCharts": False,
+        "hideEmptyCharts": True,
         "groupBy": None,
         "groupsExpanded": {},
         "useGroupedValuesInCharts": True,
@@ -116,6 +122,10 @@ def _hyperparameters(trials: Sequence[TrialRecord]) -> list[str]:
     """The user's own, in the order of their first use; Keras Tuner's bookkeeping is left out."""
     names = {clean_name(name): None for trial in trials for name in trial.hyperparameters}
     return [name for name in names if name not in BATCH and not name.startswith("tuner/")]
+
+
+def _has(trial: TrialRecord, name: str) -> bool:
+    return any(clean_name(key) == name for key in trial.hyperparameters)
 
 
 def _width(column: str) -> int:

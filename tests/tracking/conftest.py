@@ -1,6 +1,7 @@
 """Made searches: folders with the journals that a real search writes."""
 
 import math
+import shutil
 from pathlib import Path
 
 import pytest
@@ -48,7 +49,7 @@ class MadeSearch:
             "proposed",
             trial_id=trial_id,
             number=number,
-            hyperparameters={"learning_rate": rate, "units": 32, **batch},
+            hyperparameters={"learning_rate": rate, "width": 32, **batch},
             predicted_peak_memory_bytes=peak,
             predicted_throughput_samples_per_second=1000.0 * micro**0.5,
             description=f"effective batch {micro * steps}",
@@ -121,6 +122,30 @@ def finished(made):
     return made
 
 
+@pytest.fixture(scope="session")
+def empty_store(tmp_path_factory):
+    """An MLflow database without runs. Making one takes seconds, copying it does not."""
+    from mlflow import MlflowClient
+
+    path = tmp_path_factory.mktemp("empty") / "mlflow.db"
+    MlflowClient(f"sqlite:///{path}").search_experiments()
+    return path
+
+
 @pytest.fixture
-def uri(tmp_path):
-    return f"sqlite:///{tmp_path / 'store' / 'mlflow.db'}"
+def new_uri(tmp_path, empty_store):
+    """Makes stores that nothing else uses."""
+    numbers = iter(range(10**6))
+
+    def make():
+        folder = tmp_path / f"store_{next(numbers)}"
+        folder.mkdir()
+        shutil.copy(empty_store, folder / "mlflow.db")
+        return f"sqlite:///{folder / 'mlflow.db'}"
+
+    return make
+
+
+@pytest.fixture
+def uri(new_uri):
+    return new_uri()
