@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from accumtune.config.validation import BATCH_HYPERPARAMETERS
 from accumtune.config.value import TrainingConfig
 from accumtune.errors import BudgetTooSmallError, VerificationError
 from accumtune.memory.budget import format_bytes, parse_budget
+
+if TYPE_CHECKING:
+    from accumtune.memory.profile import Profile
 
 # Predicted throughputs closer than this are the same to anyone: then the smaller micro-batch, which needs less.
 _SAME_SPEED = 0.02
@@ -60,7 +64,7 @@ def build(config: TrainingConfig, build_model: Any) -> Any:
         )
     hp = keras_tuner.HyperParameters()
     # Keras Tuner takes a value that is there already instead of a hyperparameter's default.
-    hp.values.update(config.hyperparameters)
+    hp.values.update({**config.hyperparameters, **_batch(config.micro_batch_size, config.effective_batch_size)})
     builder = ModelBuilder(
         build_model,
         learning_rate_scaling=config.learning_rate_scaling,
@@ -74,37 +78,41 @@ def for_budget(config: TrainingConfig, budget: int | float | str, build_model: A
     from accumtune.trials import profiling
 
     budget_bytes = parse_budget(budget)
-    effective = config.effective_batch_size
-    divisors = [size for size in range(1, effective + 1) if effective % size == 0]
     profile = profiling.profile(
         build_model, x, y,
-        micro_batch_sizes=divisors, memory_budget=budget_bytes, hyperparameters=config.hyperparameters,
+        micro_batch_sizes=_divisors(config.effective_batch_size), memory_budget=budget_bytes,
+        hyperparameters=config.hyperparameters,
     )  # fmt: skip
-    speed = {
-        size: profile.predict_throughput(micro_batch_size=size, accumulation_steps=effective // size)
-        for size in divisors
-        if profile.fits(size, effective // size, budget_bytes)
-    }
-    if not speed:
+    return fitted(config, profile, budget_bytes, profiling.current_backend())
+
+
+def fitted(config: TrainingConfig, profile: Profile, budget_bytes: int, backend: str) -> TrainingConfig:
+    """The same training with the fastest micro-batch that a profile says fits.
+
+    Raises:
+        BudgetTooSmallError: none does.
+    """
+    effective = config.effective_batch_size
+    fitting = [size for size in _divisors(effective) if profile.fits(size, effective // size, budget_bytes)]
+    if not fitting:
         raise BudgetTooSmallError(
             f"Not even micro-batch 1 fits in {format_bytes(budget_bytes)} on {profile.device}.",
             "a memory budget in which one sample can be trained",
             "raise the budget, or search a smaller model.",
         )
-    micro = min(size for size in speed if speed[size] >= max(speed.values()) * (1 - _SAME_SPEED))
-    steps = effective // micro
-    batch: dict[str, Any] = {"micro_batch_size": micro, "accumulation_steps": steps, "effective_batch_size": effective}
-    peak = int(profile.predict_peak_memory(micro_batch_size=micro, accumulation_steps=steps))
+    speed = {size: profile.predict_throughput(size, effective // size) for size in fitting}
+    micro = min(size for size in fitting if speed[size] >= max(speed.values()) * (1 - _SAME_SPEED))
+    batch = _batch(micro, effective)
     return replace(
         config,
         **batch,
         hyperparameters={**config.hyperparameters, **batch},
         memory_budget_bytes=budget_bytes,
-        peak_memory_bytes=peak,
+        peak_memory_bytes=profile.predict_peak_memory(micro, effective // micro),
         memory_source=f"predicted from {profile.memory_source}",
         throughput_samples_per_second=speed[micro],
         device=profile.device,
-        backend=profiling.current_backend(),
+        backend=backend,
         versions=installed_versions(),
         reason=f"The fastest micro-batch for effective batch {effective} within {format_bytes(budget_bytes)} on "
         f"{profile.device}.",
@@ -115,32 +123,46 @@ def verify(config: TrainingConfig, build_model: Any, x: Any, y: Any, peak_tolera
     """See `TrainingConfig.verify`."""
     from accumtune.trials import profiling
 
-    micro, steps, budget_bytes = config.micro_batch_size, config.accumulation_steps, config.memory_budget_bytes
     profile = profiling.profile(
         build_model, x, y,
-        micro_batch_sizes=[micro], memory_budget=budget_bytes, hyperparameters=config.hyperparameters,
+        micro_batch_sizes=[config.micro_batch_size], memory_budget=config.memory_budget_bytes,
+        hyperparameters=config.hyperparameters,
     )  # fmt: skip
-    differences = tuple(_differences(config, profile.device, profiling.current_backend()))
+    return compared(config, profile, profiling.current_backend(), peak_tolerance)
+
+
+def compared(config: TrainingConfig, profile: Profile, backend: str, peak_tolerance: float) -> Verification:
+    """What a configuration promised beside what a profile of this machine says.
+
+    Raises:
+        VerificationError: it does not fit the budget, or needs more memory than promised.
+    """
+    micro, steps, budget_bytes = config.micro_batch_size, config.accumulation_steps, config.memory_budget_bytes
+    differences = tuple(_differences(config, profile.device, backend))
+    what = f"Micro-batch {micro} × {steps}"
+    told = f" What differs from the search: {'; '.join(differences)}." if differences else ""
     fix = f"config.for_budget({_budget_text(config)}, build_model, x, y) finds the micro-batch that does, here."
-    if budget_bytes is not None and not profile.fits(micro, steps, budget_bytes):
+    promised = config.peak_memory_bytes
+    did_run = any(it.micro_batch_size == micro and it.is_feasible for it in profile.measurements)
+    if not did_run or (budget_bytes is not None and not profile.fits(micro, steps, budget_bytes)):
+        within = "in its memory" if budget_bytes is None else f"in {format_bytes(budget_bytes)}"
+        before = "unknown size" if promised is None else format_bytes(promised)
         raise VerificationError(
-            f"Micro-batch {micro} × {steps} does not fit in {format_bytes(budget_bytes)} on {profile.device}."
-            + _listed(differences),
-            f"a peak of {_or_unknown(config.peak_memory_bytes)}, as the search measured",
+            f"{what} does not fit {within} on {profile.device}.{told}",
+            f"a peak of {before}, as the search measured",
             fix,
         )
-    peak = int(profile.predict_peak_memory(micro_batch_size=micro, accumulation_steps=steps))
-    promised = config.peak_memory_bytes
+    peak = profile.predict_peak_memory(micro, steps)
     if promised is not None and peak > promised * (1 + peak_tolerance):
         raise VerificationError(
-            f"Micro-batch {micro} × {steps} needs {format_bytes(peak)} on {profile.device}." + _listed(differences),
+            f"{what} needs {format_bytes(peak)} on {profile.device}.{told}",
             f"at most {100 * peak_tolerance:.0f} % more than the {format_bytes(promised)} that the search measured",
             f"{fix} Or accept it: config.verify(..., peak_tolerance={peak / promised - 0.99:.2f}).",
         )
     return Verification(
         peak_memory_bytes=peak,
         promised_peak_memory_bytes=promised,
-        throughput_samples_per_second=profile.predict_throughput(micro_batch_size=micro, accumulation_steps=steps),
+        throughput_samples_per_second=profile.predict_throughput(micro, steps),
         promised_throughput_samples_per_second=config.throughput_samples_per_second,
         memory_budget_bytes=budget_bytes,
         device=profile.device,
@@ -175,17 +197,18 @@ def _differences(config: TrainingConfig, device: str, backend: str) -> list[str]
     return [f"{name}: {there[name]} in the search, {here[name]} here" for name in differing]
 
 
-def _listed(differences: tuple[str, ...]) -> str:
-    return f" What differs from the search: {'; '.join(differences)}." if differences else ""
+def _divisors(number: int) -> list[int]:
+    return [size for size in range(1, number + 1) if number % size == 0]
+
+
+def _batch(micro_batch_size: int, effective_batch_size: int) -> dict[str, Any]:
+    sizes = (micro_batch_size, -(-effective_batch_size // micro_batch_size), effective_batch_size)
+    return dict(zip(BATCH_HYPERPARAMETERS, sizes, strict=True))
 
 
 def _budget_text(config: TrainingConfig) -> str:
     budget = config.memory_budget_bytes or config.peak_memory_bytes
     return repr(format_bytes(budget)) if budget else '"<budget>"'
-
-
-def _or_unknown(size_bytes: int | None) -> str:
-    return "unknown size" if size_bytes is None else format_bytes(size_bytes)
 
 
 def _against(measured: float, promised: float | None, write: Any) -> str:

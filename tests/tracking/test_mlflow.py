@@ -234,7 +234,8 @@ def test_odd_names_and_long_values_arrive(made, uri):
     runs = sync(made, uri)
     assert len(runs["00"].data.params) == 2 and len(runs["00"].data.params["a_b"]) == 6000
     metrics = runs["00"].data.metrics
-    assert metrics["updates"] == 30 and metrics["epoch_updates"] == 7.0 and metrics["huge"] > 1e308 > -metrics["low"] / 2
+    assert metrics["updates"] == 30 and metrics["epoch_updates"] == 7.0
+    assert metrics["huge"] == -metrics["low"] > 1e308
     assert len(runs.text("00", "traceback.txt")) == 50_000
     before = dump(uri)
     assert sync(made, uri) and dump(uri) == before
@@ -402,8 +403,10 @@ def test_two_searches_at_once_into_one_store(tmp_path, finished, uri):
     client = MlflowClient(uri)
     (experiment,) = [it for it in client.search_experiments() if it.name == "made"]
     runs = client.search_runs([experiment.experiment_id])
-    found = sorted((run.data.tags["accumtune.search_id"][:4], run.data.tags.get("accumtune.trial_id", "")) for run in runs)
-    assert found == [("beef", ""), ("beef", "00"), *(("f00d", it) for it in ("", "00", "01", "02", "03", "infeasible_0000"))]
+    tags = [run.data.tags for run in runs]
+    found = sorted(f"{it['accumtune.search_id'][:4]} {it.get('accumtune.trial_id', '')}" for it in tags)
+    ours = ["f00d ", "f00d 00", "f00d 01", "f00d 02", "f00d 03", "f00d infeasible_0000"]
+    assert found == ["beef ", "beef 00", *ours]
 
 
 def test_two_syncs_of_one_search_take_turns(finished, uri, monkeypatch):
@@ -514,24 +517,25 @@ def _answers(port):
         return False
 
 
-def test_a_server_that_goes_down_and_comes_back(made, start_server, tmp_path, empty_store, capfd):
+def test_a_server_that_hangs_and_comes_back(made, start_server, tmp_path, empty_store, capfd):
     (tmp_path / "server.db").write_bytes(empty_store.read_bytes())
     port = free_port()
     uri = f"http://127.0.0.1:{port}"
     process = start_server(port)
     made.start()
     made.complete("00", 0)
-    tracker = Tracker(made.folder, uri, interval_seconds=3.0, stop_seconds=5.0)
+    tracker = Tracker(made.folder, uri, interval_seconds=0.05, stop_seconds=1.0)
     tracker.start()
     wait_until(lambda: "log.txt" in Runs(uri).artifacts("00") if Runs(uri).by_id.get("00") else False)
-    stop_server(process)
+    os.killpg(process.pid, signal.SIGSTOP)  # it takes connections and never answers
     made.complete("01", 1)
     made.finish()
     report(made)
     assert "accumtune sync" in tracker.stop()
     assert capfd.readouterr() == ("", ""), "nothing of MLflow's talk between the lines of the search"
-    start_server(port)
+    os.killpg(process.pid, signal.SIGCONT)
     runs = sync(made, uri)
     assert set(runs.by_id) == {"parent", "00", "01"} and runs["parent"].info.status == "FINISHED"
     assert runs.artifacts("parent") == {"note.md", "candidates.csv", "pareto.png"}
+    assert len(runs.history("01", "loss")) == 3
     assert Tracker(made.folder, uri).ui_command() == "" and str(port) in Tracker(made.folder, uri).ui_address()
