@@ -12,7 +12,7 @@ import numpy as np
 
 from accumtune.config import TrainingConfig
 from accumtune.memory.profile import Profile
-from accumtune.search.feasibility import feasible_pairs
+from accumtune.search.feasibility import effective_batch_sizes, feasible_pairs
 from accumtune.search.selection import Candidate, Choice, pareto_front
 from accumtune.tracking import report
 from accumtune.tracking.records import SearchRecord, TrialRecord
@@ -67,6 +67,7 @@ def training_config(record: SearchRecord, choice: Choice, run_id: str | None, tr
             "value": candidate.objective,
         },
         learning_rate_scaling=record.learning_rate_scaling,
+        base_effective_batch_size=min(effective_batch_sizes(record.micro_batch_sizes, record.accumulation_steps)),
         epochs=max((epoch.epoch for epoch in trial.epochs), default=-1) + 1 or None,
         precision_policy=trial.precision_policy,
         backend=record.backend,

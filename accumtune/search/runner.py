@@ -19,8 +19,8 @@ from accumtune.trials.directory import SearchDirectory, TaskDirectory
 from accumtune.trials.executors import LocalExecutor, Outcome
 from accumtune.trials.profiling import Profiler, out_of_memory
 
-# A trial whose process is killed again and again would be run for ever after each resume.
-_MAX_STARTS = 3
+# A trial that takes the whole machine down with it would be run for ever, once after each resume.
+_MAX_CRASHES = 5
 
 
 @dataclass(frozen=True)
@@ -85,6 +85,12 @@ class TrialRunner:
         self._on_start = on_start
         self._trainings: dict[str, Future[tuple[str, TrialResult]]] = {}
         self._lock = threading.Lock()
+        self._is_stopped = False
+
+    def stop(self) -> None:
+        """Ends all trials that run, at once; they will run again when the search is resumed."""
+        self._is_stopped = True
+        self._executor.close()
 
     def remember(self, trial_id: str, result: TrialResult) -> None:
         """A training of an earlier session that need not be done again."""
@@ -209,13 +215,17 @@ class TrialRunner:
             finished = self._finished_before(directory, attempt, values)
             if finished is not None:
                 return self._result(values, peak, profile.signature, pair, finished)
-            if attempt > _MAX_STARTS:
-                reason = f"its process was started {_MAX_STARTS} times and did not live to report"
+            if _crashes(journal) >= _MAX_CRASHES:
+                reason = f"the search was gone {_MAX_CRASHES} times while it ran: it may take the machine down"
                 return TrialResult("failed", values, reason=reason, traceback=directory.log_tail())
             self._on_start(number, values, peak)
             outcome = self._start(directory, attempt, {**space, "values": values}, fit_overrides)
+            if self._is_stopped:
+                journal.append("stopped", attempt=attempt, why="the search was stopped")
+                return TrialResult("failed", values, reason="the search was stopped")
             if outcome.status != "out_of_memory":
                 return self._result(values, peak, profile.signature, pair, outcome)
+            journal.append("stopped", attempt=attempt, why="out of memory")
             # A surprise: the profile learns it, and the same effective batch is tried with a smaller micro-batch.
             self._profiler.learn(
                 profile.signature,
@@ -303,6 +313,12 @@ def completed_result(record: TrialRecord) -> TrialResult:
         predicted_peak_memory_bytes=record.predicted_peak_memory_bytes,
         report={name: getattr(record, name) for name in names},
     )
+
+
+def _crashes(journal: Journal) -> int:
+    """How often the trial was started and neither ended nor was stopped: then the search was killed with it."""
+    names = [event["event"] for event in journal.events()]
+    return names.count("started") - names.count("stopped") - names.count("ended")
 
 
 class _NotTrained(Exception):

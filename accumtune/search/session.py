@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from typing import Any
 
@@ -68,7 +68,7 @@ class SearchSession:
         self._recover()
         idle = [f"tuner{index}" for index in range(self._workers)]
         running: dict[Future[TrialResult], tuple[str, Any]] = {}
-        with ThreadPoolExecutor(self._workers, thread_name_prefix="accumtune-trial") as threads:
+        with ThreadPoolExecutor(self._workers, thread_name_prefix="accumtune-trial") as threads, self._stopping():
             while True:
                 waits_for_others = False
                 while idle and not waits_for_others:
@@ -87,6 +87,15 @@ class SearchSession:
                     else:  # the same trial once more, with other values
                         running[threads.submit(self._run_trial, trial)] = (tuner_id, trial)
                 self._after_trial()
+
+    @contextlib.contextmanager
+    def _stopping(self) -> Iterator[None]:
+        """Whatever ends the search ends its trials too (Ctrl-C, an error): nobody would wait for them."""
+        try:
+            yield
+        except BaseException:
+            self._runner.stop()
+            raise
 
     def _run_trial(self, trial: Any) -> TrialResult:
         values = trial.hyperparameters.values

@@ -57,6 +57,7 @@ class _Server:
                 break
         for pid, (_, directory) in self._children.items():
             _kill_group(pid)
+            os.waitpid(pid, 0)
             shutil.rmtree(_temporary_folder(directory), ignore_errors=True)
 
     def _receive(self) -> bool:

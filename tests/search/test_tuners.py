@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -77,7 +78,7 @@ def test_a_trial_trains_as_plain_keras_would_by_hand(tmp_path):
     """Isolation, memory maps and accumulation change nothing: the same seed gives the same loss."""
     tuner = search(make(tmp_path, build=build_fixed, max_trials=1, micro_batch_sizes=(4,), accumulation_steps=(4,)))
     trial = tuner.record().trials[0]
-    assert (trial.micro_batch_size, trial.accumulation_steps) in ((4, 4),)
+    assert (trial.micro_batch_size, trial.accumulation_steps) == (4, 4)
     keras.utils.set_random_seed(tuner.oracle.seed)
     history = dense().fit(X, Y, batch_size=16, epochs=2, validation_data=(X, Y), verbose=0).history
     reported = [epoch.logs["val_loss"] for epoch in trial.epochs]
@@ -238,7 +239,8 @@ def test_a_killed_search_goes_on_without_training_anything_twice(tmp_path):
         time.sleep(0.02)
     process.kill()
     process.wait()
-    before = {trial.trial_id: trial.objective_value for trial in read_search(tmp_path / "search").with_status("completed")}
+    completed = read_search(tmp_path / "search").with_status("completed")
+    before = {trial.trial_id: trial.objective_value for trial in completed}
     subprocess.run([sys.executable, str(script)], check=True, stdout=subprocess.DEVNULL, timeout=120)
     record = read_search(tmp_path / "search")
     assert len(record.with_status("completed")) == 4 and record.status == "finished"
@@ -247,6 +249,26 @@ def test_a_killed_search_goes_on_without_training_anything_twice(tmp_path):
             assert trial.objective_value == before[trial.trial_id]
             started = [e for e in Journal(trial.folder / "journal.jsonl").events() if e["event"] == "started"]
             assert len(started) == 1
+
+
+def test_ctrl_c_ends_the_trials_at_once_and_the_search_can_go_on(tmp_path):
+    script = tmp_path / "script.py"
+    text = SCRIPT.format(tests=str(Path(__file__).parent), directory=str(tmp_path))
+    script.write_text(text.replace("epochs=2", "epochs=100_000").replace("max_trials=4", "max_trials=1"))
+    process = subprocess.Popen([sys.executable, str(script)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and not any(t.epochs for t in read_search(tmp_path / "search").trials):
+        time.sleep(0.05)
+    (trial,) = read_search(tmp_path / "search").trials
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate(timeout=30)
+    assert process.returncode != 0 and "run the same script again" in output
+    assert not Path(f"/proc/{trial.pid}").exists()
+    assert read_search(tmp_path / "search").status == "interrupted"
+    script.write_text(text.replace("max_trials=4", "max_trials=1"))
+    subprocess.run([sys.executable, str(script)], check=True, stdout=subprocess.DEVNULL, timeout=120)
+    (trial,) = read_search(tmp_path / "search").trials
+    assert trial.status == "completed" and len(trial.epochs) == 2
 
 
 @pytest.mark.parametrize(
