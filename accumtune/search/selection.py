@@ -185,19 +185,20 @@ def _reason(
 ) -> str:
     if total == 1:
         return "It is the only candidate with a result."
+    value = f"{name} {chosen.objective:.4g}"
+    percent = f"{100 * share:.3g} %"
+    if len(near) == 1:
+        return f"It has the best {value} of {_count(total)}, and no other comes within {percent} of that."
     merit = {
         "quality": f"the fastest ({_speed(chosen)})",
         "memory": f"the one with the smallest peak memory ({_memory(chosen)})",
         "throughput": f"the fastest ({_speed(chosen)})",
         "balanced": f"the best compromise of {name}, memory and speed ({_memory(chosen)}, {_speed(chosen)})",
     }[policy]
-    value = f"{name} {chosen.objective:.4g}"
-    if len(near) == 1:
-        return f"It has the best {value} of {_count(total)}, and no other comes within {100 * share:.3g} %."
     rank = "which is the best" if chosen.objective == best.objective else f"the best being {best.objective:.4g}"
     return (
-        f"Of {_count(total)}, {len(near)} come within {100 * share:.3g} % of the best {name}; "
-        f"it is {merit}, with {value}, {rank}."
+        f"It is {merit} of the {len(near)} candidates, among {total}, within {percent} of the best {name}; "
+        f"its own is {chosen.objective:.4g}, {rank}."
     )
 
 
@@ -210,7 +211,7 @@ def _memory(candidate: Candidate) -> str:
 
 
 def _speed(candidate: Candidate) -> str:
-    return "unknown speed" if math.isinf(_slowness(candidate)) else f"{-_slowness(candidate):,.4g} samples/s"
+    return "unknown speed" if math.isinf(_slowness(candidate)) else f"{-_slowness(candidate):,.0f} samples/s"
 
 
 def _usable(candidates: Iterable[Candidate]) -> list[Candidate]:
