@@ -25,10 +25,11 @@ from accumtune.memory.budget import format_bytes, parse_budget
 
 MIB = 2**20
 
-# How far above the predicted peak a limit has to be. TensorFlow 2.21 on a CPU: the same step's peak differs by up to
-# 4 % from process to process, and a full allocator needs up to 3 % more than it hands out (gaps, chunks that are not
-# split); beyond the largest measured size the slope's own error counts as well.
-MARGIN = 0.04
+# How far above the predicted peak a limit has to be. TensorFlow 2.21 on a CPU, one region of the budget's size: the
+# same step's peak differs by up to 4 % from process to process, and a full allocator needs up to 10 % more than it
+# hands out when it has room (a rest smaller than twice the request is not split), most often less than 3 %. Beyond
+# the largest measured size the slope's own error counts as well.
+MARGIN = 0.08
 MARGIN_PER_DOUBLING = 0.03
 # No promise is made further than this beyond the largest measured size: a floor can hide a slope.
 LARGEST_EXTRAPOLATION = 4
@@ -133,7 +134,7 @@ class Profile:
     def margin_bytes(self, micro_batch_size: int, accumulation_steps: int = 1) -> int:
         """How far above the predicted peak a limit has to be for the step to run under it.
 
-        4 %, and 1 MiB because limits are whole MiB. Beyond the largest measured size, 3 % for each doubling, and
+        8 %, and 1 MiB because limits are whole MiB. Beyond the largest measured size, 3 % for each doubling, and
         what a slope could add that has only begun to show there.
         """
         predicted = self.predict_peak_memory(micro_batch_size, accumulation_steps)
@@ -243,17 +244,19 @@ class Profile:
             # One after the other failed: halve the way, down to the smallest.
             return candidates[0 if failed is None else (len(candidates) - 1) // 2] if candidates else None
         larger = [size for size in candidates if size > measured[-1]]
-        if failed is not None:
-            return larger[(len(larger) - 1) // 2] if larger and self._is_open(larger[0], budget_bytes) else None
         if budget_bytes is None:
             if len(measured) >= 4 or (len(measured) > 1 and self._grows_at(measured[-1])):
                 return None
         else:
             larger = [size for size in larger if self._is_open(size, budget_bytes)]
-        reach = LARGEST_PROBE_STEP if self._grows_at(measured[-1]) else LARGEST_EXTRAPOLATION
-        within_reach = [size for size in larger if size <= reach * measured[-1]]
-        choice = within_reach or larger[:1]
-        return choice[-1] if choice else None
+        if failed is not None:
+            # The prediction was wrong: halve the way between what ran and what did not.
+            halfway = [size for size in larger if size * size <= measured[-1] * failed] or larger[:1]
+            return halfway[-1] if halfway else None
+        is_certain = len(measured) > 1 and all(curve.doubt == 0 for curve in self._curves.values())
+        reach = measured[-1] * (LARGEST_PROBE_STEP if is_certain else LARGEST_EXTRAPOLATION)
+        within_reach = [size for size in larger if size <= reach] or larger[:1]
+        return within_reach[-1] if within_reach else None
 
     def _is_open(self, size: int, budget_bytes: int | None) -> bool:
         """Whether a size could fit. With one size measured, nothing is known of the slope: half of the peak grows."""
@@ -273,7 +276,7 @@ class Profile:
     def _grows_at(self, size: int) -> bool:
         """Whether most of the peak is there because of the micro-batch."""
         curve = next(iter(self._curves.values()))
-        return len(self._measured_sizes()) == 1 or curve.slope * size > 0.5 * curve.at(size)
+        return curve.slope * size > 0.5 * curve.at(size)
 
     # Files
 
@@ -341,9 +344,9 @@ class _Curve:
 
 
 def _is_straight(x: np.ndarray, y: np.ndarray) -> bool:
-    """Whether the last two chords agree, so that the last point lies well beyond the floor."""
+    """Whether the last two chords agree and rise, so that the last point lies well beyond the floor."""
     slopes = np.diff(y[-3:]) / np.diff(x[-3:])
-    return len(slopes) == 2 and bool(slopes[1] <= 1.25 * slopes[0])
+    return len(slopes) == 2 and bool(slopes[1] <= 1.25 * slopes[0]) and bool(slopes[1] * x[-1] >= 0.25 * y[-1])
 
 
 def _fit_seconds(measurements: Sequence[Measurement]) -> tuple[float, _Curve]:
