@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import keras
 import numpy as np
 
 from accumtune.accumulation import feeding, losses, statistics
@@ -51,7 +52,9 @@ class JaxTraining:
             batches = itertools.islice(iterator, self.accumulation.accumulation_steps)
             return [feeding.unpacked(batch) for batch in batches]
         for batch in itertools.islice(iterator, 1):
-            return feeding.micro_batches(feeding.unpacked(batch), size, lambda leaf, part: leaf[part])
+            devices = _data_parallel_devices()
+            parts = feeding.micro_batches(feeding.unpacked(batch), size * devices, lambda leaf, part: leaf[part])
+            return [_spread(part, devices) for part in parts] if devices > 1 and len(parts) > 1 else parts
         return []
 
     def _train(self, state: Any, window: list[Any]) -> tuple[Any, Any]:
@@ -151,7 +154,7 @@ class JaxTraining:
         x, y, sample_weight = batch
 
         def objective(trainable: Any) -> tuple[Any, Any]:
-            with statistics.recorded(self.model) as moments, losses.scaled(self.model, scales, self._see_mask):
+            with statistics.recorded(self.model) as notes, losses.scaled(self.model, scales, self._see_mask):
                 loss, extra = self.model.compute_loss_and_updates(
                     trainable,
                     non_trainable,
@@ -162,6 +165,8 @@ class JaxTraining:
                     training=True,
                     optimizer_variables=optimizer,
                 )
+            losses.check_scalar(loss)
+            moments = notes.mine()
             self._normalizations = [entry.layer for entry in moments]
             return loss * jnp.asarray(share, loss.dtype), (extra, [entry.tensors() for entry in moments])
 
@@ -172,6 +177,22 @@ class JaxTraining:
 
     def _see_mask(self) -> None:
         self.has_mask = True
+
+
+def _data_parallel_devices() -> int:
+    """Over how many devices Keras spreads a batch; a micro-batch is what one of them holds."""
+    distribution = keras.distribution.distribution()
+    if distribution is None or distribution.batch_dim_name is None:
+        return 1
+    mesh = distribution.device_mesh
+    return int(mesh.shape[mesh.axis_names.index(distribution.batch_dim_name)])
+
+
+def _spread(batch: Any, devices: int) -> Any:
+    """A part of a batch, laid out over the devices anew; as it is where it does not divide."""
+    from keras.src.backend.jax.trainer import _distribute_data
+
+    return batch if feeding.samples_of(batch) % devices else _distribute_data(batch)
 
 
 def _precision() -> Any:

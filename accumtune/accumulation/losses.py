@@ -13,6 +13,8 @@ from typing import Any
 from keras import losses as keras_losses
 from keras import ops
 
+from accumtune.errors import ModelError
+
 SUMS = ("sum", "none", None)
 
 
@@ -111,6 +113,16 @@ class _Weighted:
 
     def update_state(self, value: Any, sample_weight: Any = None) -> None:
         self.metric.update_state(value, sample_weight=self.weight)
+
+
+def check_scalar(loss: Any) -> None:
+    """Raises ModelError for a loss that is not one number."""
+    if len(loss.shape):
+        raise ModelError(
+            f"Received a loss of shape {tuple(loss.shape)}.",
+            "one number per batch.",
+            'use a reduction other than None or "none".',
+        )
 
 
 def mask_of(tensor: Any) -> Any:

@@ -7,6 +7,7 @@ in Chan, Golub and LeVeque, "Updating formulae and a pairwise algorithm for comp
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -35,20 +36,30 @@ def combined(one: tuple[Any, Any, Any], other: tuple[Any, Any, Any]) -> tuple[An
     return number, one[1] + difference * part, one[2] + other[2] + difference * difference * one[0] * part
 
 
+class Notes:
+    """Moments in the order in which they were noted, one list per thread: replicas are traced in threads."""
+
+    def __init__(self) -> None:
+        self._lists: dict[int, list[Moments]] = {}
+
+    def mine(self) -> list[Moments]:
+        return self._lists.setdefault(threading.get_ident(), [])
+
+
 @contextlib.contextmanager
-def recorded(model: Any) -> Iterator[list[Moments]]:
+def recorded(model: Any) -> Iterator[Notes]:
     """While open, batch normalizations leave their moving statistics as they are and note their moments instead.
 
-    The list has one entry per normalization, in the order of the calls.
+    There is one entry per normalization, in the order of the calls.
     """
     layers = [layer for layer in model._flatten_layers() if _keeps_statistics(layer)]
-    moments: list[Moments] = []
+    notes = Notes()
     momenta = [layer.momentum for layer in layers]
     for layer in layers:
         object.__setattr__(layer, "momentum", 1.0)  # moving * 1 + batch * 0: Keras's own update changes nothing
-        object.__setattr__(layer, "_moments", _noting(layer, moments))
+        object.__setattr__(layer, "_moments", _noting(layer, notes))
     try:
-        yield moments
+        yield notes
     finally:
         for layer, momentum in zip(layers, momenta, strict=True):
             object.__setattr__(layer, "momentum", momentum)
@@ -66,7 +77,7 @@ def _keeps_statistics(layer: Any) -> bool:
     )
 
 
-def _noting(layer: Any, moments: list[Moments]) -> Any:
+def _noting(layer: Any, notes: Notes) -> Any:
     from keras import ops
 
     def call(inputs: Any, mask: Any) -> Any:
@@ -78,7 +89,7 @@ def _noting(layer: Any, moments: list[Moments]) -> Any:
         else:
             per_entry = ops.cast(ops.size(inputs) / ops.size(mask) / inputs.shape[layer.axis], mean.dtype)
             number = ops.sum(ops.cast(mask, mean.dtype)) * per_entry
-        moments.append(Moments(layer, number, ops.stop_gradient(mean), ops.stop_gradient(variance) * number))
+        notes.mine().append(Moments(layer, number, ops.stop_gradient(mean), ops.stop_gradient(variance) * number))
         return mean, variance
 
     return call

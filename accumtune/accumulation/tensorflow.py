@@ -7,32 +7,47 @@ its own, without accumulators. A `tf.while_loop` in one graph was 1.5 times slow
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import warnings
+from collections.abc import Iterator
 from typing import Any
 
 import tensorflow as tf
 from keras import tree
+from keras.src.losses.loss import unscale_loss_for_distribution
 
 from accumtune.accumulation import feeding, losses, statistics, training
+from accumtune.accumulation.replicas import Replicas
 from accumtune.accumulation.window import Accumulation, factors, shares
-from accumtune.errors import ModelError
+
+# Each replica adds up its own; they are put together at the update.
+_PER_REPLICA = {
+    "synchronization": tf.VariableSynchronization.ON_READ,
+    "aggregation": tf.VariableAggregation.SUM,
+}
 
 
 class TensorFlowTraining:
-    """Trains one window per call; Keras hands it the iterator of an epoch."""
+    """Trains one window per call; Keras hands it the iterator of an epoch.
+
+    With a `tf.distribute` strategy a micro-step is one micro-batch per replica. Sums stay on their replica until the
+    update, which adds them up, clips and applies.
+    """
 
     def __init__(self, model: Any, accumulation: Accumulation) -> None:
         self.model = model
         self.accumulation = accumulation
+        self.replicas = Replicas(model.distribute_strategy)
         self.has_mask = False
         self._accumulators: list[Any] = []
-        self._moments: list[tuple[Any, ...]] = []
         self._normalizations: list[Any] = []
         self._has_gradient: list[bool] = []
-        self._only = self._compiled(self._only_step)
-        self._first = self._compiled(self._first_step)
-        self._next = self._compiled(self._next_step)
-        self._update = self._compiled(self._update_step)
+        self._notes = statistics.Notes()
+        self._only = self._compiled(self._only_step, around=self._updating)
+        self._first = self._compiled(self._first_step, around=self._recording)
+        self._next = self._compiled(self._next_step, around=self._recording)
+        self._update = self._compiled(self._update_step, around=self._updating)
         # Only what the denominators need of this forward pass is kept in the graph: masks, seldom predictions.
         self._count = self._compiled(self._count_step, jit_compile=False)
 
@@ -47,63 +62,92 @@ class TensorFlowTraining:
             logs = self._train(window, is_sized)
         if logs is None:
             raise StopIteration
-        return logs
+        return self.replicas.mean(logs)
 
-    def _window(self, iterator: Any) -> list[Any]:
-        batches: list[Any] = []
+    def _window(self, iterator: Any) -> list[list[Any]]:
+        """The micro-steps of one update: for each, a micro-batch per replica."""
+        steps: list[list[Any]] = []
         for batch in iterator:
-            batch = tree.map_structure(_tensor, feeding.unpacked(batch))
+            batches = [tree.map_structure(_tensor, part) for part in self.replicas.parts(feeding.unpacked(batch))]
             if self.accumulation.micro_batch_size is not None:
-                return feeding.micro_batches(batch, self.accumulation.micro_batch_size, _cut)
-            batches.append(batch)
-            if len(batches) == self.accumulation.accumulation_steps:
+                size = self.accumulation.micro_batch_size
+                columns = [feeding.micro_batches(part, size, _cut) for part in batches]
+                return [list(row) for row in itertools.zip_longest(*columns, fillvalue=_empty(batches[0]))]
+            steps.append(batches)
+            if len(steps) == self.accumulation.accumulation_steps:
                 break
-        return batches
+        return steps
 
-    def _train(self, window: list[Any], is_sized: bool) -> Any:
-        training.build(self.model, window[0])
-        samples = [feeding.samples_of(batch) for batch in window]
-        parts = shares(samples)
+    def _train(self, window: list[list[Any]], is_sized: bool) -> Any:
+        training.build(self.model, window[0][0])
+        inputs = self._inputs(window, is_sized)
         if len(window) == 1:
-            return self._only(window[0], _scalar(1.0), self._ones(), _scalar(samples[0] if is_sized else 1.0))
+            return self._only(*inputs[0])
         if not self._accumulators:
-            self._accumulators = [_accumulator(variable) for variable in self.model.trainable_weights]
-        scales = self._factors(window, samples, parts)
-        for index, batch in enumerate(window):
-            step = self._next if index else self._first
-            weight = _scalar(samples[index] if is_sized else parts[index])
-            logs = step(batch, _scalar(parts[index]), scales[index], weight)
-            window[index] = None
-        self._update()
+            with self.replicas.scope():
+                self._accumulators = [_accumulator(variable) for variable in self.model.trainable_weights]
+        scales = self._factors(window, inputs)
+        window.clear()
+        for index in range(len(inputs)):
+            batch, share, _, weight = inputs[index]
+            inputs[index] = None  # its memory, where nothing else holds it, is free after the micro-step
+            if index == 0:
+                logs, moments = self._first(batch, share, scales[index], weight)
+            else:
+                logs, moments = self._next(batch, share, scales[index], weight, moments)
+        self._update(moments)
         return logs
+
+    def _inputs(self, window: list[list[Any]], is_sized: bool) -> list[Any]:
+        """Batch, share, factors of 1 and the weight in logged losses, for each micro-step."""
+        join, number = self.replicas.join, self.replicas.number
+        ones = join([_vector([1.0] * len(losses.flat_losses(self.model)))] * number)
+        total = sum(feeding.samples_of(batch) for step in window for batch in step)
+        inputs = []
+        for step in window:
+            samples = [feeding.samples_of(batch) for batch in step]
+            # Keras divides a mean by the number of replicas, whatever they hold; this multiplies by it again.
+            share = [_scalar(number * size / total if total else 0.0) for size in samples]
+            weight = [_scalar(size if is_sized else number * size / total) for size in samples]
+            inputs.append((join(step), join(share), ones, join(weight)))
+        return inputs
 
     # What each micro-batch counts for
 
-    def _ones(self) -> Any:
-        return tf.ones([len(losses.flat_losses(self.model))], tf.float64)
-
-    def _factors(self, window: list[Any], samples: list[int], parts: list[float]) -> list[Any]:
+    def _factors(self, window: list[list[Any]], inputs: list[Any]) -> list[Any]:
+        """The factors of the losses, for each micro-step."""
         compiled = losses.flat_losses(self.model)
         if not compiled:
-            return [self._ones()] * len(window)
-        has_weight = window[0][2] is not None
-        if any(losses.may_depend_on_data(loss, has_weight) for loss in compiled) or not feeding.same_shapes(window):
-            return self._counted(window, samples, parts)
-        if isinstance(self._first, tf.types.experimental.PolymorphicFunction) and not self.has_mask:
-            # Traced before it runs: whether predictions carry a mask shows only then.
-            ones = self._ones()
-            self._first.get_concrete_function(window[0], _scalar(parts[0]), ones, _scalar(1.0))
-        if self.has_mask or self.model.run_eagerly:
-            return self._counted(window, samples, parts)
-        columns = [factors(samples, None) if losses.is_sum(loss) else [1.0] * len(window) for loss in compiled]
-        return [tf.constant(row, tf.float64) for row in zip(*columns, strict=True)]
+            return [entry[2] for entry in inputs]
+        batches = [batch for step in window for batch in step]
+        samples = [feeding.samples_of(batch) for batch in batches]
+        if self._must_count(compiled, batches, inputs[0]):
+            rows = self._counted(compiled, inputs, samples)
+        else:
+            columns = [factors(samples) if losses.is_sum(loss) else [1.0] * len(samples) for loss in compiled]
+            rows = [_vector(row) for row in zip(*columns, strict=True)]
+        number = self.replicas.number
+        is_sum = tf.constant([losses.is_sum(loss) for loss in compiled])
+        rows = [tf.where(is_sum, row / number, row) for row in rows] if number > 1 else rows
+        return [self.replicas.join(rows[start : start + number]) for start in range(0, len(rows), number)]
 
-    def _counted(self, window: list[Any], samples: list[int], parts: list[float]) -> list[Any]:
-        counts = tf.stack([self._count(batch) for batch in window])
+    def _must_count(self, compiled: list[Any], batches: list[Any], inputs: Any) -> bool:
+        has_weight = batches[0][2] is not None
+        if any(losses.may_depend_on_data(loss, has_weight) for loss in compiled) or not feeding.same_shapes(
+            batches
+        ):
+            return True
+        if not self.model.run_eagerly and not self.has_mask:
+            # Traced before it runs: whether predictions carry a mask shows only then.
+            self._first.get_concrete_function(*inputs)
+        return self.has_mask or self.model.run_eagerly
+
+    def _counted(self, compiled: list[Any], inputs: list[Any], samples: list[int]) -> list[Any]:
+        counts = tf.stack([part for entry in inputs for part in self.replicas.parts(self._count(entry[0]))])
         relative = tf.math.divide_no_nan(counts, tf.reduce_sum(counts, axis=0))
-        is_sum = tf.constant([losses.is_sum(loss) for loss in losses.flat_losses(self.model)])
+        is_sum = tf.constant([losses.is_sum(loss) for loss in compiled])
         relative = tf.where(is_sum, tf.ones_like(relative), relative)
-        return tf.unstack(tf.math.divide_no_nan(relative, tf.constant(parts, tf.float64)[:, None]))
+        return tf.unstack(tf.math.divide_no_nan(relative, _vector(shares(samples))[:, None]))
 
     def _count_step(self, batch: Any) -> Any:
         x, y, sample_weight = batch
@@ -114,59 +158,69 @@ class TensorFlowTraining:
 
     # The compiled functions
 
-    def _compiled(self, function: Any, jit_compile: bool | None = None) -> Any:
+    def _compiled(
+        self, function: Any, jit_compile: bool | None = None, around: Any = contextlib.nullcontext
+    ) -> Any:
+        function = self.replicas.run(function, around)
         if self.model.run_eagerly:
             return function
         jit_compile = self.model.jit_compile if jit_compile is None else jit_compile
         function = tf.autograph.experimental.do_not_convert(function)
         return tf.function(function, reduce_retracing=True, jit_compile=jit_compile)
 
+    @contextlib.contextmanager
+    def _recording(self) -> Iterator[None]:
+        with statistics.recorded(self.model) as self._notes:
+            yield
+
+    @contextlib.contextmanager
+    def _updating(self) -> Iterator[None]:
+        optimizer = getattr(self.model.optimizer, "inner_optimizer", self.model.optimizer)
+        with (
+            self.replicas.summed_already(optimizer),
+            _one_variable_after_the_other(optimizer, self.replicas.number),
+        ):
+            yield
+
     def _only_step(self, batch: Any, share: Any, scales: Any, metric_weight: Any) -> Any:
         gradients, logs = self._gradients(batch, share, scales, metric_weight)
-        self._apply([None if gradient is None else tf.convert_to_tensor(gradient) for gradient in gradients])
+        dense = [None if gradient is None else tf.convert_to_tensor(gradient) for gradient in gradients]
+        self._apply(self.replicas.summed(dense))
         return logs
 
     def _first_step(self, batch: Any, share: Any, scales: Any, metric_weight: Any) -> Any:
-        with statistics.recorded(self.model) as moments:
-            gradients, logs = self._gradients(batch, share, scales, metric_weight)
+        gradients, logs = self._gradients(batch, share, scales, metric_weight)
         self._has_gradient = [gradient is not None for gradient in gradients]
         for accumulator, gradient in zip(self._accumulators, gradients, strict=True):
             if gradient is not None:
                 accumulator.assign(tf.cast(tf.convert_to_tensor(gradient), accumulator.dtype))
-        if not self._moments:
-            with tf.init_scope():
-                self._normalizations = [entry.layer for entry in moments]
-                self._moments = [tuple(_like(tensor) for tensor in entry.tensors()) for entry in moments]
-        for variables, entry in zip(self._moments, moments, strict=True):
-            for variable, value in zip(variables, entry.tensors(), strict=True):
-                variable.assign(value)
-        return logs
+        moments = self._notes.mine()
+        self._normalizations = [entry.layer for entry in moments]
+        return logs, [entry.tensors() for entry in moments]
 
-    def _next_step(self, batch: Any, share: Any, scales: Any, metric_weight: Any) -> Any:
-        with statistics.recorded(self.model) as moments:
-            gradients, logs = self._gradients(batch, share, scales, metric_weight)
+    def _next_step(self, batch: Any, share: Any, scales: Any, metric_weight: Any, so_far: list[Any]) -> Any:
+        gradients, logs = self._gradients(batch, share, scales, metric_weight)
         weights = self.model.trainable_weights
         for weight, accumulator, gradient in zip(weights, self._accumulators, gradients, strict=True):
             if gradient is not None:
                 _add(weight, accumulator, gradient)
-        for variables, entry in zip(self._moments, moments, strict=True):
-            so_far = tuple(variable.read_value() for variable in variables)
-            for variable, value in zip(variables, statistics.combined(so_far, entry.tensors()), strict=True):
-                variable.assign(value)
-        return logs
+        pairs = zip(so_far, self._notes.mine(), strict=True)
+        return logs, [statistics.combined(one, other.tensors()) for one, other in pairs]
 
-    def _update_step(self) -> None:
+    def _update_step(self, moments: list[Any]) -> None:
+        sums = [
+            accumulator.value() if has_gradient else None
+            for accumulator, has_gradient in zip(self._accumulators, self._has_gradient, strict=True)
+        ]
         weights = self.model.trainable_weights
-        self._apply(
-            [
-                tf.cast(accumulator.value(), weight.dtype) if has_gradient else None
-                for weight, accumulator, has_gradient in zip(
-                    weights, self._accumulators, self._has_gradient, strict=True
-                )
-            ]
-        )
-        for layer, variables in zip(self._normalizations, self._moments, strict=True):
-            statistics.moved(layer, tuple(variable.value() for variable in variables))
+        sums = self.replicas.summed(sums)
+        gradients = [
+            None if total is None else tf.cast(total, weight.dtype)
+            for weight, total in zip(weights, sums, strict=True)
+        ]
+        self._apply(gradients)
+        for layer, entry in zip(self._normalizations, moments, strict=True):
+            statistics.moved(layer, entry)
 
     def _predict(self, x: Any, training: bool) -> Any:
         return self.model(x, training=training) if self.model._call_has_training_arg else self.model(x)
@@ -179,13 +233,10 @@ class TensorFlowTraining:
             y_pred = self._predict(x, training=True)
             with losses.scaled(model, scales, self._see_mask, metric_weight):
                 loss = model._compute_loss(x=x, y=y, y_pred=y_pred, sample_weight=sample_weight, training=True)
-            if loss.shape.rank:
-                raise ModelError(
-                    f"Received a loss of shape {loss.shape}.",
-                    "one number per batch.",
-                    'use a reduction other than None or "none".',
-                )
-            model._loss_tracker.update_state(loss, sample_weight=tf.shape(tree.flatten(batch)[0])[0])
+            losses.check_scalar(loss)
+            model._loss_tracker.update_state(
+                unscale_loss_for_distribution(loss), sample_weight=tf.shape(tree.flatten(batch)[0])[0]
+            )
             loss = model.optimizer.scale_loss(loss * tf.cast(share, loss.dtype))
         gradients = tape.gradient(loss, model.trainable_weights) if model.trainable_weights else []
         return gradients, model.compute_metrics(x, y, y_pred, sample_weight=sample_weight)
@@ -205,7 +256,8 @@ def _has_static_batch(iterator: Any) -> bool:
     spec = getattr(iterator, "element_spec", None)
     if spec is None:
         return True
-    return tree.flatten(spec)[0].shape[:1].is_fully_defined()
+    shape = getattr(tree.flatten(spec)[0], "shape", None)
+    return shape is not None and shape[:1].is_fully_defined()
 
 
 def _tensor(leaf: Any) -> Any:
@@ -224,17 +276,47 @@ def _cut(leaf: Any, part: slice) -> Any:
         return leaf[part]
 
 
+def _empty(batch: Any) -> Any:
+    """A micro-batch without samples, for replicas that have fewer than others in the last batch of an epoch."""
+    return tree.map_structure(lambda leaf: None if leaf is None else _cut(leaf, slice(0, 0)), batch)
+
+
+def _vector(values: Any) -> Any:
+    return tf.constant(values, tf.float64, shape=[len(values)])
+
+
 def _scalar(value: float) -> Any:
     return tf.constant(value, tf.float64)
 
 
 def _accumulator(variable: Any) -> Any:
     dtype = tf.float64 if variable.dtype == "float64" else tf.float32
-    return tf.Variable(tf.zeros(variable.shape, dtype), trainable=False, name="accumulated_gradient")
+    return tf.Variable(
+        tf.zeros(variable.shape, dtype), trainable=False, name="accumulated_gradient", **_PER_REPLICA
+    )
 
 
-def _like(tensor: Any) -> Any:
-    return tf.Variable(tf.zeros(tensor.shape, tensor.dtype), trainable=False, name="moments")
+@contextlib.contextmanager
+def _one_variable_after_the_other(optimizer: Any, replicas: int) -> Iterator[None]:
+    """Chains the updates of the variables: else TensorFlow begins all at once, with the temporary values of all."""
+    if replicas > 1:  # the updates of several devices cannot be told apart here
+        yield
+        return
+    own = optimizer.update_step
+    before: list[Any] = []
+
+    def update_step(gradient: Any, variable: Any, learning_rate: Any) -> None:
+        graph = tf.compat.v1.get_default_graph()
+        first = len(graph.get_operations())
+        with tf.control_dependencies([op for op in before if op.graph is graph]):  # tf.cond has graphs of its own
+            own(gradient, variable, learning_rate)
+        before[:] = [op for op in graph.get_operations()[first:] if "Assign" in op.type]
+
+    object.__setattr__(optimizer, "update_step", update_step)
+    try:
+        yield
+    finally:
+        object.__delattr__(optimizer, "update_step")
 
 
 def _add(weight: Any, accumulator: Any, gradient: Any) -> None:

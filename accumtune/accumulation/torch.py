@@ -47,9 +47,9 @@ class TorchTraining:
             parts, scales = shares(samples), self._factors(window, samples)
             sums: list[Any] = [None] * len(model.trainable_weights)
             for index, batch in enumerate(window):
-                with statistics.recorded(model) as noted:
+                with statistics.recorded(model) as notes:
                     logs = self._part(batch, parts[index], scales[index])
-                moments = _joined(moments, noted)
+                moments = _joined(moments, notes.mine())
                 sums = _collected(model.trainable_weights, sums)
                 window[index] = None
             self._restore(sums)
@@ -96,6 +96,7 @@ class TorchTraining:
         y_pred = self._predict(x, training=True)
         with losses.scaled(model, scales, self._see_mask):
             loss = model._compute_loss(x=x, y=y, y_pred=y_pred, sample_weight=sample_weight, training=True)
+        losses.check_scalar(loss)
         model._loss_tracker.update_state(loss, sample_weight=feeding.samples_of(batch))
         if model.trainable_weights:
             model.optimizer.scale_loss(loss * share).backward()
