@@ -47,14 +47,16 @@ def micro_batches(batch: Any, micro_batch_size: int, cut: Any) -> list[Any]:
     return [part_of(part) for part in parts]
 
 
-def same_shapes(window: list[Any]) -> bool:
-    """Whether the micro-batches differ in their number of samples at most."""
+def shapes(batch: Any) -> tuple[tuple[int, ...], ...]:
+    """The shapes of the arrays of a batch."""
     from keras import tree
 
-    if len(window) == 1:
-        return True
-    inner = {tuple(tuple(leaf.shape[1:]) for leaf in tree.flatten(batch) if leaf is not None) for batch in window}
-    return len(inner) == 1
+    return tuple(tuple(leaf.shape) for leaf in tree.flatten(batch) if leaf is not None)
+
+
+def same_shapes(window: list[Any]) -> bool:
+    """Whether the micro-batches differ in their number of samples at most."""
+    return len({tuple(shape[1:] for shape in shapes(batch)) for batch in window}) <= 1
 
 
 def windowed_arguments(model: Any, accumulation_steps: int, args: tuple, kwargs: dict) -> dict[str, Any]:

@@ -26,6 +26,7 @@ class JaxTraining:
         self.accumulation = accumulation
         self.is_jitted = bool(model.jit_compile and not model.run_eagerly)
         self.has_mask = False
+        self._traced: set[Any] = set()
         self._normalizations: list[Any] = []
         self._only = self._jitted(model.train_step, donate=(0,))
         self._first = self._jitted(self._first_step)
@@ -95,7 +96,9 @@ class JaxTraining:
         has_weight = window[0][2] is not None
         if any(losses.may_depend_on_data(loss, has_weight) for loss in compiled) or not feeding.same_shapes(window):
             return True
-        if self.is_jitted and not self.has_mask:
+        shapes = feeding.shapes(window[0])
+        if self.is_jitted and not self.has_mask and shapes not in self._traced:
+            self._traced.add(shapes)
             # Traced before it runs: whether predictions carry a mask shows only then. JAX keeps the trace.
             trainable, non_trainable, optimizer, metrics = state
             self._first.trace(trainable, non_trainable, optimizer, metrics, window[0], *scales)

@@ -65,7 +65,7 @@ def scaled(model: Any, factors: Any, on_mask: Callable[[], None], metric_weight:
         return call
 
     metrics = None
-    if metric_weight is not None:
+    if metric_weight is not None and model._compile_loss is not None:
         metrics = [_Weighted(metric, metric_weight) for metric in model._compile_loss.metrics]
     with _replaced(model, scale, metrics):
         yield

@@ -8,9 +8,10 @@ its own, without accumulators. A `tf.while_loop` in one graph was 1.5 times slow
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import tensorflow as tf
@@ -40,6 +41,7 @@ class TensorFlowTraining:
         self.accumulation = accumulation
         self.replicas = Replicas(model.distribute_strategy)
         self.has_mask = False
+        self._traced: set[Any] = set()
         self._accumulators: list[Any] = []
         self._normalizations: list[Any] = []
         self._has_gradient: list[bool] = []
@@ -137,9 +139,11 @@ class TensorFlowTraining:
             batches
         ):
             return True
-        if not self.model.run_eagerly and not self.has_mask:
+        shapes = feeding.shapes(batches[0])
+        if not self.model.run_eagerly and not self.has_mask and shapes not in self._traced:
             # Traced before it runs: whether predictions carry a mask shows only then.
             self._first.get_concrete_function(*inputs)
+            self._traced.add(shapes)
         return self.has_mask or self.model.run_eagerly
 
     def _counted(self, compiled: list[Any], inputs: list[Any], samples: list[int]) -> list[Any]:
@@ -281,12 +285,19 @@ def _empty(batch: Any) -> Any:
     return tree.map_structure(lambda leaf: None if leaf is None else _cut(leaf, slice(0, 0)), batch)
 
 
-def _vector(values: Any) -> Any:
-    return tf.constant(values, tf.float64, shape=[len(values)])
+def _vector(values: Sequence[float]) -> Any:
+    return _constant(tuple(values))
 
 
 def _scalar(value: float) -> Any:
-    return tf.constant(value, tf.float64)
+    return _constant(float(value))
+
+
+@functools.lru_cache(maxsize=4096)
+def _constant(value: Any) -> Any:
+    """Windows are alike, and making a tensor takes as long as a small layer."""
+    with tf.init_scope():
+        return tf.constant(value, tf.float64, shape=[len(value)] if isinstance(value, tuple) else [])
 
 
 def _accumulator(variable: Any) -> Any:

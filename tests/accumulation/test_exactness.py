@@ -212,6 +212,15 @@ def test_losses_of_layers(layer):
     assert_exact(build, regression())
 
 
+def test_a_model_that_has_only_losses_of_its_layers():
+    def build():
+        model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(3), MeanActivity()])
+        model.compile(keras.optimizers.SGD(0.1))
+        return model
+
+    assert_exact(build, {"x": numbers(SAMPLES, 4)})
+
+
 # What belongs to the update
 
 
