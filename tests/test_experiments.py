@@ -3,34 +3,11 @@
 import os
 import subprocess
 import sys
-from pathlib import Path
 
-import pytest
+from conftest import DIGITS, run_experiment
 
 import accumtune
 from accumtune.tracking.journal import read_search
-
-ROOT = Path(__file__).parent.parent
-EXPERIMENTS = ROOT / "experiments"
-
-
-@pytest.fixture(scope="module")
-def digits(tmp_path_factory):
-    """A finished digits search: its folder and what it printed."""
-    folder = tmp_path_factory.mktemp("digits")
-    return folder, run_digits(folder)
-
-
-def run(folder, script, *arguments):
-    done = subprocess.run(
-        [sys.executable, str(EXPERIMENTS / script), *arguments], cwd=folder, capture_output=True, text=True, timeout=500
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
-
-
-def run_digits(folder):
-    return run(folder, "digits.py", "--trials", "3", "--epochs", "2")
 
 
 def test_the_search_stays_in_its_budget_and_says_what_it_found(digits):
@@ -84,7 +61,7 @@ def test_the_same_command_again_trains_nothing_and_doubles_nothing(digits):
 
     folder, _ = digits
     before = {trial.trial_id: trial.ended_at for trial in read_search(folder / "mlruns/searches/digits").trials}
-    run_digits(folder)
+    run_experiment(folder, *DIGITS)
     after = {trial.trial_id: trial.ended_at for trial in read_search(folder / "mlruns/searches/digits").trials}
     assert before == after
     client = mlflow.MlflowClient(tracking_uri=f"sqlite:///{folder}/mlruns/mlflow.db")
@@ -94,7 +71,7 @@ def test_the_same_command_again_trains_nothing_and_doubles_nothing(digits):
 
 def test_production_trains_with_the_result_and_leaves_a_plain_keras_model(digits):
     folder, _ = digits
-    output = run(folder, "production.py", "best_config.json", "--epochs", "2")
+    output = run_experiment(folder, "production.py", "best_config.json", "--epochs", "2")
     assert "a plain Keras model" in output
     script = (
         "import sys; sys.modules['accumtune'] = None\n"

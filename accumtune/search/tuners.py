@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import os
+import shutil
 import uuid
 from collections.abc import Sequence
 from pathlib import Path
@@ -152,6 +153,7 @@ class Tuner(keras_tuner.Tuner):
         directory.write_task("discover", {"payload": str(payload_file.resolve())})
         environment = memory_limit_environment(self._backend, None)
         outcome = finished(self._open_executor().submit(directory, environment).result(), "The build function")
+        shutil.rmtree(directory.path, ignore_errors=True)
         self.batch_coupled_layers = outcome.result["batch_coupled_layers"]
         if self.search_over == "auto":
             self.search_over = "pairs" if self.batch_coupled_layers else "effective_batch_size"
@@ -185,6 +187,7 @@ class Tuner(keras_tuner.Tuner):
             SearchFailedError: `max_consecutive_failed_trials` trials failed one after another.
         """
         _refuse_batch_size(fit_kwargs)
+        self._refuse_missing_validation(fit_kwargs)
         verbose = fit_kwargs.pop("verbose", 1)
         self.oracle.verbose = 0  # accumtune prints its own lines
         display = Display(self.oracle.objective.name, self.oracle.max_trials, 0 if verbose == 0 else 1)
@@ -212,6 +215,18 @@ class Tuner(keras_tuner.Tuner):
             finally:
                 self._close_executor()
                 self._end(display, status, reason)
+
+    def _refuse_missing_validation(self, fit_kwargs: dict[str, Any]) -> None:
+        name = self.oracle.objective.name
+        has_validation = bool(fit_kwargs.get("validation_split")) or fit_kwargs.get("validation_data") is not None
+        # A HyperModel with a fit of its own may validate in its own way.
+        fit = getattr(type(self.hypermodel.hypermodel), "fit", keras_tuner.HyperModel.fit)
+        if name.startswith("val_") and not has_validation and fit is keras_tuner.HyperModel.fit:
+            raise SearchError(
+                f"Received the objective {name!r}, and search() without validation_data.",
+                "validation data, for an objective that is measured on them.",
+                "tuner.search(x, y, validation_data=(x_val, y_val), ...), or validation_split=0.2.",
+            )
 
     def _session(self, display: Display) -> SearchSession:
         settings = SearchSettings(

@@ -297,9 +297,11 @@ def test_live_pipelines_and_batch_sizes_are_refused_before_anything_runs(tmp_pat
 
     tuner = make(tmp_path)
     with pytest.raises(errors.UnsendableDataError, match="function"):
-        tuner.search(tf.data.Dataset.from_tensor_slices((X, Y)).batch(4), epochs=1)
+        tuner.search(tf.data.Dataset.from_tensor_slices((X, Y)).batch(4), validation_data=(X, Y))
     with pytest.raises(errors.SearchError, match="batch_size"):
-        tuner.search(X, Y, batch_size=32)
+        tuner.search(X, Y, validation_data=(X, Y), batch_size=32)
+    with pytest.raises(errors.SearchError, match="validation_data"):
+        tuner.search(X, Y)
     assert not list((tmp_path / "search").glob("trial_*"))
 
 
