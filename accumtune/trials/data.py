@@ -156,13 +156,14 @@ def _batches(
 
     if is_tf_dataset(x):
         dataset = x.rebatch(batch_size) if has_batches(model, x) else x.batch(batch_size)
-        return {"x": dataset, "class_weight": class_weight}
+        return {"x": dataset, "class_weight": class_weight, "shuffle": False}
     if is_py_dataset(x):
         from accumtune.trials.rebatch import RebatchedDataset
 
-        return {"x": RebatchedDataset(x, batch_size), "class_weight": class_weight}
+        return {"x": RebatchedDataset(x, batch_size), "class_weight": class_weight, "shuffle": shuffle}
     _number_of_rows(x)
-    return {"x": batch_source(x, y, sample_weight, batch_size=batch_size, shuffle=shuffle, class_weight=class_weight)}
+    source = batch_source(x, y, sample_weight, batch_size=batch_size, shuffle=shuffle, class_weight=class_weight)
+    return {"x": source, "shuffle": False}  # it is shuffled, and weighted, already
 
 
 def has_batches(model: Any, dataset: Any) -> bool:

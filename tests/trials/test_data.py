@@ -1,0 +1,99 @@
+"""The user's data inside a trial: samples for probes, and batches of the effective size."""
+
+import keras
+import numpy as np
+import pytest
+
+from accumtune.errors import DataError
+from accumtune.trials.data import feed_by_batches, first_samples, resolve
+from accumtune.trials.rebatch import RebatchedDataset
+
+X = np.arange(40, dtype="float32").reshape(20, 2)
+Y = np.arange(20, dtype="float32")[:, None]
+
+
+class Batches(keras.utils.PyDataset):
+    def __init__(self, size):
+        super().__init__()
+        self.size = size
+
+    def __len__(self):
+        return -(-len(X) // self.size)
+
+    def __getitem__(self, index):
+        part = slice(index * self.size, (index + 1) * self.size)
+        return {"features": X[part]}, Y[part]
+
+
+def test_samples_come_from_the_front_and_repeat_where_there_are_too_few():
+    x, y, weight = first_samples({"a": X, "b": (X, Y)}, Y, count=3)
+    assert np.array_equal(x["a"], X[:3]) and np.array_equal(x["b"][1], Y[:3]) and weight is None
+    x, y, _ = first_samples(X, Y, count=45)
+    assert len(x) == len(y) == 45 and np.array_equal(x[20:40], X) and np.array_equal(y[40:], Y[:5])
+
+
+def test_samples_of_data_sets_and_functions():
+    x, y, _ = first_samples(Batches(6), count=9)
+    assert np.array_equal(x["features"], X[:9]) and np.array_equal(y, Y[:9])
+    x, y, weight = first_samples(lambda: (X, Y, Y[:, 0]), count=2)
+    assert np.array_equal(y, Y[:2]) and np.array_equal(weight, Y[:2, 0])
+    assert resolve(lambda: X, lambda: Y)[1] is Y
+
+
+@pytest.mark.parametrize("inner", [1, 3, 6, 20, 32])
+@pytest.mark.parametrize("size", [1, 4, 7, 20, 50])
+def test_a_py_dataset_is_cut_anew_in_order(inner, size):
+    dataset = RebatchedDataset(Batches(inner), size)
+    batches = [dataset[index] for index in range(len(dataset))]
+    assert [len(y) for _, y in batches[:-1]] == [size] * (len(dataset) - 1)
+    assert np.array_equal(np.concatenate([x["features"] for x, _ in batches]), X)
+    assert np.array_equal(np.concatenate([y for _, y in batches]), Y)
+
+
+class Spy(keras.callbacks.Callback):
+    def __init__(self):
+        super().__init__()
+        self.updates = 0
+        self.validation_batches = 0
+
+    def on_train_batch_end(self, batch, logs=None):
+        self.updates += 1
+
+    def on_test_batch_end(self, batch, logs=None):
+        self.validation_batches += 1
+
+
+def model_for(x):
+    keras.utils.set_random_seed(3)
+    model = keras.Sequential([keras.Input(x.shape[1:]), keras.layers.Dense(1)])
+    model.compile("sgd", "mse")
+    return model
+
+
+@pytest.mark.parametrize("with_split", [False, True])
+def test_fit_is_given_effective_batches_and_validates_at_the_micro_batch(with_split):
+    model, spy = model_for(X), Spy()
+    feed_by_batches(model, effective_batch_size=8, micro_batch_size=2)
+    options = {"validation_split": 0.5} if with_split else {"validation_data": (X[:10], Y[:10])}
+    history = model.fit(X, Y, epochs=1, callbacks=[spy], verbose=0, class_weight=None, **options)
+    assert spy.updates == (2 if with_split else 3) and spy.validation_batches == 5
+
+    plain = model_for(X)
+    expected = plain.fit(X, Y, batch_size=8, epochs=1, verbose=0, **options)
+    assert history.history["loss"] == pytest.approx(expected.history["loss"], rel=1e-5)
+    for ours, theirs in zip(model.get_weights(), plain.get_weights(), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-5)
+
+
+def test_a_batch_size_of_the_user_gives_way_with_a_warning():
+    model, spy = model_for(X), Spy()
+    feed_by_batches(model, effective_batch_size=10, micro_batch_size=5)
+    with pytest.warns(UserWarning, match="batch_size=4"):
+        model.fit(X, Y, batch_size=4, verbose=0, callbacks=[spy])
+    assert spy.updates == 2
+
+
+@pytest.mark.parametrize("x", ["text", X[:0], [X, Y[:3]]])
+def test_what_is_no_data_is_refused(x):
+    with pytest.raises(DataError):
+        first_samples(x, Y, count=2)
