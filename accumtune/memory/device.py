@@ -14,15 +14,17 @@ comes from is part of the figure (`Device.memory_source`), because the sources d
 from __future__ import annotations
 
 import os
-import re
-import signal
+import shutil
+import subprocess
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from accumtune.errors import BudgetError
 from accumtune.memory.budget import format_bytes
+from accumtune.memory.exhaustion import died_of_memory, is_out_of_memory
+
+__all__ = ["Device", "died_of_memory", "is_out_of_memory", "memory_limit_environment", "open_device"]
 
 MIB = 2**20
 # Below this TensorFlow's allocator cannot even take its first region (2 MiB) and leave room for a second.
@@ -73,9 +75,6 @@ def _check_tensorflow_budget(budget_bytes: int) -> None:
 
 def _gpu_total_bytes() -> int | None:
     """The memory of the first visible NVIDIA GPU, asked of the driver so that no framework takes the device."""
-    import shutil
-    import subprocess
-
     if shutil.which("nvidia-smi") is None:
         return None
     query = ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
@@ -195,42 +194,16 @@ def _open_tensorflow(budget_bytes: int | None) -> Device:
         name = " ".join(["GPU:0", details.get("device_name", "")]).strip()
         return TensorFlowDevice(name, budget_bytes)
     device = TensorFlowDevice("CPU:0", budget_bytes)
-    # As on a GPU, the allocator owns all of its memory from the start. Left to itself on a CPU it grows by regions
-    # of 2, 4, 8 ... MiB whose rests are lost, which makes peaks jump from size to size by up to 15 %.
-    region_mib = _half_of_memory_mib() if budget_bytes is None else budget_bytes // MIB
-    try:
-        reserved = tf.raw_ops.Empty(shape=_uncounted_shape(tf, region_mib), dtype=tf.uint8, init=False)
-    except tf.errors.ResourceExhaustedError:
-        return device  # the host does not give that much at once: it grows, then
-    del reserved
-    before = device.current_memory_bytes()
+    # Its memory grows by regions of 2, 4, 8 ... MiB. One region of the whole budget was tried: peaks then follow
+    # the micro-batch more closely, but near the limit chunks are handed out whole and a step takes up to 20 % more.
     trace = tf.zeros([3])
     # The variables are read once, at the first operation. BFC hands out multiples of 256 bytes, the plain allocator
     # counts bytes as they come.
-    if device.current_memory_bytes() - before < 256:
-        raise _TooLateError
+    if device.current_memory_bytes() < 256:
+        raise _too_late()
     del trace
     device.reset_peak()
     return device
-
-
-def _half_of_memory_mib() -> int:
-    """Address space only: pages nobody writes to cost nothing. TensorFlow's own default limit is 64 GiB."""
-    return min(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2, 2**36) // MIB
-
-
-def _uncounted_shape(tf: Any, mebibytes: int) -> Any:
-    """The shape of so many MiB, in memory that TensorFlow takes over from NumPy because it is aligned.
-
-    Were it allocated, the first region would have been opened for it, and would be missing from the second.
-    """
-    import numpy as np
-
-    buffer = np.zeros(64, np.int32)
-    start = -buffer.ctypes.data % 64 // buffer.itemsize
-    shape = buffer[start : start + 2]
-    shape[:] = mebibytes, MIB
-    return tf.constant(shape)
 
 
 def _limit_tensorflow_gpu(tf: Any, gpu: Any, budget_bytes: int | None) -> None:
@@ -242,7 +215,7 @@ def _limit_tensorflow_gpu(tf: Any, gpu: Any, budget_bytes: int | None) -> None:
             limit = tf.config.LogicalDeviceConfiguration(memory_limit=budget_bytes // MIB)
             tf.config.set_logical_device_configuration(gpu, [limit])
     except RuntimeError:  # "Virtual devices cannot be modified after being initialized"
-        raise _TooLateError from None
+        raise _too_late() from None
 
 
 class JaxGpu(Device):
@@ -379,79 +352,9 @@ def _open_torch(budget_bytes: int | None) -> Device:
     return TorchCuda(f"GPU:0 {torch.cuda.get_device_name(0)}", budget_bytes)
 
 
-_TooLateError = BudgetError(
-    "TensorFlow has run an operation in this process before its memory was set up.",
-    "a process in which TensorFlow is imported at most",
-    "put memory_limit_environment(...) into the environment and call open_device before any operation.",
-)
-
-# What out-of-memory looks like, framework by framework. TensorFlow uses ResourceExhausted for full queues, message
-# sizes and open files too, so that its name alone says nothing.
-_MEMORY_ERROR_NAMES = {"MemoryError", "OutOfMemoryError", "_ArrayMemoryError"}
-_MEMORY_TEXT = re.compile(
-    r"\bOOM\b|out of memory|out-of-memory|not enough memory|can(?:'|no)t allocate memory|unable to allocate"
-    r"|fail(?:ed|ure) to allocate|ran out of (?:device |GPU )?memory|CUDA_ERROR_OUT_OF_MEMORY|_ALLOC_FAILED"
-    r"|memory exhausted|exceeds? (?:the )?(?:available )?memory|MemoryError",
-    re.IGNORECASE,
-)
-# An error type that may speak of memory, and when its text is believed. Errors of the user's own code are not
-# among them: a ValueError that mentions memory is about something else.
-_SPEAKS_OF_MEMORY = {
-    "ResourceExhaustedError", "InternalError", "UnknownError", "AbortedError",  # tf.errors
-    "XlaRuntimeError", "JaxRuntimeError", "RuntimeError", "AcceleratorError",  # jax, torch
-    "OSError",
-}  # fmt: skip
-
-
-def is_out_of_memory(exception: BaseException) -> bool:
-    """Whether an exception, or what caused it, is a device or a host that ran out of memory.
-
-    Example:
-
-    >>> is_out_of_memory(MemoryError())
-    True
-    """
-    return any(_is_memory_error(one) for one in _chain(exception))
-
-
-def died_of_memory(exit_signal: int, log: str = "", *, is_limited: bool = False) -> bool:
-    """Whether a process that was ended by a signal most likely ran out of memory.
-
-    TensorFlow's oneDNN kernels go on without the buffer that they did not get: with a limited allocator running
-    out of memory can end in a segmentation fault instead of an exception (seen on TensorFlow 2.21, Conv2D).
-
-    Args:
-        exit_signal: the number of the signal.
-        log: what the process wrote to its standard error.
-        is_limited: whether its allocator was limited.
-    """
-    if exit_signal == signal.SIGKILL or _MEMORY_TEXT.search(log):
-        return True
-    return is_limited and exit_signal in (signal.SIGSEGV, signal.SIGABRT, signal.SIGBUS)
-
-
-def _is_memory_error(exception: BaseException) -> bool:
-    names = {cls.__name__ for cls in type(exception).__mro__}
-    if names & _MEMORY_ERROR_NAMES:
-        return True
-    text = str(exception)
-    if "InternalError" in names and "Dst tensor is not initialized" in text:
-        return True  # TensorFlow's words for a copy to a GPU that has no room left
-    return bool(names & _SPEAKS_OF_MEMORY) and _MEMORY_TEXT.search(text) is not None
-
-
-def _chain(exception: BaseException) -> Iterator[BaseException]:
-    """The exception, what it was raised from or while handling, and the members of groups."""
-    waiting, seen = [exception], set()
-    while waiting:
-        one = waiting.pop()
-        if id(one) in seen:
-            continue
-        seen.add(id(one))
-        yield one
-        if one.__cause__ is not None:
-            waiting.append(one.__cause__)
-        elif one.__context__ is not None and not one.__suppress_context__:
-            waiting.append(one.__context__)
-        if isinstance(one, BaseExceptionGroup):
-            waiting.extend(one.exceptions)
+def _too_late() -> BudgetError:
+    return BudgetError(
+        "TensorFlow has run an operation in this process before its memory was set up.",
+        "a process in which TensorFlow is imported at most.",
+        "put memory_limit_environment(...) into the environment and call open_device before any operation.",
+    )

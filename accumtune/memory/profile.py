@@ -22,13 +22,13 @@ from scipy.optimize import nnls
 
 from accumtune.errors import BudgetError
 from accumtune.memory.budget import format_bytes, parse_budget
+from accumtune.memory.curve import Curve, curves_of, last_slope
 
 MIB = 2**20
 
-# How far above the predicted peak a limit has to be. TensorFlow 2.21 on a CPU, one region of the budget's size: the
-# same step's peak differs by up to 4 % from process to process, and a full allocator needs up to 10 % more than it
-# hands out when it has room (a rest smaller than twice the request is not split), most often less than 3 %. Beyond
-# the largest measured size the slope's own error counts as well.
+# How far above the predicted peak a limit has to be. TensorFlow 2.21 on a CPU: the same step's peak differs by 4 %,
+# for models of a few tens of MiB by 8 %, from process to process, and a full allocator needs up to 3 % more than it
+# hands out when it has room. Beyond the largest measured size the slope's own error counts as well.
 MARGIN = 0.08
 MARGIN_PER_DOUBLING = 0.03
 # No promise is made further than this beyond the largest measured size: a floor can hide a slope.
@@ -91,7 +91,7 @@ class Profile:
     signature: str = ""
     memory_budget_bytes: int | None = None
     sample_bytes: int = 0
-    _curves: dict[int, _Curve] = field(init=False, repr=False, compare=False, default_factory=dict)
+    _curves: dict[int, Curve] = field(init=False, repr=False, compare=False, default_factory=dict)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "measurements", tuple(self.measurements))
@@ -104,7 +104,7 @@ class Profile:
                 above = peaks.setdefault(group, {})
                 above[size] = max(above.get(size, 0.0), float(point.peak_memory_bytes - window))
                 statics[group] = min(statics.get(group, np.inf), float(point.peak_memory_bytes - 2 * window))
-        object.__setattr__(self, "_curves", _curves(peaks, statics))
+        object.__setattr__(self, "_curves", curves_of(peaks, statics))
 
     def __repr__(self) -> str:
         sizes = ", ".join(str(size) for size in self._measured_sizes()) or "nothing"
@@ -301,55 +301,7 @@ def _group(accumulation_steps: int) -> int:
     return min(accumulation_steps, 2)
 
 
-def _curves(peaks: Mapping[int, Mapping[int, float]], statics: Mapping[int, float]) -> dict[int, _Curve]:
-    """A curve per group of accumulation steps, with one slope for all beyond what was measured."""
-    # The steepest one: one group may still be at its floor where the other has left it.
-    slope = max((_last_slope(points) for points in peaks.values() if len(points) > 1), default=None)
-    return {group: _Curve(points, slope, statics[group]) for group, points in sorted(peaks.items())}
-
-
-def _last_slope(points: Mapping[int, float]) -> float:
-    before, last = sorted(points)[-2:]
-    return max(0.0, (points[last] - points[before]) / (last - before))
-
-
-class _Curve:
-    """A function through points that never falls: chords between them, one slope beyond, flat before.
-
-    Args:
-        points: y by x.
-        slope: beyond the last point. `None` where it is not known: then the most it can be, in proportion to x.
-        most_static: a bound on `static`.
-
-    Attributes:
-        static: what there is without any sample: the smallest point, less what its samples take.
-        doubt: how much steeper the curve may be beyond the last point. When the last chord begins at the update
-            floor, the curve leaves the floor somewhere along it; the line it then follows has, at x = 0, at least
-            half of the floor below it (parameters and slots, without gradients).
-    """
-
-    def __init__(
-        self, points: Mapping[int, float], slope: float | None = None, most_static: float = np.inf
-    ) -> None:
-        self._x = np.array(sorted(points), dtype=float)
-        self._y = np.maximum.accumulate(np.array([points[int(x)] for x in self._x]))
-        self.slope = max(0.0, float(self._y[-1] / self._x[-1])) if slope is None else slope
-        self.static = min(float(self._y[0] - self.slope * self._x[0]), most_static)
-        steepest = (self._y[-1] - 0.5 * self._y[0]) / self._x[-1]
-        self.doubt = 0.0 if _is_straight(self._x, self._y) else max(0.0, float(steepest) - self.slope)
-
-    def at(self, x: float) -> float:
-        beyond = max(0.0, x - self._x[-1])
-        return float(np.interp(x, self._x, self._y)) + self.slope * beyond
-
-
-def _is_straight(x: np.ndarray, y: np.ndarray) -> bool:
-    """Whether the last two chords agree and rise, so that the last point lies well beyond the floor."""
-    slopes = np.diff(y[-3:]) / np.diff(x[-3:])
-    return len(slopes) == 2 and bool(slopes[1] <= 1.25 * slopes[0]) and bool(slopes[1] * x[-1] >= 0.25 * y[-1])
-
-
-def _fit_seconds(measurements: Sequence[Measurement]) -> tuple[float, _Curve]:
+def _fit_seconds(measurements: Sequence[Measurement]) -> tuple[float, Curve]:
     """Least squares in relative error: one time per measured micro-batch size, and one for the update."""
     points = [
         (m.micro_batch_size, m.accumulation_steps, m.seconds_per_update)
@@ -365,4 +317,4 @@ def _fit_seconds(measurements: Sequence[Measurement]) -> tuple[float, _Curve]:
         row[-1] = 1.0 / seconds
     solution, _ = nnls(rows, np.ones(len(points)))
     times = dict(zip(sizes, solution[:-1], strict=True))
-    return float(solution[-1]), _Curve(times, _last_slope(times) if len(times) > 1 else None)
+    return float(solution[-1]), Curve(times, last_slope(times) if len(times) > 1 else None)

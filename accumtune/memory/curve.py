@@ -1,0 +1,55 @@
+"""Functions through a few measured points, that never fall."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+
+
+def curves_of(peaks: Mapping[int, Mapping[int, float]], statics: Mapping[int, float]) -> dict[int, Curve]:
+    """A curve per group of accumulation steps, with one slope for all beyond what was measured."""
+    # The steepest one: one group may still be at its floor where the other has left it.
+    slope = max((last_slope(points) for points in peaks.values() if len(points) > 1), default=None)
+    return {group: Curve(points, slope, statics[group]) for group, points in sorted(peaks.items())}
+
+
+def last_slope(points: Mapping[int, float]) -> float:
+    before, last = sorted(points)[-2:]
+    return max(0.0, (points[last] - points[before]) / (last - before))
+
+
+class Curve:
+    """A function through points that never falls: chords between them, one slope beyond, flat before.
+
+    Args:
+        points: y by x.
+        slope: beyond the last point. `None` where it is not known: then the most it can be, in proportion to x.
+        most_static: a bound on `static`.
+
+    Attributes:
+        static: what there is without any sample: the smallest point, less what its samples take.
+        doubt: how much steeper the curve may be beyond the last point. When the last chord begins at the update
+            floor, the curve leaves the floor somewhere along it; the line it then follows has, at x = 0, at least
+            half of the floor below it (parameters and slots, without gradients).
+    """
+
+    def __init__(
+        self, points: Mapping[int, float], slope: float | None = None, most_static: float = np.inf
+    ) -> None:
+        self._x = np.array(sorted(points), dtype=float)
+        self._y = np.maximum.accumulate(np.array([points[int(x)] for x in self._x]))
+        self.slope = max(0.0, float(self._y[-1] / self._x[-1])) if slope is None else slope
+        self.static = min(float(self._y[0] - self.slope * self._x[0]), most_static)
+        steepest = (self._y[-1] - 0.5 * self._y[0]) / self._x[-1]
+        self.doubt = 0.0 if _is_straight(self._x, self._y) else max(0.0, float(steepest) - self.slope)
+
+    def at(self, x: float) -> float:
+        beyond = max(0.0, x - self._x[-1])
+        return float(np.interp(x, self._x, self._y)) + self.slope * beyond
+
+
+def _is_straight(x: np.ndarray, y: np.ndarray) -> bool:
+    """Whether the last two chords agree and rise, so that the last point lies well beyond the floor."""
+    slopes = np.diff(y[-3:]) / np.diff(x[-3:])
+    return len(slopes) == 2 and bool(slopes[1] <= 1.25 * slopes[0]) and bool(slopes[1] * x[-1] >= 0.25 * y[-1])
