@@ -58,6 +58,7 @@ def test_keras_tuner_compile_arguments_override():
 
 
 def signature(**options):
+    keras.backend.clear_session()  # layers are named anew, as in the process of each trial
     sample = (np.zeros((1, 3)), np.zeros((1, 1)), None)
     return describe_model(build(None, **options), sample, "CPU:0", {"effective_batch_size": 8})["signature"]
 
