@@ -44,6 +44,13 @@ def accumulate(
     BatchNormalization normalizes per micro-batch, but its moving statistics after an update are those of the
     effective batch, with the momentum applied once. Gradients of embeddings are dense.
 
+    `fit(batch_size=effective)` validates in micro-batches unless `validation_batch_size` says otherwise, so that
+    validation needs no more memory than training. (Where predictions are masked, Keras's val_loss is a mean over
+    batches and depends on their size.)
+
+    With `tf.distribute.MirroredStrategy` or `keras.distribution.DataParallel`, a micro-batch is what one device
+    holds: the effective batch is micro_batch_size * accumulation_steps * devices.
+
     Micro-batches whose shapes differ (sequences padded to different lengths) are weighted by what their loss values
     number, so each token counts the same.
 

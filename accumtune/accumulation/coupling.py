@@ -42,7 +42,7 @@ def batch_coupled_layers(model: keras.Model) -> list[Coupling]:
         One `Coupling` each, `str()` of which reads well; `[]` means that accumulation is exact.
     """
     found = [_layer(layer) for layer in model._flatten_layers(include_self=True)]
-    found += [_loss(loss, model) for loss in _compiled_losses(model)]
+    found += [_loss(loss) for loss in _compiled_losses(model)]
     found.append(_compute_loss(model))
     return list(dict.fromkeys(item for item in found if item is not None))
 
@@ -89,67 +89,34 @@ def _compiled_losses(model: Any) -> list[Any]:
     return [loss for loss in tree.flatten(compiled._user_loss) if loss is not None]
 
 
-def _loss(loss: Any, model: Any) -> Coupling | None:
+def _loss(loss: Any) -> Coupling | None:
     import keras
 
-    function = getattr(loss, "fn", loss)
-    name = str(getattr(loss, "name", None) or getattr(function, "__name__", loss))
-    if isinstance(loss, str):
-        identifier = keras.losses.get(loss)
-        return _loss(identifier, model) if not isinstance(identifier, str) else None
+    from accumtune.accumulation.probing import why_coupled
 
-    def coupling(reason: str) -> Coupling:
-        return Coupling(name, getattr(function, "__name__", type(loss).__name__), reason)
+    loss = keras.losses.get(loss) if isinstance(loss, str) else loss
+    function = getattr(loss, "fn", loss)
+    if _is_per_sample(loss, function):
+        return None
+    if isinstance(loss, keras.losses.Circle):
+        reason = "compares the samples of a micro-batch with each other."
+    elif function in (keras.losses.dice, keras.losses.tversky):
+        reason = "is one ratio over the whole micro-batch, not a mean over samples."
+    elif isinstance(loss, keras.losses.Loss) and type(loss).__call__ is not keras.losses.Loss.__call__:
+        reason = "has its own __call__, which is exact only where it is a mean over samples."
+    else:
+        reason = why_coupled(loss.call if hasattr(loss, "call") else loss)
+    kind = getattr(function, "__name__", type(loss).__name__)
+    return Coupling(str(getattr(loss, "name", kind)), kind, reason) if reason else None
+
+
+def _is_per_sample(loss: Any, function: Any) -> bool:
+    """Whether this is one of Keras's losses that give each sample a value of its own."""
+    import keras
 
     if isinstance(loss, keras.losses.Circle):
-        return coupling("compares the samples of a micro-batch with each other.")
+        return False
     if function in (keras.losses.dice, keras.losses.tversky):
-        if getattr(loss, "axis", None) is None:
-            return coupling("is one ratio over the whole micro-batch, not a mean over samples.")
-        return None
-    if getattr(function, "__module__", "").startswith("keras.") and type(loss).__module__.startswith(
-        ("keras.", "builtins")
-    ):
-        return None
-    if isinstance(loss, keras.losses.Loss) and type(loss).__call__ is not keras.losses.Loss.__call__:
-        return coupling("has its own __call__, which is exact only where it is a mean over samples.")
-    return _probed(loss, coupling)
-
-
-def _probed(loss: Any, coupling: Any) -> Coupling | None:
-    """A user's loss, asked: are the values of four samples those of two and two?"""
-    import numpy as np
-    from keras import ops
-
-    values = loss.call if hasattr(loss, "call") else loss
-    generator = np.random.default_rng(0)
-    for shape in ((4, 3), (4, 3, 2), (4, 4, 4, 3), (4, 1)):
-        y_true = generator.uniform(0.1, 0.9, shape).astype("float32")
-        y_pred = generator.uniform(0.1, 0.9, shape).astype("float32")
-
-        def run(part: slice, y_true: Any = y_true, y_pred: Any = y_pred) -> Any:
-            result = values(ops.convert_to_tensor(y_true[part]), ops.convert_to_tensor(y_pred[part]))
-            return np.asarray(ops.convert_to_numpy(result), "float64")
-
-        try:
-            whole, halves = run(slice(None)), [run(slice(0, 2)), run(slice(2, 4))]
-        except Exception:  # a user's function may want other shapes or labels: the next shape, or the note below
-            continue
-        if whole.ndim == 0:
-            if np.allclose(whole, np.mean(halves), rtol=1e-4, atol=1e-6):
-                return None if _ignores_partition(run, whole) else coupling(_ONE_NUMBER)
-            return coupling("gives one number per micro-batch that is not a mean over samples.")
-        if whole.shape[0] == 4 and np.allclose(whole, np.concatenate(halves), rtol=1e-4, atol=1e-6):
-            return None
-        return coupling("gives each sample a value that depends on the others in its micro-batch.")
-    return coupling("could not be tried out, and may depend on which samples share a micro-batch.")
-
-
-_ONE_NUMBER = "gives one number per micro-batch that is not a mean over samples."
-
-
-def _ignores_partition(run: Any, whole: Any) -> bool:
-    import numpy as np
-
-    parts = 0.25 * run(slice(0, 1)) + 0.75 * run(slice(1, 4))
-    return bool(np.allclose(whole, parts, rtol=1e-4, atol=1e-6))
+        return getattr(loss, "axis", None) is not None
+    is_stock_class = type(loss).__module__.startswith(("keras.", "builtins"))
+    return is_stock_class and getattr(function, "__module__", type(loss).__module__).startswith("keras.")

@@ -59,17 +59,29 @@ def same_shapes(window: list[Any]) -> bool:
     return len({tuple(shape[1:] for shape in shapes(batch)) for batch in window}) <= 1
 
 
-def windowed_arguments(model: Any, accumulation_steps: int, args: tuple, kwargs: dict) -> dict[str, Any]:
+def named_arguments(model: Any, args: tuple, kwargs: dict) -> dict[str, Any]:
+    """The arguments of `fit` by name, as far as they were given."""
+    bound = inspect.signature(type(model).fit).bind(model, *args, **kwargs)
+    given = {name: value for name, value in bound.arguments.items() if name != "self"}
+    return given | given.pop("kwargs", {})
+
+
+def with_small_validation(micro_batch_size: int, given: dict[str, Any]) -> dict[str, Any]:
+    """Validates in micro-batches, where plain Keras takes the batch of training: that one need not fit in memory."""
+    size = given.get("batch_size")
+    if size and size > micro_batch_size and not given.get("validation_batch_size"):
+        return given | {"validation_batch_size": micro_batch_size}
+    return given
+
+
+def with_windows(model: Any, accumulation_steps: int, given: dict[str, Any]) -> dict[str, Any]:
     """The arguments of `fit`, with data that an epoch counts in windows of `accumulation_steps` batches."""
     import keras
     from keras.src.trainers.data_adapters import array_slicing, get_data_adapter
 
     from accumtune.accumulation import training
 
-    bound = inspect.signature(type(model).fit).bind(model, *args, **kwargs)
-    bound.apply_defaults()
-    given = {name: value for name, value in bound.arguments.items() if name != "self"}
-    given.update(given.pop("kwargs", {}))
+    given = dict(given)
     x, y, sample_weight = given.get("x"), given.pop("y", None), given.pop("sample_weight", None)
     if given.get("validation_split") and given.get("validation_data") is None:
         (x, y, sample_weight), given["validation_data"] = array_slicing.train_validation_split(

@@ -30,8 +30,7 @@ def install(model: Any, accumulation: Accumulation) -> Any:
     remove(model)
     _set(model, "_accumtune_accumulation", accumulation)
     _set(model, "make_train_function", types.MethodType(_make_train_function, model))
-    if accumulation.accumulation_steps is not None:
-        _set(model, "fit", _windowed_fit(model, accumulation.accumulation_steps))
+    _set(model, "fit", _fit(model, accumulation))
     return model
 
 
@@ -113,15 +112,20 @@ def _engine() -> Any:
     )
 
 
-def _windowed_fit(model: Any, accumulation_steps: int) -> Any:
-    """The model's `fit`, whose epochs count windows instead of batches."""
-    from accumtune.accumulation.feeding import windowed_arguments
+def _fit(model: Any, accumulation: Accumulation) -> Any:
+    """The model's `fit`, whose epochs count windows and whose validation needs no more memory than training."""
+    from accumtune.accumulation import feeding
 
     own_fit = type(model).fit
 
     @functools.wraps(own_fit)
     def fit(*args: Any, **kwargs: Any) -> Any:
-        return own_fit(model, **windowed_arguments(model, accumulation_steps, args, kwargs))
+        given = feeding.named_arguments(model, args, kwargs)
+        if accumulation.accumulation_steps is not None:
+            given = feeding.with_windows(model, accumulation.accumulation_steps, given)
+        elif accumulation.micro_batch_size is not None:
+            given = feeding.with_small_validation(accumulation.micro_batch_size, given)
+        return own_fit(model, **given)
 
     return fit
 

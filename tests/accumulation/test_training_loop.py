@@ -240,3 +240,24 @@ def test_nothing_is_traced_again_for_the_ragged_window_of_each_epoch():
     model.fit(**regression(), batch_size=EFFECTIVE, epochs=3, verbose=0)
     assert CountsTraces.traces == after_one
     assert after_one <= 8
+
+
+class Sizes(keras.layers.Layer):
+    """Notes the batches it is validated with, where it runs eagerly."""
+
+    seen: set = set()
+
+    def call(self, inputs, training=None):
+        if not training:
+            type(self).seen.add(inputs.shape[0])
+        return inputs
+
+
+@pytest.mark.parametrize(("given", "expected"), [({}, 3), ({"validation_batch_size": 6}, 6)])
+def test_validation_needs_no_larger_batch_than_training(given, expected):
+    model = accumulate(dense(layers=[Sizes()], run_eagerly=True)(), 3)
+    model.train_on_batch(*regression().values())
+    Sizes.seen.clear()
+    x, y = regression().values()
+    model.fit(x[:8], y[:8], batch_size=8, validation_data=(x[:18], y[:18]), verbose=0, **given)
+    assert max(Sizes.seen) == expected
