@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,6 +23,7 @@ CACHE_FILE = "tracking.json"
 _INTERVAL_SECONDS = 2.0
 _STOP_SECONDS = 60.0
 _LAST_ATTEMPTS = 3
+_RETRY_SECONDS = 0.2
 # How long `sync` lets another process finish.
 _WAIT_SECONDS = 60.0
 
@@ -89,16 +91,20 @@ class Tracker:
         """
         if self._replay is None:
             return
-        try:
-            self._run(is_fresh=True, wait_seconds=_WAIT_SECONDS)
-        except AccumtuneError:
-            raise
-        except Exception as error:  # whatever the store's driver raises: SQLAlchemy's, requests', MLflow's
-            raise TrackingError(
-                f"MLflow at {without_credentials(self._replay.tracking_uri)} refused: {described(error)}",
-                "a store that can be written to",
-                f"mend it, then `{self._sync_command()}`: nothing is lost.",
-            ) from error
+        for attempt in range(1, _LAST_ATTEMPTS + 1):
+            try:
+                return self._run(is_fresh=True, wait_seconds=_WAIT_SECONDS)
+            except AccumtuneError:
+                raise
+            except Exception as error:  # whatever the store's driver raises: SQLAlchemy's, requests', MLflow's
+                if attempt == _LAST_ATTEMPTS:
+                    raise TrackingError(
+                        f"MLflow at {without_credentials(self._replay.tracking_uri)} refused: {described(error)}",
+                        "a store that can be written to",
+                        f"mend it, then `{self._sync_command()}`: nothing is lost.",
+                    ) from error
+            # Two searches that write into one database at the same moment: the next attempt finds it free.
+            time.sleep(_RETRY_SECONDS)
 
     def start(self) -> None:
         """Begins to replay in the background; returns at once and never fails because of the store."""
@@ -166,7 +172,7 @@ class Tracker:
         for _ in range(_LAST_ATTEMPTS):
             if self._try(is_fresh=True):
                 return
-            self._stopping.wait(0.5)
+            time.sleep(_RETRY_SECONDS)
 
     def _try(self, is_fresh: bool) -> bool:
         try:

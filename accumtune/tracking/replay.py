@@ -75,13 +75,16 @@ class Replay:
         self._read_trials()
         self._bring_parent(store, search)
         trials = sorted(self._trials.items(), key=lambda item: (item[1][1].number, item[1][1].trial_id))
+        is_changed = self._view is None
         for folder, (size, trial) in trials:
             key = (size, search.is_ended)
             if self._brought.get(folder) != key:
                 self._bring_trial(store, folder, size, trial, search)
                 self._brought[folder] = key
+                is_changed = True
         self._bring_report(store, search)
-        self._bring_view(store, search, [trial for _, (_, trial) in trials])
+        if is_changed:
+            self._bring_view(store, search, [trial for _, (_, trial) in trials])
 
     def _bring_view(self, store: Store, search: SearchRecord, trials: list[TrialRecord]) -> None:
         value = view.encoded_view(search, trials)
@@ -109,7 +112,8 @@ class Replay:
                 continue
             if self._trials.get(folder, (-1, None))[0] != size:
                 trial = read_trial(folder)
-                if trial.proposed_at is not None:
+                # An empty journal says nothing yet; one that only has an end belongs to a trial that failed early.
+                if trial.proposed_at or trial.started_at or trial.ended_at:
                     self._trials[folder] = (size, trial)
 
     def _bring_parent(self, store: Store, search: SearchRecord) -> None:

@@ -5,49 +5,37 @@ Nothing here knows MLflow; the tracker uploads whatever is in the folder.
 
 from __future__ import annotations
 
-import csv
-import io
 import json
-import math
 import os
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 from accumtune.config.uris import redacted
-from accumtune.memory.budget import format_bytes, mib
+from accumtune.memory.budget import format_bytes
 from accumtune.tracking import pictures
 from accumtune.tracking.records import SearchRecord
-from accumtune.tracking.runs import BATCH, STATUSES
+from accumtune.tracking.runs import STATUSES
+from accumtune.tracking.tables import (
+    CandidateLike,
+    candidates_csv,
+    candidates_table,
+    escaped,
+    is_among,
+    number,
+    ordered,
+    own_hyperparameters,
+    size,
+    speed,
+)
+
+__all__ = ["candidates_csv", "candidates_table", "note", "write_report"]
 
 _RUNNERS_UP = 8
 _REASONS = 6
 # MLflow shows at most this much of a note (mlflow.utils.validation.MAX_TAG_VAL_LENGTH).
 _MAXIMUM_NOTE = 8000
-
-
-class CandidateLike(Protocol):
-    """What is written about a candidate (`accumtune.search.selection.Candidate`)."""
-
-    @property
-    def objective(self) -> float | None: ...
-    @property
-    def peak_memory_bytes(self) -> float | None: ...
-    @property
-    def throughput_samples_per_second(self) -> float | None: ...
-    @property
-    def micro_batch_size(self) -> int: ...
-    @property
-    def accumulation_steps(self) -> int: ...
-    @property
-    def effective_batch_size(self) -> int: ...
-    @property
-    def hyperparameters(self) -> Mapping[str, Any]: ...
-    @property
-    def trial_id(self) -> str: ...
-    @property
-    def is_trained(self) -> bool: ...
 
 
 class ChoiceLike(Protocol):
@@ -110,73 +98,22 @@ def note(
     return text if len(text) <= _MAXIMUM_NOTE else text[: _MAXIMUM_NOTE - 2] + "…\n"
 
 
-def candidates_csv(
-    record: SearchRecord, candidates: Iterable[CandidateLike], front: Sequence[CandidateLike]
-) -> str:
-    """All candidates, best objective first."""
-    ordered = _ordered(candidates, record.objective_direction)
-    names = dict.fromkeys(name for item in ordered for name in item.hyperparameters if name not in BATCH)
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(
-        ["trial_id", record.objective_name, "peak_memory_mib", "throughput_samples_per_second", *BATCH,
-         "is_on_pareto_front", "is_trained", *names]
-    )  # fmt: skip
-    for item in ordered:
-        peak = None if item.peak_memory_bytes is None else round(mib(item.peak_memory_bytes), 3)
-        row = [item.trial_id, item.objective, peak, item.throughput_samples_per_second]
-        row += [getattr(item, name) for name in BATCH]
-        row += [_is_among(item, front), item.is_trained]
-        writer.writerow(row + [item.hyperparameters.get(name) for name in names])
-    return text.getvalue()
-
-
-def candidates_table(candidates: Iterable[CandidateLike], front: Sequence[CandidateLike], direction: str) -> str:
-    """The candidates as a table for the terminal, best objective first, `*` marking the Pareto front.
-
-    Peaks and speeds of candidates whose pair was not itself trained are predictions, marked `~`.
-    """
-    header = ["", "objective", "effective", "micro × steps", "peak", "samples/s", "hyperparameters", "trial"]
-    rows = [header]
-    for item in _ordered(candidates, direction):
-        mark = "" if item.is_trained else "~"
-        rows.append([
-            "*" if _is_among(item, front) else "",
-            _number(item.objective),
-            str(item.effective_batch_size),
-            f"{item.micro_batch_size} × {item.accumulation_steps}",
-            mark + _size(item.peak_memory_bytes),
-            mark + _speed(item.throughput_samples_per_second),
-            _own_hyperparameters(item.hyperparameters),
-            item.trial_id,
-        ])  # fmt: skip
-    widths = [max(len(row[column]) for row in rows) for column in range(len(header))]
-    # Text to the left, numbers to the right.
-    lines = []
-    for row in rows:
-        cells = [cell.ljust(width) if column in (0, 6, 7) else cell.rjust(width)
-                 for column, (cell, width) in enumerate(zip(row, widths, strict=True))]  # fmt: skip
-        lines.append("  ".join(cells).rstrip())
-    lines.insert(1, "  ".join("─" * width for width in widths))
-    return "\n".join(lines)
-
-
 def _answer(record: SearchRecord, best: ChoiceLike | None) -> str:
     if best is None:
         why = f": {record.reason}" if record.reason else ""
-        title = f"### {_text(record.name)}: no configuration yet"
+        title = f"### {escaped(record.name)}: no configuration yet"
         return f"{title}\n\nNo trial has completed (the search is {record.status}{why})."
     item = best.candidate
-    facts = [f"{_text(record.objective_name)} **{_number(item.objective)}**"]
+    facts = [f"{escaped(record.objective_name)} **{number(item.objective)}**"]
     if item.peak_memory_bytes is not None:
         share = ""
         if record.memory_budget_bytes:
             percent = 100 * item.peak_memory_bytes / record.memory_budget_bytes
             share = f" of {format_bytes(record.memory_budget_bytes)} ({percent:.0f} %)"
-        facts.append(f"peak memory **{_size(item.peak_memory_bytes)}**{share}")
+        facts.append(f"peak memory **{size(item.peak_memory_bytes)}**{share}")
     if item.throughput_samples_per_second is not None:
-        facts.append(f"**{_speed(item.throughput_samples_per_second)} samples/s**")
-    own = _own_hyperparameters(item.hyperparameters, "`")
+        facts.append(f"**{speed(item.throughput_samples_per_second)} samples/s**")
+    own = own_hyperparameters(item.hyperparameters, "`")
     lines = [
         # MLflow folds a note after a few lines: the whole answer is in them.
         f"### Train with micro-batch {item.micro_batch_size} × {item.accumulation_steps} accumulation steps "
@@ -206,13 +143,13 @@ def _import_lines(config_json: str | None, folder: Path) -> str:
 def _runners_up(
     record: SearchRecord, candidates: Sequence[CandidateLike], front: Sequence[CandidateLike], winner: CandidateLike
 ) -> str:
-    others = [item for item in _ordered(candidates, record.objective_direction) if not _is_among(item, [winner])]
+    others = [item for item in ordered(candidates, record.objective_direction) if not is_among(item, [winner])]
     # Trained ones first: a profiled one is the same training as a trained one, in another micro-batch.
     shown = [item for item in others if item.is_trained][:_RUNNERS_UP]
-    shown += [item for item in others if not item.is_trained and _is_among(item, front)][: _RUNNERS_UP // 2]
+    shown += [item for item in others if not item.is_trained and is_among(item, front)][: _RUNNERS_UP // 2]
     if not shown:
         return ""
-    name = _text(record.objective_name)
+    name = escaped(record.objective_name)
     lines = [
         "### Runners-up",
         "",
@@ -222,13 +159,13 @@ def _runners_up(
     for item in shown:
         mark = "" if item.is_trained else "~"
         cells = [
-            "●" if _is_among(item, front) else "",
-            _number(item.objective),
+            "●" if is_among(item, front) else "",
+            number(item.objective),
             str(item.effective_batch_size),
             f"{item.micro_batch_size} × {item.accumulation_steps}",
-            mark + _size(item.peak_memory_bytes),
-            mark + _speed(item.throughput_samples_per_second),
-            _own_hyperparameters(item.hyperparameters),
+            mark + size(item.peak_memory_bytes),
+            mark + speed(item.throughput_samples_per_second),
+            own_hyperparameters(item.hyperparameters),
         ]
         lines.append("| " + " | ".join(cells) + " |")
     legend = "● on the Pareto front: nothing else is at least as good in all of quality, memory and speed."
@@ -262,10 +199,10 @@ def _what_happened(record: SearchRecord) -> str:
         lines += [f"    - {status}: {reason} ({count} ×)" for reason, count in reasons.most_common(_REASONS)]
     if record.status not in ("finished", "running"):
         lines.append(f"- **The search was {record.status}:** {_first_line(record.reason)}")
-    where = ", ".join(_text(item) for item in (record.device or _device(record), record.backend) if item)
+    where = ", ".join(escaped(item) for item in (record.device or _device(record), record.backend) if item)
     versions = ", ".join(f"{name} {version}" for name, version in record.versions.items())
     lines.append(f"- **Measured on:** {'; '.join(item for item in (where, versions) if item) or 'unknown'}")
-    lines += [f"- **Advice:** {_text(advice)}" for advice in record.advice]
+    lines += [f"- **Advice:** {escaped(advice)}" for advice in record.advice]
     return "\n".join(lines)
 
 
@@ -282,57 +219,13 @@ def _device(record: SearchRecord) -> str:
     return next((trial.device for trial in record.trials if trial.device), "")
 
 
-def _ordered(candidates: Iterable[CandidateLike], direction: str) -> list[CandidateLike]:
-    sign = -1 if direction == "max" else 1
-
-    def key(item: CandidateLike) -> tuple[float, bool, float]:
-        value = math.inf if item.objective is None or math.isnan(item.objective) else sign * item.objective
-        return (value, not item.is_trained, -(item.throughput_samples_per_second or 0.0))
-
-    return sorted(candidates, key=key)
-
-
-def _is_among(item: CandidateLike, others: Sequence[CandidateLike]) -> bool:
-    return any(item is other or item == other for other in others)
-
-
-def _own(hyperparameters: Mapping[str, Any]) -> dict[str, Any]:
-    return {k: v for k, v in hyperparameters.items() if k not in BATCH and not k.startswith("tuner/")}
-
-
-def _own_hyperparameters(hyperparameters: Mapping[str, Any], quote: str = "") -> str:
-    own = _own(hyperparameters)
-    return ", ".join(f"{quote}{name}={_value(value)}{quote}" for name, value in own.items())
-
-
-def _value(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else _text(str(value))
-
-
-def _number(value: float | None) -> str:
-    return "–" if value is None else f"{value:.4g}"
-
-
-def _size(size_bytes: float | None) -> str:
-    return "–" if size_bytes is None else format_bytes(size_bytes)
-
-
-def _speed(value: float | None) -> str:
-    return "–" if value is None else f"{value:,.0f}"
-
-
 def _sizes(sizes: Sequence[int]) -> str:
     return ", ".join(map(str, sizes)) or "–"
 
 
-def _text(text: str) -> str:
-    """Without what Markdown would take for a table or a tag."""
-    return text.replace("|", "\\|").replace("<", "&lt;").replace("\n", " ")
-
-
 def _first_line(text: str) -> str:
     lines = text.strip().splitlines()
-    return _text(lines[0][:300]) if lines else "no reason given"
+    return escaped(lines[0][:300]) if lines else "no reason given"
 
 
 def _write(path: Path, content: str | bytes) -> None:

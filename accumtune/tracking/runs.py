@@ -67,7 +67,7 @@ def trial_run(trial: TrialRecord, search: SearchRecord) -> RunContent:
     scalars = _scalars(trial, search)
     # A metric of the user's with such a name must not be mixed with ours, whichever comes first.
     taken = set(_scalar_values(trial, search))
-    started = trial.started_at or trial.proposed_at or search.started_at or 0.0
+    started = trial.proposed_at or trial.started_at or trial.ended_at or search.started_at or 0.0
     texts = {"traceback.txt": redacted(trial.traceback)} if trial.traceback else {}
     return RunContent(
         name=_trial_name(trial),
@@ -76,7 +76,7 @@ def trial_run(trial: TrialRecord, search: SearchRecord) -> RunContent:
         scalars=scalars,
         curves=_curves(trial, taken),
         status=_trial_status(trial, search),
-        started_milliseconds=_milliseconds(trial.proposed_at or started),
+        started_milliseconds=_milliseconds(started),
         ended_milliseconds=_milliseconds(trial.ended_at or search.ended_at or started),
         attempt=trial.attempt,
         texts=texts,

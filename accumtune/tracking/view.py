@@ -84,9 +84,10 @@ def view_state(search: SearchRecord, trials: Sequence[TrialRecord]) -> dict[str,
     own = _hyperparameters(trials)
     columns = [
         *(f"params.`{name}`" for name in BATCH),
-        *(f"metrics.`{name}`" for name in (best, *_METRICS, "predicted_peak_memory_mib")),
+        *(f"metrics.`{name}`" for name in (best, *_METRICS)),
         "tags.`accumtune.status`",
         *(f"params.`{name}`" for name in own[:6]),
+        "metrics.`predicted_peak_memory_mib`",
         "attributes.`Description`",
     ]
     order = ["attributes.`Run Name`", *columns]
@@ -159,8 +160,9 @@ def _charts(search: SearchRecord, best: str, own: list[str]) -> tuple[list[dict[
         scatter(f"{objective} against effective batch", "effective_batch_size", best),
         scatter("throughput against peak memory (MiB)", "peak_memory_mib", "throughput_samples_per_second"),
         chart(
-            _TRADE_OFF, "PARALLEL", "all trials: parameters to objective, memory, speed",
-            selectedParams=[*BATCH, *own[:4]], selectedMetrics=[*_METRICS, best], showAllRuns=False,
+            _TRADE_OFF, "PARALLEL", "parameters to memory and objective",
+            # Six axes are what a card of the page can label.
+            selectedParams=[*BATCH[:2], *own[:2]], selectedMetrics=["peak_memory_mib", best], showAllRuns=False,
         ),
         *(
             chart(

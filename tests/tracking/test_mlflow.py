@@ -193,6 +193,15 @@ def test_a_new_attempt_takes_the_place_of_the_one_before(made, uri):
     assert runs["00"].data.params["micro_batch_size"] == "16" and runs.history("00", "loss") == [(0, 1.0)]
 
 
+def test_a_trial_that_failed_before_it_was_proposed_has_its_run(made, uri):
+    made.start()
+    made.trial("07").append("ended", status="failed", reason="the build function raised", traceback="Traceback ...")
+    runs = sync(made, uri)
+    assert runs["07"].info.status == "FAILED" and runs["07"].info.run_name == "trial 07"
+    assert "build function" in runs["07"].data.tags["accumtune.reason"]
+    assert runs["parent"].data.tags["accumtune.trials_failed"] == "1"
+
+
 def test_executions_of_one_trial_have_curves_of_their_own(made, uri):
     made.start()
     made.propose("00")
@@ -263,7 +272,7 @@ def test_a_sync_that_ends_anywhere_is_completed_by_the_next(finished, new_uri, m
 
         def call(*arguments, **keywords):
             writes["left"] -= 1
-            if writes["left"] == -1:
+            if writes["left"] < 0:
                 raise Interrupted
             return original(*arguments, **keywords)
 
@@ -435,7 +444,6 @@ def test_the_users_own_mlflow_is_left_as_it_was(finished, new_uri):
     import mlflow
 
     own, uri = new_uri(), new_uri()
-    before = mlflow.get_tracking_uri()
     mlflow.set_tracking_uri(own)
     level = logging.getLogger("mlflow").level
     try:
@@ -446,7 +454,7 @@ def test_the_users_own_mlflow_is_left_as_it_was(finished, new_uri):
         assert logging.getLogger("mlflow").level == level
         assert Runs(own).experiment is None
     finally:
-        mlflow.set_tracking_uri(before)
+        mlflow.set_tracking_uri("")
 
 
 def test_no_password_reaches_the_store(made, uri):
