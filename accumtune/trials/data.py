@@ -84,11 +84,12 @@ def feed_by_batches(model: Any, effective_batch_size: int, micro_batch_size: int
     are cut anew. The user's own `HyperModel.fit` calls `model.fit` as ever.
     """
     keras_fit = model.fit
-    signature = inspect.signature(keras_fit)
+    signature = inspect.signature(type(model).fit)
 
     @functools.wraps(keras_fit)
     def fit(*args: Any, **kwargs: Any) -> Any:
-        given = signature.bind(*args, **kwargs).arguments
+        given = signature.bind(model, *args, **kwargs).arguments
+        given.pop(next(iter(signature.parameters)))  # self
         if given.get("batch_size") not in (None, effective_batch_size):
             warnings.warn(
                 f"fit() was called with batch_size={given['batch_size']}, but this trial is about an effective batch "

@@ -333,8 +333,11 @@ def test_a_corrupt_search_directory_is_named_and_nothing_is_lost(tmp_path):
     make(tmp_path, overwrite=True)
 
 
-def test_a_stock_keras_tuner_accepts_the_hypermodel(tmp_path):
-    hypermodel = accumtune.AccumulationHyperModel(build_plain, micro_batch_sizes=(4, 8), accumulation_steps=(1, 2))
+@pytest.mark.parametrize("memory_budget", [None, "16MiB"])
+def test_a_stock_keras_tuner_accepts_the_hypermodel(tmp_path, memory_budget):
+    hypermodel = accumtune.AccumulationHyperModel(
+        build_plain, memory_budget=memory_budget, micro_batch_sizes=(4, 8), accumulation_steps=(1, 2)
+    )
     tuner = keras_tuner.RandomSearch(
         hypermodel, objective="val_loss", max_trials=2, seed=1, directory=tmp_path, project_name="stock"
     )

@@ -1,0 +1,66 @@
+"""`accumtune.profile`: probes in processes of their own, under the budget, predict what fits."""
+
+import keras
+import numpy as np
+import pytest
+
+import accumtune
+from accumtune import errors
+
+X = np.zeros((64, 32, 32, 3), "float32")
+Y = np.zeros((64, 1), "float32")
+
+
+def build(hp):
+    width = hp.Choice("width", [16, 32])
+    model = keras.Sequential(
+        [
+            keras.Input((32, 32, 3)),
+            keras.layers.Conv2D(width, 3, padding="same", activation="relu"),
+            keras.layers.Conv2D(width, 3, padding="same", activation="relu"),
+            keras.layers.GlobalAveragePooling2D(),
+            keras.layers.Dense(1),
+        ]
+    )
+    model.compile("adam", "mse")
+    return model
+
+
+def test_a_profile_predicts_what_runs_under_the_budget():
+    lines = []
+    profile = accumtune.profile(
+        build, X, Y, micro_batch_sizes=(2, 8, 32, 128, 1024), memory_budget="48MiB", on_probe=lines.append
+    )
+    largest = profile.largest_micro_batch_size("48MiB", accumulation_steps=2)
+    assert 32 <= largest < 1024
+    assert lines and not any("out of memory" in line for line in lines)
+    assert profile.predict_peak_memory(micro_batch_size=largest, accumulation_steps=2) <= 48 * 2**20
+    assert profile.predict_throughput(micro_batch_size=8, accumulation_steps=4) > 0
+    # The promise is kept: a fresh profile that has to run the very size finds that it fits.
+    again = accumtune.profile(build, X, Y, micro_batch_sizes=(largest,), memory_budget="48MiB")
+    assert any(m.micro_batch_size == largest and m.is_feasible for m in again.measurements)
+
+
+def test_hyperparameters_reach_the_build_function():
+    narrow = accumtune.profile(build, X, Y, micro_batch_sizes=(16,), hyperparameters={"width": 16})
+    wide = accumtune.profile(build, X, Y, micro_batch_sizes=(16,), hyperparameters={"width": 32})
+    assert wide.predict_peak_memory(16, 2) > 1.3 * narrow.predict_peak_memory(16, 2)
+
+
+@pytest.mark.parametrize(
+    "arguments, error",
+    [
+        ({"memory_budget": "much"}, errors.BudgetError),
+        ({"micro_batch_sizes": (0,)}, errors.BatchSizeError),
+        ({"micro_batch_sizes": (2.5,)}, errors.BatchSizeError),
+    ],
+)
+def test_bad_arguments_are_refused_before_anything_starts(arguments, error):
+    with pytest.raises(error, match="Fix:"):
+        accumtune.profile(build, X, Y, **arguments)
+
+
+def test_a_model_that_does_not_train_says_why():
+    with pytest.raises(errors.BuildError) as caught:
+        accumtune.profile(build, X[..., :2], Y, micro_batch_sizes=(2,))
+    assert "Traceback" in str(caught.value) and "shape" in str(caught.value)
