@@ -136,7 +136,7 @@ def _stores(tracking_uri: str | None) -> list[str]:
         return [tracking_uri]
     import mlflow
 
-    stores = [mlflow.get_tracking_uri()] if mlflow.is_tracking_uri_set() else []
+    stores = [uri for uri in [mlflow.get_tracking_uri()] if uri and mlflow.is_tracking_uri_set()]
     default = sqlite_path(DEFAULT_TRACKING_URI)
     if not stores or (default is not None and default.exists()):
         stores.append(DEFAULT_TRACKING_URI)

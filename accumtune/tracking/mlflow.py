@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 from urllib.parse import urlsplit
@@ -110,6 +110,9 @@ class Tracker:
         """Begins to replay in the background; returns at once and never fails because of the store."""
         if self._replay is None or self._thread is not None:
             return
+        # `accumtune sync` must know the store, also where it never answers.
+        with contextlib.suppress(OSError):
+            self._remember()
         self._stopping.clear()
         self._thread = threading.Thread(target=self._loop, name="accumtune-tracking", daemon=True)
         self._thread.start()
@@ -191,24 +194,23 @@ class Tracker:
 
     def _remember(self) -> None:
         """Writes down where the runs are, for commands that must not wait for the store."""
-        assert self._replay is not None and self.tracking_uri is not None
-        if self._replay.parent_run_id is None:
-            return
-        names = ("experiment_id", "parent_run_id", "view_key")
-        content = {"tracking_uri": without_credentials(self.tracking_uri)}
-        content |= {name: getattr(self._replay, name) for name in names}
+        assert self.tracking_uri is not None
+        content: dict[str, str | None] = {"tracking_uri": without_credentials(self.tracking_uri)}
+        content |= {name: self._known(name) for name in ("experiment_id", "parent_run_id", "view_key")}
         if content != self._cache():
             temporary = self.folder / f".{CACHE_FILE}.{os.getpid()}"
             temporary.write_text(json.dumps(content, indent=2))
             os.replace(temporary, self.folder / CACHE_FILE)
 
     def _known(self, name: str) -> str | None:
+        """From the store, or as long as it has not been asked, from the last time that it was."""
         if self._replay is None:
             return None
-        found = getattr(self._replay, name)
-        cache = self._cache() if found is None else {}
+        if self._replay.parent_run_id is not None:
+            return getattr(self._replay, name)
+        cache = self._cache()
         is_same = cache.get("tracking_uri") == without_credentials(self.tracking_uri or "")
-        return cache.get(name) if found is None and is_same else found
+        return cache.get(name) if is_same else None
 
     def _cache(self) -> dict[str, str | None]:
         return read_cache(self.folder)
@@ -226,7 +228,7 @@ def read_cache(folder: Path) -> dict[str, str | None]:
     return content if isinstance(content, dict) else {}
 
 
-@contextmanager
+@contextlib.contextmanager
 def _quiet_thread() -> Iterator[None]:
     """Making a database tells of forty migrations, a slow server of each retry: nothing to someone who searches.
 

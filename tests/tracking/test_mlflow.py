@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from accumtune.errors import TrackingError
-from accumtune.tracking.mlflow import Tracker
+from accumtune.tracking.mlflow import Tracker, read_cache
 
 MIB = 2**20
 
@@ -346,6 +346,7 @@ def test_a_dead_server_harms_nothing(finished, uri):
     tracker = Tracker(finished.folder, address, interval_seconds=0.05)
     tracker.start()
     message = tracker.stop()
+    assert read_cache(finished.folder)["tracking_uri"] == address.replace("me:secret@", ""), "where to sync to, later"
     assert "accumtune sync" in message and "Nothing is lost" in message and "secret" not in message
     assert tracker.parent_run_id is None and tracker.ui_address() == ""
     with pytest.raises(TrackingError, match="does not answer") as error:
@@ -440,21 +441,21 @@ def test_no_tracking_is_no_tracking(finished, tmp_path, monkeypatch):
     assert not (tmp_path / "mlruns").exists()
 
 
-def test_the_users_own_mlflow_is_left_as_it_was(finished, new_uri):
+def test_the_users_own_mlflow_is_left_as_it_was(finished, new_uri, monkeypatch):
     import mlflow
 
     own, uri = new_uri(), new_uri()
+    # What is set here is unset for the tests that follow.
+    monkeypatch.setattr(mlflow.tracking._tracking_service.utils, "_tracking_uri", None)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", own)
     mlflow.set_tracking_uri(own)
     level = logging.getLogger("mlflow").level
-    try:
-        with mlflow.start_run() as run:
-            sync(finished, uri)
-            assert mlflow.active_run().info.run_id == run.info.run_id
-            assert mlflow.get_tracking_uri() == own and mlflow.get_registry_uri() == own
-        assert logging.getLogger("mlflow").level == level
-        assert Runs(own).experiment is None
-    finally:
-        mlflow.set_tracking_uri("")
+    with mlflow.start_run() as run:
+        sync(finished, uri)
+        assert mlflow.active_run().info.run_id == run.info.run_id
+        assert mlflow.get_tracking_uri() == own and mlflow.get_registry_uri() == own
+    assert logging.getLogger("mlflow").level == level
+    assert Runs(own).experiment is None
 
 
 def test_no_password_reaches_the_store(made, uri):
