@@ -94,8 +94,8 @@ def numbers(*shape, seed=0):
     return np.random.default_rng(seed).normal(size=shape)
 
 
-def regression(**extra):
-    return {"x": numbers(SAMPLES, 4), "y": numbers(SAMPLES, 2, seed=1), **extra}
+def regression(samples=SAMPLES, **extra):
+    return {"x": numbers(samples, 4), "y": numbers(samples, 2, seed=1), **extra}
 
 
 def weights_with_empty_micro_batches():

@@ -18,7 +18,8 @@ from equality import (
 )
 from keras.src.backend import set_keras_mask
 
-REDUCTIONS = ("sum", "sum_over_batch_size", "mean", "mean_with_sample_weight")
+REDUCTIONS = ("sum", "sum_over_batch_size", "mean_with_sample_weight")  # "mean" is another name of the second
+EVEN = 16  # where the last, ragged batch is not what is tested: fewer shapes to compile
 
 
 @pytest.mark.parametrize("micro_batch_size", [1, 3, 4, 8, 9])
@@ -244,7 +245,7 @@ def schedule():
     ids="clipnorm clipvalue global_clipnorm schedule ema ema_overwrite weight_decay scale dynamic_scale".split(),
 )
 def test_what_belongs_to_the_update(optimizer):
-    assert_exact(dense(optimizer=optimizer), regression())
+    assert_exact(dense(optimizer=optimizer), regression(EVEN))
 
 
 OPTIMIZERS = (
@@ -258,9 +259,15 @@ def test_every_optimizer(name):
         pytest.skip(f"this Keras has no {name}")
     # Divisions by tiny second moments enlarge rounding; Lion and Muon enlarge it by design.
     tolerance = {"tensorflow": 1e-9, "jax": 1e-5, "torch": 1e-5}[BACKEND]
-    plain = train(dense(optimizer=lambda: getattr(keras.optimizers, name)(0.01)), regression())
-    ours = train(dense(optimizer=lambda: getattr(keras.optimizers, name)(0.01)), regression(), micro_batch_size=3)
-    assert_same_training(ours, plain, tolerance)
+
+    def build():
+        model = dense(optimizer=lambda: getattr(keras.optimizers, name)(0.01))()
+        # Left to build it while tracing, plain Keras on TensorFlow starts ScheduleFreeAdamW from zeros.
+        model.optimizer.build(model.trainable_variables)
+        return model
+
+    plain = train(build, regression(EVEN))
+    assert_same_training(train(build, regression(EVEN), micro_batch_size=3), plain, tolerance)
 
 
 def test_every_optimizer_is_in_the_table():
