@@ -13,8 +13,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from accumtune.config import TrainingConfig, load_config, production
-from accumtune.config.uris import absolute_uri, redacted, without_credentials
 from accumtune.errors import AccumtuneError, BudgetTooSmallError, ConfigError, VerificationError
+from accumtune.tracking.uris import absolute_uri, redacted, without_credentials
 
 MIB = 2**20
 

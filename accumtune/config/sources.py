@@ -8,9 +8,9 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from accumtune.config.uris import DEFAULT_TRACKING_URI, redacted, sqlite_path, without_credentials
 from accumtune.config.value import TrainingConfig
 from accumtune.errors import ConfigError
+from accumtune.tracking.uris import DEFAULT_TRACKING_URI, redacted, sqlite_path, without_credentials
 
 CONFIG_FILE = "best_config.json"
 _SOURCES = (

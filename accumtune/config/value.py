@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from accumtune.config import validation
-from accumtune.config.uris import without_credentials
 from accumtune.memory.budget import format_bytes
+from accumtune.tracking.uris import without_credentials
 
 if TYPE_CHECKING:
     from accumtune.config.production import Verification

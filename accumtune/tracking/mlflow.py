@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Literal
 from urllib.parse import urlsplit
 
-from accumtune.config.uris import DEFAULT_TRACKING_URI, absolute_uri, sqlite_path, without_credentials
 from accumtune.errors import AccumtuneError, TrackingError
 from accumtune.tracking.replay import Replay, described
+from accumtune.tracking.uris import DEFAULT_TRACKING_URI, absolute_uri, sqlite_path, without_credentials
 
 __all__ = ["DEFAULT_TRACKING_URI", "Tracker"]
 

@@ -12,12 +12,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
-from accumtune.config.uris import redacted
 from accumtune.errors import TrackingError
 from accumtune.tracking import runs, view
 from accumtune.tracking.journal import TRIAL_JOURNAL, read_search_journal, read_trial, trial_folders
 from accumtune.tracking.records import SearchRecord, TrialRecord
 from accumtune.tracking.store import PARENT, RunState, Store
+from accumtune.tracking.uris import redacted
 
 REPORT_FOLDER = "report"
 NOTE_FILE = "note.md"

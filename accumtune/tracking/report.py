@@ -12,7 +12,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from accumtune.config.uris import redacted
 from accumtune.memory.budget import format_bytes
 from accumtune.tracking import pictures
 from accumtune.tracking.records import SearchRecord
@@ -29,6 +28,7 @@ from accumtune.tracking.tables import (
     size,
     speed,
 )
+from accumtune.tracking.uris import redacted
 
 __all__ = ["candidates_csv", "candidates_table", "note", "write_report"]
 

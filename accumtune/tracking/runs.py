@@ -13,9 +13,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from accumtune.config.uris import redacted
 from accumtune.memory.budget import format_bytes, mib
 from accumtune.tracking.records import SearchRecord, TrialRecord
+from accumtune.tracking.uris import redacted
 
 SEARCH_TAG = "accumtune.search_id"
 TRIAL_TAG = "accumtune.trial_id"

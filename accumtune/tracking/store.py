@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from accumtune.config.uris import absolute_uri, sqlite_path, without_credentials
 from accumtune.errors import TrackingError
 from accumtune.tracking.runs import ATTEMPT_TAG, REASON_TAG, REUSED_TAG, SEARCH_TAG, TRIAL_TAG, Point, RunContent
+from accumtune.tracking.uris import absolute_uri, sqlite_path, without_credentials
 
 # A parent is found under this key, its trials under their ids.
 PARENT = ""
