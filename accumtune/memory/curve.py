@@ -8,14 +8,26 @@ import numpy as np
 
 
 def curves_of(peaks: Mapping[int, Mapping[int, float]], statics: Mapping[int, float]) -> dict[int, Curve]:
-    """A curve per group of accumulation steps, with one slope for all beyond what was measured."""
-    # The steepest one: one group may still be at its floor where the other has left it.
-    slope = max((last_slope(points) for points in peaks.values() if len(points) > 1), default=None)
-    return {group: Curve(points, slope, statics[group]) for group, points in sorted(peaks.items())}
+    """A curve per group of accumulation steps. They differ by a constant, so that their slopes should agree.
+
+    A group that rises much less steeply than another is still at its floor, and takes the other's slope.
+    """
+    slopes = {group: last_slope(points) for group, points in peaks.items() if len(points) > 1}
+    steepest = max(slopes.values(), default=None)
+    curves = {}
+    for group, points in sorted(peaks.items()):
+        slope = slopes.get(group)
+        if slope is None or (steepest is not None and slope < 0.7 * steepest):
+            slope = steepest
+        curves[group] = Curve(points, slope, statics[group])
+    return curves
 
 
 def last_slope(points: Mapping[int, float]) -> float:
-    before, last = sorted(points)[-2:]
+    """From the last point back to one at half its x or less: a shorter chord is mostly noise."""
+    xs = sorted(points)
+    last = xs[-1]
+    before = max((x for x in xs if 2 * x <= last), default=xs[-2])
     return max(0.0, (points[last] - points[before]) / (last - before))
 
 
