@@ -74,7 +74,9 @@ class TensorFlowTraining:
             if self.accumulation.micro_batch_size is not None:
                 size = self.accumulation.micro_batch_size
                 columns = [feeding.micro_batches(part, size, _cut) for part in batches]
-                return [list(row) for row in itertools.zip_longest(*columns, fillvalue=_empty(batches[0]))]
+                # Replicas that got fewer samples have empty micro-batches at the end.
+                fill = _empty(batches[0]) if len(columns) > 1 else None
+                return [list(row) for row in itertools.zip_longest(*columns, fillvalue=fill)]
             steps.append(batches)
             if len(steps) == self.accumulation.accumulation_steps:
                 break
@@ -83,12 +85,15 @@ class TensorFlowTraining:
     def _train(self, window: list[list[Any]], is_sized: bool) -> Any:
         training.build(self.model, window[0][0])
         inputs = self._inputs(window, is_sized)
-        if len(window) == 1:
+        if len(window) == 1 and self.replicas.number == 1:
             return self._only(*inputs[0])
         if not self._accumulators:
             with self.replicas.scope():
                 self._accumulators = [_accumulator(variable) for variable in self.model.trainable_weights]
         scales = self._factors(window, inputs)
+        if len(window) == 1:  # replicas may hold unequal parts of it
+            batch, share, _, weight = inputs[0]
+            return self._only(batch, share, scales[0], weight)
         window.clear()
         for index in range(len(inputs)):
             batch, share, _, weight = inputs[index]
