@@ -186,9 +186,10 @@ def _sync(options: argparse.Namespace) -> int:
 
 
 def _tracker(options: argparse.Namespace) -> Any:
-    from accumtune.tracking.mlflow import Tracker
+    from accumtune.tracking.mlflow import Tracker, read_cache
 
-    return Tracker(find_search(options.search), options.tracking_uri)
+    folder = find_search(options.search)
+    return Tracker(folder, options.tracking_uri or read_cache(folder).get("tracking_uri"))
 
 
 def find_search(path: str | None, searches: str = "mlruns/searches") -> Path:

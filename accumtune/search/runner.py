@@ -265,7 +265,10 @@ class TrialRunner:
             arguments["initial_weights"] = str(self._directory.trial(source).weights_file.resolve())
         directory.write_task("train", arguments)
         environment = memory_limit_environment(self._executor.backend, budget)
-        return self._executor.submit(directory, environment, self._settings.trial_timeout_seconds).result()
+        timeout_seconds = self._settings.trial_timeout_seconds
+        return self._executor.submit(
+            directory, environment, timeout_seconds, is_memory_limited=budget is not None
+        ).result()
 
     def _result(
         self, values: dict[str, Any], predicted: int, signature: str, pair: Pair, outcome: Outcome

@@ -170,7 +170,7 @@ class SearchSession:
 
     def _write(self, directory: TaskDirectory, trial_id: str, number: int, result: TrialResult) -> None:
         journal = Journal(directory.journal_file)
-        if result.status in ("reused", "infeasible"):
+        if not any(event["event"] == "proposed" for event in journal.events()):  # it has not come to training
             journal.append(
                 "proposed", trial_id=trial_id, number=number, hyperparameters=dict(result.values),
                 predicted_peak_memory_bytes=result.predicted_peak_memory_bytes,

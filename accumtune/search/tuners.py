@@ -381,7 +381,8 @@ class Tuner(keras_tuner.Tuner):
         )
 
     def _choose(self, policy: Policy, tolerance: float) -> Choice:
-        return select(self.candidates(), policy, tolerance, self.oracle.objective.direction)
+        objective = self.oracle.objective
+        return select(self.candidates(), policy, tolerance, objective.direction, objective_name=objective.name)
 
     def _try_best_config(self) -> tuple[Choice, TrainingConfig] | None:
         try:

@@ -18,6 +18,7 @@ from types import TracebackType
 from typing import Any
 
 from accumtune.errors import WorkerError
+from accumtune.memory.exhaustion import died_of_memory
 from accumtune.trials.directory import TaskDirectory
 
 _START_SECONDS = 300.0  # importing TensorFlow from a cold disk has taken more than a minute
@@ -49,12 +50,19 @@ class Outcome:
         return self.status == "completed"
 
 
-def read_outcome(directory: TaskDirectory, exit_code: int, pid: int | None = None) -> Outcome:
+def read_outcome(
+    directory: TaskDirectory, exit_code: int, pid: int | None = None, is_memory_limited: bool = False
+) -> Outcome:
     """What became of a task whose process has ended with `exit_code` (negative: by a signal)."""
     written = directory.read_outcome()
     if written is not None:
         return Outcome(pid=pid, **written)
     log_tail = directory.log_tail()
+    # A SIGKILL may be anybody's; what asked for the task decides what it takes it for.
+    if exit_code < 0 and exit_code != -signal.SIGKILL:
+        if died_of_memory(-exit_code, log_tail, is_limited=is_memory_limited):
+            reason = f"its process ran out of memory and ended by {signal.Signals(-exit_code).name}"
+            return Outcome("out_of_memory", reason=reason, traceback=log_tail, pid=pid)
     if exit_code < 0:
         name = signal.Signals(-exit_code).name
         hint = " (the kernel does this when the machine runs out of memory)" if name == "SIGKILL" else ""
@@ -93,6 +101,7 @@ class LocalExecutor:
         directory: TaskDirectory,
         environment: Mapping[str, str] | None = None,
         timeout_seconds: float | None = None,
+        is_memory_limited: bool = False,
     ) -> Future[Outcome]:
         """Starts the task that was written into `directory`.
 
@@ -100,6 +109,8 @@ class LocalExecutor:
             directory: a directory with a task file.
             environment: variables that the child sets before it uses the framework.
             timeout_seconds: after this time the task is killed; its outcome is `"timed_out"`.
+            is_memory_limited: whether the environment limits the allocator: then a crash is taken for the lack of
+                memory that it is (TensorFlow's oneDNN kernels use a buffer that they did not get).
 
         Returns:
             A future that always ends in an `Outcome`; `future.cancel()` has no effect on a task that runs, use
@@ -110,7 +121,7 @@ class LocalExecutor:
         with self._lock:
             number = self._next_number
             self._next_number += 1
-            self._tasks[number] = _Task(directory, future)
+            self._tasks[number] = _Task(directory, future, is_memory_limited)
             request = {
                 "start": number,
                 "directory": str(directory.path.resolve()),
@@ -212,7 +223,7 @@ class LocalExecutor:
             task = self._tasks.pop(message["ended"])
         if task.timer is not None:
             task.timer.cancel()
-        outcome = read_outcome(task.directory, message["exit_code"], task.pid)
+        outcome = read_outcome(task.directory, message["exit_code"], task.pid, task.is_memory_limited)
         if task.timed_out_after is not None and not outcome.is_completed:
             reason = f"it was stopped after {task.timed_out_after:g} s (trial_timeout_seconds)"
             outcome = Outcome("timed_out", reason=reason, traceback=task.directory.log_tail(), pid=task.pid)
@@ -247,6 +258,7 @@ class LocalExecutor:
 class _Task:
     directory: TaskDirectory
     future: Future[Outcome]
+    is_memory_limited: bool = False
     pid: int | None = None
     timer: threading.Timer | None = None
     timed_out_after: float | None = None

@@ -155,7 +155,7 @@ class Profiler:
         directory.write_task(task, {"payload": str(self._payload_file.resolve()), **arguments})
         budget = self._memory_budget_bytes if limited else None
         environment = memory_limit_environment(self._executor.backend, budget)
-        outcome = self._executor.submit(directory, environment).result()
+        outcome = self._executor.submit(directory, environment, is_memory_limited=budget is not None).result()
         if outcome.is_completed:
             shutil.rmtree(directory.path, ignore_errors=True)
         return outcome
