@@ -94,11 +94,14 @@ def _probe(options: argparse.Namespace) -> int:
     )
     budget = None if options.memory_budget is None else parse_budget(options.memory_budget)
     largest = None if budget is None else costs.largest_micro_batch_size(budget, options.accumulation_steps)
-    rows = [_row(costs, size, options.accumulation_steps, budget) for size in _sizes(options, costs)]
+    runs_at_all = any(measurement.is_feasible for measurement in costs.measurements)
+    sizes = _sizes(options, costs) if runs_at_all else []
+    rows = [_row(costs, size, options.accumulation_steps, budget) for size in sizes]
     if options.json:
         print(json.dumps({"largest_micro_batch_size": largest, "memory_budget_bytes": budget, "sizes": rows}, indent=2))
     else:
-        print(_table(rows))
+        if rows:
+            print(_table(rows))
         if budget is not None:
             answer = "none: not even 1 fits" if largest is None else str(largest)
             print(f"Largest micro-batch in {format_bytes(budget)} ({options.accumulation_steps} steps): {answer}")

@@ -11,7 +11,7 @@ from typing import Any
 from accumtune.errors import AccumtuneError
 from accumtune.memory.budget import format_bytes
 from accumtune.memory.device import memory_limit_environment
-from accumtune.memory.profile import Measurement
+from accumtune.memory.profile import Measurement, Profile
 from accumtune.search.feasibility import Pair, next_smaller, realise, training_key
 from accumtune.tracking.journal import Journal, read_trial
 from accumtune.tracking.records import TrialRecord
@@ -332,7 +332,11 @@ def _batch_of(result: TrialResult) -> dict[str, Any]:
     return {name: result.values[name] for name in ("micro_batch_size", "accumulation_steps")}
 
 
-def _why_infeasible(profile: Any, values: Mapping[str, Any], budget: int | None) -> str:
-    needed = profile.predict_peak_memory(1, values["effective_batch_size"]) if profile.measurements else None
-    least = "its parameters alone are larger" if needed is None else f"predicted {format_bytes(needed)}"
-    return f"not even micro-batch 1 fits in {format_bytes(budget or 0)} ({least})"
+def _why_infeasible(profile: Profile, values: Mapping[str, Any], budget: int | None) -> str:
+    if not profile.measurements:
+        why = "its parameters alone are larger"
+    elif any(measurement.is_feasible for measurement in profile.measurements):
+        why = f"predicted {format_bytes(profile.predict_peak_memory(1, values['effective_batch_size']))}"
+    else:
+        why = "every probe ran out of memory"
+    return f"not even micro-batch 1 fits in {format_bytes(budget or 0)} ({why})"
