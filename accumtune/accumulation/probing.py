@@ -36,9 +36,11 @@ _PARTS = (slice(0, 4), slice(0, 2), slice(2, 4), slice(0, 1), slice(1, 4))
 
 def _four_samples() -> Iterator[tuple[Any, Any]]:
     """Targets and predictions in the shapes that losses usually take."""
+    import keras
+
     generator = np.random.default_rng(0)
     for shape in ((4, 3), (4, 3, 2), (4, 4, 4, 3), (4, 1)):
-        y_true, y_pred = generator.uniform(0.1, 0.9, (2, *shape)).astype("float32")
+        y_true, y_pred = generator.uniform(0.1, 0.9, (2, *shape)).astype(keras.config.floatx())
         yield y_true, y_pred
         yield np.arange(4, dtype="int32") % 2, y_pred
 

@@ -11,8 +11,9 @@ Four ways to train at the same effective batch, each in a process of its own:
 
 The processes of a configuration wait for each other and take turns, so that a ratio compares neighbours in time;
 the table has medians over the rounds. Peak memory is the allocator's on TensorFlow (BFC on a CPU too) and on GPUs,
-and the growth of the resident set for JAX and torch on a CPU. `floor` is parameters + slots + one accumulator + what
-the forward and backward pass of one micro-batch needs, measured as the peak of `limit` plus one accumulator.
+and the growth of the resident set for JAX and torch on a CPU. The floor is parameters + slots + one accumulator +
+what the forward and backward pass of one micro-batch needs; the peak of `limit` (all gradients of one micro-batch
+at once, no sums) is near it.
 
 What designs gave on TensorFlow, CPU (throughput against Keras's own): a `tf.while_loop` over micro-batches 0.65
 (CNN) and never ending with XLA; separate calls with zeroed accumulators and a divided copy at the update 0.99 (MLP),
@@ -194,9 +195,10 @@ def jax_limit(model, x, y, steps: int, jit: bool):
 
 
 def torch_limit(model, x, y, steps: int, jit: bool):
+    import keras
     import torch
 
-    x, y = torch.as_tensor(x), torch.as_tensor(y)
+    x, y = keras.ops.convert_to_tensor(x), keras.ops.convert_to_tensor(y)
     model.optimizer.build(model.trainable_variables)
 
     def run(windows: int) -> None:
@@ -217,11 +219,23 @@ def torch_limit(model, x, y, steps: int, jit: bool):
 def peak_bytes(base: int) -> int:
     import keras
 
-    if keras.backend.backend() == "tensorflow":
+    backend = keras.backend.backend()
+    if backend == "tensorflow":
         import tensorflow as tf
 
         device = "GPU:0" if tf.config.list_physical_devices("GPU") else "CPU:0"
         return tf.config.experimental.get_memory_info(device)["peak"]
+    if backend == "jax":
+        import jax
+
+        measured = jax.local_devices()[0].memory_stats()  # None on a CPU
+        if measured:
+            return measured["peak_bytes_in_use"]
+    if backend == "torch":
+        import torch
+
+        if torch.cuda.is_available():
+            return torch.cuda.max_memory_allocated()
     return resident("VmHWM") - base
 
 
