@@ -16,7 +16,7 @@ _HOMES = {
     "BayesianOptimization": "accumtune.search.tuners",
     "Hyperband": "accumtune.search.tuners",
     "GridSearch": "accumtune.search.tuners",
-    "Tuner": "accumtune.search.tuners",
+    "Tuner": "accumtune.search.tuner",
     "AccumulationHyperModel": "accumtune.search.hypermodel",
     "Candidate": "accumtune.search.selection",
     "TrainingConfig": "accumtune.config",
@@ -48,11 +48,11 @@ if TYPE_CHECKING:
     from accumtune.config import load_config as load_config
     from accumtune.search.hypermodel import AccumulationHyperModel as AccumulationHyperModel
     from accumtune.search.selection import Candidate as Candidate
+    from accumtune.search.tuner import Tuner as Tuner
     from accumtune.search.tuners import BayesianOptimization as BayesianOptimization
     from accumtune.search.tuners import GridSearch as GridSearch
     from accumtune.search.tuners import Hyperband as Hyperband
     from accumtune.search.tuners import RandomSearch as RandomSearch
-    from accumtune.search.tuners import Tuner as Tuner
     from accumtune.trials.profiling import profile as profile
 
 

@@ -79,7 +79,7 @@ def with_windows(model: Any, accumulation_steps: int, given: dict[str, Any]) -> 
     import keras
     from keras.src.trainers.data_adapters import array_slicing, get_data_adapter
 
-    from accumtune.accumulation import training
+    from accumtune.accumulation import building
 
     given = dict(given)
     x, y, sample_weight = given.get("x"), given.pop("y", None), given.pop("sample_weight", None)
@@ -97,9 +97,9 @@ def with_windows(model: Any, accumulation_steps: int, given: dict[str, Any]) -> 
         shuffle=given.pop("shuffle", True),
         class_weight=given.pop("class_weight", None),
     )
-    if keras.backend.backend() == "torch" and not training.is_built(model):
+    if keras.backend.backend() == "torch" and not building.is_built(model):
         adapter.on_epoch_begin()
-        training.build(model, next(iter(adapter.get_torch_dataloader())))  # Keras would read a window for a batch
+        building.build(model, next(iter(adapter.get_torch_dataloader())))  # Keras would read a window for a batch
     given["x"] = _windowed(adapter, accumulation_steps)
     return given
 

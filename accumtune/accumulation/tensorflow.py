@@ -18,7 +18,7 @@ import tensorflow as tf
 from keras import tree
 from keras.src.losses.loss import unscale_loss_for_distribution
 
-from accumtune.accumulation import feeding, losses, statistics, training
+from accumtune.accumulation import building, feeding, losses, statistics
 from accumtune.accumulation.replicas import Replicas
 from accumtune.accumulation.window import Accumulation, factors, shares
 
@@ -83,7 +83,7 @@ class TensorFlowTraining:
         return steps
 
     def _train(self, window: list[list[Any]], is_sized: bool) -> Any:
-        training.build(self.model, window[0][0])
+        building.build(self.model, window[0][0])
         inputs = self._inputs(window, is_sized)
         if len(window) == 1 and self.replicas.number == 1:
             return self._only(*inputs[0])

@@ -1,0 +1,425 @@
+"""A Keras Tuner tuner under a memory budget, with any oracle: the space, the search, and what it found."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import uuid
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import keras_tuner
+
+from accumtune.config import TrainingConfig
+from accumtune.config.production import installed_versions
+from accumtune.errors import BatchSizeError, NoResultError, SearchError
+from accumtune.memory.budget import format_bytes, parse_budget
+from accumtune.memory.device import memory_limit_environment
+from accumtune.search import oracles, results
+from accumtune.search.advice import advice
+from accumtune.search.display import Display
+from accumtune.search.feasibility import effective_batch_sizes
+from accumtune.search.hypermodel import (
+    DEFAULT_ACCUMULATION_STEPS,
+    DEFAULT_MICRO_BATCH_SIZES,
+    AccumulationHyperModel,
+)
+from accumtune.search.runner import SearchSettings, TrialRunner
+from accumtune.search.selection import Candidate, Choice, Policy, pareto_front, select
+from accumtune.search.session import SearchSession, shared_data
+from accumtune.tracking.journal import Journal, read_search
+from accumtune.tracking.mlflow import Tracker
+from accumtune.tracking.records import SearchRecord
+from accumtune.trials.builder import ModelBuilder
+from accumtune.trials.directory import SearchDirectory, TaskDirectory
+from accumtune.trials.executors import LocalExecutor
+from accumtune.trials.payload import dump_payload
+from accumtune.trials.profiling import Profiler, check_sizes, current_backend, finished
+
+SearchOver = Literal["auto", "effective_batch_size", "pairs"]
+
+
+class Tuner(keras_tuner.Tuner):
+    """A search for effective batch and hyperparameters under a memory budget, with any Keras Tuner oracle.
+
+    The oracle searches the effective batch (every product of the two lists) beside the user's own hyperparameters;
+    the pair that realises it is the fastest whose micro-batch fits the budget. Each trial trains in a process of
+    its own whose allocator is limited to the budget.
+
+    Args:
+        oracle: a `keras_tuner.Oracle`.
+        hypermodel: a Keras Tuner build function or `keras_tuner.HyperModel`.
+        memory_budget: what a trial's peak memory must not exceed: `"2GiB"` or bytes; None for no limit.
+        micro_batch_sizes: samples in one forward and backward pass.
+        accumulation_steps: micro-batches per update. More are used where memory demands it.
+        search_over: `"effective_batch_size"`, `"pairs"` (the micro-batch size too), or `"auto"`: pairs where the
+            model has layers whose result depends on which samples share a micro-batch.
+        learning_rate_scaling: None, `"linear"` or `"sqrt"`, relative to the smallest effective batch.
+        trial_timeout_seconds: a trial that takes longer is stopped and counts as failed.
+        workers: trials at once.
+        tracking_uri: MLflow's; None for `sqlite:///mlruns/mlflow.db`, False for no tracking.
+        directory, project_name: where the search keeps its state; the same script run again goes on.
+        overwrite: begin anew.
+        executions_per_trial: trainings per trial, whose objectives are averaged.
+        optimizer, loss, metrics: override what the build function compiles with.
+        **kwargs: other arguments of `keras_tuner.Tuner`.
+
+    Raises:
+        BudgetError: the budget cannot be read.
+        BatchSizeError: sizes below 1, or an unknown `search_over`.
+        BuildError: the build function raised or returned something else than a compiled model.
+        SearchDirectoryError: the directory holds a search that cannot be read.
+    """
+
+    def __init__(
+        self,
+        oracle: Any,
+        hypermodel: Any = None,
+        *,
+        memory_budget: int | float | str | None = None,
+        micro_batch_sizes: Sequence[int] = DEFAULT_MICRO_BATCH_SIZES,
+        accumulation_steps: Sequence[int] = DEFAULT_ACCUMULATION_STEPS,
+        search_over: SearchOver = "auto",
+        learning_rate_scaling: str | None = None,
+        trial_timeout_seconds: float | None = None,
+        workers: int = 1,
+        tracking_uri: str | None | Literal[False] = None,
+        directory: str | os.PathLike[str] = "mlruns/searches",
+        project_name: str = "untitled_search",
+        overwrite: bool = False,
+        executions_per_trial: int = 1,
+        optimizer: Any = None,
+        loss: Any = None,
+        metrics: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        _check_choice("search_over", search_over, ("auto", "effective_batch_size", "pairs"))
+        _check_choice("learning_rate_scaling", learning_rate_scaling, (None, "linear", "sqrt"))
+        self.memory_budget_bytes = None if memory_budget is None else parse_budget(memory_budget)
+        self.micro_batch_sizes = check_sizes("micro_batch_sizes", micro_batch_sizes)
+        self.accumulation_steps = check_sizes("accumulation_steps", accumulation_steps)
+        self.effective_batch_sizes = effective_batch_sizes(self.micro_batch_sizes, self.accumulation_steps)
+        self.learning_rate_scaling = learning_rate_scaling
+        self.trial_timeout_seconds = trial_timeout_seconds
+        (self.workers,) = check_sizes("workers", [workers])
+        self.tracking_uri = tracking_uri
+        self.batch_coupled_layers: list[str] = []
+        self.search_over = search_over
+        self._backend = current_backend()
+        memory_limit_environment(self._backend, self.memory_budget_bytes)  # refuses what no allocator can keep to
+        self._executor: LocalExecutor | None = None
+        self._tracker: Tracker | None = None
+        folder = Path(directory) / project_name
+        self._files = SearchDirectory(folder)
+        if not overwrite:
+            oracles.check_state_files(folder)
+        builder = ModelBuilder(
+            hypermodel,
+            optimizer=optimizer,
+            loss=loss,
+            metrics=metrics,
+            learning_rate_scaling=learning_rate_scaling,
+            base_effective_batch_size=self.effective_batch_sizes[0],
+        )
+        model = AccumulationHyperModel(
+            hypermodel,
+            memory_budget=self.memory_budget_bytes,
+            micro_batch_sizes=self.micro_batch_sizes,
+            accumulation_steps=self.accumulation_steps,
+            builder=builder,
+        )
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            super().__init__(
+                oracles.with_atomic_state(oracle),
+                model,
+                directory=str(directory),
+                project_name=project_name,
+                overwrite=overwrite,
+                executions_per_trial=executions_per_trial,
+                **kwargs,
+            )
+        except BaseException:
+            self._close_executor()
+            raise
+
+    # The space, discovered in a child
+
+    def _populate_initial_space(self) -> None:
+        payload_file = self._files.payload_file
+        space = self.oracle.hyperparameters
+        dump_payload({"hypermodel": self.hypermodel, "hyperparameters": space.copy()}, payload_file)
+        directory = TaskDirectory(self._files.scratch_folder / "discover")
+        directory.write_task("discover", {"payload": str(payload_file.resolve())})
+        environment = memory_limit_environment(self._backend, None)
+        outcome = finished(self._open_executor().submit(directory, environment).result(), "The build function")
+        shutil.rmtree(directory.path, ignore_errors=True)
+        self.batch_coupled_layers = outcome.result["batch_coupled_layers"]
+        if self.search_over == "auto":
+            self.search_over = "pairs" if self.batch_coupled_layers else "effective_batch_size"
+        found = keras_tuner.HyperParameters.from_config(outcome.result["hyperparameters"])
+        self._declare_batch_hyperparameters()
+        self.oracle.update_space(found)
+
+    def _declare_batch_hyperparameters(self) -> None:
+        """Ordered choices: Bayesian optimisation sees their rank, which for powers of two is the logarithm."""
+        space = self.oracle.hyperparameters
+        space.Choice("effective_batch_size", list(self.effective_batch_sizes), ordered=True)
+        if self.search_over == "pairs":
+            space.Choice("micro_batch_size", list(self.micro_batch_sizes), ordered=True)
+
+    # Searching
+
+    def search(self, *fit_args: Any, **fit_kwargs: Any) -> None:
+        """Runs trials until `max_trials` have trained, each in a process of its own.
+
+        The same script run again after an interruption goes on where it was: completed trials are kept.
+
+        Args:
+            *fit_args, **fit_kwargs: what `model.fit` takes, without `batch_size`: `x`, `y`, `validation_data`,
+                `epochs`, `callbacks`, … Data are arrays (also dicts and tuples of arrays), a
+                `keras.utils.PyDataset`, or functions without arguments that return one of these or a
+                `tf.data.Dataset`. `verbose=0` prints nothing.
+
+        Raises:
+            UnsendableDataError: data or callbacks that cannot be sent to another process.
+            BudgetTooSmallError: no proposal fits the budget, not even with micro-batch 1.
+            SearchFailedError: `max_consecutive_failed_trials` trials failed one after another.
+        """
+        _refuse_batch_size(fit_kwargs)
+        self._refuse_missing_validation(fit_kwargs)
+        verbose = fit_kwargs.pop("verbose", 1)
+        self.oracle.verbose = 0  # accumtune prints its own lines
+        display = Display(self.oracle.objective.name, self.oracle.max_trials, 0 if verbose == 0 else 1)
+        payload = {
+            "hypermodel": self.hypermodel,
+            "objective": self.oracle.objective,
+            "fit_args": tuple(fit_args),
+            "fit_kwargs": fit_kwargs,
+        }
+        with shared_data(self._files) as payload_file:
+            dump_payload(payload, payload_file)
+            self.save()  # Keras Tuner itself saves after the first trial: too late for a kill during that one
+            self._begin(display, fit_args, fit_kwargs)
+            status, reason = "failed", ""
+            try:
+                self._session(display).run()
+                status = "finished"
+            except KeyboardInterrupt:
+                status, reason = "interrupted", "stopped by the user (Ctrl-C)"
+                display.line("Interrupted. Completed trials are kept: run the same script again to go on.")
+                raise
+            except Exception as error:
+                reason = str(error)
+                raise
+            finally:
+                self._close_executor()
+                self._end(display, status, reason)
+
+    def _refuse_missing_validation(self, fit_kwargs: dict[str, Any]) -> None:
+        name = self.oracle.objective.name
+        has_validation = bool(fit_kwargs.get("validation_split")) or fit_kwargs.get("validation_data") is not None
+        # A HyperModel with a fit of its own may validate in its own way.
+        fit = getattr(type(self.hypermodel.hypermodel), "fit", keras_tuner.HyperModel.fit)
+        if name.startswith("val_") and not has_validation and fit is keras_tuner.HyperModel.fit:
+            raise SearchError(
+                f"Received the objective {name!r}, and search() without validation_data.",
+                "validation data, for an objective that is measured on them.",
+                "tuner.search(x, y, validation_data=(x_val, y_val), ...), or validation_split=0.2.",
+            )
+
+    def _session(self, display: Display) -> SearchSession:
+        settings = SearchSettings(
+            memory_budget_bytes=self.memory_budget_bytes,
+            micro_batch_sizes=self.micro_batch_sizes,
+            searches_pairs=self.search_over == "pairs",
+            is_batch_coupled=bool(self.batch_coupled_layers),
+            executions_per_trial=self.executions_per_trial,
+            seed=self.oracle.seed,
+            objective_name=self.oracle.objective.name,
+            trial_timeout_seconds=self.trial_timeout_seconds,
+        )
+        executor = self._open_executor()
+        profiler = Profiler(
+            executor,
+            self._files.payload_file,
+            self._files.scratch_folder,
+            self._files.profiles_folder,
+            memory_budget_bytes=self.memory_budget_bytes,
+            micro_batch_sizes=self.micro_batch_sizes,
+            on_probe=display.probe,
+        )
+        runner = TrialRunner(settings, self._files, executor, profiler, display.trial_started)
+        return SearchSession(
+            self.oracle,
+            runner,
+            self._files,
+            display,
+            workers=self.workers,
+            memory_budget_bytes=self.memory_budget_bytes,
+            after_trial=self.save,
+        )
+
+    def _begin(self, display: Display, fit_args: Any, fit_kwargs: Any) -> None:
+        journal = Journal(self._files.journal_file)
+        if any(event["event"] == "search_started" for event in journal.events()):
+            journal.append("search_resumed")
+        else:
+            journal.append("search_started", search_id=uuid.uuid4().hex, **self._description(fit_args, fit_kwargs))
+        budget = "no memory budget" if self.memory_budget_bytes is None else format_bytes(self.memory_budget_bytes)
+        display.line(
+            f'Search "{self.project_name}": {type(self).__name__}, {budget}, effective batches '
+            f"{', '.join(map(str, self.effective_batch_sizes))}"
+        )
+        texts = advice(
+            hyperparameters=[hp.name for hp in self.oracle.hyperparameters.space],
+            effective_batch_sizes=self.effective_batch_sizes,
+            learning_rate_scaling=self.learning_rate_scaling,
+            batch_coupled_layers=self.batch_coupled_layers,
+            searches_pairs=self.search_over == "pairs",
+        )
+        for text in texts:
+            journal.append("advice", text=text)
+            display.line(text)
+        if self.tracking_uri is not False:
+            self._tracker = Tracker(self._files.path, self.tracking_uri)
+            self._tracker.start()
+
+    def _description(self, fit_args: Any, fit_kwargs: Any) -> dict[str, Any]:
+        objective = self.oracle.objective
+        return {
+            "name": self.project_name,
+            "objective": {"name": objective.name, "direction": objective.direction},
+            "memory_budget_bytes": self.memory_budget_bytes,
+            "micro_batch_sizes": self.micro_batch_sizes,
+            "accumulation_steps": self.accumulation_steps,
+            "search_over": self.search_over,
+            "batch_coupled_layers": self.batch_coupled_layers,
+            "learning_rate_scaling": self.learning_rate_scaling,
+            "tuner": type(self).__name__,
+            "max_trials": self.oracle.max_trials,
+            "backend": self._backend,
+            "versions": installed_versions(),
+            "data": {"name": self.project_name, **results.describe_data(fit_args, fit_kwargs)},
+        }
+
+    def _end(self, display: Display, status: str, reason: str) -> None:
+        Journal(self._files.journal_file).append("search_ended", status=status, reason=reason)
+        self.save()
+        results.write_report(self._files, self.record(), self._try_best_config())
+        if self._tracker is not None:
+            message = self._tracker.stop()
+            if message:
+                display.line(message)
+
+    def _open_executor(self) -> LocalExecutor:
+        if self._executor is None:
+            self._executor = LocalExecutor(self._backend)
+        return self._executor
+
+    def _close_executor(self) -> None:
+        if self._executor is not None:
+            self._executor.close()
+            self._executor = None
+
+    # Keras Tuner's state
+
+    def get_state(self) -> dict[str, Any]:
+        return {"search_over": self.search_over, "batch_coupled_layers": self.batch_coupled_layers}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        self.search_over = state.get("search_over", self.search_over)
+        self.batch_coupled_layers = state.get("batch_coupled_layers", [])
+
+    # Results
+
+    def record(self) -> SearchRecord:
+        """The search as its journals tell it, trials included."""
+        return read_search(self._files.path)
+
+    def candidates(self) -> list[Candidate]:
+        """Every trained configuration within the budget, and the other micro-batches of its effective batch.
+
+        Those are marked `is_trained=False`: same training, with predicted memory and speed.
+        """
+        return results.candidates(self.record(), self._files.profiles_folder)
+
+    def pareto_front(self) -> list[Candidate]:
+        """The candidates that no other beats in objective, peak memory and throughput, best objective first."""
+        return pareto_front(self.candidates(), self.oracle.objective.direction)
+
+    def get_best_config(self, policy: Policy = "quality", tolerance: float = 0.01) -> TrainingConfig:
+        """The configuration to train with.
+
+        Args:
+            policy: `"quality"` (best objective within the tolerance, then fastest, then smallest), `"memory"`,
+                `"throughput"`, `"balanced"`, or a function from candidates to one of them.
+            tolerance: differences of the objective below this share are taken for noise.
+
+        Returns:
+            A `TrainingConfig`; its `reason` says in one sentence why it won.
+
+        Raises:
+            NoResultError: no trial has completed within the budget.
+        """
+        return results.training_config(
+            self.record(), self._choose(policy, tolerance), self._run_id(), self.tracking_uri
+        )
+
+    def _choose(self, policy: Policy, tolerance: float) -> Choice:
+        objective = self.oracle.objective
+        return select(self.candidates(), policy, tolerance, objective.direction, objective_name=objective.name)
+
+    def _try_best_config(self) -> tuple[Choice, TrainingConfig] | None:
+        try:
+            return self._choose("quality", 0.01), self.get_best_config()
+        except NoResultError:
+            return None
+
+    def _run_id(self) -> str | None:
+        return None if self._tracker is None else self._tracker.parent_run_id
+
+    def results_summary(self, num_trials: int = 10) -> None:
+        """Prints the candidates, best first; the Pareto front is marked."""
+        print(results.summary(self.record(), self.candidates(), num_trials))
+
+    def get_best_hyperparameters(self, num_trials: int = 1) -> list[Any]:
+        """Keras Tuner's, without its padding by failed trials."""
+        return [trial.hyperparameters for trial in self._best_trials(num_trials)]
+
+    def get_best_models(self, num_models: int = 1) -> list[Any]:
+        """Models with the weights of their best epoch, accumulating as they were trained."""
+        return [self.load_model(trial) for trial in self._best_trials(num_models)]
+
+    def _best_trials(self, count: int) -> list[Any]:
+        completed = [t for t in self.oracle.trials.values() if t.status == "COMPLETED"]
+        reused = {trial.trial_id for trial in self.record().with_status("reused")}
+        trained = [trial for trial in completed if trial.trial_id not in reused]
+        direction = self.oracle.objective.direction
+        return sorted(trained, key=lambda trial: trial.score, reverse=direction == "max")[:count]
+
+    @property
+    def ui_command(self) -> str:
+        """The command that opens this search in the MLflow UI."""
+        return "" if self._tracker is None else self._tracker.ui_command()
+
+    @property
+    def ui_address(self) -> str:
+        """Where the UI shows this search, once the command runs."""
+        return "" if self._tracker is None else self._tracker.ui_address()
+
+
+def _check_choice(name: str, value: Any, known: Sequence[Any]) -> None:
+    if value not in known:
+        listed = ", ".join(repr(choice) for choice in known)
+        raise BatchSizeError(f"Received {name}={value!r}.", f"one of {listed}.", f"leave {name} out for the default.")
+
+
+def _refuse_batch_size(fit_kwargs: dict[str, Any]) -> None:
+    if "batch_size" in fit_kwargs:
+        raise SearchError(
+            f"Received batch_size={fit_kwargs['batch_size']} in search().",
+            "no batch_size: the effective batch is what the search finds.",
+            "to fix it, give the tuner micro_batch_sizes=(32,) and accumulation_steps=(8,), for example.",
+        )
