@@ -4,7 +4,7 @@ import os
 import subprocess
 import sys
 
-from conftest import DIGITS, run_experiment
+from running import DIGITS, run_experiment
 
 import accumtune
 from accumtune.tracking.journal import read_search
