@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 
 import pytest
+from made_search import MadeSearch
 
 from accumtune.errors import TrackingError
 from accumtune.tracking.mlflow import Tracker, read_cache
@@ -396,8 +397,6 @@ def test_runs_that_are_there_twice_become_one(finished, uri):
 
 
 def test_two_searches_at_once_into_one_store(tmp_path, finished, uri):
-    from conftest import MadeSearch
-
     other = MadeSearch(tmp_path / "searches" / "other", search_id="beef" * 8, name=finished.name).start()
     other.complete("00", objective=0.25)
     trackers = [Tracker(made.folder, uri) for made in (finished, other)]
