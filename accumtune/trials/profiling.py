@@ -26,7 +26,7 @@ DEFAULT_MICRO_BATCH_SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 # Memory knows only two cases, without and with an accumulator; of a longer window the bytes are known.
 _PROBED_ACCUMULATION_STEPS = (1, 2)
 # Each costs a process and a trace, and one that runs out of memory ten seconds of TensorFlow's patience.
-_MAX_CONFIRMATIONS = 4
+_MAX_CONFIRMATIONS, _MAX_FAILED_CONFIRMATIONS = 10, 4
 _BATCH_HYPERPARAMETERS = ("effective_batch_size", "micro_batch_size", "accumulation_steps")
 
 
@@ -121,12 +121,14 @@ class Profiler:
         Between two sizes of one power of two the allocator's peak can jump by half: TensorFlow's BFC allocator hands
         out a free chunk of up to twice the size asked for, and counts all of it.
         """
+        failures = 0
         for _ in range(_MAX_CONFIRMATIONS):
             size = _to_confirm(profile, profile.largest_micro_batch_size(self._memory_budget_bytes, 2))
-            if size is None:
+            if size is None or failures == _MAX_FAILED_CONFIRMATIONS:
                 break
             for measurement in self._probe(hyperparameters, size):
                 profile = profile.with_measurement(measurement)
+                failures += not measurement.is_feasible
         return profile
 
     def learn(self, signature: str, measurement: Measurement) -> None:
