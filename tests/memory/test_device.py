@@ -76,7 +76,7 @@ def test_known_allocation_gives_known_peak_on_jax(value_in_child):
         from accumtune.memory.device import open_device
 
         device = open_device("jax")
-        array = jnp.zeros((16 * 2**18,))  # 16 MiB
+        array = jnp.zeros((16 * 2**18,), "float32")  # 16 MiB
         one = device.current_memory_bytes()
 
         @jax.jit
