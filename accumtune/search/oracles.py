@@ -107,6 +107,11 @@ def redraw(oracle: Any, trial: Any) -> dict[str, Any] | None:
     return dict(trial.hyperparameters.values)
 
 
+def has_nothing_new(oracle: Any) -> bool:
+    """Whether even random draws give only values that were proposed before."""
+    return oracle._random_values() is None
+
+
 def can_redraw(oracle: Any) -> bool:
     """Whether random values instead of a proposal do no harm: not in a grid, which walks through all of them."""
     import keras_tuner

@@ -56,7 +56,7 @@ class SearchSession:
         self._after_trial = after_trial
         self._reused_in_a_row = 0
         self._infeasible_in_a_row = 0
-        self._has_trained = False
+        self._is_exhausted = False
 
     def run(self) -> None:
         """Returns when the search has finished.
@@ -71,9 +71,9 @@ class SearchSession:
         with ThreadPoolExecutor(self._workers, thread_name_prefix="accumtune-trial") as threads, self._stopping():
             while True:
                 waits_for_others = False
-                while idle and not waits_for_others:
-                    trial = self._oracle.create_trial(idle[-1])
-                    if trial.status == TrialStatus.RUNNING:
+                while idle and not waits_for_others and not self._is_exhausted:
+                    trial = self._next_trial(idle[-1])
+                    if trial is not None and trial.status == TrialStatus.RUNNING:
                         running[threads.submit(self._run_trial, trial)] = (idle.pop(), trial)
                     else:  # STOPPED, or IDLE: waiting for the outcome of another trial
                         waits_for_others = True
@@ -87,6 +87,18 @@ class SearchSession:
                     else:  # the same trial once more, with other values
                         running[threads.submit(self._run_trial, trial)] = (tuner_id, trial)
                 self._after_trial()
+
+    def _next_trial(self, tuner_id: str) -> Any:
+        """The oracle's proposal; random values instead of one more that was trained already, None without any left."""
+        if self._reused_in_a_row < _MAX_REUSED_IN_A_ROW or not oracles.can_redraw(self._oracle):
+            return self._oracle.create_trial(tuner_id)
+        if oracles.has_nothing_new(self._oracle):
+            self._is_exhausted = True
+            return None
+        trial = self._oracle.create_trial(tuner_id)
+        if trial.status == TrialStatus.RUNNING:
+            oracles.redraw(self._oracle, trial)
+        return trial
 
     @contextlib.contextmanager
     def _stopping(self) -> Iterator[None]:
@@ -146,6 +158,8 @@ class SearchSession:
 
     def _check_limits(self) -> None:
         failed = oracles.consecutive_failures(self._oracle)
+        if oracles.can_redraw(self._oracle) and self._infeasible_in_a_row >= 2 * oracles.MAX_DRAWS:
+            self._is_exhausted = True  # what is left of the space does not fit
         if self._infeasible_in_a_row and not self._any_completed():
             limit = 1 if not oracles.can_redraw(self._oracle) else oracles.MAX_DRAWS
             if self._infeasible_in_a_row >= limit:

@@ -177,7 +177,9 @@ def train(
     return {
         "metrics": {name: float(value) for name, value in metrics.items()},
         "best_epoch": int(tuner_utils.get_best_step(histories, objective)),
-        "peak_memory_bytes": int(max(peaks)),
+        # The first execution's: TensorFlow keeps the variables of a model that is gone (keras-tuner #395), so that
+        # later ones in the same process count earlier ones too.
+        "peak_memory_bytes": int(peaks[0]),
         "memory_source": device.memory_source,
         "device": device.name,
         "seconds_per_update": seconds_per_update,

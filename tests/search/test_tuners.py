@@ -176,6 +176,30 @@ def test_one_effective_batch_is_trained_once_also_where_pairs_are_searched(tmp_p
         assert trial.objective_value == sources[trial.reused_from].objective_value
 
 
+def test_a_search_ends_where_there_is_nothing_new_to_train(tmp_path):
+    tuner = make(
+        tmp_path, accumtune.BayesianOptimization, build_plain, max_trials=10, num_initial_points=1,
+        micro_batch_sizes=(4,), accumulation_steps=(1,),
+    )  # fmt: skip
+    record = search(tuner, epochs=1).record()
+    rates = [trial.hyperparameters["learning_rate"] for trial in record.with_status("completed")]
+    assert sorted(rates) == [0.1, 0.3] and record.status == "finished"
+    assert all(trial.reused_from for trial in record.with_status("reused"))
+
+
+def test_executions_of_a_trial_are_averaged_and_do_not_add_up_in_memory(tmp_path):
+    def build(hp):
+        return dense(width=2**15)  # its parameters are most of what it takes
+
+    once = search(make(tmp_path, build=build, max_trials=1, project_name="once")).record().trials[0]
+    tuner = make(tmp_path, build=build, max_trials=1, project_name="thrice", executions_per_trial=3)
+    (trial,) = search(tuner).record().trials
+    assert {epoch.execution for epoch in trial.epochs} == {0, 1, 2} and len(trial.epochs) == 6
+    best = [min(e.logs["val_loss"] for e in trial.epochs if e.execution == execution) for execution in range(3)]
+    assert trial.objective_value == pytest.approx(np.mean(best), rel=1e-6)
+    assert trial.peak_memory_bytes <= 1.2 * once.peak_memory_bytes
+
+
 def test_batch_coupled_models_search_pairs_and_say_so(tmp_path):
     tuner = make(tmp_path, accumtune.GridSearch, build_coupled, max_trials=None)
     assert tuner.search_over == "pairs" and tuner.batch_coupled_layers
