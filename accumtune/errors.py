@@ -6,7 +6,6 @@
     ├── BatchSizeError          micro-batch sizes and accumulation steps that make no window
     ├── ModelError              a model that cannot be accumulated
     │   ├── UncompiledModelError
-    │   ├── UnbuiltModelError
     │   ├── CustomTrainStepError
     │   └── BuildError              the user's build function raised, or returned something else than a model
     ├── DataError               data that cannot be split into batches
@@ -68,10 +67,6 @@ class ModelError(AccumtuneError, ValueError):
 
 class UncompiledModelError(ModelError):
     """The model was not compiled."""
-
-
-class UnbuiltModelError(ModelError):
-    """The model has no variables yet."""
 
 
 class CustomTrainStepError(ModelError):

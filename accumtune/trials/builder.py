@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from accumtune.errors import BuildError, ModelError, UncompiledModelError
@@ -31,9 +31,6 @@ class ModelBuilder:
     metrics: Any = None
     learning_rate_scaling: str | None = None
     base_effective_batch_size: int | None = None
-
-    def without_scaling(self) -> ModelBuilder:
-        return replace(self, learning_rate_scaling=None)
 
     def declare_hyperparameters(self, hp: Any) -> None:
         declare = getattr(self.hypermodel, "declare_hyperparameters", None)

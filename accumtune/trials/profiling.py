@@ -118,8 +118,8 @@ class Profiler:
     def confirm(self, hyperparameters: Mapping[str, Any], profile: Profile) -> Profile:
         """Runs the largest micro-batch that should fit: what a person is told fits has run under the budget.
 
-        Between two sizes of one power of two the allocator's peak can jump by half: TensorFlow's BFC allocator hands
-        out a free chunk of up to twice the size asked for, and counts all of it.
+        Between two sizes of one power of two the allocator's peak can jump by half (seen on a CNN); probably because
+        TensorFlow's BFC allocator may hand out a free chunk of up to twice the size asked for, and counts all of it.
         """
         failures = 0
         for _ in range(_MAX_CONFIRMATIONS):
@@ -137,10 +137,6 @@ class Profiler:
             profile = self._known(signature)
             if profile is not None:
                 self._keep(profile.with_measurement(measurement))
-
-    def known_profiles(self) -> dict[str, Profile]:
-        """All profiles so far, by signature."""
-        return dict(self._profiles)
 
     def _next_size(self, profile: Profile, facts: ModelFacts) -> int | None:
         if self._memory_budget_bytes is not None and facts.static_bytes > self._memory_budget_bytes:
