@@ -2,7 +2,7 @@
 
 An oracle keeps its own class and algorithm; accumtune uses its public methods and works around three faults:
 
-- it writes its state non-atomically, so a kill leaves a truncated file: files are written whole here;
+- it writes its state non-atomically, so a kill leaves a truncated file (see `accumtune.search.state`);
 - three failures in a row raise inside `end_trial`, which leaves the trial RUNNING and a lock held for ever: that
   limit is lifted inside the oracle and kept by the tuner;
 - the pair that was measured rather than searched is written into a trial's values after the oracle has recorded
@@ -11,84 +11,16 @@ An oracle keeps its own class and algorithm; accumtune uses its public methods a
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from keras_tuner.engine.trial import TrialStatus
 
-from accumtune.errors import SearchDirectoryError
-from accumtune.trials.directory import write_atomically
+from accumtune.search.state import is_grid
 
 # Draws of random values before a space is taken to hold nothing (new, feasible); Keras Tuner's own limit is 20.
 MAX_DRAWS = 20
-
-
-class _AtomicState:
-    """Mixed into an oracle's class: the same files and contents as Keras Tuner writes, but whole."""
-
-    def save(self: Any) -> None:
-        write_atomically(Path(self._get_oracle_fname()), json.dumps(self.get_state()))
-
-    def _save_trial(self: Any, trial: Any) -> None:
-        write_atomically(Path(self._get_trial_dir(trial.trial_id)) / "trial.json", json.dumps(trial.get_state()))
-
-
-class _GridState(_AtomicState):
-    """A grid walks from each trial's values to the next: for that, it must see what it proposed, not what ran."""
-
-    def populate_space(self: Any, trial_id: str) -> Any:
-        self._swap_proposals()
-        try:
-            return super().populate_space(trial_id)  # type: ignore[misc]
-        finally:
-            self._swap_proposals()
-
-    def _swap_proposals(self: Any) -> None:
-        for trial_id, values in list(self.replaced_proposals.items()):
-            hyperparameters = self.trials[trial_id].hyperparameters
-            self.replaced_proposals[trial_id], hyperparameters.values = hyperparameters.values, values
-
-    def get_state(self: Any) -> dict[str, Any]:
-        return {**super().get_state(), "replaced_proposals": self.replaced_proposals}  # type: ignore[misc]
-
-    def set_state(self: Any, state: dict[str, Any]) -> None:
-        super().set_state(state)  # type: ignore[misc]
-        self.replaced_proposals = state.get("replaced_proposals", {})
-
-
-def with_atomic_state(oracle: Any) -> Any:
-    """The same oracle, writing its files atomically; its class is a subclass of what it was."""
-    kind = type(oracle)
-    if not issubclass(kind, _AtomicState):
-        mixin = _AtomicState if can_redraw(oracle) else _GridState
-        oracle.__class__ = type(kind.__name__, (mixin, kind), {"__module__": kind.__module__})
-        if mixin is _GridState:
-            oracle.replaced_proposals = {}
-    return oracle
-
-
-def check_state_files(folder: Path) -> None:
-    """Refuses a search directory with files that are not JSON.
-
-    Raises:
-        SearchDirectoryError: names the file. Journals and trained weights are not touched.
-    """
-    files = [folder / "oracle.json", *folder.glob("tuner*.json"), *folder.glob("trial_*/trial.json")]
-    for file in files:
-        try:
-            json.loads(file.read_text())
-        except FileNotFoundError:
-            continue
-        except (ValueError, OSError) as error:
-            raise SearchDirectoryError(
-                f"Received the search directory {folder}, in which {file.relative_to(folder)} cannot be read: {error}",
-                "the files of an earlier search, complete.",
-                "give another project_name to begin anew beside it (what its trials reported stays in their "
-                "journal.jsonl), or overwrite=True to delete it.",
-            ) from error
 
 
 def redraw(oracle: Any, trial: Any) -> dict[str, Any] | None:
@@ -114,9 +46,7 @@ def has_nothing_new(oracle: Any) -> bool:
 
 def can_redraw(oracle: Any) -> bool:
     """Whether random values instead of a proposal do no harm: not in a grid, which walks through all of them."""
-    import keras_tuner
-
-    return not isinstance(oracle, keras_tuner.oracles.GridSearchOracle)
+    return not is_grid(oracle)
 
 
 def tell_batch(oracle: Any, trial: Any, batch: Mapping[str, Any]) -> None:
@@ -165,6 +95,7 @@ def note_batch(oracle: Any, trial_id: str, batch: dict[str, int]) -> None:
     trial.hyperparameters.values.update(batch)
     if not can_redraw(oracle) and any(proposal.get(name, value) != value for name, value in batch.items()):
         oracle.replaced_proposals[trial_id] = proposal
+        oracle.save()  # first: after a kill in between, a grid would walk on from what it did not propose
     oracle._save_trial(trial)
 
 

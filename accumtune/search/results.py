@@ -15,6 +15,7 @@ from accumtune.memory.profile import Profile
 from accumtune.search.feasibility import effective_batch_sizes, feasible_pairs
 from accumtune.search.selection import Candidate, Choice, pareto_front
 from accumtune.tracking import report
+from accumtune.tracking.digest import data_digest
 from accumtune.tracking.records import SearchRecord, TrialRecord
 from accumtune.trials.data import input_arguments, is_data_function
 from accumtune.trials.directory import SearchDirectory
@@ -119,9 +120,9 @@ def summary(record: SearchRecord, found: Sequence[Candidate], limit: int) -> str
 
 
 def describe_data(fit_args: Sequence[Any], fit_kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """Shapes of the training data, where they come as arrays."""
+    """Shapes and digest of the training data, where they come as arrays."""
     x, y, _ = input_arguments(fit_args, fit_kwargs)
-    return {"shapes": {"x": _shape(x), "y": _shape(y)}, "digest": None}
+    return {"shapes": {"x": _shape(x), "y": _shape(y)}, "digest": data_digest(x, y)}
 
 
 def _shape(tree: Any) -> Any:

@@ -159,7 +159,9 @@ class TrialRunner:
     def _ended_before(self, directory: TaskDirectory, values: Mapping[str, Any]) -> TrialResult | None:
         """The result of a trial that had completed when the search was killed, before the oracle was told."""
         record = read_trial(directory.path)
-        same = all(record.hyperparameters.get(name) == value for name, value in values.items())
+        # The pair that ran may be a smaller one than was proposed.
+        proposed = {name: value for name, value in values.items() if name not in _PAIR}
+        same = all(record.hyperparameters.get(name) == value for name, value in proposed.items())
         return completed_result(record) if record.status == "completed" and same else None
 
     def _claim(self, key: str) -> tuple[str, TrialResult] | Future[tuple[str, TrialResult]]:
@@ -322,6 +324,9 @@ def _crashes(journal: Journal) -> int:
     """How often the trial was started and neither ended nor was stopped: then the search was killed with it."""
     names = [event["event"] for event in journal.events()]
     return names.count("started") - names.count("stopped") - names.count("ended")
+
+
+_PAIR = ("micro_batch_size", "accumulation_steps")
 
 
 class _NotTrained(Exception):

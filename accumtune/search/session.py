@@ -211,14 +211,15 @@ class SearchSession:
     def _recover(self) -> None:
         """What an earlier session has done: its trainings are known, its trials that never trained do not count."""
         record = read_search(self._directory.path)
-        known = {trial.trial_id: trial for trial in record.trials}
-        for trial_id in self._oracle.end_order:
-            trial = known.get(trial_id)
-            if trial is None:
-                continue
+        ended = set(self._oracle.end_order)
+        for trial in record.trials:
             if trial.status == "completed":
-                self._runner.remember(trial_id, completed_result(trial))
-            elif trial.status in ("reused", "infeasible"):
+                # Also where the search was gone before its oracle was told.
+                self._runner.remember(trial.trial_id, completed_result(trial))
+            if trial.trial_id not in ended:
+                continue
+            self._display.remember(trial.status, trial.objective_value, trial.hyperparameters)
+            if trial.status in ("reused", "infeasible"):
                 oracles.grant_another_trial(self._oracle)
 
 

@@ -13,10 +13,10 @@ import keras_tuner
 
 from accumtune.config import TrainingConfig
 from accumtune.config.production import installed_versions
-from accumtune.errors import BatchSizeError, NoResultError, SearchError
+from accumtune.errors import AccumtuneError, BatchSizeError, NoResultError, SearchError
 from accumtune.memory.budget import format_bytes, parse_budget
 from accumtune.memory.device import memory_limit_environment
-from accumtune.search import oracles, results
+from accumtune.search import results, state
 from accumtune.search.advice import advice
 from accumtune.search.display import Display
 from accumtune.search.feasibility import effective_batch_sizes
@@ -25,6 +25,7 @@ from accumtune.search.hypermodel import (
     DEFAULT_MICRO_BATCH_SIZES,
     AccumulationHyperModel,
 )
+from accumtune.search.registering import save_model_for_registry
 from accumtune.search.runner import SearchSettings, TrialRunner
 from accumtune.search.selection import Candidate, Choice, Policy, pareto_front, select
 from accumtune.search.session import SearchSession, shared_data
@@ -32,7 +33,7 @@ from accumtune.tracking.journal import Journal, read_search
 from accumtune.tracking.mlflow import Tracker
 from accumtune.tracking.records import SearchRecord
 from accumtune.trials.builder import ModelBuilder
-from accumtune.trials.directory import SearchDirectory, TaskDirectory
+from accumtune.trials.directory import SearchDirectory, TaskDirectory, check_writable, clear_disk_errors
 from accumtune.trials.executors import LocalExecutor
 from accumtune.trials.payload import dump_payload
 from accumtune.trials.profiling import Profiler, check_sizes, current_backend, finished
@@ -59,6 +60,7 @@ class Tuner(keras_tuner.Tuner):
         trial_timeout_seconds: a trial that takes longer is stopped and counts as failed.
         workers: trials at once.
         tracking_uri: MLflow's; None for `sqlite:///mlruns/mlflow.db`, False for no tracking.
+        register_as: a name in MLflow's model registry for the best model, under the alias `best`.
         directory, project_name: where the search keeps its state; the same script run again goes on.
         overwrite: begin anew.
         executions_per_trial: trainings per trial, whose objectives are averaged.
@@ -85,6 +87,7 @@ class Tuner(keras_tuner.Tuner):
         trial_timeout_seconds: float | None = None,
         workers: int = 1,
         tracking_uri: str | None | Literal[False] = None,
+        register_as: str | None = None,
         directory: str | os.PathLike[str] = "mlruns/searches",
         project_name: str = "untitled_search",
         overwrite: bool = False,
@@ -104,6 +107,7 @@ class Tuner(keras_tuner.Tuner):
         self.trial_timeout_seconds = trial_timeout_seconds
         (self.workers,) = check_sizes("workers", [workers])
         self.tracking_uri = tracking_uri
+        self.register_as = register_as
         self.batch_coupled_layers: list[str] = []
         self.search_over = search_over
         self._backend = current_backend()
@@ -112,8 +116,9 @@ class Tuner(keras_tuner.Tuner):
         self._tracker: Tracker | None = None
         folder = Path(directory) / project_name
         self._files = SearchDirectory(folder)
+        self._mended: list[str] = []
         if not overwrite:
-            oracles.check_state_files(folder)
+            self._mended = state.repair_state_files(folder)
         builder = ModelBuilder(
             hypermodel,
             optimizer=optimizer,
@@ -129,10 +134,10 @@ class Tuner(keras_tuner.Tuner):
             accumulation_steps=self.accumulation_steps,
             builder=builder,
         )
-        folder.mkdir(parents=True, exist_ok=True)
+        check_writable(folder)
         try:
             super().__init__(
-                oracles.with_atomic_state(oracle),
+                state.with_whole_state(oracle),
                 model,
                 directory=str(directory),
                 project_name=project_name,
@@ -191,20 +196,26 @@ class Tuner(keras_tuner.Tuner):
         self._refuse_missing_validation(fit_kwargs)
         verbose = fit_kwargs.pop("verbose", 1)
         self.oracle.verbose = 0  # accumtune prints its own lines
-        display = Display(self.oracle.objective.name, self.oracle.max_trials, 0 if verbose == 0 else 1)
+        objective = self.oracle.objective
+        display = Display(
+            objective.name, self.oracle.max_trials, 1 if verbose == "auto" else int(verbose),
+            direction=objective.direction, workers=self.workers,
+        )  # fmt: skip
         payload = {
             "hypermodel": self.hypermodel,
             "objective": self.oracle.objective,
             "fit_args": tuple(fit_args),
             "fit_kwargs": fit_kwargs,
         }
-        with shared_data(self._files) as payload_file:
+        with clear_disk_errors(self._files.path), shared_data(self._files) as payload_file:
             dump_payload(payload, payload_file)
             self.save()  # Keras Tuner itself saves after the first trial: too late for a kill during that one
             self._begin(display, fit_args, fit_kwargs)
             status, reason = "failed", ""
             try:
-                self._session(display).run()
+                with display:
+                    self._session(display).run()
+                self._save_model(display, payload)
                 status = "finished"
             except KeyboardInterrupt:
                 status, reason = "interrupted", "stopped by the user (Ctrl-C)"
@@ -267,6 +278,8 @@ class Tuner(keras_tuner.Tuner):
             journal.append("search_resumed")
         else:
             journal.append("search_started", search_id=uuid.uuid4().hex, **self._description(fit_args, fit_kwargs))
+        for text in self._mended:
+            display.line(text)
         budget = "no memory budget" if self.memory_budget_bytes is None else format_bytes(self.memory_budget_bytes)
         display.line(
             f'Search "{self.project_name}": {type(self).__name__}, {budget}, effective batches '
@@ -305,13 +318,28 @@ class Tuner(keras_tuner.Tuner):
         }
 
     def _end(self, display: Display, status: str, reason: str) -> None:
-        Journal(self._files.journal_file).append("search_ended", status=status, reason=reason)
-        self.save()
-        results.write_report(self._files, self.record(), self._try_best_config())
-        if self._tracker is not None:
-            message = self._tracker.stop()
-            if message:
-                display.line(message)
+        try:
+            Journal(self._files.journal_file).append("search_ended", status=status, reason=reason)
+            self.save()
+            results.write_report(self._files, self.record(), self._try_best_config())
+        finally:
+            if self._tracker is not None:
+                message = self._tracker.stop()
+                if message:
+                    display.line(message)
+        if self.ui_address:
+            command = f"\n  once this runs: {self.ui_command}" if self.ui_command else ""
+            display.line(f"Browse it: {self.ui_address}{command}")
+
+    def _save_model(self, display: Display, payload: dict[str, Any]) -> None:
+        best = self._try_best_config() if self.register_as and self.tracking_uri is not False else None
+        if best is None or not self.register_as:
+            return
+        trial_id = best[0].candidate.trial_id
+        try:
+            save_model_for_registry(self._files, self._open_executor(), payload, trial_id, self.register_as)
+        except AccumtuneError as error:  # what the search has found does not depend on it
+            display.line(f"The best model is not registered as {self.register_as!r}: {error}")
 
     def _open_executor(self) -> LocalExecutor:
         if self._executor is None:
@@ -325,12 +353,17 @@ class Tuner(keras_tuner.Tuner):
 
     # Keras Tuner's state
 
+    def save(self) -> None:
+        """As Keras Tuner saves, but whole."""
+        self.oracle.save()
+        state.save_tuner(Path(self._get_tuner_fname()), self.get_state())
+
     def get_state(self) -> dict[str, Any]:
         return {"search_over": self.search_over, "batch_coupled_layers": self.batch_coupled_layers}
 
-    def set_state(self, state: dict[str, Any]) -> None:
-        self.search_over = state.get("search_over", self.search_over)
-        self.batch_coupled_layers = state.get("batch_coupled_layers", [])
+    def set_state(self, saved: dict[str, Any]) -> None:
+        self.search_over = saved.get("search_over", self.search_over)
+        self.batch_coupled_layers = saved.get("batch_coupled_layers", [])
 
     # Results
 

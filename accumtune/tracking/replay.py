@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from accumtune.errors import TrackingError
-from accumtune.tracking import runs, view
+from accumtune.tracking import registry, runs, view
 from accumtune.tracking.journal import TRIAL_JOURNAL, read_search_journal, read_trial, trial_folders
 from accumtune.tracking.records import SearchRecord, TrialRecord
 from accumtune.tracking.store import PARENT, RunState, Store
@@ -25,6 +25,7 @@ CONFIG_FILE = "best_config.json"
 LOG_FILE = "log.txt"
 _LOCK_FILE = "tracking.lock"
 _SYNCED_TAG = "accumtune.synced"
+_MODEL_TAG = "accumtune.model_key"
 # What is written for a record; raised when a later version writes more, so that a sync brings it to old runs too.
 _CONTENT_VERSION = 1
 _MAXIMUM_LOG_BYTES = 2**20
@@ -83,6 +84,7 @@ class Replay:
                 self._brought[folder] = key
                 is_changed = True
         self._bring_report(store, search)
+        self._bring_model(store, search)
         if is_changed:
             self._bring_view(store, search, [trial for _, (_, trial) in trials])
 
@@ -162,6 +164,15 @@ class Replay:
         if best is not None and best in self._states:
             tags = {"accumtune.best_trial_id": best, "accumtune.best_run_id": self._states[best].run_id} | tags
         store.set_tags(state, tags)
+
+    def _bring_model(self, store: Store, search: SearchRecord) -> None:
+        """The best model, where the search has saved one for the registry."""
+        model = registry.wanted(self.folder)
+        state = self._states[PARENT]
+        if model is None or not search.is_ended or state.tags.get(_MODEL_TAG) == model["key"]:
+            return
+        version = registry.bring_model(store.client, state.run_id, self.folder, CONFIG_FILE)
+        store.set_tags(state, {"accumtune.registered_model": version or "", _MODEL_TAG: model["key"]})
 
     def _note(self, search: SearchRecord) -> str | None:
         # While a resumed search runs, the report is that of the session before.

@@ -14,6 +14,7 @@ from typing import Any, Protocol
 
 from accumtune.memory.budget import format_bytes
 from accumtune.tracking import pictures
+from accumtune.tracking.interactive import pareto_html
 from accumtune.tracking.records import SearchRecord
 from accumtune.tracking.runs import STATUSES
 from accumtune.tracking.tables import (
@@ -78,6 +79,9 @@ def write_report(
     images = pictures.draw_all(record, candidates, front, winner, profile_points or ())
     for name, content in images.items():
         _write(folder / name, content)
+    page = pareto_html(record, candidates, front, winner)
+    if page is not None:
+        _write(folder / "pareto.html", page)
 
 
 def note(
@@ -210,8 +214,9 @@ def _pictures_line(candidates: Sequence[CandidateLike]) -> str:
     if not candidates:
         return ""
     return (
-        "Pictures are among this run's artifacts: `pareto.png` (quality, memory, speed), `memory.png` and "
-        "`throughput.png` (against the micro-batch), `effective_batch.png`; all candidates: `candidates.csv`."
+        "Pictures are among this run's artifacts: `pareto.html` (quality, memory, speed; point at the dots; also "
+        "`pareto.png`), `memory.png` and `throughput.png` (against the micro-batch), `effective_batch.png`; all "
+        "candidates: `candidates.csv`."
     )
 
 

@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import contextlib
 import math
+import os
+import shutil
 import socket
+import tempfile
 import urllib.request
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -58,6 +61,8 @@ class Store:
         check_reachable(self.uri)
         if self._database is not None:
             self._database.parent.mkdir(parents=True, exist_ok=True)
+            if not self._database.exists():
+                _make_database(self._database)
         from mlflow import MlflowClient
 
         self.client = MlflowClient(tracking_uri=self.uri, registry_uri=self.uri)
@@ -251,6 +256,23 @@ def check_reachable(uri: str) -> None:
             "a running MLflow server",
             "start it, or check the address. What was searched is in the search's directory, nothing is lost.",
         ) from None
+
+
+def _make_database(path: Path) -> None:
+    """Makes an SQLite store beside its place and puts it there whole.
+
+    MLflow makes some forty tables one after the other: a process that is killed in between leaves a database that no
+    MLflow opens again ("table ... already exists"), and two that do it at once meet in the same way.
+    """
+    from mlflow import MlflowClient
+
+    with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
+        made, whole = Path(folder) / "made.db", Path(folder) / "whole.db"
+        MlflowClient(tracking_uri=f"sqlite:///{made}", registry_uri=f"sqlite:///{made}").search_experiments()
+        # A copy: MLflow keeps a connection to the one that it has made.
+        shutil.copyfile(made, whole)
+        with contextlib.suppress(FileExistsError):  # another process was faster
+            os.link(whole, path)
 
 
 def _same(one: float, other: float) -> bool:

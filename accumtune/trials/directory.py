@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from accumtune.errors import SearchDirectoryError
 
 
 def write_atomically(path: Path, content: bytes | str) -> None:
@@ -18,6 +23,46 @@ def write_atomically(path: Path, content: bytes | str) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)
+
+
+def check_writable(folder: Path) -> None:
+    """Makes a folder and tries to write into it, before anything is at stake.
+
+    Raises:
+        SearchDirectoryError: it cannot be written to.
+    """
+    with clear_disk_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / f".writable.{os.getpid()}"
+        try:
+            probe.write_bytes(b"\0" * 4096)
+        finally:
+            probe.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def clear_disk_errors(folder: Path) -> Iterator[None]:
+    """Says what to do about a folder that cannot be written to, or a disk that is full.
+
+    Raises:
+        SearchDirectoryError: instead of the operating system's error.
+    """
+    try:
+        yield
+    except OSError as error:
+        where = Path(error.filename).resolve() if isinstance(error.filename, str) else folder.resolve()
+        if error.errno not in _DISK_ERRORS or not where.is_relative_to(folder.resolve()):
+            raise
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        raise SearchDirectoryError(
+            f"The search directory {folder} cannot be written to: {error.strerror} ({error.filename or folder}).",
+            "a folder on a disk with space left" if full else "a folder that can be written to",
+            ("free some space" if full else "mend its permissions, or give another directory=")
+            + ", then run the same script again: what has completed is kept.",
+        ) from error
+
+
+_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST)
 
 
 @dataclass(frozen=True)

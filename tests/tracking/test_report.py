@@ -3,17 +3,22 @@
 import csv
 import dataclasses
 import io
+import json
 import math
 import random
+import re
 
 import pytest
 
 from accumtune.search.selection import Candidate, pareto_front, select
 from accumtune.tracking import report
+from accumtune.tracking.interactive import pareto_html
 from accumtune.tracking.journal import read_search
 
 MIB = 2**20
-FILES = {"note.md", "candidates.csv", "pareto.png", "memory.png", "throughput.png", "effective_batch.png"}
+FILES = {
+    "note.md", "candidates.csv", "pareto.png", "pareto.html", "memory.png", "throughput.png", "effective_batch.png",
+}  # fmt: skip
 
 
 def candidates_of(search):
@@ -66,7 +71,7 @@ def test_the_answer_comes_first_and_nothing_is_missing(finished, tmp_path):
     assert "not even micro-batch 1 fits" in note and "ValueError: boom" in note and "64.0 MiB" in note
     assert "Use &lt;b>more&lt;/b> \\| less" in note
     assert "| 0.5 | 64 | 16 × 4 |" in note, "the runner-up"
-    for name in FILES - {"note.md", "candidates.csv"}:
+    for name in FILES - {"note.md", "candidates.csv", "pareto.html"}:
         content = (tmp_path / "report" / name).read_bytes()
         assert content.startswith(b"\x89PNG") and len(content) > 10_000
 
@@ -133,3 +138,21 @@ def test_matplotlib_has_no_state_of_ours(finished, tmp_path):
     before = (matplotlib.get_backend(), dict(matplotlib.rcParams))
     write(read_search(finished.folder), tmp_path)
     assert (matplotlib.get_backend(), dict(matplotlib.rcParams)) == before
+
+
+def test_the_interactive_page_needs_no_network_and_escapes_what_it_is_given(finished, tmp_path):
+    search = dataclasses.replace(read_search(finished.folder), name="</script><b>x")
+    found = candidates_of(search)
+    hostile = {**found[0].hyperparameters, "note": "</script><script>alert(1)//"}
+    found = [dataclasses.replace(found[0], hyperparameters=hostile), *found[1:]]
+    page = pareto_html(search, found, found[:1], found[0])
+    assert len(page) < 100_000
+    urls = set(re.findall(r"https?://[^\"'\s]+", page)) - {"http://www.w3.org/2000/svg"}  # a namespace, not fetched
+    assert not urls and not re.search(r"<(link|img|iframe)\b|@import|\bsrc=", page)
+    assert page.count("</script>") == 2 and "<b>x" not in page
+    data = json.loads(re.search(r'id="data">(.*?)</script>', page, re.DOTALL)[1])
+    assert len(data["points"]) == len(found) and data["budgetText"] == "64.0 MiB"
+    assert [point["isBest"] for point in data["points"]].count(True) == 1
+    assert data["points"][0]["hyperparameters"].endswith("alert(1)//")
+    nothing = [dataclasses.replace(item, objective=None) for item in found]
+    assert pareto_html(search, nothing, [], None) is None

@@ -1,0 +1,315 @@
+"""SIGKILL a search at random moments, resume it, and look whether anything was lost, doubled or left behind.
+
+Each round is a small search with real trials and an SQLite store of its own. It is killed a few times, each time at a
+moment drawn from the length of an undisturbed search (its start, the probes, trials, the report, the upload), and
+then run to its end. After that:
+
+- no trial that had completed at a kill was started again, and as many trials as asked for have completed;
+- every run of MLflow belongs to one trial, each trial has one, one parent has them all, and none is RUNNING;
+- each epoch that a journal holds of the attempt that counts is in MLflow once, with its value; and what stood in a
+  journal at a kill still stands there;
+- no process of a killed search is left.
+
+    python experiments/benchmarks/crash.py [--kills 50] [--seed 0] [--quick] [--json PATH]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import signal
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+
+# What a search process imports, once: each search is a fork of this process, and starts its own trials' processes.
+import keras_tuner  # noqa: E402, F401
+import mlflow  # noqa: E402
+import numpy as np  # noqa: E402
+
+import accumtune  # noqa: E402
+from accumtune.tracking.journal import Journal, read_search, read_trial, trial_folders  # noqa: E402
+
+TRIALS, EPOCHS, KILLS_PER_SEARCH = 4, 3, 4
+
+
+@dataclass
+class Round:
+    """One search, killed and resumed until it was finished."""
+
+    seed: int
+    kills_seconds: list[float] = field(default_factory=list)
+    phases: list[str] = field(default_factory=list)
+    faults: list[str] = field(default_factory=list)
+    completed: int = 0
+    epochs: int = 0
+    restarted_trials: int = 0
+    replaced_runs: int = 0
+    seconds: float = 0.0
+
+
+def build_model(hp: Any) -> Any:
+    import keras
+
+    model = keras.Sequential(
+        [keras.Input((8,)), keras.layers.Dense(hp.Choice("width", [2, 4, 8])), keras.layers.Dense(1)]
+    )
+    model.compile(keras.optimizers.SGD(hp.Float("learning_rate", 1e-3, 1e-1, sampling="log")), loss="mse")
+    return model
+
+
+def search(folder: Path, tuner: str) -> None:
+    """The user's script."""
+    os.chdir(folder)
+    x = np.random.default_rng(0).normal(size=(32, 8)).astype("float32")
+    y = x.sum(axis=1, keepdims=True)
+    arguments: dict[str, Any] = {} if tuner == "GridSearch" else {"seed": 1}
+    getattr(accumtune, tuner)(
+        build_model, objective="val_loss", max_trials=TRIALS, memory_budget="16MiB", micro_batch_sizes=(4, 8),
+        accumulation_steps=(1, 2), directory="searches", project_name="crash", **arguments,
+    ).search(x, y, validation_data=(x, y), epochs=EPOCHS, verbose=2)  # fmt: skip
+
+
+def fork(action: Callable[[], None], log: Path) -> int:
+    """Runs an action in a process of its own, in its own session; returns its id."""
+    pid = os.fork()
+    if pid:
+        return pid
+    code = 1
+    try:
+        os.setsid()
+        with open(log, "a") as file:
+            os.dup2(file.fileno(), 1)
+            os.dup2(file.fileno(), 2)
+        action()
+        code = 0
+    except BaseException:
+        import traceback
+
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def run(folder: Path, tuner: str) -> float:
+    """A search that nobody kills; its seconds."""
+    began = time.monotonic()
+    pid = fork(lambda: search(folder, tuner), folder / "log.txt")
+    _, status = os.waitpid(pid, 0)
+    if status:
+        raise RuntimeError((folder / "log.txt").read_text()[-3000:])
+    return time.monotonic() - began
+
+
+def kill_after(folder: Path, tuner: str, seconds: float) -> bool:
+    """Runs the search and kills it; False where it had ended by then."""
+    pid = fork(lambda: search(folder, tuner), folder / "log.txt")
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        if os.waitpid(pid, os.WNOHANG)[0]:
+            return False
+        time.sleep(0.005)
+    os.kill(pid, signal.SIGKILL)
+    _, status = os.waitpid(pid, 0)
+    return os.WIFSIGNALED(status)
+
+
+def phase(folder: Path) -> str:
+    """How far the search had come when it was killed."""
+    record = read_search(folder)
+    if not (folder / "tuner0.json").exists():
+        return "starting"
+    if not record.trials:
+        return "before the first trial"
+    if record.status == "finished":
+        return "report and upload"
+    if record.with_status("running"):
+        return "trial training" if any(t.epochs for t in record.with_status("running")) else "trial starting"
+    return "between trials"
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """What a kill must not undo."""
+
+    journals: dict[Path, bytes]
+    starts_of_completed: dict[Path, int]
+    processes: tuple[int, ...]
+
+
+def snapshot(folder: Path) -> Snapshot:
+    files = [folder / "search.jsonl", *(trial / "journal.jsonl" for trial in trial_folders(folder))]
+    journals = {file: file.read_bytes() for file in files if file.exists()}
+    completed = [trial for trial in trial_folders(folder) if has_completed(trial)]
+    pids = [trial.pid for trial in read_search(folder).trials if trial.pid]
+    return Snapshot(journals, {trial: starts(trial) for trial in completed}, tuple(pids))
+
+
+def has_completed(trial: Path) -> bool:
+    if read_trial(trial).status == "completed":
+        return True
+    try:  # the child had written it, the search had not read it
+        return json.loads((trial / "outcome.json").read_text())["status"] == "completed"
+    except (OSError, ValueError):
+        return False
+
+
+def starts(trial: Path) -> int:
+    return sum(event["event"] == "started" for event in Journal(trial / "journal.jsonl").events())
+
+
+def compare(folder: Path, before: Snapshot) -> list[str]:
+    """What a kill has undone."""
+    faults = []
+    for file, content in before.journals.items():
+        whole = content[: content.rfind(b"\n") + 1]
+        if not file.exists() or not file.read_bytes().startswith(whole):
+            faults.append(f"{file.relative_to(folder)} lost lines")
+    for trial, count in before.starts_of_completed.items():
+        if starts(trial) != count:
+            faults.append(f"{trial.name} had completed and was trained again")
+    return faults
+
+
+def left_over(pids: tuple[int, ...], seconds: float = 10.0) -> list[int]:
+    """Processes of trials that outlive their search."""
+    end = time.monotonic() + seconds
+    while True:
+        alive = [pid for pid in pids if Path(f"/proc/{pid}").exists() and b"accumtune" in _command(pid)]
+        if not alive or time.monotonic() > end:
+            return alive
+        time.sleep(0.05)
+
+
+def _command(pid: int) -> bytes:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
+        return b""
+
+
+def look(folder: Path, uri: str) -> tuple[list[str], int, int]:
+    """The faults of a finished search in MLflow, how many epochs were compared, and how many runs were replaced."""
+    record, client = read_search(folder), mlflow.MlflowClient(tracking_uri=uri)
+    (experiment,) = [item for item in client.search_experiments() if item.name == "crash"]
+    runs = client.search_runs([experiment.experiment_id], max_results=1000)
+    deleted = client.search_runs([experiment.experiment_id], run_view_type=mlflow.entities.ViewType.DELETED_ONLY)
+    faults = [f"run {run.info.run_name!r} is {run.info.status}" for run in runs if run.info.status in _OPEN]
+    parents = [run for run in runs if "mlflow.parentRunId" not in run.data.tags]
+    if len(parents) != 1:
+        faults.append(f"{len(parents)} parent runs")
+    children = [run for run in runs if "mlflow.parentRunId" in run.data.tags]
+    if any(run.data.tags["mlflow.parentRunId"] != parents[0].info.run_id for run in children):
+        faults.append("an orphaned run")
+    names = Counter(run.data.tags.get("accumtune.trial_id") for run in children)
+    if set(names) != {trial.trial_id for trial in record.trials} or any(count > 1 for count in names.values()):
+        faults.append(f"runs {dict(names)} for trials {[trial.trial_id for trial in record.trials]}")
+    by_trial = {run.data.tags.get("accumtune.trial_id"): run for run in children}
+    epochs = 0
+    for trial in record.trials:
+        run = by_trial.get(trial.trial_id)
+        if run is None:
+            continue
+        for name in ("loss", "val_loss"):
+            expected = [(epoch.epoch, epoch.logs[name]) for epoch in trial.epochs]
+            found = client.get_metric_history(run.info.run_id, name) if expected else []
+            if sorted((metric.step, metric.value) for metric in found) != sorted(expected):
+                faults.append(f"{run.info.run_name!r}: {name} is not what its journal says")
+            epochs += len(expected)
+    artifacts = {item.path for item in client.list_artifacts(parents[0].info.run_id)} if parents else set()
+    faults += [f"no {name}" for name in ("note.md", "best_config.json", "pareto.png") if name not in artifacts]
+    return faults, epochs // 2, len(deleted)
+
+
+_OPEN = ("RUNNING", "SCHEDULED")
+
+
+def play(root: Path, seed: int, kills: int, length: float) -> Round:
+    """One round."""
+    chance, began = random.Random(seed), time.monotonic()
+    result = Round(seed)
+    tuner = ("RandomSearch", "BayesianOptimization", "GridSearch")[seed % 3]
+    base = root / f"round_{seed}"
+    base.mkdir()
+    folder = base / "searches" / "crash"
+    snapshots: list[Snapshot] = []
+    while len(result.kills_seconds) < kills:
+        done = len(read_search(folder).with_status("completed"))
+        # What is left of a resumed search is shorter; a kill that comes too late for it does not count.
+        seconds = chance.uniform(0, length * (1 - _SHARE_OF_TRIALS * done / TRIALS))
+        if not kill_after(base, tuner, seconds):
+            break
+        result.kills_seconds.append(round(seconds, 3))
+        result.phases.append(phase(folder))
+        snapshots.append(snapshot(folder))
+        alive = left_over(snapshots[-1].processes)
+        if alive:
+            result.faults.append(f"processes {alive} outlived the search")
+    run(base, tuner)
+    for before in snapshots:
+        result.faults += compare(folder, before)
+    record = read_search(folder)
+    result.completed = len(record.with_status("completed"))
+    if result.completed != TRIALS or record.status != "finished":
+        result.faults.append(f"{result.completed} trials completed, the search is {record.status}")
+    faults, result.epochs, result.replaced_runs = look(folder, f"sqlite:///{base}/mlruns/mlflow.db")
+    result.faults += faults
+    result.restarted_trials = sum(starts(trial) > 1 for trial in trial_folders(folder))
+    result.seconds = round(time.monotonic() - began, 1)
+    return result
+
+
+# How much of a search's time is the trials', without its start and its end.
+_SHARE_OF_TRIALS = 0.6
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kills", type=int, default=50)
+    parser.add_argument("--seed", type=int, default=0, help="of the first search; the next ones count up")
+    parser.add_argument("--quick", action="store_true", help="four kills of one search")
+    parser.add_argument("--json", metavar="PATH", default=None)
+    options = parser.parse_args()
+    kills = KILLS_PER_SEARCH if options.quick else options.kills
+    rounds: list[Round] = []
+    with tempfile.TemporaryDirectory(prefix="accumtune-crash-") as root:
+        first = Path(root) / "undisturbed"
+        first.mkdir()
+        length = run(first, "RandomSearch")
+        print(f"An undisturbed search takes {length:.1f} s; kills at a random moment of that.\n")
+        print(
+            f"{'seed':>4}  {'killed after seconds':<30}  {'completed':>9}  {'begun again':>11}  {'epochs':>6}  faults"
+        )
+        while kills > 0:
+            result = play(Path(root), options.seed + len(rounds), min(kills, KILLS_PER_SEARCH), length)
+            kills -= len(result.kills_seconds)
+            rounds.append(result)
+            moments = ", ".join(f"{seconds:.1f}" for seconds in result.kills_seconds)
+            print(
+                f"{result.seed:>4}  {moments:<22}  {result.completed:>9}  {result.restarted_trials:>11}  "
+                f"{result.epochs:>6}  {'; '.join(result.faults) or 'none'}",
+                flush=True,
+            )
+    phases = Counter(phase for result in rounds for phase in result.phases)
+    faults = sum(len(result.faults) for result in rounds)
+    print(f"\n{sum(phases.values())} kills: " + ", ".join(f"{count} {name}" for name, count in phases.most_common()))
+    print(f"{faults} faults")
+    if options.json:
+        content = {"undisturbed_seconds": length, "phases": phases, "rounds": [asdict(result) for result in rounds]}
+        Path(options.json).write_text(json.dumps(content, indent=2))
+    return 1 if faults else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,200 @@
+"""A search that is gone at any write: resumed, it has lost nothing and trained nothing twice.
+
+The real oracles, session, runner and journals, with an executor that trains nothing, so that every moment can be
+tried. `experiments/benchmarks/crash.py` kills real searches at random moments.
+"""
+
+import json
+from collections import Counter
+from concurrent.futures import Future
+
+import keras_tuner
+import pytest
+
+from accumtune.errors import SearchDirectoryError
+from accumtune.memory.profile import Measurement, Profile
+from accumtune.search import state
+from accumtune.search.display import Display
+from accumtune.search.runner import SearchSettings, TrialRunner
+from accumtune.search.session import SearchSession
+from accumtune.tracking.journal import Journal, read_search
+from accumtune.trials import directory as directories
+from accumtune.trials.directory import SearchDirectory
+from accumtune.trials.executors import Outcome
+
+TRIALS = 4
+
+
+class Killed(BaseException):
+    """Nothing in accumtune may handle it, as nothing handles a SIGKILL."""
+
+
+class Countdown:
+    """Ends the search before its n-th durable write."""
+
+    def __init__(self, monkeypatch):
+        self.left = None
+        self.writes = 0
+        monkeypatch.setattr(directories.os, "fsync", lambda descriptor: None)  # this test's disk does not fail
+        write, append = directories.write_atomically, Journal.append
+        for module in (directories, state):
+            monkeypatch.setattr(module, "write_atomically", lambda *args: self.tick() or write(*args))
+        monkeypatch.setattr(Journal, "append", lambda *args, **fields: self.tick() or append(*args, **fields))
+
+    def tick(self):
+        self.writes += 1
+        if self.left is not None:
+            self.left -= 1
+            if self.left < 0:
+                raise Killed
+
+
+class Profiles:
+    def profile(self, space):
+        points = [Measurement(size, 1, 1000 * size, 0.01 * size, "made") for size in (4, 8)]
+        return Profile(tuple(points), "CPU", "made", signature="s")
+
+    def learn(self, signature, measurement):
+        pass
+
+
+class Trainings:
+    """Reports as a trial's process does, and counts what it has done to the end."""
+
+    backend = "tensorflow"
+
+    def __init__(self, failing=()):
+        self.finished = Counter()
+        self.failing = failing
+
+    def submit(self, directory, *args, **kwargs):
+        _, arguments = directory.read_task()
+        values = arguments["hyperparameters"]["values"]
+        journal = Journal(directory.journal_file)
+        journal.append("started", attempt=arguments["attempt"], pid=1, device="CPU", memory_source="made")
+        loss = values["learning_rate"] + values["effective_batch_size"]
+        for epoch in range(2):
+            journal.append("epoch", attempt=arguments["attempt"], execution=0, epoch=epoch, logs={"val_loss": loss})
+        if values["learning_rate"] in self.failing:
+            outcome = {"status": "failed", "reason": "boom"}
+        else:
+            result = {
+                "metrics": {"val_loss": loss}, "best_epoch": 1, "peak_memory_bytes": 4000, "memory_source": "made",
+                "device": "CPU", "seconds_per_update": 0.01, "throughput_samples_per_second": 100.0, "updates": 2,
+                "training_seconds": 0.1, "precision_policy": "float32",
+            }  # fmt: skip
+            outcome = {"status": "completed", "result": result}
+        directory.write_outcome(outcome)
+        trained = {name: values[name] for name in ("effective_batch_size", "learning_rate")}
+        self.finished[directory.path.name, json.dumps(trained)] += outcome["status"] == "completed"
+        future = Future()
+        future.set_result(Outcome(**outcome))
+        return future
+
+    def close(self):
+        pass
+
+
+ORACLES = {
+    "random": lambda space: keras_tuner.oracles.RandomSearchOracle("val_loss", TRIALS, seed=3, hyperparameters=space),
+    "bayesian": lambda space: keras_tuner.oracles.BayesianOptimizationOracle(
+        "val_loss", TRIALS, num_initial_points=2, seed=3, hyperparameters=space
+    ),
+    "grid": lambda space: keras_tuner.oracles.GridSearchOracle("val_loss", TRIALS, hyperparameters=space),
+    "hyperband": lambda space: keras_tuner.oracles.HyperbandOracle(
+        "val_loss", max_epochs=4, factor=2, seed=3, hyperparameters=space
+    ),
+}
+
+EVERY = {"random": 1, "grid": 1, "bayesian": 19, "hyperband": 5}
+
+
+def session(folder, kind, trainings, workers=1):
+    """What `Tuner.search` puts together, loaded from the folder where there is something."""
+    space = keras_tuner.HyperParameters()
+    space.Choice("effective_batch_size", [4, 8, 16], ordered=True)
+    space.Choice("micro_batch_size", [4, 8], ordered=True)
+    space.Choice("learning_rate", [0.1, 0.2, 0.3])
+    oracle = ORACLES[kind](space)
+    oracle._set_project_dir(str(folder.parent), folder.name)
+    oracle = state.with_whole_state(oracle)
+    oracle.verbose = 0
+    state.repair_state_files(folder)
+    if (folder / "oracle.json").exists():
+        oracle.reload()
+    oracle.save()
+    settings = SearchSettings(None, (4, 8), True, False, 1, 3, "val_loss", None)
+    files = SearchDirectory(folder)
+    display = Display("val_loss", oracle.max_trials, 0)
+    runner = TrialRunner(settings, files, trainings, Profiles())
+    return oracle, SearchSession(oracle, runner, files, display, workers=workers, after_trial=oracle.save)
+
+
+def told(folder):
+    return {t.trial_id: (t.status, dict(t.hyperparameters), t.objective_value) for t in read_search(folder).trials}
+
+
+@pytest.mark.parametrize("kind", ORACLES)
+def test_killed_before_any_write_a_search_comes_to_the_same_end(kind, tmp_path, monkeypatch):
+    countdown = Countdown(monkeypatch)
+    failing = (0.2,) if kind == "random" else ()
+    session(tmp_path / "whole" / "s", kind, Trainings(failing))[1].run()
+    expected = told(tmp_path / "whole" / "s")
+    assert Counter(status for status, *_ in expected.values())["completed"] >= 2
+    writes = countdown.writes
+    for moment in range(0, writes, EVERY[kind]):
+        folder = tmp_path / f"{moment}" / "s"
+        trainings = Trainings(failing)
+        countdown.left = moment
+        with pytest.raises(Killed):
+            session(folder, kind, trainings)[1].run()
+        completed = {t.trial_id: t.objective_value for t in read_search(folder).with_status("completed")}
+        countdown.left = None
+        oracle, resumed = session(folder, kind, trainings)
+        resumed.run()
+        assert max(trainings.finished.values()) == 1, f"trained twice after write {moment}"
+        if kind != "hyperband":  # which continues an earlier training
+            assert len({values for _, values in trainings.finished}) == len(trainings.finished), moment
+        assert len(oracle.end_order) == len(set(oracle.end_order)) == len(oracle.trials), moment
+        assert not oracle.ongoing_trials and {t.status for t in oracle.trials.values()} <= {"COMPLETED", "FAILED"}
+        now = told(folder)
+        assert {name: now[name][2] for name in completed} == completed, moment
+        if kind in ("random", "grid"):  # the others may draw anew
+            assert now == expected, moment
+
+
+@pytest.mark.parametrize("name", ["oracle.json", "trial_1/trial.json", "tuner0.json"])
+@pytest.mark.parametrize("kind", ["random", "grid"])
+def test_a_truncated_file_is_repaired_and_nothing_is_trained_again(name, kind, tmp_path):
+    trainings = Trainings()
+    folder = tmp_path / "s"
+    journal = Journal(folder / "search.jsonl")
+    journal.append("search_started", search_id="x", search_over="pairs", batch_coupled_layers=["b"])
+    session(folder, kind, trainings)[1].run()
+    state.save_tuner(folder / "tuner0.json", {"search_over": "pairs", "batch_coupled_layers": ["b"]})
+    before, original = told(folder), json.loads((folder / name).read_text())
+    with open(folder / name, "r+") as file:
+        file.truncate(len(file.read()) // 2)
+    (line,) = state.repair_state_files(folder)
+    assert name in line and (folder / f"{name}.broken").exists()
+    if name == "trial_1/trial.json":
+        repaired = json.loads((folder / name).read_text())
+        for key in ("trial_id", "status", "score", "best_step"):
+            assert repaired[key] == original[key]
+        assert repaired["hyperparameters"]["values"] == original["hyperparameters"]["values"]
+    if name == "tuner0.json":
+        assert json.loads((folder / name).read_text()) == original
+    oracle, resumed = session(folder, kind, trainings)
+    resumed.run()
+    assert told(folder) == before and max(trainings.finished.values()) == 1
+    assert set(oracle.end_order) == set(oracle.trials)
+
+
+def test_what_cannot_be_repaired_is_named(tmp_path):
+    folder = tmp_path / "s"
+    session(folder, "random", Trainings())[1].run()
+    for file in (folder / "oracle.json", folder / ".oracle.json.previous"):
+        file.write_text("{")
+    with pytest.raises(SearchDirectoryError, match="oracle.json.*cannot be read"):
+        state.repair_state_files(folder)
+    assert (folder / "oracle.json").read_text() == "{"
