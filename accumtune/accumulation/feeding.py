@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from accumtune.accumulation.window import split
+from accumtune.accumulation import rows
+from accumtune.accumulation.rows import Rows
+from accumtune.accumulation.window import Accumulation, split
 
 
 @dataclass(frozen=True)
@@ -17,6 +20,19 @@ class Window:
     """The micro-batches of one update, where a batch is expected (torch's data loader yields them)."""
 
     micro_batches: list[Any]
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """A part of a window, whose tensors are made when its micro-step begins.
+
+    Args:
+        samples: how many there are.
+        take: gives `(x, y, sample_weight)`.
+    """
+
+    samples: int
+    take: Callable[[], Any]
 
 
 def samples_of(batch: Any) -> int:
@@ -33,18 +49,32 @@ def unpacked(batch: Any) -> tuple[Any, Any, Any]:
     return data_adapter_utils.unpack_x_y_sample_weight(batch)
 
 
-def micro_batches(batch: Any, micro_batch_size: int, cut: Any) -> list[Any]:
-    """Cuts an effective batch; `cut(leaf, slice)` cuts one array. A batch that fits in one is returned as it is."""
+def micro_batches(batch: Any, micro_batch_size: int | None, source: Rows | None, cut: Any = None) -> list[MicroBatch]:
+    """The micro-batches of a batch; all of it where no size is given, or where it fits in one.
+
+    Args:
+        batch: what the iterator of an epoch gave, in any of Keras's forms.
+        source: the arrays, where such batches may be numbers of their rows.
+        cut: `cut(leaf, slice)` cuts one array; indexing if None.
+    """
+    numbers = None if source is None else rows.row_numbers(batch)
+    if source is not None and numbers is not None:
+        parts = split(len(numbers), micro_batch_size or len(numbers))
+        return [MicroBatch(part.stop - part.start, functools.partial(source.take, numbers[part])) for part in parts]
+    batch = unpacked(batch)
+    samples = samples_of(batch)
+    parts = split(samples, micro_batch_size or max(samples, 1))
+    if len(parts) <= 1:
+        return [MicroBatch(samples, lambda: batch)]
+    return [MicroBatch(part.stop - part.start, functools.partial(part_of, batch, part, cut)) for part in parts]
+
+
+def part_of(batch: Any, part: slice, cut: Any = None) -> Any:
+    """A part of each array of a batch."""
     from keras import tree
 
-    parts = split(samples_of(batch), micro_batch_size)
-    if len(parts) <= 1:
-        return [batch]
-
-    def part_of(part: slice) -> Any:
-        return tree.map_structure(lambda leaf: None if leaf is None else cut(leaf, part), batch)
-
-    return [part_of(part) for part in parts]
+    cut = cut or (lambda leaf, part: leaf[part])
+    return tree.map_structure(lambda leaf: None if leaf is None else cut(leaf, part), batch)
 
 
 def shapes(batch: Any) -> tuple[tuple[int, ...], ...]:
@@ -54,9 +84,11 @@ def shapes(batch: Any) -> tuple[tuple[int, ...], ...]:
     return tuple(tuple(leaf.shape) for leaf in tree.flatten(batch) if leaf is not None)
 
 
-def same_shapes(window: list[Any]) -> bool:
-    """Whether the micro-batches differ in their number of samples at most."""
-    return len({tuple(shape[1:] for shape in shapes(batch)) for batch in window}) <= 1
+def same_shapes(window: list[MicroBatch], accumulation: Accumulation, source: Rows | None) -> bool:
+    """Whether the micro-batches differ in their number of samples at most: as parts of one batch or array do."""
+    if accumulation.micro_batch_size is not None or source is not None:
+        return True
+    return len({tuple(shape[1:] for shape in shapes(part.take())) for part in window}) <= 1
 
 
 def named_arguments(model: Any, args: tuple, kwargs: dict) -> dict[str, Any]:
@@ -74,34 +106,55 @@ def with_small_validation(micro_batch_size: int, given: dict[str, Any]) -> dict[
     return given
 
 
-def with_windows(model: Any, accumulation_steps: int, given: dict[str, Any]) -> dict[str, Any]:
-    """The arguments of `fit`, with data that an epoch counts in windows of `accumulation_steps` batches."""
+def with_rows_and_windows(
+    model: Any, accumulation: Accumulation, given: dict[str, Any]
+) -> tuple[dict[str, Any], Rows | None]:
+    """The arguments of `fit` with data that an epoch counts in windows, and the arrays behind them.
+
+    The arrays are None where `fit` gets the data themselves: they are no NumPy arrays, or are spread over devices.
+    """
     import keras
     from keras.src.trainers.data_adapters import array_slicing, get_data_adapter
 
-    from accumtune.accumulation import building
-
+    steps_per_window = accumulation.accumulation_steps or 1
     given = dict(given)
-    x, y, sample_weight = given.get("x"), given.pop("y", None), given.pop("sample_weight", None)
+    x, y, sample_weight = (given.get(name) for name in ("x", "y", "sample_weight"))
     if given.get("validation_split") and given.get("validation_data") is None:
         (x, y, sample_weight), given["validation_data"] = array_slicing.train_validation_split(
             (x, y, sample_weight), validation_split=given.pop("validation_split")
         )
-    steps = given.get("steps_per_epoch")
-    adapter = get_data_adapter(
-        x=x,
-        y=y,
-        sample_weight=sample_weight,
-        batch_size=given.get("batch_size"),
-        steps_per_epoch=steps and steps * accumulation_steps,
-        shuffle=given.pop("shuffle", True),
-        class_weight=given.pop("class_weight", None),
-    )
-    if keras.backend.backend() == "torch" and not building.is_built(model):
-        adapter.on_epoch_begin()
-        building.build(model, next(iter(adapter.get_torch_dataloader())))  # Keras would read a window for a batch
-    given["x"] = _windowed(adapter, accumulation_steps)
-    return given
+        given |= {"x": x, "y": y, "sample_weight": sample_weight}
+    is_spread = keras.distribution.distribution() is not None or getattr(model, "_distribute_strategy", None)
+    source = None if is_spread else rows.rows_of(x, y, sample_weight, given.get("class_weight"))
+    if source is None and accumulation.accumulation_steps is None:
+        return given, None
+    for name in ("y", "sample_weight"):
+        given.pop(name, None)
+    class_weight, shuffle = given.pop("class_weight", None), given.pop("shuffle", True)
+    steps = given.get("steps_per_epoch") and given["steps_per_epoch"] * steps_per_window
+    if source is not None:
+        adapter = source.adapter(given.get("batch_size"), steps, shuffle)
+    else:
+        adapter = get_data_adapter(
+            x=x,
+            y=y,
+            sample_weight=sample_weight,
+            batch_size=given.get("batch_size"),
+            steps_per_epoch=steps,
+            shuffle=shuffle,
+            class_weight=class_weight,
+        )
+    given["x"] = adapter if accumulation.accumulation_steps is None else _windowed(adapter, steps_per_window)
+    return given, source
+
+
+def first_micro_batches(epoch: Any, accumulation: Accumulation, source: Rows | None) -> Iterator[Any]:
+    """The iterator of an epoch, for building variables: with a micro-batch in place of a window or of row numbers."""
+    for begin, end, data in epoch:
+        batch = data[0] if isinstance(data, (list, tuple)) else next(data)
+        if isinstance(batch, Window):
+            batch = batch.micro_batches[0]
+        yield begin, end, [micro_batches(batch, accumulation.micro_batch_size, source)[0].take()]
 
 
 def _windowed(adapter: Any, accumulation_steps: int) -> Any:

@@ -47,61 +47,66 @@ class JaxTraining:
             raise StopIteration
         return logs, state
 
-    def _window(self, iterator: Any) -> list[Any]:
-        size = self.accumulation.micro_batch_size
+    def _window(self, iterator: Any) -> list[feeding.MicroBatch]:
+        size, rows = self.accumulation.micro_batch_size, self.model._accumtune_rows
         if size is None:
             batches = itertools.islice(iterator, self.accumulation.accumulation_steps)
-            return [feeding.unpacked(batch) for batch in batches]
+            return [part for batch in batches for part in feeding.micro_batches(batch, None, rows)]
         for batch in itertools.islice(iterator, 1):
             devices = _data_parallel_devices()
-            parts = feeding.micro_batches(feeding.unpacked(batch), size * devices, lambda leaf, part: leaf[part])
+            parts = feeding.micro_batches(batch, size * devices, rows)
             return [_spread(part, devices) for part in parts] if devices > 1 and len(parts) > 1 else parts
         return []
 
     def _train(self, state: Any, window: list[Any]) -> tuple[Any, Any]:
+        batch = window[0].take()
         if len(window) == 1:
-            return self._only(state, window[0])
+            return self._only(state, batch)
         trainable, non_trainable, optimizer, metrics = state
-        samples = [feeding.samples_of(batch) for batch in window]
-        scales = self._scales(state, window, samples)
+        scales = self._scales(state, window, batch)
         logs, sums = None, None
-        for index, batch in enumerate(window):
+        for index in range(len(scales)):
+            part = window.pop(0)
+            batch = part.take() if index else batch
             inputs = (trainable, non_trainable, optimizer, metrics, batch, *scales[index])
             result = self._first(*inputs) if sums is None else self._next(sums, *inputs)
             logs, sums, non_trainable, metrics = result
-            window[index] = None
+            del inputs
+            batch = None  # gone before the next one is taken
         trainable, optimizer, non_trainable = self._update(trainable, optimizer, sums, non_trainable)
         return logs, (trainable, non_trainable, optimizer, metrics)
 
     # What each micro-batch counts for
 
-    def _scales(self, state: Any, window: list[Any], samples: list[int]) -> list[tuple[Any, Any]]:
-        """Share and factors of each micro-batch."""
+    def _scales(self, state: Any, window: list[Any], first: Any) -> list[tuple[Any, Any]]:
+        """Share and factors of each micro-batch; `first` is the first one's."""
+        samples = [part.samples for part in window]
         parts = [np.asarray(part, _precision()) for part in shares(samples)]
         compiled = losses.flat_losses(self.model)
         plain = [factors(samples) if losses.is_sum(loss) else [1.0] * len(window) for loss in compiled]
         rows = np.asarray(plain, _precision()).reshape(len(compiled), len(window)).T
-        if self._must_count(state, window, compiled, (parts[0], rows[0])):
+        if self._must_count(state, window, compiled, (first, parts[0], rows[0])):
             trainable, non_trainable = state[:2]
-            counts = np.asarray([self._count(trainable, non_trainable, batch) for batch in window]).T.tolist()
-            counted = [
-                factors(samples, None if losses.is_sum(loss) else counts[i]) for i, loss in enumerate(compiled)
-            ]
+            counts = [self._count(trainable, non_trainable, part.take()) for part in window]
+            columns = np.asarray(counts).T.tolist()
+            counted = [factors(samples, None if losses.is_sum(loss) else columns[i]) for i, loss in enumerate(compiled)]
             rows = np.asarray(counted, _precision()).T
         return list(zip(parts, rows, strict=True))
 
-    def _must_count(self, state: Any, window: list[Any], compiled: list[Any], scales: tuple[Any, Any]) -> bool:
+    def _must_count(self, state: Any, window: list[Any], compiled: list[Any], first: tuple[Any, Any, Any]) -> bool:
         if not compiled:
             return False
-        has_weight = window[0][2] is not None
-        if any(losses.may_depend_on_data(loss, has_weight) for loss in compiled) or not feeding.same_shapes(window):
+        has_weight = first[0][2] is not None
+        if any(losses.may_depend_on_data(loss, has_weight) for loss in compiled):
             return True
-        shapes = feeding.shapes(window[0])
+        if not feeding.same_shapes(window, self.accumulation, self.model._accumtune_rows):
+            return True
+        shapes = feeding.shapes(first[0])
         if self.is_jitted and not self.has_mask and shapes not in self._traced:
             self._traced.add(shapes)
             # Traced before it runs: whether predictions carry a mask shows only then. JAX keeps the trace.
             trainable, non_trainable, optimizer, metrics = state
-            self._first.trace(trainable, non_trainable, optimizer, metrics, window[0], *scales)
+            self._first.trace(trainable, non_trainable, optimizer, metrics, *first)
         return self.has_mask or not self.is_jitted
 
     def _count_step(self, trainable: Any, non_trainable: Any, batch: Any) -> Any:
@@ -191,15 +196,17 @@ def _data_parallel_devices() -> int:
     return int(mesh.shape[mesh.axis_names.index(distribution.batch_dim_name)])
 
 
-def _spread(batch: Any, devices: int) -> Any:
+def _spread(part: feeding.MicroBatch, devices: int) -> feeding.MicroBatch:
     """A part of a batch, laid out over the devices anew; as it is where it does not divide."""
     from keras.src.backend.jax.trainer import _distribute_data
 
-    return batch if feeding.samples_of(batch) % devices else _distribute_data(batch)
+    if part.samples % devices:
+        return part
+    return feeding.MicroBatch(part.samples, lambda: _distribute_data(part.take()))
 
 
 def _precision() -> Any:
-    return np.float64 if jax.config.jax_enable_x64 else np.float32
+    return np.float64 if jax.config.read("jax_enable_x64") else np.float32
 
 
 def _accumulator_dtype(gradient: Any) -> Any:

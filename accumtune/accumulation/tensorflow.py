@@ -22,6 +22,9 @@ from accumtune.accumulation import building, feeding, losses, statistics
 from accumtune.accumulation.replicas import Replicas
 from accumtune.accumulation.window import Accumulation, factors, shares
 
+# For each micro-step, a micro-batch per replica.
+Window = list[tuple[feeding.MicroBatch, ...]]
+
 # Each replica adds up its own; they are put together at the update.
 _PER_REPLICA = {
     "synchronization": tf.VariableSynchronization.ON_READ,
@@ -66,70 +69,73 @@ class TensorFlowTraining:
             raise StopIteration
         return self.replicas.mean(logs)
 
-    def _window(self, iterator: Any) -> list[list[Any]]:
+    def _window(self, iterator: Any) -> Window:
         """The micro-steps of one update: for each, a micro-batch per replica."""
-        steps: list[list[Any]] = []
+        steps: Window = []
+        size = self.accumulation.micro_batch_size
         for batch in iterator:
-            batches = [tree.map_structure(_tensor, part) for part in self.replicas.parts(feeding.unpacked(batch))]
-            if self.accumulation.micro_batch_size is not None:
-                size = self.accumulation.micro_batch_size
-                columns = [feeding.micro_batches(part, size, _cut) for part in batches]
-                # Replicas that got fewer samples have empty micro-batches at the end.
-                fill = _empty(batches[0]) if len(columns) > 1 else None
-                return [list(row) for row in itertools.zip_longest(*columns, fillvalue=fill)]
-            steps.append(batches)
-            if len(steps) == self.accumulation.accumulation_steps:
+            columns = [
+                feeding.micro_batches(tree.map_structure(_tensor, part), size, self.model._accumtune_rows, _cut)
+                for part in self.replicas.parts(batch)
+            ]
+            # Replicas that got fewer samples have empty micro-batches at the end.
+            steps += itertools.zip_longest(*columns, fillvalue=_empty(columns[0]) if len(columns) > 1 else None)
+            if size is not None or len(steps) == self.accumulation.accumulation_steps:
                 break
         return steps
 
-    def _train(self, window: list[list[Any]], is_sized: bool) -> Any:
-        building.build(self.model, window[0][0])
-        inputs = self._inputs(window, is_sized)
+    def _train(self, window: Window, is_sized: bool) -> Any:
+        first = [part.take() for part in window[0]]
+        building.build(self.model, first[0])
+        parts = self._parts(window, is_sized)
+        join = self.replicas.join
         if len(window) == 1 and self.replicas.number == 1:
-            return self._only(*inputs[0])
+            return self._only(first[0], *parts[0])
         if not self._accumulators:
             with self.replicas.scope():
                 self._accumulators = [_accumulator(variable) for variable in self.model.trainable_weights]
-        scales = self._factors(window, inputs)
+        scales = self._factors(window, first, parts)
         if len(window) == 1:  # replicas may hold unequal parts of it
-            batch, share, _, weight = inputs[0]
-            return self._only(batch, share, scales[0], weight)
-        window.clear()
-        for index in range(len(inputs)):
-            batch, share, _, weight = inputs[index]
-            inputs[index] = None  # its memory, where nothing else holds it, is free after the micro-step
+            share, _, weight = parts[0]
+            return self._only(join(first), share, scales[0], weight)
+        batch: Any = join(first)
+        first.clear()
+        for index, (share, _, weight) in enumerate(parts):
+            step = window.pop(0)
             if index == 0:
                 logs, moments = self._first(batch, share, scales[index], weight)
             else:
+                batch = join([part.take() for part in step])
                 logs, moments = self._next(batch, share, scales[index], weight, moments)
+            batch = None  # gone before the next one is taken
         self._update(moments)
         return logs
 
-    def _inputs(self, window: list[list[Any]], is_sized: bool) -> list[Any]:
-        """Batch, share, factors of 1 and the weight in logged losses, for each micro-step."""
+    def _parts(self, window: Window, is_sized: bool) -> list[Any]:
+        """Share, factors of 1 and the weight in logged losses, for each micro-step."""
         join, number = self.replicas.join, self.replicas.number
         ones = join([_vector([1.0] * len(losses.flat_losses(self.model)))] * number)
-        total = sum(feeding.samples_of(batch) for step in window for batch in step)
-        inputs = []
+        total = sum(part.samples for step in window for part in step)
+        parts = []
         for step in window:
-            samples = [feeding.samples_of(batch) for batch in step]
+            samples = [part.samples for part in step]
             # Keras divides a mean by the number of replicas, whatever they hold; this multiplies by it again.
             share = [_scalar(number * size / total if total else 0.0) for size in samples]
             weight = [_scalar(size if is_sized else number * size / total) for size in samples]
-            inputs.append((join(step), join(share), ones, join(weight)))
-        return inputs
+            parts.append((join(share), ones, join(weight)))
+        return parts
 
     # What each micro-batch counts for
 
-    def _factors(self, window: list[list[Any]], inputs: list[Any]) -> list[Any]:
+    def _factors(self, window: Window, first: list[Any], parts: list[Any]) -> list[Any]:
         """The factors of the losses, for each micro-step."""
         compiled = losses.flat_losses(self.model)
         if not compiled:
-            return [entry[2] for entry in inputs]
-        batches = [batch for step in window for batch in step]
-        samples = [feeding.samples_of(batch) for batch in batches]
-        if self._must_count(compiled, batches, inputs[0]):
-            rows = self._counted(compiled, inputs, samples)
+            return [ones for _, ones, _ in parts]
+        micro_batches = [part for step in window for part in step]
+        samples = [part.samples for part in micro_batches]
+        if self._must_count(compiled, micro_batches, first, parts[0]):
+            rows = self._counted(compiled, window, samples)
         else:
             columns = [factors(samples) if losses.is_sum(loss) else [1.0] * len(samples) for loss in compiled]
             rows = [_vector(row) for row in zip(*columns, strict=True)]
@@ -138,21 +144,22 @@ class TensorFlowTraining:
         rows = [tf.where(is_sum, row / number, row) for row in rows] if number > 1 else rows
         return [self.replicas.join(rows[start : start + number]) for start in range(0, len(rows), number)]
 
-    def _must_count(self, compiled: list[Any], batches: list[Any], inputs: Any) -> bool:
-        has_weight = batches[0][2] is not None
-        if any(losses.may_depend_on_data(loss, has_weight) for loss in compiled) or not feeding.same_shapes(
-            batches
-        ):
+    def _must_count(self, compiled: list[Any], micro_batches: list[Any], first: list[Any], part: Any) -> bool:
+        has_weight = first[0][2] is not None
+        if any(losses.may_depend_on_data(loss, has_weight) for loss in compiled):
             return True
-        shapes = feeding.shapes(batches[0])
+        if not feeding.same_shapes(micro_batches, self.accumulation, self.model._accumtune_rows):
+            return True
+        shapes = feeding.shapes(first[0])
         if not self.model.run_eagerly and not self.has_mask and shapes not in self._traced:
             # Traced before it runs: whether predictions carry a mask shows only then.
-            self._first.get_concrete_function(*inputs)
+            self._first.get_concrete_function(self.replicas.join(first), *part)
             self._traced.add(shapes)
         return self.has_mask or self.model.run_eagerly
 
-    def _counted(self, compiled: list[Any], inputs: list[Any], samples: list[int]) -> list[Any]:
-        counts = tf.stack([part for entry in inputs for part in self.replicas.parts(self._count(entry[0]))])
+    def _counted(self, compiled: list[Any], window: Window, samples: list[int]) -> list[Any]:
+        batches = (self.replicas.join([part.take() for part in step]) for step in window)
+        counts = tf.stack([count for batch in batches for count in self.replicas.parts(self._count(batch))])
         relative = tf.math.divide_no_nan(counts, tf.reduce_sum(counts, axis=0))
         is_sum = tf.constant([losses.is_sum(loss) for loss in compiled])
         relative = tf.where(is_sum, tf.ones_like(relative), relative)
@@ -167,9 +174,7 @@ class TensorFlowTraining:
 
     # The compiled functions
 
-    def _compiled(
-        self, function: Any, jit_compile: bool | None = None, around: Any = contextlib.nullcontext
-    ) -> Any:
+    def _compiled(self, function: Any, jit_compile: bool | None = None, around: Any = contextlib.nullcontext) -> Any:
         function = self.replicas.run(function, around)
         if self.model.run_eagerly:
             return function
@@ -224,8 +229,7 @@ class TensorFlowTraining:
         weights = self.model.trainable_weights
         sums = self.replicas.summed(sums)
         gradients = [
-            None if total is None else tf.cast(total, weight.dtype)
-            for weight, total in zip(weights, sums, strict=True)
+            None if total is None else tf.cast(total, weight.dtype) for weight, total in zip(weights, sums, strict=True)
         ]
         self._apply(gradients)
         for layer, entry in zip(self._normalizations, moments, strict=True):
@@ -285,9 +289,9 @@ def _cut(leaf: Any, part: slice) -> Any:
         return leaf[part]
 
 
-def _empty(batch: Any) -> Any:
+def _empty(column: list[feeding.MicroBatch]) -> feeding.MicroBatch:
     """A micro-batch without samples, for replicas that have fewer than others in the last batch of an epoch."""
-    return tree.map_structure(lambda leaf: None if leaf is None else _cut(leaf, slice(0, 0)), batch)
+    return feeding.MicroBatch(0, lambda: feeding.part_of(column[0].take(), slice(0, 0), _cut))
 
 
 def _vector(values: Sequence[float]) -> Any:
@@ -307,9 +311,7 @@ def _constant(value: Any) -> Any:
 
 def _accumulator(variable: Any) -> Any:
     dtype = tf.float64 if variable.dtype == "float64" else tf.float32
-    return tf.Variable(
-        tf.zeros(variable.shape, dtype), trainable=False, name="accumulated_gradient", **_PER_REPLICA
-    )
+    return tf.Variable(tf.zeros(variable.shape, dtype), trainable=False, name="accumulated_gradient", **_PER_REPLICA)
 
 
 @contextlib.contextmanager

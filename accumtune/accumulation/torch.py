@@ -24,34 +24,31 @@ class TorchTraining:
     def __call__(self, data: Any) -> Any:
         """Runs `steps_per_execution` windows; returns the logs."""
         logs = None
+        size, rows = self.accumulation.micro_batch_size, self.model._accumtune_rows
         for batch in data:
-            if isinstance(batch, feeding.Window):
-                logs = self._train([feeding.unpacked(micro_batch) for micro_batch in batch.micro_batches])
-            else:
-                logs = self._train(self._window(feeding.unpacked(batch)))
+            batches = batch.micro_batches if isinstance(batch, feeding.Window) else [batch]
+            logs = self._train([part for one in batches for part in feeding.micro_batches(one, size, rows)])
         return logs
 
-    def _window(self, batch: Any) -> list[Any]:
-        if self.accumulation.micro_batch_size is None:
-            return [batch]
-        return feeding.micro_batches(batch, self.accumulation.micro_batch_size, lambda leaf, part: leaf[part])
-
-    def _train(self, window: list[Any]) -> Any:
+    def _train(self, window: list[feeding.MicroBatch]) -> Any:
         model = self.model
         model.zero_grad()  # a window that was interrupted may have left gradients
         moments: list[Any] = []
+        batch = window[0].take()
         if len(window) == 1:
-            logs = self._only(window[0])
+            logs = self._only(batch)
         else:
-            samples = [feeding.samples_of(batch) for batch in window]
-            parts, scales = shares(samples), self._factors(window, samples)
+            samples = [part.samples for part in window]
+            parts, scales = shares(samples), self._factors(window, batch, samples)
             sums: list[Any] = [None] * len(model.trainable_weights)
-            for index, batch in enumerate(window):
+            for index in range(len(parts)):
+                part = window.pop(0)
+                batch = part.take() if index else batch
                 with statistics.recorded(model) as notes:
                     logs = self._part(batch, parts[index], scales[index])
                 moments = _joined(moments, notes.mine())
                 sums = _collected(model.trainable_weights, sums)
-                window[index] = None
+                batch = None  # gone before the next one is taken
             self._restore(sums)
         self._update(moments)
         return logs
@@ -59,19 +56,22 @@ class TorchTraining:
     def _only(self, batch: Any) -> Any:
         return self._part(batch, 1.0, [1.0] * len(losses.flat_losses(self.model)))
 
-    def _factors(self, window: list[Any], samples: list[int]) -> list[list[float]]:
-        """The factors of the losses, one row per micro-batch."""
+    def _factors(
+        self, window: list[feeding.MicroBatch], first: tuple[Any, Any, Any], samples: list[int]
+    ) -> list[list[float]]:
+        """The factors of the losses, one row per micro-batch; `first` is the first one's data."""
         compiled = losses.flat_losses(self.model)
         if not compiled:
             return [[] for _ in window]
         if self.has_mask is None:
             with torch.no_grad():
-                y_pred = self._predict(window[0][0], training=False)
+                y_pred = self._predict(first[0], training=False)
             self.has_mask = any(losses.mask_of(leaf) is not None for leaf in tree.flatten(y_pred))
-        has_weight = window[0][2] is not None
-        must_count = self.has_mask or not feeding.same_shapes(window)
+        has_weight = first[2] is not None
+        is_even = feeding.same_shapes(window, self.accumulation, self.model._accumtune_rows)
+        must_count = self.has_mask or not is_even
         if must_count or any(losses.may_depend_on_data(loss, has_weight) for loss in compiled):
-            counts = [self._count(batch) for batch in window]
+            counts = [self._count(part.take()) for part in window]
             columns = [
                 factors(samples, None if losses.is_sum(loss) else [row[index] for row in counts])
                 for index, loss in enumerate(compiled)
@@ -143,6 +143,4 @@ def _joined(so_far: list[Any], noted: list[Any]) -> list[Any]:
     if not so_far:
         return list(noted)
     pairs = zip(so_far, noted, strict=True)
-    return [
-        statistics.Moments(one.layer, *statistics.combined(one.tensors(), other.tensors())) for one, other in pairs
-    ]
+    return [statistics.Moments(one.layer, *statistics.combined(one.tensors(), other.tensors())) for one, other in pairs]

@@ -1,8 +1,9 @@
 """Where accumulation takes hold of a Keras model, and lets go of it.
 
-Two methods are replaced on the instance, never on its class: `make_train_function`, so that `fit` and
-`train_on_batch` run a window per step, and `fit`, so that an epoch has as many steps as windows. Saving, pickling
-and cloning look at the class and its configuration, so what they give is a plain Keras model.
+Three methods are replaced on the instance, never on its class: `make_train_function`, so that `fit` and
+`train_on_batch` run a window per step; `fit`, so that an epoch has as many steps as windows; and `_symbolic_build`,
+which looks at the first batch. Saving, pickling and cloning look at the class and its configuration, so what they
+give is a plain Keras model.
 """
 
 from __future__ import annotations
@@ -29,7 +30,9 @@ def install(model: Any, accumulation: Accumulation) -> Any:
     _check(model)
     remove(model)
     _set(model, "_accumtune_accumulation", accumulation)
+    _set(model, "_accumtune_rows", None)  # the arrays of the fit that is running
     _set(model, "make_train_function", types.MethodType(_make_train_function, model))
+    _set(model, "_symbolic_build", types.MethodType(_symbolic_build, model))
     _set(model, "fit", _fit(model, accumulation))
     return model
 
@@ -38,7 +41,7 @@ def remove(model: Any) -> Any:
     """`stop_accumulating`; on a plain model it does nothing."""
     if "_accumtune_accumulation" not in vars(model):
         return model
-    for name in ("_accumtune_accumulation", "make_train_function", "fit"):
+    for name in ("_accumtune_accumulation", "_accumtune_rows", "make_train_function", "_symbolic_build", "fit"):
         if name in vars(model):
             delattr(model, name)
     model.train_function = None
@@ -54,9 +57,7 @@ def _check(model: Any) -> None:
     import keras
 
     if not isinstance(model, keras.Model):
-        raise ModelError(
-            f"Received a {type(model).__name__}.", "a keras.Model.", "pass the model that you compiled."
-        )
+        raise ModelError(f"Received a {type(model).__name__}.", "a keras.Model.", "pass the model that you compiled.")
     if not model.compiled or model.optimizer is None:
         raise UncompiledModelError(
             f"Received model {model.name!r}, which is not compiled.",
@@ -112,6 +113,15 @@ def _engine() -> Any:
     )
 
 
+def _symbolic_build(model: Any, iterator: Any = None, data_batch: Any = None) -> None:
+    """Stands in for Keras's, which would take a window, or the numbers of its rows, for a batch."""
+    from accumtune.accumulation import feeding
+
+    if iterator is not None:
+        iterator = feeding.first_micro_batches(iterator, model._accumtune_accumulation, model._accumtune_rows)
+    type(model)._symbolic_build(model, iterator=iterator, data_batch=data_batch)
+
+
 def _fit(model: Any, accumulation: Accumulation) -> Any:
     """The model's `fit`, whose epochs count windows and whose validation needs no more memory than training."""
     from accumtune.accumulation import feeding
@@ -121,10 +131,13 @@ def _fit(model: Any, accumulation: Accumulation) -> Any:
     @functools.wraps(own_fit)
     def fit(*args: Any, **kwargs: Any) -> Any:
         given = feeding.named_arguments(model, args, kwargs)
-        if accumulation.accumulation_steps is not None:
-            given = feeding.with_windows(model, accumulation.accumulation_steps, given)
-        elif accumulation.micro_batch_size is not None:
+        if accumulation.micro_batch_size is not None:
             given = feeding.with_small_validation(accumulation.micro_batch_size, given)
-        return own_fit(model, **given)
+        given, rows = feeding.with_rows_and_windows(model, accumulation, given)
+        _set(model, "_accumtune_rows", rows)
+        try:
+            return own_fit(model, **given)
+        finally:
+            _set(model, "_accumtune_rows", None)  # a model does not keep the data it was trained on
 
     return fit

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from accumtune.accumulation.rows import Column
 from accumtune.errors import DataError
 
 
@@ -46,9 +47,7 @@ def batch_source(
 
     _check(x, y, sample_weight, batch_size)
     if keras.backend.backend() != "tensorflow":
-        return ArrayDataAdapter(
-            x, y, sample_weight, batch_size=batch_size, shuffle=shuffle, class_weight=class_weight
-        )
+        return ArrayDataAdapter(x, y, sample_weight, batch_size=batch_size, shuffle=shuffle, class_weight=class_weight)
     # The adapter checks the arguments as fit would, and turns class weights into sample weights.
     packed = ArrayDataAdapter(x, y, sample_weight, batch_size=batch_size, class_weight=class_weight)._inputs
     return _tensorflow_batches(packed, batch_size, shuffle)
@@ -81,7 +80,8 @@ def _tensorflow_batches(packed: Any, batch_size: int, shuffle: bool | str) -> An
     import tensorflow as tf
     from keras.src.trainers.data_adapters.array_data_adapter import ArrayDataAdapter
 
-    leaves = [_Leaf(array) for array in keras.tree.flatten(packed) if array is not None]
+    leaves = [Column(array) for array in keras.tree.flatten(packed) if array is not None]
+    types = [tf.string if leaf.dtype.kind == "O" else tf.as_dtype(leaf.dtype) for leaf in leaves]
     samples = leaves[0].samples
     # Keras's own adapter orders the indices instead of the data: the same operations with the same seeds.
     indices = ArrayDataAdapter(np.arange(samples), batch_size=batch_size, shuffle=shuffle).get_tf_dataset()
@@ -89,7 +89,7 @@ def _tensorflow_batches(packed: Any, batch_size: int, shuffle: bool | str) -> An
     def gather(rows: Any) -> Any:
         # One numpy_function for all arrays. It hands over NumPy's own buffer, which no allocator counts; the copy
         # puts the batch where a batch belongs, into the device's account.
-        flat = tf.numpy_function(lambda i: [leaf.take(i) for leaf in leaves], [rows], [leaf.dtype for leaf in leaves])
+        flat = tf.numpy_function(lambda i: [leaf.take(i) for leaf in leaves], [rows], types)
         full = rows.shape[0]  # None where the last batch is smaller
         for tensor, leaf in zip(flat, leaves, strict=True):
             tensor.set_shape((full, *leaf.row_shape))
@@ -107,33 +107,3 @@ def _tensorflow_batches(packed: Any, batch_size: int, shuffle: bool | str) -> An
         options.experimental_external_state_policy = tf.data.experimental.ExternalStatePolicy.IGNORE
     dataset = dataset.with_options(options)
     return dataset.apply(tf.data.experimental.assert_cardinality(-(-samples // batch_size)))
-
-
-class _Leaf:
-    """One array, sliced when a batch needs it, in the dtype in which Keras would have fed it."""
-
-    def __init__(self, array: Any) -> None:
-        import keras
-        import tensorflow as tf
-
-        self._array = array if isinstance(array, np.ndarray) else np.asarray(array)
-        if type(array).__name__ == "Series" and self._array.ndim == 1:  # pandas: Keras makes a column of it
-            self._array = self._array[:, None]
-        self.samples = int(self._array.shape[0])
-        self.row_shape = tuple(self._array.shape[1:])
-        if self._array.dtype.kind in "OSU":
-            self._dtype, self.dtype = np.dtype(object), tf.string
-        else:
-            # All floats become floatx, as in Keras's array_slicing.convert_to_sliceable.
-            self._dtype = self._array.dtype
-            if keras.backend.is_float_dtype(str(self._dtype)):
-                self._dtype = np.dtype(tf.as_dtype(keras.config.floatx()).as_numpy_dtype)
-            self.dtype = tf.as_dtype(self._dtype)
-
-    def take(self, indices: np.ndarray) -> np.ndarray:
-        first, last = int(indices[0]), int(indices[-1])
-        if last - first + 1 == len(indices) and np.array_equal(indices, np.arange(first, last + 1)):
-            rows = self._array[first : last + 1]  # one contiguous read of a memory map
-        else:
-            rows = self._array[indices]
-        return np.ascontiguousarray(rows, dtype=self._dtype)
