@@ -53,6 +53,32 @@ def batch_source(
     return _tensorflow_batches(packed, batch_size, shuffle)
 
 
+def training_arguments(
+    model: Any,
+    x: Any,
+    y: Any = None,
+    sample_weight: Any = None,
+    *,
+    batch_size: int,
+    shuffle: bool | str = False,
+    class_weight: dict[int, float] | None = None,
+) -> dict[str, Any]:
+    """Arguments of `model.fit` that train with these arrays, at the least memory.
+
+    An accumulating model takes the rows of each micro-batch from the arrays themselves; any other, and arrays that
+    are no NumPy arrays of numbers, get whole batches of a `batch_source`.
+    """
+    from accumtune.accumulation import accumulation_of
+    from accumtune.accumulation.rows import rows_of
+
+    _check(x, y, sample_weight, batch_size)
+    if accumulation_of(model) is None or rows_of(x, y, sample_weight, class_weight) is None:
+        source = batch_source(x, y, sample_weight, batch_size=batch_size, shuffle=shuffle, class_weight=class_weight)
+        return {"x": source, "shuffle": False}  # it is shuffled, and weighted, already
+    arrays = {"x": x, "y": y, "sample_weight": sample_weight}
+    return {**arrays, "batch_size": batch_size, "shuffle": shuffle, "class_weight": class_weight}
+
+
 def _check(x: Any, y: Any, sample_weight: Any, batch_size: int) -> None:
     import keras
 

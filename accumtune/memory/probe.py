@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from accumtune.memory.device import Device, is_out_of_memory
-from accumtune.memory.feeding import batch_source
+from accumtune.memory.feeding import batch_source, training_arguments
 from accumtune.memory.profile import Measurement
 
 Batches = Callable[[int], tuple[Any, Any, Any]]
@@ -27,6 +27,7 @@ def probe(
     micro_batch_size: int,
     accumulation_steps: Sequence[int] = (1, 2, 4),
     updates: int = 3,
+    is_pipeline: bool = False,
     device: Device,
 ) -> list[Measurement]:
     """Trains and validates a few updates at one micro-batch size, and measures each number of accumulation steps.
@@ -39,6 +40,7 @@ def probe(
         micro_batch_size: samples per micro-step.
         accumulation_steps: micro-steps per update; each number is measured on its own, in rising order.
         updates: how many updates are timed at least. One more runs before them, for tracing and compilation.
+        is_pipeline: whether training will get its data as batches, all of a window at once, or as arrays.
         device: the opened device, limited or not.
 
     Returns:
@@ -57,7 +59,7 @@ def probe(
     for steps in sorted(set(accumulation_steps)):
         device.reset_peak()
         try:
-            seconds = _train(model, batches, micro_batch_size, steps, updates)
+            seconds = _train(model, batches, micro_batch_size, steps, updates, is_pipeline)
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
@@ -68,18 +70,25 @@ def probe(
     return measurements
 
 
-def _train(model: Any, batches: Batches, micro_batch_size: int, steps: int, updates: int) -> float:
+def _train(
+    model: Any, batches: Batches, micro_batch_size: int, steps: int, updates: int, is_pipeline: bool
+) -> float:
     """One epoch is one update, so that a single window of data serves them all. Returns seconds per update."""
     window_size = micro_batch_size * steps
+    window = batches(window_size)
     clock = _update_clock(updates)
+    data = (
+        {"x": batch_source(*window, batch_size=window_size), "shuffle": False}
+        if is_pipeline
+        else training_arguments(model, *window, batch_size=window_size)
+    )
     model.fit(
-        batch_source(*batches(window_size), batch_size=window_size),
+        **data,
         epochs=1 + max(updates, -(-STEADY_MICRO_STEPS // steps)),
         # Trials validate at the micro-batch, while the training data stays open.
         validation_data=batch_source(*batches(micro_batch_size), batch_size=micro_batch_size),
         validation_freq=[1],
         callbacks=[clock],
-        shuffle=False,
         verbose=0,
     )
     timed = sorted(clock.seconds[1:])

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from accumtune.errors import DataError
+from accumtune.memory.feeding import batch_source, training_arguments
 
 Samples = tuple[Any, Any, Any]  # x, y, sample_weight: trees of arrays, or None
 
@@ -52,6 +53,11 @@ def is_tf_dataset(value: Any) -> bool:
 def is_py_dataset(value: Any) -> bool:
     """Whether it is a `keras.utils.PyDataset` or behaves like one."""
     return hasattr(value, "__getitem__") and hasattr(value, "num_batches")
+
+
+def is_pipeline(value: Any) -> bool:
+    """Whether it gives batches, rather than being the arrays."""
+    return is_tf_dataset(value) or is_py_dataset(value)
 
 
 def first_samples(x: Any, y: Any = None, sample_weight: Any = None, *, count: int, is_batched: bool = True) -> Samples:
@@ -109,7 +115,7 @@ def _with_validation_split(given: dict[str, Any]) -> dict[str, Any]:
     if not share or given.get("validation_data") is not None:
         return given
     x, y, sample_weight = resolve(given.get("x"), given.get("y"), given.get("sample_weight"))
-    if is_tf_dataset(x) or is_py_dataset(x):
+    if is_pipeline(x):
         raise DataError(
             f"Received validation_split={share} with x of type {type(x).__name__}.",
             "arrays, where validation_split is used.",
@@ -125,10 +131,12 @@ def _with_validation_split(given: dict[str, Any]) -> dict[str, Any]:
 def _with_training_batches(model: Any, given: dict[str, Any], batch_size: int) -> dict[str, Any]:
     given.pop("batch_size", None)
     x, y, sample_weight = resolve(given.pop("x", None), given.pop("y", None), given.pop("sample_weight", None))
-    source = _batches(
-        model, x, y, sample_weight, batch_size, given.pop("shuffle", True), given.pop("class_weight", None)
-    )
-    return {**given, **source}
+    shuffle, class_weight = given.pop("shuffle", True), given.pop("class_weight", None)
+    if is_pipeline(x):
+        return {**given, "x": _rebatched(model, x, batch_size), "class_weight": class_weight, "shuffle": shuffle}
+    _number_of_rows(x)
+    options = {"batch_size": batch_size, "shuffle": shuffle, "class_weight": class_weight}
+    return {**given, **training_arguments(model, x, y, sample_weight, **options)}
 
 
 def _with_validation_batches(model: Any, given: dict[str, Any], batch_size: int) -> dict[str, Any]:
@@ -139,32 +147,19 @@ def _with_validation_batches(model: Any, given: dict[str, Any], batch_size: int)
     if is_data_function(validation_data):
         validation_data = validation_data()
     parts = validation_data if isinstance(validation_data, (tuple, list)) else (validation_data,)
-    source = _batches(model, *resolve(*parts), batch_size, False, None)
-    return {**given, "validation_data": source["x"]}
-
-
-def _batches(
-    model: Any,
-    x: Any,
-    y: Any,
-    sample_weight: Any,
-    batch_size: int,
-    shuffle: Any,
-    class_weight: Any,
-) -> dict[str, Any]:
-    """Arguments of `fit` that give batches of `batch_size` samples."""
-    from accumtune.memory.feeding import batch_source
-
-    if is_tf_dataset(x):
-        dataset = x.rebatch(batch_size) if has_batches(model, x) else x.batch(batch_size)
-        return {"x": dataset, "class_weight": class_weight, "shuffle": False}
-    if is_py_dataset(x):
-        from accumtune.trials.rebatch import RebatchedDataset
-
-        return {"x": RebatchedDataset(x, batch_size), "class_weight": class_weight, "shuffle": shuffle}
+    x, y, sample_weight = resolve(*parts)
+    if is_pipeline(x):
+        return {**given, "validation_data": _rebatched(model, x, batch_size)}
     _number_of_rows(x)
-    source = batch_source(x, y, sample_weight, batch_size=batch_size, shuffle=shuffle, class_weight=class_weight)
-    return {"x": source, "shuffle": False}  # it is shuffled, and weighted, already
+    return {**given, "validation_data": batch_source(x, y, sample_weight, batch_size=batch_size)}
+
+
+def _rebatched(model: Any, pipeline: Any, batch_size: int) -> Any:
+    if is_tf_dataset(pipeline):
+        return pipeline.rebatch(batch_size) if has_batches(model, pipeline) else pipeline.batch(batch_size)
+    from accumtune.trials.rebatch import RebatchedDataset
+
+    return RebatchedDataset(pipeline, batch_size)
 
 
 def has_batches(model: Any, dataset: Any) -> bool:

@@ -13,7 +13,9 @@ import numpy as np
 _ADDRESS = re.compile(r"0x[0-9a-f]+")
 
 
-def describe_model(model: Any, sample: Any, device: str, hyperparameters: Mapping[str, Any]) -> dict[str, Any]:
+def describe_model(
+    model: Any, sample: Any, device: str, hyperparameters: Mapping[str, Any], *, is_pipeline: bool = False
+) -> dict[str, Any]:
     """What the search must know about a model before it trains.
 
     Args:
@@ -21,6 +23,7 @@ def describe_model(model: Any, sample: Any, device: str, hyperparameters: Mappin
         sample: one sample, `(x, y, sample_weight)`.
         device: where it will run.
         hyperparameters: the values it was built with.
+        is_pipeline: whether training gets whole batches, or takes rows from arrays.
 
     Returns:
         `signature` (32 hexadecimal digits), `device`, `static_bytes` (trainable parameters: less than any training
@@ -37,6 +40,7 @@ def describe_model(model: Any, sample: Any, device: str, hyperparameters: Mappin
         "loss": _plain(model.loss),
         "jit_compile": bool(model.jit_compile),
         "sample": _shapes(sample),
+        "is_pipeline": is_pipeline,
         "policy": keras.config.dtype_policy().name,
         "backend": keras.config.backend(),
         "keras": keras.__version__,

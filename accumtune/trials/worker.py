@@ -93,8 +93,8 @@ def inspect(directory: TaskDirectory, payload: str, hyperparameters: dict[str, A
     content = load_payload(Path(payload))
     device = open_device()
     model = content["hypermodel"].build_plain(_hyperparameters(hyperparameters))
-    sample = _samples(model, content)(1)
-    return describe_model(model, sample, device.name, hyperparameters["values"])
+    samples, is_pipeline = _samples(model, content)
+    return describe_model(model, samples(1), device.name, hyperparameters["values"], is_pipeline=is_pipeline)
 
 
 def probe(
@@ -112,11 +112,13 @@ def probe(
     content = load_payload(Path(payload))
     device = open_device(budget_bytes=memory_budget_bytes)
     model = content["hypermodel"].build_plain(_hyperparameters(hyperparameters))
+    samples, is_pipeline = _samples(model, content)
     measurements = probes.probe(
         model,
-        _samples(model, content),
+        samples,
         micro_batch_size=micro_batch_size,
         accumulation_steps=tuple(accumulation_steps),
+        is_pipeline=is_pipeline,
         device=device,
     )
     return {"measurements": [measurement.to_dict() for measurement in measurements], "device": device.name}
@@ -205,12 +207,17 @@ _TASKS: dict[str, Callable[..., dict[str, Any]]] = {
 }
 
 
-def _samples(model: Any, content: dict[str, Any]) -> Callable[[int], Any]:
-    from accumtune.trials.data import first_samples, has_batches, input_arguments, is_tf_dataset, resolve
+def _samples(model: Any, content: dict[str, Any]) -> tuple[Callable[[int], Any], bool]:
+    """What gives the first samples of the training data, and whether training will get these as batches."""
+    from accumtune.trials import data
 
-    x, y, sample_weight = resolve(*input_arguments(content["fit_args"], content["fit_kwargs"]))
-    is_batched = not is_tf_dataset(x) or has_batches(model, x)
-    return lambda count: first_samples(x, y, sample_weight, count=count, is_batched=is_batched)
+    x, y, sample_weight = data.resolve(*data.input_arguments(content["fit_args"], content["fit_kwargs"]))
+    is_batched = not data.is_tf_dataset(x) or data.has_batches(model, x)
+
+    def first(count: int) -> Any:
+        return data.first_samples(x, y, sample_weight, count=count, is_batched=is_batched)
+
+    return first, data.is_pipeline(x)
 
 
 def _hyperparameters(config: dict[str, Any]) -> Any:
