@@ -77,6 +77,24 @@ def dump(address, tmp_path):
     return re.sub(r"\s+", " ", html.unescape(re.sub(r"<[^>]+>", " ", without_scripts)))
 
 
+def screenshot(address, tmp_path, file, size="1700,1100"):
+    subprocess.run(
+        [
+            CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--no-first-run",
+            f"--user-data-dir={tmp_path / 'chromium'}", f"--window-size={size}", "--virtual-time-budget=30000",
+            f"--screenshot={file}", address,
+        ],
+        capture_output=True, timeout=180, check=True,
+    )  # fmt: skip
+
+
+def parent_of(folder):
+    client = mlflow.MlflowClient(tracking_uri=f"sqlite:///{folder}/mlruns/mlflow.db")
+    experiment = client.get_experiment_by_name("digits")
+    (parent,) = client.search_runs([experiment.experiment_id], "tags.`mlflow.runName` = 'digits'")
+    return experiment.experiment_id, parent.info.run_id
+
+
 def printed_address(digits, server):
     _, output = digits
     address = re.search(r"then open (\S+)", output)[1]
@@ -100,11 +118,28 @@ def test_charts_are_set_up(digits, server, tmp_path):
 
 
 def test_the_page_of_the_search_begins_with_the_answer(digits, server, tmp_path):
-    folder, _ = digits
-    client = mlflow.MlflowClient(tracking_uri=f"sqlite:///{folder}/mlruns/mlflow.db")
-    experiment = client.get_experiment_by_name("digits")
-    (parent,) = client.search_runs([experiment.experiment_id], "tags.`mlflow.runName` = 'digits'")
-    address = f"{server}/#/experiments/{experiment.experiment_id}/runs/{parent.info.run_id}"
-    page = look(address, tmp_path, "Train with micro-batch", "Runners-up")
+    experiment, parent = parent_of(digits[0])
+    page = look(f"{server}/#/experiments/{experiment}/runs/{parent}", tmp_path, "Train with micro-batch", "Runners-up")
     assert page.index("Train with micro-batch") < page.index("Runners-up")
-    assert "accumtune.load_config" in page
+    for words in ("accumtune.load_config", "Why:", "Memory budget:", "Proposals:", "3 trained", "Advice:"):
+        assert words in page, words
+
+
+def test_the_pictures_are_on_the_page_of_the_search(digits, server, tmp_path):
+    experiment, parent = parent_of(digits[0])
+    address = f"{server}/#/experiments/{experiment}/runs/{parent}/artifacts"
+    pictures = ("pareto.html", "pareto.png", "memory.png", "throughput.png", "effective_batch.png")
+    page = look(address, tmp_path, *pictures, "best_config.json", "candidates.csv")
+    assert [name for name in pictures if name not in page] == []
+    for name in pictures:
+        with urllib.request.urlopen(f"{server}/get-artifact?path={name}&run_uuid={parent}", timeout=30) as answer:
+            assert len(answer.read()) > 10_000, name
+
+
+def test_the_interactive_picture_draws_without_a_network(digits, tmp_path):
+    """As the file that it is: nothing but the file is there to load."""
+    page = digits[0] / "mlruns" / "searches" / "digits" / "report" / "pareto.html"
+    shown = dump(f"file://{page}", tmp_path)
+    for words in ("peak memory (MiB)", "samples per second", "budget 8.0 MiB", "best val_loss (lower is better)"):
+        assert words in shown, words
+    assert "effective batch" in shown and shown.count(" × ") >= 3
