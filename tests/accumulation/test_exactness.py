@@ -7,6 +7,7 @@ from equality import (
     BACKEND,
     EFFECTIVE,
     FLOAT32,
+    FLOAT64,
     SAMPLES,
     assert_exact,
     assert_same_training,
@@ -17,6 +18,7 @@ from equality import (
     weights_with_empty_micro_batches,
 )
 from keras.src.backend import set_keras_mask
+from keras.src.backend.common import dtypes
 
 REDUCTIONS = ("sum", "sum_over_batch_size", "mean_with_sample_weight")  # "mean" is another name of the second
 EVEN = 16  # where the last, ragged batch is not what is tested: fewer shapes to compile
@@ -39,6 +41,14 @@ def test_float32():
     keras.config.set_floatx("float32")
     keras.config.set_dtype_policy("float32")
     assert_exact(dense(metrics=["mae"]), regression(), [3], tolerance=FLOAT32, epochs=4)
+
+
+def test_float64_as_keras_has_it(monkeypatch):
+    """On JAX and torch much of it is float32 (see conftest.py): a sum over a batch differs by how it is grouped."""
+    if BACKEND != "tensorflow":
+        monkeypatch.setitem(dtypes.BIT64_TO_BIT32_DTYPE, "float64", "float32")
+    tolerance = {"tensorflow": FLOAT64, "jax": FLOAT64, "torch": 3e-7}[BACKEND]
+    assert_exact(dense(metrics=["mae"]), regression(), [3], tolerance)
 
 
 @pytest.mark.parametrize("weighted", [False, True])
@@ -257,8 +267,6 @@ OPTIMIZERS = (
 def test_every_optimizer(name):
     if not hasattr(keras.optimizers, name):
         pytest.skip(f"this Keras has no {name}")
-    # Divisions by tiny second moments enlarge rounding; Lion and Muon enlarge it by design.
-    tolerance = {"tensorflow": 1e-9, "jax": 1e-5, "torch": 1e-5}[BACKEND]
 
     def build():
         model = dense(optimizer=lambda: getattr(keras.optimizers, name)(0.01))()
@@ -267,7 +275,7 @@ def test_every_optimizer(name):
         return model
 
     plain = train(build, regression(EVEN))
-    assert_same_training(train(build, regression(EVEN), micro_batch_size=3), plain, tolerance)
+    assert_same_training(train(build, regression(EVEN), micro_batch_size=3), plain)
 
 
 def test_every_optimizer_is_in_the_table():
