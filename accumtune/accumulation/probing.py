@@ -9,14 +9,16 @@ import numpy as np
 
 UNKNOWN = "could not be tried out, and may depend on which samples share a micro-batch."
 NO_MEAN = "gives one number per micro-batch that is not a mean over samples."
+NO_SUM = "gives one number per micro-batch that is not a sum over samples."
 NOT_ALONE = "gives each sample a value that depends on the others in its micro-batch."
 
 
-def why_coupled(values: Callable[[Any, Any], Any]) -> str:
+def why_coupled(values: Callable[[Any, Any], Any], is_sum: bool = False) -> str:
     """Why the losses of micro-batches do not make the loss of their batch; "" where they do.
 
     Args:
         values: `(y_true, y_pred)` to losses: one per sample (or finer), or one number.
+        is_sum: whether the numbers of micro-batches are added up, not averaged.
     """
     for y_true, y_pred in _four_samples():
         try:
@@ -24,8 +26,9 @@ def why_coupled(values: Callable[[Any, Any], Any]) -> str:
         except Exception:  # a user's function may want other shapes or labels; it is asked with the next ones
             continue
         if whole.ndim == 0:
-            halves, uneven = np.mean(parts[:2]), np.dot([0.25, 0.75], parts[2:])
-            return "" if _equal(whole, halves) and _equal(whole, uneven) else NO_MEAN
+            weights = [[1, 1], [1, 1]] if is_sum else [[0.5, 0.5], [0.25, 0.75]]
+            halves, uneven = np.dot(weights[0], parts[:2]), np.dot(weights[1], parts[2:])
+            return "" if _equal(whole, halves) and _equal(whole, uneven) else NO_SUM if is_sum else NO_MEAN
         together = np.concatenate(parts[:2])
         return "" if together.shape == whole.shape and _equal(whole, together) else NOT_ALONE
     return UNKNOWN

@@ -1,4 +1,4 @@
-"""The public functions: what they take, refuse, report, and what a saved model is."""
+"""The public functions: what they take and refuse, and what a saved model is."""
 
 import pickle
 import subprocess
@@ -14,7 +14,6 @@ from accumtune.accumulation import (
     Accumulation,
     accumulate,
     accumulation_of,
-    batch_coupled_layers,
     stop_accumulating,
 )
 from accumtune.errors import BatchSizeError, CustomTrainStepError, ModelError, UncompiledModelError
@@ -109,81 +108,3 @@ def test_copies_are_plain():
         assert accumulation_of(copy) is None
         assert not {"fit", "make_train_function"} & vars(copy).keys()
     assert "train_function" not in str(model.get_config())
-
-
-# What cannot be exact is reported
-
-
-def in_batch(y_true, y_pred):
-    similarity = keras.ops.matmul(y_pred, keras.ops.transpose(y_pred))
-    return -keras.ops.diagonal(keras.ops.log_softmax(similarity))
-
-
-def batch_sum(y_true, y_pred):
-    return keras.ops.sum(keras.ops.abs(y_true - y_pred))
-
-
-def batch_mean(y_true, y_pred):
-    return keras.ops.mean(keras.ops.abs(y_true - y_pred))
-
-
-def sample_values(y_true, y_pred):
-    return keras.ops.sum(keras.ops.abs(y_true - y_pred), axis=-1)
-
-
-def class_values(y_true, y_pred):
-    return -keras.ops.sum(keras.ops.log(y_pred) * keras.ops.one_hot(y_true, keras.ops.shape(y_pred)[-1]), axis=-1)
-
-
-class InBatchLoss(keras.losses.Loss):
-    def call(self, y_true, y_pred):
-        return in_batch(y_true, y_pred)
-
-
-class AddsLoss(keras.layers.Layer):
-    def call(self, inputs):
-        self.add_loss(keras.ops.sum(inputs))
-        return inputs
-
-
-class OwnLoss(keras.Model):
-    def compute_loss(self, *args, **kwargs):
-        return super().compute_loss(*args, **kwargs)
-
-
-@pytest.mark.parametrize("loss", ["mse", batch_mean, sample_values, class_values, keras.losses.Dice(axis=-1)])
-def test_what_is_exact_is_not_reported(loss):
-    layers = [keras.layers.LayerNormalization(), keras.layers.Dropout(0.1), keras.layers.GroupNormalization(1)]
-    assert batch_coupled_layers(dense(loss, layers=layers)()) == []
-
-
-@pytest.mark.parametrize(
-    "loss", [in_batch, batch_sum, InBatchLoss(), keras.losses.Dice(), keras.losses.Tversky(), keras.losses.Circle()]
-)
-def test_losses_that_look_at_the_whole_micro_batch(loss):
-    model = dense(loss)()
-    assert len(batch_coupled_layers(model)) == 1
-    if loss is in_batch:
-        model.fit(**regression(), batch_size=8, verbose=0)  # built losses are found too
-        assert [item.name for item in batch_coupled_layers(model)] == ["in_batch"]
-
-
-@pytest.mark.parametrize(
-    "layer",
-    [keras.layers.BatchNormalization, lambda: keras.layers.SpectralNormalization(keras.layers.Dense(2)), AddsLoss],
-)
-def test_layers_that_look_at_the_whole_micro_batch(layer):
-    model = dense(layers=[layer()])()
-    (found,) = batch_coupled_layers(model)
-    assert found.name == model.layers[1].name and found.reason and found.kind in str(found)
-
-
-def test_frozen_normalization_is_not_coupled():
-    model = dense(layers=[keras.layers.BatchNormalization(trainable=False)])()
-    assert batch_coupled_layers(model) == []
-
-
-def test_own_compute_loss_is_reported():
-    model = OwnLoss(*[(inputs := keras.Input((2,))), keras.layers.Dense(1)(inputs)])
-    model.compile("sgd", "mse")
-    assert [item.kind for item in batch_coupled_layers(model)] == ["OwnLoss"]

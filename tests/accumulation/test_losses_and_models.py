@@ -1,0 +1,246 @@
+"""Kinds of losses and models: every loss of Keras, losses of a user, and layers that are more than a matrix."""
+
+import keras
+import numpy as np
+import pytest
+from equality import (
+    EFFECTIVE,
+    FLOAT32,
+    FLOAT64,
+    SAMPLES,
+    assert_exact,
+    assert_same_training,
+    numbers,
+    regression,
+    train,
+)
+from keras import layers, losses, ops
+from keras.src.backend import set_keras_mask
+
+from accumtune.accumulation import batch_coupled_layers
+
+
+def assert_same_after_one_window(build, data, tolerance=FLOAT64):
+    """One window of 3 + 3 + 2 samples: fewer shapes to compile than `assert_exact` has."""
+    data = keras.tree.map_structure(lambda array: array[:EFFECTIVE], data)
+    plain = train(build, data, epochs=1)
+    assert_same_training(train(build, data, micro_batch_size=3, epochs=1), plain, tolerance)
+    assert batch_coupled_layers(plain.model) == []
+
+
+def positive(*shape):
+    return np.random.default_rng(3).uniform(0.1, 0.9, shape)
+
+
+SIGNS = np.sign(positive(SAMPLES, 3) - 0.5)
+CLASSES = np.arange(SAMPLES) % 3
+ONE_HOT = np.eye(3)[CLASSES]
+
+# Arguments of the loss, the activation of the outputs, the targets.
+LOSSES = {
+    "BinaryCrossentropy": ({"label_smoothing": 0.1}, "sigmoid", ONE_HOT),
+    "BinaryFocalCrossentropy": ({"apply_class_balancing": True}, "sigmoid", ONE_HOT),
+    "CategoricalCrossentropy": ({"label_smoothing": 0.1}, "softmax", ONE_HOT),
+    "CategoricalFocalCrossentropy": ({}, "softmax", ONE_HOT),
+    "CategoricalGeneralizedCrossEntropy": ({}, "softmax", CLASSES),
+    "CategoricalHinge": ({}, None, ONE_HOT),
+    "CosineSimilarity": ({}, None, positive(SAMPLES, 3)),
+    "Dice": ({"axis": -1}, "softmax", ONE_HOT),
+    "Hinge": ({}, "tanh", SIGNS),
+    "Huber": ({"delta": 0.3}, None, positive(SAMPLES, 3)),
+    "KLDivergence": ({}, "softmax", positive(SAMPLES, 3)),
+    "LogCosh": ({}, None, positive(SAMPLES, 3)),
+    "MeanAbsoluteError": ({}, None, positive(SAMPLES, 3)),
+    "MeanAbsolutePercentageError": ({}, "softplus", positive(SAMPLES, 3)),
+    "MeanSquaredError": ({}, None, positive(SAMPLES, 3)),
+    "MeanSquaredLogarithmicError": ({}, "softplus", positive(SAMPLES, 3)),
+    "Poisson": ({}, "softplus", positive(SAMPLES, 3)),
+    "SparseCategoricalCrossentropy": ({}, "softmax", CLASSES),
+    "SquaredHinge": ({}, "tanh", SIGNS),
+    "Tversky": ({"axis": (1,)}, "softmax", ONE_HOT),
+}
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_every_loss(name):
+    if not hasattr(losses, name):
+        pytest.skip(f"this Keras has no {name}")
+    arguments, activation, y = LOSSES[name]
+
+    def build():
+        model = keras.Sequential([keras.Input((4,)), layers.Dense(3, activation=activation)])
+        model.compile(keras.optimizers.SGD(0.05), getattr(losses, name)(**arguments))
+        return model
+
+    assert_same_after_one_window(build, {"x": numbers(SAMPLES, 4), "y": y})
+
+
+def test_ctc():
+    def build():
+        model = keras.Sequential([keras.Input((6, 4)), layers.Dense(5)])
+        model.compile(keras.optimizers.SGD(0.05), losses.CTC())
+        return model
+
+    labels = np.random.default_rng(0).integers(1, 5, (SAMPLES, 3))
+    assert_same_after_one_window(build, {"x": numbers(SAMPLES, 6, 4), "y": labels})
+
+
+def test_every_loss_is_in_the_table():
+    """But the base class, CTC (above) and Circle, which compares samples."""
+    names = {name for name, value in vars(losses).items() if isinstance(value, type)}
+    assert names - {"Loss", "CTC", "Circle"} <= set(LOSSES)
+
+
+# Losses of a user
+
+
+class Tokens(losses.Loss):
+    """A value for each number of an output: finer than one per sample."""
+
+    def call(self, y_true, y_pred):
+        return ops.square(y_true - y_pred)
+
+
+class OwnMask(losses.Loss):
+    """Leaves out samples, few in one micro-batch and many in another."""
+
+    def call(self, y_true, y_pred):
+        values = ops.mean(ops.square(y_true - y_pred), axis=-1)
+        set_keras_mask(values, y_true[:, 0] > 0.3)
+        return values
+
+
+class ScalarSum(losses.Loss):
+    """One number per batch; as a sum it is exact."""
+
+    def call(self, y_true, y_pred):
+        return ops.sum(ops.square(y_true - y_pred))
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [Tokens, lambda: Tokens(reduction="mean_with_sample_weight"), OwnMask, lambda: ScalarSum(reduction="sum")],
+    ids=["tokens", "tokens-by-weight", "own-mask", "scalar-sum"],
+)
+def test_losses_of_a_user(loss):
+    def build():
+        model = keras.Sequential([keras.Input((4,)), layers.Dense(2)])
+        model.compile(keras.optimizers.SGD(0.05), loss())
+        return model
+
+    weights = {"sample_weight": positive(SAMPLES, 2)} if isinstance(loss(), Tokens) else {}
+    assert_exact(build, regression(**weights))
+    assert batch_coupled_layers(build()) == []
+
+
+def test_metrics_see_every_sample_once():
+    def build():
+        model = keras.Sequential([keras.Input((4,)), layers.Dense(1, activation="sigmoid")])
+        metrics = ["AUC", keras.metrics.Precision(name="precision"), keras.metrics.F1Score(threshold=0.5)]
+        model.compile(keras.optimizers.SGD(0.05), "binary_crossentropy", metrics=metrics, weighted_metrics=["mae"])
+        return model
+
+    data = {"x": numbers(SAMPLES, 4), "y": np.round(positive(SAMPLES, 1)), "sample_weight": positive(SAMPLES)}
+    assert_exact(build, data)
+
+
+# Models
+
+
+def functional(body, shape=(4,)):
+    def build():
+        inputs = keras.Input(shape)
+        outputs = layers.Dense(2)(layers.Flatten()(body(inputs)))
+        model = keras.Model(inputs, outputs)
+        model.compile(keras.optimizers.SGD(0.05, momentum=0.9), "mse")
+        return model
+
+    return build
+
+
+def nested_and_shared(inputs):
+    shared = layers.Dense(4, activation="tanh")
+    block = keras.Sequential([keras.Input((4,)), layers.Dense(3, activation="relu"), layers.Dense(4)])
+    return shared(block(shared(inputs))) + ops.tanh(block(inputs))
+
+
+class DrawsNumbers(layers.Layer):
+    """Has seeds of its own, and a constant that is no weight to train."""
+
+    def build(self, shape):
+        self.seeds = keras.random.SeedGenerator(1)
+        self.constant = self.add_weight(shape=(shape[-1],), initializer="ones", trainable=False)
+
+    def call(self, inputs, training=None):
+        noise = keras.random.normal(ops.shape(inputs), seed=self.seeds) if training else 0.0
+        return inputs * self.constant + 0.0 * noise
+
+
+VECTORS = {
+    "nested-and-shared": nested_and_shared,
+    "lambda": lambda x: layers.Lambda(lambda t: t * t)(layers.Dense(3)(x)),
+    "group-normalization": lambda x: layers.GroupNormalization(1)(layers.Dense(3)(x)),
+    "rms-normalization": lambda x: layers.RMSNormalization()(layers.Dense(3)(x)),
+    "unit-normalization": lambda x: layers.UnitNormalization()(layers.Dense(3)(x)),
+    "frozen-batch-normalization": lambda x: layers.BatchNormalization(trainable=False)(layers.Dense(3)(x)),
+    "seeds-and-constants": lambda x: DrawsNumbers()(layers.Dense(3)(x)),
+}
+SEQUENCES = {
+    "attention": lambda x: layers.MultiHeadAttention(2, 3)(x, x),
+    "lstm": lambda x: layers.Bidirectional(layers.LSTM(2))(x),
+    "time-distributed": lambda x: layers.TimeDistributed(layers.Dense(3))(x),
+    "convolution": lambda x: layers.SeparableConv1D(3, 2)(x),
+}
+
+
+@pytest.mark.parametrize("name", [*VECTORS, *SEQUENCES])
+def test_layers(name):
+    if name in VECTORS:
+        build, x = functional(VECTORS[name]), numbers(SAMPLES, 4)
+    else:
+        build, x = functional(SEQUENCES[name], (5, 4)), numbers(SAMPLES, 5, 4)
+    assert_same_after_one_window(build, {"x": x, "y": numbers(SAMPLES, 2, seed=1)})
+
+
+def test_low_rank_adaptation():
+    """Frozen kernels beside small trainable ones, made after the model; Keras has them in float32."""
+
+    def build():
+        model = functional(lambda x: layers.Dense(4, name="adapted")(x))()
+        model.get_layer("adapted").enable_lora(2)
+        model.compile(keras.optimizers.SGD(0.05), "mse")
+        return model
+
+    assert_same_after_one_window(build, regression(), FLOAT32)
+
+
+def test_lists_of_inputs_and_outputs_of_which_one_has_no_loss():
+    def build():
+        inputs = [keras.Input((4,)), keras.Input((4,))]
+        both = layers.Concatenate()(inputs)
+        model = keras.Model(inputs, [layers.Dense(2)(both), layers.Dense(1)(both)])
+        model.compile(keras.optimizers.SGD(0.05), ["mse", None])
+        return model
+
+    data = regression()
+    assert_same_after_one_window(build, {"x": [data["x"], 2 * data["x"]], "y": [data["y"], data["y"][:, :1]]})
+
+
+class DictionaryModel(keras.Model):
+    def __init__(self):
+        super().__init__()
+        self.hidden, self.out = layers.Dense(3), layers.Dense(2)
+
+    def call(self, inputs):
+        return {"one": self.out(self.hidden(inputs["p"])), "other": self.hidden(inputs["q"])}
+
+
+def test_a_subclassed_model_of_dictionaries():
+    def build():
+        model = DictionaryModel()
+        model.compile(keras.optimizers.SGD(0.05), {"one": "mse", "other": "mae"}, loss_weights={"one": 2, "other": 1})
+        return model
+
+    x = numbers(SAMPLES, 4)
+    y = {"one": numbers(SAMPLES, 2, seed=1), "other": numbers(SAMPLES, 3, seed=2)}
+    assert_same_after_one_window(build, {"x": {"p": x, "q": 2 * x}, "y": y})
