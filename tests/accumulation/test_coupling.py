@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 from equality import dense, largest_difference, regression, train
 from keras import layers, ops
+from promises import holds
 
 from accumtune.accumulation import batch_coupled_layers
 
@@ -55,6 +56,7 @@ def test_what_is_exact_is_not_reported(loss):
 @pytest.mark.parametrize(
     "loss", [in_batch, batch_sum, InBatchLoss(), keras.losses.Dice(), keras.losses.Tversky(), keras.losses.Circle()]
 )
+@holds("losses that compare samples, or are one ratio over the batch")
 def test_losses_that_look_at_the_whole_micro_batch(loss):
     model = dense(loss)()
     assert len(batch_coupled_layers(model)) == 1
@@ -67,6 +69,7 @@ def test_losses_that_look_at_the_whole_micro_batch(loss):
     "layer",
     [layers.BatchNormalization, lambda: layers.SpectralNormalization(layers.Dense(2)), AddsLoss],
 )
+@holds("BatchNormalization and SpectralNormalization work on each micro-batch by itself")
 def test_layers_that_look_at_the_whole_micro_batch(layer):
     model = dense(layers=[layer()])()
     (found,) = batch_coupled_layers(model)
@@ -78,6 +81,7 @@ def test_frozen_normalization_is_not_coupled():
     assert batch_coupled_layers(model) == []
 
 
+@holds("what a layer or a `compute_loss` of your own adds, where it is no mean over samples")
 def test_own_compute_loss_is_reported():
     model = OwnLoss(*[(inputs := keras.Input((2,))), layers.Dense(1)(inputs)])
     model.compile("sgd", "mse")
@@ -145,6 +149,7 @@ COUPLED = {
 
 
 @pytest.mark.parametrize("kind", COUPLED)
+@holds("layers, Lambdas and models of your own that mix samples, or whose forward pass moves variables")
 def test_layers_that_mix_samples(kind):
     """Each is found, and each would make another training."""
 
@@ -181,6 +186,7 @@ def test_layers_that_do_not_mix_samples(body):
     assert batch_coupled_layers(functional(body)) == []
 
 
+@holds("layers, Lambdas and models of your own that mix samples, or whose forward pass moves variables")
 def test_a_model_that_mixes_samples_in_its_own_call():
     model = CentersItself()
     model.compile("sgd", "mse")
@@ -188,12 +194,14 @@ def test_a_model_that_mixes_samples_in_its_own_call():
     assert [item.kind for item in batch_coupled_layers(model)] == ["CentersItself"]
 
 
+@holds("recurrent layers with `stateful=True` carry their state from micro-batch to micro-batch")
 def test_recurrent_layers_that_carry_their_state():
     model = keras.Sequential([keras.Input((5, 4), batch_size=3), layers.LSTM(2, stateful=True), layers.Dense(1)])
     model.compile("sgd", "mse")
     assert [item.kind for item in batch_coupled_layers(model)] == ["LSTM"]
 
 
+@holds("losses that compare samples, or are one ratio over the batch")
 def test_losses_along_the_axis_of_the_samples():
     for loss in (keras.losses.CosineSimilarity(axis=0), keras.losses.Dice(axis=(0, 1))):
         assert len(batch_coupled_layers(dense(loss)())) == 1

@@ -19,18 +19,21 @@ from equality import (
 )
 from keras.src.backend import set_keras_mask
 from keras.src.backend.common import dtypes
+from promises import holds
 
 REDUCTIONS = ("sum", "sum_over_batch_size", "mean_with_sample_weight")  # "mean" is another name of the second
 EVEN = 16  # where the last, ragged batch is not what is tested: fewer shapes to compile
 
 
 @pytest.mark.parametrize("micro_batch_size", [1, 3, 4, 8, 9])
+@holds("micro-batches of any size, the ragged last window included")
 def test_micro_batches_of_any_size(micro_batch_size):
     """Divides the batch or not, equals it, exceeds it."""
     assert_exact(dense(metrics=["mae"]), regression(), [micro_batch_size])
 
 
 @pytest.mark.parametrize("accumulation_steps", [1, 2, 3, 30])
+@holds("`accumulation_steps` over batched pipelines, the incomplete last window included")
 def test_accumulation_steps_of_any_number(accumulation_steps):
     plain = train(dense(), regression(), batch_size=3 * accumulation_steps)
     joined = train(dense(), regression(), batch_size=3, accumulation_steps=accumulation_steps)
@@ -53,14 +56,14 @@ def test_float64_as_keras_has_it(monkeypatch):
 
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("reduction", REDUCTIONS)
+@holds("sample weights, class weights, every reduction of a loss")
 def test_reductions(reduction, weighted):
     data = regression(sample_weight=weights_with_empty_micro_batches()) if weighted else regression()
     optimizer = lambda: keras.optimizers.SGD(0.02)  # noqa: E731
-    assert_exact(
-        dense(keras.losses.MeanSquaredError(reduction=reduction), optimizer, weighted_metrics=["mae"]), data
-    )
+    assert_exact(dense(keras.losses.MeanSquaredError(reduction=reduction), optimizer, weighted_metrics=["mae"]), data)
 
 
+@holds("sample weights, class weights, every reduction of a loss")
 def test_class_weights():
     labels = np.random.default_rng(3).integers(0, 2, SAMPLES)
     data = {"x": numbers(SAMPLES, 4), "y": labels, "class_weight": {0: 0.3, 1: 2.0}}
@@ -93,6 +96,7 @@ def embedding_model(reduction="sum_over_batch_size"):
 
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("reduction", REDUCTIONS)
+@holds("masks, with unequal numbers of valid entries")
 def test_masked_sequences(reduction, weighted):
     data = {"x": sequences(), "y": numbers(SAMPLES, 5, 2)}
     if weighted:
@@ -100,6 +104,7 @@ def test_masked_sequences(reduction, weighted):
     assert_exact(embedding_model(reduction), data)
 
 
+@holds("masks, with unequal numbers of valid entries")
 def test_masking_layer_before_a_recurrent_one():
     def build():
         layers = [keras.layers.Masking(), keras.layers.SimpleRNN(3, return_sequences=True), keras.layers.Dense(1)]
@@ -111,6 +116,7 @@ def test_masking_layer_before_a_recurrent_one():
     assert_exact(build, {"x": x, "y": numbers(SAMPLES, 5, 1)})
 
 
+@holds("masks, with unequal numbers of valid entries")
 def test_a_loss_that_masks_its_own_values():
     def build():
         model = keras.Sequential([keras.Input((5, 2)), keras.layers.Dense(3)])
@@ -130,6 +136,7 @@ class ExplicitMask(keras.layers.Layer):
         return outputs
 
 
+@holds("masks, with unequal numbers of valid entries")
 def test_a_mask_set_by_hand():
     def build():
         model = keras.Sequential([keras.Input((5, 2)), keras.layers.Dense(2), ExplicitMask()])
@@ -165,22 +172,19 @@ def test_micro_batches_padded_to_different_lengths_count_by_their_tokens():
 # Several outputs
 
 
+@holds("several inputs and outputs, each with its own loss, loss weight and mask")
 def test_outputs_with_their_own_losses_weights_and_masks():
     def build():
         tokens, other = keras.Input((5,), dtype="int32", name="tokens"), keras.Input((4,), name="other")
         x = keras.layers.Embedding(6, 3, mask_zero=True)(tokens)
         tagged = keras.layers.Dense(2, name="tagged")(x)
-        total = keras.layers.Dense(1, name="total")(
-            keras.layers.Concatenate()([keras.layers.Flatten()(tagged), other])
-        )
+        total = keras.layers.Dense(1, name="total")(keras.layers.Concatenate()([keras.layers.Flatten()(tagged), other]))
         kind = keras.layers.Dense(3, name="kind")(other)
         model = keras.Model({"tokens": tokens, "other": other}, {"tagged": tagged, "total": total, "kind": kind})
         losses = {
             "tagged": "mae",
             "total": keras.losses.MeanSquaredError(reduction="sum"),
-            "kind": keras.losses.SparseCategoricalCrossentropy(
-                from_logits=True, reduction="mean_with_sample_weight"
-            ),
+            "kind": keras.losses.SparseCategoricalCrossentropy(from_logits=True, reduction="mean_with_sample_weight"),
         }
         weights = {"tagged": 0.5, "total": 0.1, "kind": 2.0}
         model.compile(keras.optimizers.SGD(0.05), losses, loss_weights=weights, metrics={"kind": "accuracy"})
@@ -216,6 +220,7 @@ class MeanActivity(keras.layers.Layer):
     ],
     ids=["weight-regularizer", "activity-regularizer", "constraint", "add_loss", "layer-normalization"],
 )
+@holds("regularizers, constraints, and what a layer adds as a mean over samples")
 def test_losses_of_layers(layer):
     def build():
         return dense(layers=[layer()])()
@@ -223,6 +228,7 @@ def test_losses_of_layers(layer):
     assert_exact(build, regression())
 
 
+@holds("regularizers, constraints, and what a layer adds as a mean over samples")
 def test_a_model_that_has_only_losses_of_its_layers():
     def build():
         model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(3), MeanActivity()])
@@ -254,6 +260,7 @@ def schedule():
     ],
     ids="clipnorm clipvalue global_clipnorm schedule ema ema_overwrite weight_decay scale dynamic_scale".split(),
 )
+@holds("clipping, schedules, EMA, weight decay and loss scaling, once per update")
 def test_what_belongs_to_the_update(optimizer):
     assert_exact(dense(optimizer=optimizer), regression(EVEN))
 
@@ -264,6 +271,7 @@ OPTIMIZERS = (
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
+@holds("every optimizer of `keras.optimizers`")
 def test_every_optimizer(name):
     if not hasattr(keras.optimizers, name):
         pytest.skip(f"this Keras has no {name}")
@@ -296,6 +304,7 @@ class Unused(keras.layers.Layer):
 
 
 @pytest.mark.filterwarnings("ignore:Gradients do not exist")
+@holds("frozen variables, unused variables, embeddings")
 def test_unused_and_frozen_variables():
     def build():
         frozen = keras.layers.Dense(4)
@@ -305,6 +314,7 @@ def test_unused_and_frozen_variables():
     assert_exact(build, regression())
 
 
+@holds("gradients of embeddings are dense (plain Adam on TensorFlow squares the slices of a repeated row apart)")
 def test_embeddings_have_dense_gradients_whatever_the_micro_batch():
     """Plain Adam on TensorFlow squares the slices of a repeated row apart; a window does not depend on its parts."""
 
@@ -363,6 +373,7 @@ def test_losses_of_the_user(loss):
 
 
 @pytest.mark.parametrize("how", [{"run_eagerly": True}, {"jit_compile": True}, {"steps_per_execution": 2}])
+@holds("compiled, with XLA, eagerly, several steps per execution")
 def test_ways_to_run(how):
     if "jit_compile" in how and BACKEND == "torch":
         pytest.skip("torch.compile needs a C++ compiler")

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from equality import BACKEND
+from promises import holds
 
 PREPARE = {
     "tensorflow": """
@@ -56,6 +57,7 @@ def run(samples, hows):
 
 
 @pytest.mark.skipif(BACKEND == "torch", reason="Keras on torch has no data parallelism")
+@holds("several devices (`MirroredStrategy`, `DataParallel`)")
 def test_two_devices_train_as_one():
     """Effective batches of 8: 4 on each device, in micro-batches of 3 and 1, of 2, or of 4."""
     run(32, [{"micro_batch_size": 3}, {"micro_batch_size": 8}, {"accumulation_steps": 2, "batch_size": 4}])

@@ -4,6 +4,7 @@ import keras
 import numpy as np
 import pytest
 from equality import BACKEND, FLOAT64, SAMPLES, dense, numbers, regression, train
+from promises import holds
 
 from accumtune.accumulation import accumulate
 
@@ -36,6 +37,7 @@ def statistics(trained):
 
 
 @pytest.mark.parametrize("momentum", [0.9, 0.999])
+@holds("BatchNormalization's moving statistics: those of the effective batch")
 def test_moving_statistics_are_those_of_the_effective_batch(momentum):
     data = {"x": numbers(SAMPLES, 4) * 3 + 50, "y": numbers(SAMPLES, 2)}
     plain = statistics(train(normalizing(momentum=momentum), data))
@@ -78,6 +80,7 @@ def test_a_frozen_normalization_keeps_its_statistics():
 # Dropout
 
 
+@holds("dropout draws a fresh mask per micro-batch, the same ones for the same seed")
 def test_dropout_draws_a_fresh_mask_per_micro_batch_and_the_same_ones_for_a_seed():
     """Four identical samples in micro-batches of one: the gradients differ where the masks do."""
 
@@ -114,6 +117,7 @@ class Sees(keras.layers.Layer):
 # Precision
 
 
+@holds("mixed precision: an overflow anywhere skips the whole update, and gradients are summed in float32")
 def test_one_overflow_in_a_window_skips_the_whole_update():
     keras.config.set_floatx("float32")
     keras.config.set_dtype_policy("mixed_float16")
@@ -146,6 +150,7 @@ class One(keras.layers.Layer):
 
 
 @pytest.mark.parametrize("policy", ["bfloat16", "mixed_bfloat16", "float16"])
+@holds("mixed precision: an overflow anywhere skips the whole update, and gradients are summed in float32")
 def test_gradients_are_summed_in_float32(policy):
     """512 gradients of 1 make 512; a bfloat16 sum would stop at 256, and one of float16 at 2048 of 4096."""
     number = 4096 if policy == "float16" else 512

@@ -6,6 +6,7 @@ import pytest
 from equality import (
     BACKEND,
     EFFECTIVE,
+    FLOAT64,
     SAMPLES,
     assert_exact,
     assert_same_training,
@@ -15,6 +16,7 @@ from equality import (
     regression,
     train,
 )
+from promises import holds
 
 from accumtune.accumulation import accumulate, stop_accumulating
 
@@ -33,15 +35,13 @@ class Batches(keras.utils.PyDataset):
 
 
 def as_dataset(size):
-    import tensorflow as tf
-
+    tf = pytest.importorskip("tensorflow")
     data = regression()
     return tf.data.Dataset.from_tensor_slices((data["x"], data["y"])).batch(size)
 
 
 def as_data_loader(size):
-    import torch
-
+    torch = pytest.importorskip("torch")
     tensors = [torch.tensor(array) for array in regression().values()]
     return torch.utils.data.DataLoader(torch.utils.data.TensorDataset(*tensors), batch_size=size)
 
@@ -53,12 +53,16 @@ def for_ever(size):
             yield batches[index]
 
 
-KINDS = {"PyDataset": Batches, "generator": for_ever}
-KINDS |= {"tf.data.Dataset": as_dataset} if BACKEND == "tensorflow" else {}
-KINDS |= {"torch.DataLoader": as_data_loader} if BACKEND == "torch" else {}
+KINDS = {
+    "PyDataset": Batches,
+    "generator": for_ever,
+    "tf.data.Dataset": as_dataset,
+    "torch.DataLoader": as_data_loader,
+}
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@holds("arrays, `PyDataset`, generators, `tf.data`, torch's `DataLoader`")
 def test_kinds_of_data(kind):
     steps = {"steps_per_epoch": 3} if kind == "generator" else {}
 
@@ -71,6 +75,7 @@ def test_kinds_of_data(kind):
         assert_same_training(run(EFFECTIVE // 2, accumulation_steps=2), plain)
 
 
+@holds("`train_on_batch`, `steps_per_epoch`, `initial_epoch`, validation, callbacks")
 def test_steps_per_epoch_counts_updates():
     joined = train(dense(), {"x": for_ever(4)}, batch_size=None, steps_per_epoch=5, epochs=2, accumulation_steps=3)
     assert joined.updates() == 10
@@ -79,12 +84,14 @@ def test_steps_per_epoch_counts_updates():
 
 
 @pytest.mark.filterwarnings("error:.*ran out of data")
+@holds("`accumulation_steps` over batched pipelines, the incomplete last window included")
 def test_an_incomplete_window_makes_an_update_and_leaves_nothing():
     """21 samples in 6 batches of 4, four to an update: 16 samples, then 5; in every epoch."""
     plain = train(dense(), regression(), batch_size=16, epochs=3)
     assert_same_training(train(dense(), regression(), batch_size=4, accumulation_steps=4, epochs=3), plain)
 
 
+@holds("`train_on_batch`, `steps_per_epoch`, `initial_epoch`, validation, callbacks")
 def test_validation_and_initial_epoch():
     validation = (numbers(5, 4, seed=5), numbers(5, 2, seed=6))
     plain = assert_exact(
@@ -102,6 +109,7 @@ def test_validation_split_and_shuffling():
     assert_same_training(joined, train(dense(), regression(), validation_split=0.3))
 
 
+@holds("`train_on_batch`, `steps_per_epoch`, `initial_epoch`, validation, callbacks")
 def test_train_on_batch():
     def run(size):
         keras.utils.set_random_seed(1)
@@ -112,9 +120,9 @@ def test_train_on_batch():
         return logs, [keras.ops.convert_to_numpy(v) for v in model.variables]
 
     (plain_logs, plain), (logs, ours) = run(None), run(4)
-    np.testing.assert_allclose(logs, plain_logs, rtol=1e-6)
+    np.testing.assert_allclose(logs, plain_logs, rtol=FLOAT64)
     for one, other in zip(ours, plain, strict=True):
-        np.testing.assert_allclose(one, other, rtol=1e-6, atol=1e-6)
+        np.testing.assert_allclose(one, other, rtol=FLOAT64, atol=FLOAT64)
 
 
 # Nothing stale
@@ -132,6 +140,7 @@ def broken_in_the_second_window():
     raise Interrupted
 
 
+@holds("nothing is left of an interrupted window, of a NaN, of an earlier `compile`")
 def test_an_interrupted_window_leaves_nothing_behind():
     """Two windows of two; the second breaks off after its first batch, which was huge."""
     whole = train(dense(), {"x": for_ever(4)}, accumulation_steps=2, batch_size=None, steps_per_epoch=1, epochs=1)
@@ -149,6 +158,7 @@ def test_an_interrupted_window_leaves_nothing_behind():
             )
 
 
+@holds("nothing is left of an interrupted window, of a NaN, of an earlier `compile`")
 def test_a_window_of_nan_is_gone_with_the_next():
     model = accumulate(dense(optimizer=lambda: keras.optimizers.SGD(0.0))(), 3)
     x, y = regression().values()
@@ -167,6 +177,7 @@ def numbers_into(model):
     return model.trainable_variables
 
 
+@holds("nothing is left of an interrupted window, of a NaN, of an earlier `compile`")
 def test_compile_again_another_size_and_back_to_plain():
     """Each step of this is plain training; only who does it changes."""
 

@@ -1,0 +1,32 @@
+"""The README promises what the tests hold, no more and no less."""
+
+import importlib
+import re
+from pathlib import Path
+
+import pytest
+
+README = Path(__file__).parents[2] / "README.md"
+
+
+def promised(text):
+    """The lines of the lists in the section "The engine alone"."""
+    section = text.partition("\n## The engine alone\n")[2].partition("\n## ")[0]
+    items = re.findall(r"^- (.*(?:\n  .*)*)", section, flags=re.MULTILINE)
+    return {" ".join(item.split()).rstrip(";.") for item in items}
+
+
+def held():
+    """What tests of this folder are marked with."""
+    modules = [importlib.import_module(path.stem) for path in Path(__file__).parent.glob("test_*.py")]
+    tests = [test for module in modules for test in vars(module).values()]
+    return {promise for test in tests for promise in getattr(test, "promises", [])}
+
+
+def test_the_readme_promises_what_tests_hold():
+    assert promised(README.read_text()) == held()
+
+
+@pytest.mark.parametrize("change", [("- sample weights", "- unicorns"), ("\n- ", "\n- unicorns;\n- ")])
+def test_another_list_would_be_noticed(change):
+    assert promised(README.read_text().replace(*change)) != held()
