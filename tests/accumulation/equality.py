@@ -57,7 +57,7 @@ def train(build, data, micro_batch_size=None, accumulation_steps=None, seed=7, *
         accumulation.accumulate(model, micro_batch_size, accumulation_steps=accumulation_steps)
     events = Events()
     arguments = {"batch_size": EFFECTIVE, "epochs": 2, "verbose": 0, "shuffle": False} | data | fit
-    history = model.fit(callbacks=[events], **arguments)
+    history = model.fit(callbacks=[events, *arguments.pop("callbacks", ())], **arguments)
     return Trained(model, history.history, events.seen)
 
 

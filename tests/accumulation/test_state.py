@@ -117,8 +117,9 @@ class Sees(keras.layers.Layer):
 # Precision
 
 
+@pytest.mark.parametrize("sample", [0, 10, 20], ids=["first", "middle", "last"])
 @holds("mixed precision: an overflow anywhere skips the whole update, and gradients are summed in float32")
-def test_one_overflow_in_a_window_skips_the_whole_update():
+def test_one_overflow_in_a_window_skips_the_whole_update(sample):
     keras.config.set_floatx("float32")
     keras.config.set_dtype_policy("mixed_float16")
     keras.utils.set_random_seed(0)
@@ -128,7 +129,7 @@ def test_one_overflow_in_a_window_skips_the_whole_update():
     before = [as_array(v) for v in model.trainable_variables]
     scale, updates = as_array(model.optimizer.dynamic_scale), int(as_array(model.optimizer.iterations))
     x, y = regression().values()
-    x[10] = 1e30  # in the fourth of seven micro-batches
+    x[sample] = 1e30  # in the first, the fourth or the last of seven micro-batches
     model.train_on_batch(x, y)
     for one, variable in zip(before, model.trainable_variables, strict=True):
         np.testing.assert_array_equal(one, as_array(variable))

@@ -8,6 +8,7 @@ from equality import (
     EFFECTIVE,
     FLOAT64,
     SAMPLES,
+    as_array,
     assert_exact,
     assert_same_training,
     dense,
@@ -229,6 +230,39 @@ def test_the_comparison_tells_naive_accumulation_apart(optimizer):
     assert max(np.abs(one - other).max() for one, other in pairs) > 1e-4
     ours = train(dense(optimizer=optimizer), regression(), batch_size=4, accumulation_steps=2)
     assert largest_difference(ours, plain) < 1e-6
+
+
+def test_keras_own_accumulation_leaves_a_residue():
+    """Negative control: 5 equal batches, 2 to an update. The fifth waits for the next epoch, and the next fit."""
+    data = {name: array[:20] for name, array in regression().items()}
+    sgd = keras.optimizers.SGD
+    plain = train(dense(optimizer=lambda: sgd(0.1)), data, epochs=1)
+    ours = train(dense(optimizer=lambda: sgd(0.1)), data, batch_size=4, accumulation_steps=2, epochs=1)
+    naive = train(dense(optimizer=lambda: sgd(0.1, gradient_accumulation_steps=2)), data, batch_size=4, epochs=1)
+    assert_same_training(ours, plain)
+    assert (ours.updates(), naive.updates()) == (3, 2)
+    pairs = zip(naive.model.trainable_variables, plain.model.trainable_variables, strict=True)
+    assert max(np.abs(as_array(one) - as_array(other)).max() for one, other in pairs) > 1e-4
+    accumulators = [as_array(v) for v in naive.model.optimizer.variables if "accumul" in v.path]
+    assert max(np.abs(array).max() for array in accumulators) > 0
+
+
+class Halves(keras.callbacks.Callback):
+    """Halves the learning rate after every batch that it is told of."""
+
+    def on_train_batch_end(self, batch, logs=None):
+        self.model.optimizer.learning_rate = float(self.model.optimizer.learning_rate) / 2
+
+
+def test_callbacks_that_change_training_are_called_per_update():
+    def run(**how):
+        optimizer = lambda: keras.optimizers.SGD(0.2, use_ema=True, ema_momentum=0.5)  # noqa: E731
+        callbacks = [Halves(), keras.callbacks.SwapEMAWeights(swap_on_epoch=True)]
+        return train(dense(optimizer=optimizer), regression(), callbacks=callbacks, **how)
+
+    plain = run()
+    assert_same_training(run(micro_batch_size=3), plain)
+    assert_same_training(run(accumulation_steps=2, batch_size=4), plain)
 
 
 # Compiled once
