@@ -11,6 +11,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "accumulate": "accumtune.accumulation",
     "batch_coupled_layers": "accumtune.accumulation",
+    "GradientNoiseScale": "accumtune.accumulation.callbacks",
     "profile": "accumtune.trials.profiling",
     "RandomSearch": "accumtune.search.tuners",
     "BayesianOptimization": "accumtune.search.tuners",
@@ -28,6 +29,7 @@ __all__ = [
     "AccumulationHyperModel",
     "BayesianOptimization",
     "Candidate",
+    "GradientNoiseScale",
     "GridSearch",
     "Hyperband",
     "RandomSearch",
@@ -44,6 +46,7 @@ if TYPE_CHECKING:
     from accumtune import errors as errors
     from accumtune.accumulation import accumulate as accumulate
     from accumtune.accumulation import batch_coupled_layers as batch_coupled_layers
+    from accumtune.accumulation.callbacks import GradientNoiseScale as GradientNoiseScale
     from accumtune.config import TrainingConfig as TrainingConfig
     from accumtune.config import load_config as load_config
     from accumtune.search.hypermodel import AccumulationHyperModel as AccumulationHyperModel

@@ -11,6 +11,7 @@ from typing import Any
 
 import keras
 
+from accumtune.accumulation.callbacks import GradientNoiseScale
 from accumtune.errors import UnsendableDataError
 from accumtune.tracking.journal import Journal
 
@@ -56,6 +57,12 @@ class JournalWriter(keras.callbacks.Callback):
     def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
         logged = {name: float(value) for name, value in (logs or {}).items() if _is_number(value)}
         self._journal.append("epoch", **self._labels, epoch=epoch, logs=logged)
+
+
+def noise_scale_callbacks(callbacks: Sequence[Any], accumulation_steps: int) -> list[Any]:
+    """What measures the gradient noise scale: where there are several micro-batches, and the user brings none."""
+    has_one = any(isinstance(callback, GradientNoiseScale) for callback in callbacks)
+    return [] if accumulation_steps < 2 or has_one else [GradientNoiseScale()]
 
 
 def copy_callbacks(callbacks: Sequence[Any] | None, trial_name: str, execution: int) -> list[Any]:

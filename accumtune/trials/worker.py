@@ -141,7 +141,7 @@ def train(
 
     from accumtune.memory.device import open_device
     from accumtune.tracking.journal import Journal
-    from accumtune.trials.callbacks import JournalWriter, copy_callbacks
+    from accumtune.trials.callbacks import JournalWriter, copy_callbacks, noise_scale_callbacks
 
     content = load_payload(Path(payload))
     hypermodel, objective = content["hypermodel"], content["objective"]
@@ -164,6 +164,7 @@ def train(
         writer = JournalWriter(journal, attempt=attempt, execution=execution)
         arguments = {**content["fit_kwargs"], **(fit_overrides or {}), "verbose": 0}
         callbacks = copy_callbacks(arguments.pop("callbacks", None), directory.path.name, execution)
+        callbacks += noise_scale_callbacks(callbacks, hyperparameters["values"].get("accumulation_steps", 1))
         device.reset_peak()
         history = hypermodel.fit(
             hp, model, *content["fit_args"], **arguments, callbacks=[*callbacks, writer, save_best]
