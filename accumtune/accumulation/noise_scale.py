@@ -10,8 +10,9 @@ without bias, and the simple noise scale is their ratio:
 
 Here b is the first micro-batch of a window and B the window. After the first micro-step the accumulators hold that
 micro-batch's gradient, after the last one the window's: two norms of what is there already, and no micro-step is
-compiled or run in another way. The norms of the other micro-batches would add little, for |G_B|² is as uncertain as
-the rest together. A loss scale, and what a loss divides by, are factors of both and cancel.
+compiled or run in another way. The other micro-batches' norms are left out: an estimate from one window is noisier for
+it, but as unbiased, and a window costs two norms whatever its length. A loss scale, and what a loss divides by, are
+factors of both and cancel.
 """
 
 from __future__ import annotations
