@@ -17,6 +17,7 @@ _HOMES = {
     "BayesianOptimization": "accumtune.search.tuners",
     "Hyperband": "accumtune.search.tuners",
     "GridSearch": "accumtune.search.tuners",
+    "OptunaSearch": "accumtune.search.tuners",
     "Tuner": "accumtune.search.tuner",
     "AccumulationHyperModel": "accumtune.search.hypermodel",
     "Candidate": "accumtune.search.selection",
@@ -32,6 +33,7 @@ __all__ = [
     "GradientNoiseScale",
     "GridSearch",
     "Hyperband",
+    "OptunaSearch",
     "RandomSearch",
     "TrainingConfig",
     "Tuner",
@@ -55,6 +57,7 @@ if TYPE_CHECKING:
     from accumtune.search.tuners import BayesianOptimization as BayesianOptimization
     from accumtune.search.tuners import GridSearch as GridSearch
     from accumtune.search.tuners import Hyperband as Hyperband
+    from accumtune.search.tuners import OptunaSearch as OptunaSearch
     from accumtune.search.tuners import RandomSearch as RandomSearch
     from accumtune.trials.profiling import profile as profile
 

@@ -69,7 +69,8 @@ def training_config(record: SearchRecord, choice: Choice, run_id: str | None, tr
             "value": candidate.objective,
         },
         learning_rate_scaling=record.learning_rate_scaling,
-        base_effective_batch_size=min(effective_batch_sizes(record.micro_batch_sizes, record.accumulation_steps)),
+        base_effective_batch_size=record.base_effective_batch_size
+        or min(effective_batch_sizes(record.micro_batch_sizes, record.accumulation_steps)),
         epochs=max((epoch.epoch for epoch in trial.epochs), default=-1) + 1 or None,
         precision_policy=trial.precision_policy,
         backend=record.backend,

@@ -65,6 +65,24 @@ def noise_scale_callbacks(callbacks: Sequence[Any], accumulation_steps: int) -> 
     return [] if accumulation_steps < 2 or has_one else [GradientNoiseScale()]
 
 
+class StopWhenAsked(keras.callbacks.Callback):
+    """Ends the training after an epoch at whose end the search has written the stop file.
+
+    Attributes:
+        epochs: after how many epochs it was stopped; None where it ran to its end.
+    """
+
+    def __init__(self, stop_file: Path) -> None:
+        super().__init__()
+        self._stop_file = stop_file
+        self.epochs: int | None = None
+
+    def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
+        if epoch + 1 < self.params["epochs"] and self._stop_file.exists():
+            self.epochs = epoch + 1
+            self.model.stop_training = True
+
+
 def copy_callbacks(callbacks: Sequence[Any] | None, trial_name: str, execution: int) -> list[Any]:
     """The user's callbacks for one execution: fresh copies, TensorBoard's with a folder of its own."""
     try:
