@@ -10,9 +10,9 @@ without bias, and the simple noise scale is their ratio:
 
 Here b is the first micro-batch of a window and B the window. After the first micro-step the accumulators hold that
 micro-batch's gradient, after the last one the window's: two norms of what is there already, and no micro-step is
-compiled or run in another way. The other micro-batches' norms are left out: an estimate from one window is noisier for
-it, but as unbiased, and a window costs two norms whatever its length. A loss scale, and what a loss divides by, are
-factors of both and cancel.
+compiled or run in another way. The norms of the other micro-batches would tell more of a window, but each costs as
+much as one of another window; without them the estimate is as unbiased, and 64 windows give it a standard error of 2 to
+10 %. A loss scale, and what a loss divides by, are factors of both and cancel.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from typing import Any
 # this many micro-steps cost less than 2 % of the least that they can take.
 MICRO_STEPS_PER_MEASUREMENT = 16
 # An epoch with fewer measurements than this is averaged with the ones before it.
-FEWEST_MEASUREMENTS = 32
+FEWEST_MEASUREMENTS = 64
 
 
 @dataclass(frozen=True)

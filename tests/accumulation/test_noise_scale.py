@@ -12,50 +12,63 @@ from accumtune import GradientNoiseScale
 from accumtune.accumulation import accumulate
 from accumtune.accumulation.noise_scale import NoiseMeter, Norms, noise_scale
 
-# Over 64 windows of 512 samples the estimate has a standard error of about 6 %.
-DIMENSIONS, NOISE = 40, 1.0
-SAMPLES = 64 * 512
+SAMPLES, EFFECTIVE_BATCH = 64 * 512, 512
+DIMENSIONS = 200
 
 
-def closed_form():
-    """y = x·w + noise, x normal, squared loss, weights off by d: each gradient is 2 (d·x - noise) x, its mean 2 d.
+def normal_gradients():
+    """Targets far below what a linear model without bias predicts, absolute loss: each gradient is the sample itself.
 
-    E|g|² = 4 ((D + 2)|d|² + D noise²), so tr(Σ) / |G|² = D + 1 + D noise² / |d|². Here |d| = 1.
+    Samples are normal with mean m and unit covariance, |m|² = 2: tr(Σ) / |G|² = D / |m|² = 100.
     """
-    return DIMENSIONS + 1 + DIMENSIONS * NOISE**2
+    x = np.random.default_rng(0).normal(math.sqrt(2 / DIMENSIONS), size=(SAMPLES, DIMENSIONS))
+    return x, np.full((SAMPLES, 1), -1e4), DIMENSIONS / 2
 
 
-def linear_problem():
+def squared_loss():
+    """y = x·w + noise, x normal, weights off by d: each gradient is 2 (d·x - noise) x, its mean 2 d.
+
+    E|g|² = 4 ((D + 2)|d|² + D noise²), so tr(Σ) / |G|² = D + 1 + D noise² / |d|². Here |d| = noise = 1.
+    """
     generator = np.random.default_rng(0)
-    x = generator.normal(size=(SAMPLES, DIMENSIONS))
-    truth = np.ones(DIMENSIONS) / math.sqrt(DIMENSIONS)
-    return x, (x @ truth + NOISE * generator.normal(size=SAMPLES))[:, None]
+    x = generator.normal(size=(SAMPLES, 40))
+    truth = np.ones(40) / math.sqrt(40)
+    return x, (x @ truth + generator.normal(size=SAMPLES))[:, None], 2 * 40 + 1
 
 
-def measured(micro_batch_size=32, effective=512, loss="mse", **fit):
+def measured(x, y, loss, micro_batch_size=32, epochs=1):
+    """The mean over epochs of what is logged, with weights that stay at zero."""
     keras.utils.set_random_seed(0)
-    model = keras.Sequential([keras.Input((DIMENSIONS,)), keras.layers.Dense(1, "linear", False, "zeros")])
+    model = keras.Sequential([keras.Input((x.shape[1],)), keras.layers.Dense(1, "linear", False, "zeros")])
     model.compile(keras.optimizers.SGD(0.0), loss)
-    callback = GradientNoiseScale()
-    x, y = linear_problem()
-    accumulate(model, micro_batch_size).fit(x, y, batch_size=effective, verbose=0, callbacks=[callback], **fit)
-    return callback.value
+    arguments = {"batch_size": EFFECTIVE_BATCH, "epochs": epochs, "verbose": 0, "callbacks": [GradientNoiseScale()]}
+    history = accumulate(model, micro_batch_size).fit(x, y, **arguments)
+    return np.mean(history.history["gradient_noise_scale"])
 
 
-@pytest.mark.parametrize("micro_batch_size, effective", [(32, 512), (64, 512)])
-def test_it_is_the_closed_form(micro_batch_size, effective):
-    assert measured(micro_batch_size, effective) == pytest.approx(closed_form(), rel=0.2)
+@pytest.mark.parametrize("micro_batch_size", [16, 64])
+def test_it_is_the_closed_form(micro_batch_size):
+    x, y, expected = normal_gradients()
+    assert measured(x, y, "mae", micro_batch_size) == pytest.approx(expected, rel=0.2)
+
+
+def test_it_is_the_closed_form_of_a_squared_loss():
+    """Gradients with heavy tails: over 64 windows the standard error is 10 %, over four epochs 5 %."""
+    x, y, expected = squared_loss()
+    assert measured(x, y, "mse", epochs=4) == pytest.approx(expected, rel=0.2)
 
 
 def test_a_sum_over_samples_has_the_same_noise():
-    assert measured(loss=keras.losses.MeanSquaredError(reduction="sum")) == pytest.approx(closed_form(), rel=0.2)
+    x, y, expected = normal_gradients()
+    assert measured(x, y, keras.losses.MeanAbsoluteError(reduction="sum")) == pytest.approx(expected, rel=0.2)
 
 
 @pytest.mark.skipif(equality.BACKEND != "tensorflow", reason="float16 on a CPU")
 def test_a_loss_scale_cancels_and_windows_that_overflow_are_left_out():
     set_precision("float32")
     keras.config.set_dtype_policy("mixed_float16")
-    assert measured(loss=keras.losses.MeanSquaredError()) == pytest.approx(closed_form(), rel=0.2)
+    x, y, expected = normal_gradients()
+    assert measured(1000 * x, y, "mae") == pytest.approx(expected, rel=0.2)
 
 
 @pytest.mark.parametrize("precision", ["float64", "float32"])
