@@ -11,6 +11,7 @@ import contextlib
 import io
 import math
 import tempfile
+from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -27,6 +28,9 @@ from accumtune.trials.executors import Outcome
 # micro-steps where that is more.
 PROBED_UPDATES, PROBED_MICRO_STEPS = 3, 24
 NEVER = 10**6
+
+# The learning rate that a trial trains with, from the one searched and the effective batch.
+RateOf = Callable[[float, int], float]
 
 
 @dataclass
@@ -119,8 +123,9 @@ class RecordedExecutor:
 
     backend = "tensorflow"
 
-    def __init__(self, record: Record, run: Run) -> None:
-        self.record, self.run = record, run
+    def __init__(self, record: Record, run: Run, rate_of: RateOf) -> None:
+        self.record, self.run, self.rate_of = record, run, rate_of
+        self.pruning: Any = None
 
     def submit(
         self, directory: Any, environment: Any = None, timeout_seconds: Any = None, is_memory_limited: bool = False
@@ -185,7 +190,7 @@ class RecordedExecutor:
             wait = self.record.out_of_memory_seconds
             self.run.spend(wait, waited_seconds=wait)
             return Outcome("out_of_memory", reason="out of memory")
-        curve = self.record.curve(effective, values["learning_rate"], width)
+        curve = self.record.curve(effective, self.rate_of(values["learning_rate"], effective), width)
         cost = self.record.costs[OURS, width, micro]
         epochs = self.epochs_of(directory, curve)
         for epoch in range(epochs):
@@ -203,16 +208,29 @@ class RecordedExecutor:
         })  # fmt: skip
 
     def epochs_of(self, directory: Any, curve: tuple[float, ...]) -> int:
-        """How many epochs a trial trains."""
+        """How many epochs a trial trains: all, or until the pruner calls it hopeless."""
+        trial_id = directory.path.name.removeprefix("trial_")
+        for epoch, loss in enumerate(curve[:-1]):
+            if self.pruning is not None and self.pruning.is_hopeless(trial_id, epoch, {"val_loss": loss}):
+                return epoch + 1
         return len(curve)
 
 
-def ours(record: Record, tuner_class: type[Tuner], seed: int, **arguments: Any) -> Run:
+
+
+def ours(
+    record: Record, tuner_class: type[Tuner], seed: int, rate_of: RateOf = lambda rate, batch: rate, **arguments: Any
+) -> Run:
     run = Run()
+    executor = RecordedExecutor(record, run, rate_of)
 
     class Replayed(tuner_class):  # type: ignore[valid-type, misc]
         def _open_executor(self) -> Any:
-            return RecordedExecutor(record, run)
+            return executor
+
+        def _pruning(self) -> Any:
+            executor.pruning = super()._pruning()
+            return executor.pruning
 
         def _end(self, *args: Any) -> None:
             """No report: its pictures take longer than the search."""
