@@ -11,11 +11,13 @@ __version__ = "0.1.0"
 _HOMES = {
     "accumulate": "accumtune.accumulation",
     "batch_coupled_layers": "accumtune.accumulation",
+    "GradientNoiseScale": "accumtune.accumulation.callbacks",
     "profile": "accumtune.trials.profiling",
     "RandomSearch": "accumtune.search.tuners",
     "BayesianOptimization": "accumtune.search.tuners",
     "Hyperband": "accumtune.search.tuners",
     "GridSearch": "accumtune.search.tuners",
+    "OptunaSearch": "accumtune.search.tuners",
     "Tuner": "accumtune.search.tuner",
     "AccumulationHyperModel": "accumtune.search.hypermodel",
     "Candidate": "accumtune.search.selection",
@@ -28,8 +30,10 @@ __all__ = [
     "AccumulationHyperModel",
     "BayesianOptimization",
     "Candidate",
+    "GradientNoiseScale",
     "GridSearch",
     "Hyperband",
+    "OptunaSearch",
     "RandomSearch",
     "TrainingConfig",
     "Tuner",
@@ -44,6 +48,7 @@ if TYPE_CHECKING:
     from accumtune import errors as errors
     from accumtune.accumulation import accumulate as accumulate
     from accumtune.accumulation import batch_coupled_layers as batch_coupled_layers
+    from accumtune.accumulation.callbacks import GradientNoiseScale as GradientNoiseScale
     from accumtune.config import TrainingConfig as TrainingConfig
     from accumtune.config import load_config as load_config
     from accumtune.search.hypermodel import AccumulationHyperModel as AccumulationHyperModel
@@ -52,6 +57,7 @@ if TYPE_CHECKING:
     from accumtune.search.tuners import BayesianOptimization as BayesianOptimization
     from accumtune.search.tuners import GridSearch as GridSearch
     from accumtune.search.tuners import Hyperband as Hyperband
+    from accumtune.search.tuners import OptunaSearch as OptunaSearch
     from accumtune.search.tuners import RandomSearch as RandomSearch
     from accumtune.trials.profiling import profile as profile
 

@@ -6,6 +6,7 @@ micro-step changes besides (seeds, metrics) is not donated, so an interrupted wi
 
 from __future__ import annotations
 
+import functools
 import itertools
 from typing import Any
 
@@ -14,7 +15,7 @@ import jax.numpy as jnp
 import keras
 import numpy as np
 
-from accumtune.accumulation import feeding, losses, statistics
+from accumtune.accumulation import feeding, losses, noise_scale, statistics
 from accumtune.accumulation.window import Accumulation, factors, shares
 
 
@@ -34,6 +35,7 @@ class JaxTraining:
         self._update = self._jitted(self._update_step, donate=(0, 1))
         # Only what the denominators need of this forward pass is compiled: masks, seldom predictions.
         self._count = self._jitted(self._count_step)
+        self._squared_norm = self._jitted(self._squared_norm_step)
 
     def __call__(self, state: Any, iterator: Any) -> tuple[Any, Any]:
         """Runs `steps_per_execution` windows; returns logs and state. Raises StopIteration where there is no data."""
@@ -64,6 +66,7 @@ class JaxTraining:
             return self._only(state, batch)
         trainable, non_trainable, optimizer, metrics = state
         scales = self._scales(state, window, batch)
+        listener = noise_scale.listening(self.model, [part.samples for part in window])
         logs, sums = None, None
         for index in range(len(scales)):
             part = window.pop(0)
@@ -73,6 +76,7 @@ class JaxTraining:
             logs, sums, non_trainable, metrics = result
             del inputs
             batch = None  # gone before the next one is taken
+            listener(index, functools.partial(self._squared_norm, sums[0]))
         trainable, optimizer, non_trainable = self._update(trainable, optimizer, sums, non_trainable)
         return logs, (trainable, non_trainable, optimizer, metrics)
 
@@ -141,6 +145,11 @@ class JaxTraining:
             added.append(gradient if getattr(variable, "overwrite_with_gradient", False) else total + gradient)
         joined = [statistics.combined(one, other) for one, other in zip(moments_so_far, moments, strict=True)]
         return logs, (added, joined), non_trainable, metrics
+
+    def _squared_norm_step(self, accumulators: Any) -> Any:
+        pairs = zip(self.model.trainable_variables, accumulators, strict=True)
+        sums = [total for variable, total in pairs if not getattr(variable, "overwrite_with_gradient", False)]
+        return sum(jnp.sum(jnp.square(total)) for total in sums)
 
     def _update_step(self, trainable: Any, optimizer: Any, sums: Any, non_trainable: Any) -> tuple[Any, Any, Any]:
         from keras import StatelessScope

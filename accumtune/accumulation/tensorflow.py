@@ -18,7 +18,7 @@ import tensorflow as tf
 from keras import tree
 from keras.src.losses.loss import unscale_loss_for_distribution
 
-from accumtune.accumulation import building, feeding, losses, statistics
+from accumtune.accumulation import building, feeding, losses, noise_scale, statistics
 from accumtune.accumulation.replicas import Replicas
 from accumtune.accumulation.window import Accumulation, factors, shares
 
@@ -55,6 +55,7 @@ class TensorFlowTraining:
         self._update = self._compiled(self._update_step, around=self._updating)
         # Only what the denominators need of this forward pass is kept in the graph: masks, seldom predictions.
         self._count = self._compiled(self._count_step, jit_compile=False)
+        self._squared_norm = self._compiled(self._squared_norm_step, jit_compile=False)
 
     def __call__(self, iterator: Any) -> Any:
         """Runs `steps_per_execution` windows; returns the logs. Raises StopIteration where there is no data."""
@@ -100,6 +101,9 @@ class TensorFlowTraining:
             return self._only(join(first), share, scales[0], weight)
         batch: Any = join(first)
         first.clear()
+        # Sums of several replicas are not together before the update.
+        samples = [step[0].samples for step in window] if self.replicas.number == 1 else [1]
+        listener = noise_scale.listening(self.model, samples)
         for index, (share, _, weight) in enumerate(parts):
             step = window.pop(0)
             if index == 0:
@@ -108,6 +112,7 @@ class TensorFlowTraining:
                 batch = join([part.take() for part in step])
                 logs, moments = self._next(batch, share, scales[index], weight, moments)
             batch = None  # gone before the next one is taken
+            listener(index, self._squared_norm)
         self._update(moments)
         return logs
 
@@ -220,6 +225,12 @@ class TensorFlowTraining:
                 _add(weight, accumulator, gradient)
         pairs = zip(so_far, self._notes.mine(), strict=True)
         return logs, [statistics.combined(one, other.tensors()) for one, other in pairs]
+
+    def _squared_norm_step(self) -> Any:
+        """Of what has been summed up so far. `l2_loss` makes no squares of its own to sum."""
+        pairs = zip(self.model.trainable_weights, self._accumulators, strict=True)
+        sums = [total for weight, total in pairs if not getattr(weight, "overwrite_with_gradient", False)]
+        return tf.add_n([2 * tf.nn.l2_loss(total) for total in sums])
 
     def _update_step(self, moments: list[Any]) -> None:
         sums = [

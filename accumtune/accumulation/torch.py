@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
 from typing import Any
 
 import torch
 from keras import tree
 
-from accumtune.accumulation import feeding, losses, statistics
+from accumtune.accumulation import feeding, losses, noise_scale, statistics
 from accumtune.accumulation.window import Accumulation, factors, shares
 
 
@@ -41,6 +42,7 @@ class TorchTraining:
             samples = [part.samples for part in window]
             parts, scales = shares(samples), self._factors(window, batch, samples)
             sums: list[Any] = [None] * len(model.trainable_weights)
+            listener = noise_scale.listening(model, samples)
             for index in range(len(parts)):
                 part = window.pop(0)
                 batch = part.take() if index else batch
@@ -49,6 +51,7 @@ class TorchTraining:
                 moments = _joined(moments, notes.mine())
                 sums = _collected(model.trainable_weights, sums)
                 batch = None  # gone before the next one is taken
+                listener(index, functools.partial(_squared_norm, model.trainable_weights, sums))
             self._restore(sums)
         self._update(moments)
         return logs
@@ -137,6 +140,17 @@ def _collected(variables: list[Any], sums: list[Any]) -> list[Any]:
         sums[index] = gradient if so_far is None else so_far.add_(gradient)
         variable.value.grad = None
     return sums
+
+
+def _squared_norm(variables: list[Any], sums: list[Any]) -> Any:
+    """Of what has been summed up so far, in sums of its own or in `.grad`."""
+    pairs = [
+        (variable, variable.value.grad if total is None else total)
+        for variable, total in zip(variables, sums, strict=True)
+        if not getattr(variable, "overwrite_with_gradient", False)
+    ]
+    norms = torch._foreach_norm([total for _, total in pairs if total is not None])
+    return torch.stack(norms).square().sum()
 
 
 def _joined(so_far: list[Any], noted: list[Any]) -> list[Any]:

@@ -15,6 +15,11 @@ from typing import Any
 from accumtune.accumulation.window import Accumulation
 from accumtune.errors import CustomTrainStepError, ModelError, UncompiledModelError
 
+_ATTRIBUTES = (
+    "_accumtune_accumulation", "_accumtune_rows", "_accumtune_noise_meter", "make_train_function", "_symbolic_build",
+    "fit",
+)  # fmt: skip
+
 _ADAPT = """\
 leave train_step as it is and override what it calls:
     class MyModel(keras.Model):
@@ -31,6 +36,7 @@ def install(model: Any, accumulation: Accumulation) -> Any:
     remove(model)
     _set(model, "_accumtune_accumulation", accumulation)
     _set(model, "_accumtune_rows", None)  # the arrays of the fit that is running
+    _set(model, "_accumtune_noise_meter", None)  # of the callback that listens to it, see noise_scale.py
     _set(model, "make_train_function", types.MethodType(_make_train_function, model))
     _set(model, "_symbolic_build", types.MethodType(_symbolic_build, model))
     _set(model, "fit", _fit(model, accumulation))
@@ -41,7 +47,7 @@ def remove(model: Any) -> Any:
     """`stop_accumulating`; on a plain model it does nothing."""
     if "_accumtune_accumulation" not in vars(model):
         return model
-    for name in ("_accumtune_accumulation", "_accumtune_rows", "make_train_function", "_symbolic_build", "fit"):
+    for name in _ATTRIBUTES:
         if name in vars(model):
             delattr(model, name)
     model.train_function = None

@@ -98,6 +98,7 @@ class Display:
                 f"peak {format_bytes(report['peak_memory_bytes'])}",
                 *([f"{speed:,.0f} samples/s"] if speed else []),
                 f"{seconds:.1f} s",
+                *([result.reason.split(":")[0]] if result.reason else []),  # pruned
             ]
             self.line(f"[{self._count(number)}]   → " + ", ".join(parts))
         else:

@@ -32,7 +32,9 @@ class AccumulationHyperModel(keras_tuner.HyperModel):
             effective batch, the same training. None: no check.
         micro_batch_sizes: samples in one forward and backward pass.
         accumulation_steps: micro-batches per update.
-        learning_rate_scaling: None, `"linear"` or `"sqrt"`, relative to the smallest effective batch.
+        learning_rate_scaling: None, `"linear"` or `"sqrt"`: how the learning rate grows with the effective batch.
+        base_effective_batch_size: the effective batch for which the learning rate is meant as it is written; default
+            the smallest.
 
     Example:
 
@@ -48,6 +50,7 @@ class AccumulationHyperModel(keras_tuner.HyperModel):
         micro_batch_sizes: Sequence[int] = DEFAULT_MICRO_BATCH_SIZES,
         accumulation_steps: Sequence[int] = DEFAULT_ACCUMULATION_STEPS,
         learning_rate_scaling: str | None = None,
+        base_effective_batch_size: int | None = None,
         name: str | None = None,
         tunable: bool = True,
         builder: ModelBuilder | None = None,
@@ -60,7 +63,8 @@ class AccumulationHyperModel(keras_tuner.HyperModel):
         self.builder = builder or ModelBuilder(
             hypermodel,
             learning_rate_scaling=learning_rate_scaling,
-            base_effective_batch_size=self.micro_batch_sizes[0] * self.accumulation_steps[0],
+            base_effective_batch_size=base_effective_batch_size
+            or self.micro_batch_sizes[0] * self.accumulation_steps[0],
         )
         self._profiles: dict[str, Any] = {}
 

@@ -29,7 +29,22 @@ def redraw(oracle: Any, trial: Any) -> dict[str, Any] | None:
     Returns:
         The new values, or None where the oracle knows no more.
     """
-    values = oracle._random_values()
+    return _give(oracle, trial, oracle._random_values())
+
+
+def replace_infeasible(oracle: Any, trial: Any) -> dict[str, Any] | None:
+    """Gives a trial that does not fit other values: such as the oracle finds best, where it can be asked for them.
+
+    Returns:
+        The new values, or None where the oracle knows no more.
+    """
+    if not hasattr(oracle, "note_infeasible"):  # Keras Tuner's own: they could only propose the same again
+        return redraw(oracle, trial)
+    oracle.note_infeasible(trial)
+    return _give(oracle, trial, oracle.other_values(trial))
+
+
+def _give(oracle: Any, trial: Any, values: dict[str, Any] | None) -> dict[str, Any] | None:
     if values is None:
         return None
     kept = {name: value for name, value in trial.hyperparameters.values.items() if name.startswith("tuner/")}
@@ -78,6 +93,8 @@ def end_without_counting(oracle: Any, trial: Any, message: str) -> None:
     """A trial that never trained: it counts neither as a failure in a row nor towards `max_trials`."""
     trial.status = TrialStatus.FAILED
     trial.message = message
+    if hasattr(oracle, "note_infeasible"):
+        oracle.note_infeasible(trial)
     _end(oracle, trial)
     grant_another_trial(oracle)
 

@@ -16,6 +16,7 @@ from accumtune.search.feasibility import effective_batch_sizes, feasible_pairs
 from accumtune.search.selection import Candidate, Choice, pareto_front
 from accumtune.tracking import report
 from accumtune.tracking.digest import data_digest
+from accumtune.tracking.noise import noise_scale_of
 from accumtune.tracking.records import SearchRecord, TrialRecord
 from accumtune.trials.data import input_arguments, is_data_function
 from accumtune.trials.directory import SearchDirectory
@@ -68,7 +69,8 @@ def training_config(record: SearchRecord, choice: Choice, run_id: str | None, tr
             "value": candidate.objective,
         },
         learning_rate_scaling=record.learning_rate_scaling,
-        base_effective_batch_size=min(effective_batch_sizes(record.micro_batch_sizes, record.accumulation_steps)),
+        base_effective_batch_size=record.base_effective_batch_size
+        or min(effective_batch_sizes(record.micro_batch_sizes, record.accumulation_steps)),
         epochs=max((epoch.epoch for epoch in trial.epochs), default=-1) + 1 or None,
         precision_policy=trial.precision_policy,
         backend=record.backend,
@@ -116,6 +118,8 @@ def summary(record: SearchRecord, found: Sequence[Candidate], limit: int) -> str
         report.candidates_table(shown, front, direction),
         "* on the Pareto front of objective, peak memory and throughput",
     ]
+    noise = noise_scale_of(record, shown[0] if shown else None)
+    lines += [] if noise is None else [noise.advice()]
     return "\n".join(lines)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
@@ -13,9 +14,11 @@ from accumtune.memory.budget import format_bytes
 from accumtune.memory.device import memory_limit_environment
 from accumtune.memory.profile import Measurement, Profile
 from accumtune.search.feasibility import Pair, next_smaller, realise, training_key
+from accumtune.search.pruning import Pruning, pruned_reason, watch
 from accumtune.tracking.journal import Journal, read_trial
 from accumtune.tracking.records import TrialRecord
 from accumtune.trials.directory import SearchDirectory, TaskDirectory
+from accumtune.trials.executions import combined
 from accumtune.trials.executors import LocalExecutor, Outcome
 from accumtune.trials.profiling import Profiler, out_of_memory
 
@@ -29,7 +32,7 @@ class TrialResult:
 
     Args:
         status: `"completed"`, `"reused"`, `"infeasible"` or `"failed"`.
-        reason: one line for a person; empty when completed.
+        reason: one line for a person; of a completed trial only where it was pruned.
         values: the hyperparameters that really ran, the three batch sizes included.
         metrics: the best epoch's, by name.
     """
@@ -68,6 +71,7 @@ class TrialRunner:
         executor: where processes start.
         profiler: knows what models cost.
         on_start: called with the trial's number, values and predicted peak when it begins to train.
+        pruning: is told of each epoch and may say that the trial is hopeless; None trains all to their end.
     """
 
     def __init__(
@@ -77,12 +81,14 @@ class TrialRunner:
         executor: LocalExecutor,
         profiler: Profiler,
         on_start: Callable[[int, Mapping[str, Any], int | None], None] = lambda number, values, peak: None,
+        pruning: Pruning | None = None,
     ) -> None:
         self._settings = settings
         self._directory = directory
         self._executor = executor
         self._profiler = profiler
         self._on_start = on_start
+        self._pruning = pruning
         self._trainings: dict[str, Future[tuple[str, TrialResult]]] = {}
         self._lock = threading.Lock()
         self._is_stopped = False
@@ -246,31 +252,65 @@ class TrialRunner:
         """What a child had written when the search was killed, before it could read it."""
         if attempt == 1 or (written := directory.read_outcome()) is None or written["status"] != "completed":
             return None
+        if self._settings.executions_per_trial > 1:
+            return None  # it is one of several, and the reports of the others went with the search
         _, arguments = directory.read_task()
         return Outcome(**written) if arguments["hyperparameters"]["values"] == values else None
 
     def _start(
         self, directory: TaskDirectory, attempt: int, space: dict[str, Any], fit_overrides: Mapping[str, Any]
     ) -> Outcome:
-        budget = self._settings.memory_budget_bytes
+        """Trains as often as the search asks, each time in a process of its own."""
+        timeout_seconds = self._settings.trial_timeout_seconds
+        started = time.monotonic()
+        reports: list[dict[str, Any]] = []
+        for execution in range(self._settings.executions_per_trial):
+            arguments = self._arguments(attempt, space, fit_overrides, execution, reports)
+            # What is left of the trial's time; never nothing, so that the process says itself that it had none.
+            left = None if timeout_seconds is None else max(0.1, timeout_seconds - (time.monotonic() - started))
+            outcome = self._execute(directory, arguments, left)
+            if not outcome.is_completed:
+                return outcome
+            reports.append(outcome.result)
+            if outcome.result["pruned_after_epochs"] is not None:
+                break
+        return replace(outcome, result=combined(reports))
+
+    def _arguments(
+        self,
+        attempt: int,
+        space: dict[str, Any],
+        fit_overrides: Mapping[str, Any],
+        execution: int,
+        reports: list[dict[str, Any]],
+    ) -> dict[str, Any]:
         arguments: dict[str, Any] = {
             "payload": str(self._directory.payload_file.resolve()),
             "hyperparameters": space,
-            "memory_budget_bytes": budget,
+            "memory_budget_bytes": self._settings.memory_budget_bytes,
             "seed": self._settings.seed,
             "attempt": attempt,
-            "executions": self._settings.executions_per_trial,
+            "execution": execution,
+            "best_value": reports[-1]["best_value"] if reports else None,
             "fit_overrides": dict(fit_overrides),
         }
         source = space["values"].get("tuner/trial_id")
         if source:
             arguments["initial_weights"] = str(self._directory.trial(source).weights_file.resolve())
+        return arguments
+
+    def _execute(self, directory: TaskDirectory, arguments: dict[str, Any], timeout_seconds: float | None) -> Outcome:
         directory.write_task("train", arguments)
-        environment = memory_limit_environment(self._executor.backend, budget)
-        timeout_seconds = self._settings.trial_timeout_seconds
-        return self._executor.submit(
-            directory, environment, timeout_seconds, is_memory_limited=budget is not None
-        ).result()
+        budget = self._settings.memory_budget_bytes
+        future = self._executor.submit(
+            directory,
+            memory_limit_environment(self._executor.backend, budget),
+            timeout_seconds,
+            is_memory_limited=budget is not None,
+        )
+        if self._pruning is None or arguments["execution"] > 0:
+            return future.result()
+        return watch(future, directory, self._pruning)
 
     def _result(
         self, values: dict[str, Any], predicted: int, signature: str, pair: Pair, outcome: Outcome
@@ -291,7 +331,7 @@ class TrialRunner:
         value = report["metrics"].get(name)
         result = TrialResult(
             "completed", values, metrics=report["metrics"], best_epoch=report["best_epoch"],
-            predicted_peak_memory_bytes=predicted, report=report,
+            predicted_peak_memory_bytes=predicted, report=report, reason=_pruned(report),
         )  # fmt: skip
         if value is not None and value != value:
             reason = f"{name} was NaN in every epoch: the training diverged (a smaller learning rate may help)"
@@ -313,11 +353,17 @@ def completed_result(record: TrialRecord) -> TrialResult:
     return TrialResult(
         "completed",
         dict(record.hyperparameters),
+        reason=record.reason,
         metrics=dict(record.metrics),
         best_epoch=record.best_epoch or 0,
         predicted_peak_memory_bytes=record.predicted_peak_memory_bytes,
         report={name: getattr(record, name) for name in names},
     )
+
+
+def _pruned(report: Mapping[str, Any]) -> str:
+    epochs = report["pruned_after_epochs"]
+    return "" if epochs is None else pruned_reason(epochs)
 
 
 def _crashes(journal: Journal) -> int:

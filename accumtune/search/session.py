@@ -126,7 +126,7 @@ class SearchSession:
         if result.status == "infeasible":
             self._infeasible_in_a_row += 1
             self._display.trial_ended(number, result)
-            if self._may_redraw() and oracles.redraw(self._oracle, trial) is not None:
+            if self._may_redraw() and oracles.replace_infeasible(self._oracle, trial) is not None:
                 self._record_proposal(result)
                 return False
         self._write(self._directory.trial(trial.trial_id), trial.trial_id, number, result)

@@ -25,11 +25,12 @@ from accumtune.search.hypermodel import (
     DEFAULT_MICRO_BATCH_SIZES,
     AccumulationHyperModel,
 )
+from accumtune.search.pruning import Pruning
 from accumtune.search.registering import save_model_for_registry
 from accumtune.search.runner import SearchSettings, TrialRunner
 from accumtune.search.selection import Candidate, Choice, Policy, pareto_front, select
 from accumtune.search.session import SearchSession, shared_data
-from accumtune.tracking.journal import Journal, read_search
+from accumtune.tracking.journal import Journal, read_search, read_search_journal
 from accumtune.tracking.mlflow import Tracker
 from accumtune.tracking.records import SearchRecord
 from accumtune.trials.builder import ModelBuilder
@@ -56,7 +57,9 @@ class Tuner(keras_tuner.Tuner):
         accumulation_steps: micro-batches per update. More are used where memory demands it.
         search_over: `"effective_batch_size"`, `"pairs"` (the micro-batch size too), or `"auto"`: pairs where the
             model has layers whose result depends on which samples share a micro-batch.
-        learning_rate_scaling: None, `"linear"` or `"sqrt"`, relative to the smallest effective batch.
+        learning_rate_scaling: None, `"linear"` or `"sqrt"`: how the learning rate grows with the effective batch.
+        base_effective_batch_size: the effective batch for which the learning rate is meant as it is written; default
+            the smallest.
         trial_timeout_seconds: a trial that takes longer is stopped and counts as failed.
         workers: trials at once.
         tracking_uri: MLflow's; None for `sqlite:///mlruns/mlflow.db`, False for no tracking.
@@ -84,6 +87,7 @@ class Tuner(keras_tuner.Tuner):
         accumulation_steps: Sequence[int] = DEFAULT_ACCUMULATION_STEPS,
         search_over: SearchOver = "auto",
         learning_rate_scaling: str | None = None,
+        base_effective_batch_size: int | None = None,
         trial_timeout_seconds: float | None = None,
         workers: int = 1,
         tracking_uri: str | None | Literal[False] = None,
@@ -104,6 +108,8 @@ class Tuner(keras_tuner.Tuner):
         self.accumulation_steps = check_sizes("accumulation_steps", accumulation_steps)
         self.effective_batch_sizes = effective_batch_sizes(self.micro_batch_sizes, self.accumulation_steps)
         self.learning_rate_scaling = learning_rate_scaling
+        base = [self.effective_batch_sizes[0] if base_effective_batch_size is None else base_effective_batch_size]
+        (self.base_effective_batch_size,) = check_sizes("base_effective_batch_size", base)
         self.trial_timeout_seconds = trial_timeout_seconds
         (self.workers,) = check_sizes("workers", [workers])
         self.tracking_uri = tracking_uri
@@ -125,7 +131,7 @@ class Tuner(keras_tuner.Tuner):
             loss=loss,
             metrics=metrics,
             learning_rate_scaling=learning_rate_scaling,
-            base_effective_batch_size=self.effective_batch_sizes[0],
+            base_effective_batch_size=self.base_effective_batch_size,
         )
         model = AccumulationHyperModel(
             hypermodel,
@@ -261,7 +267,7 @@ class Tuner(keras_tuner.Tuner):
             micro_batch_sizes=self.micro_batch_sizes,
             on_probe=display.probe,
         )
-        runner = TrialRunner(settings, self._files, executor, profiler, display.trial_started)
+        runner = TrialRunner(settings, self._files, executor, profiler, display.trial_started, self._pruning())
         return SearchSession(
             self.oracle,
             runner,
@@ -271,6 +277,10 @@ class Tuner(keras_tuner.Tuner):
             memory_budget_bytes=self.memory_budget_bytes,
             after_trial=self.save,
         )
+
+    def _pruning(self) -> Pruning | None:
+        """What stops hopeless trials; `OptunaSearch` has it."""
+        return None
 
     def _begin(self, display: Display, fit_args: Any, fit_kwargs: Any) -> None:
         journal = Journal(self._files.journal_file)
@@ -292,7 +302,8 @@ class Tuner(keras_tuner.Tuner):
             batch_coupled_layers=self.batch_coupled_layers,
             searches_pairs=self.search_over == "pairs",
         )
-        for text in texts:
+        given = read_search_journal(self._files.path).advice
+        for text in (text for text in texts if text not in given):  # a resumed search does not say it again
             journal.append("advice", text=text)
             display.line(text)
         if self.tracking_uri is not False:
@@ -310,6 +321,7 @@ class Tuner(keras_tuner.Tuner):
             "search_over": self.search_over,
             "batch_coupled_layers": self.batch_coupled_layers,
             "learning_rate_scaling": self.learning_rate_scaling,
+            "base_effective_batch_size": self.base_effective_batch_size,
             "tuner": type(self).__name__,
             "max_trials": self.oracle.max_trials,
             "backend": self._backend,

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import keras_tuner
 
 from accumtune.search.tuner import Tuner
+
+if TYPE_CHECKING:
+    from accumtune.search.pruning import Pruning
 
 _ORACLE_ARGUMENTS = (
     "objective", "max_trials", "seed", "hyperparameters", "tune_new_entries", "allow_new_entries",
@@ -73,6 +76,57 @@ class Hyperband(Tuner):
             **own,
         )
         super().__init__(oracle, hypermodel, **kwargs)
+
+
+class OptunaSearch(Tuner):
+    """A search whose proposals come from Optuna, and whose hopeless trials are stopped by one of its pruners.
+
+    `pip install 'accumtune[optuna]'`. Conditional hyperparameters, several `workers`, resuming and everything else of
+    `accumtune.Tuner` work as with Keras Tuner's own oracles.
+
+    A pruned trial counts as trained: it is completed, with the best epoch that it reached, and its reason
+    (`accumtune.reason` in MLflow) says after which epoch it was pruned. With several `executions_per_trial` the first
+    one decides.
+
+    Args:
+        hypermodel: a Keras Tuner build function or `keras_tuner.HyperModel`.
+        objective: as in Keras Tuner.
+        max_trials: how many trials train.
+        sampler: an `optuna.samplers.BaseSampler`; None for `GPSampler` where torch is installed, multivariate
+            `TPESampler` otherwise.
+        pruner: an `optuna.pruners.BasePruner`, which is told the objective after each epoch; None trains all trials
+            to their end.
+        **kwargs: those of `accumtune.Tuner`, and of a `keras_tuner.Oracle`.
+
+    Raises:
+        SearchError: Optuna is not installed.
+    """
+
+    def __init__(
+        self,
+        hypermodel: Any = None,
+        objective: Any = None,
+        max_trials: int = 10,
+        *,
+        sampler: Any = None,
+        pruner: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        from accumtune.search.optuna_oracle import OptunaOracle
+
+        own = _take(kwargs, _ORACLE_ARGUMENTS)
+        oracle = OptunaOracle(sampler, objective=objective, max_trials=max_trials, **own)
+        self._pruner = pruner
+        super().__init__(oracle, hypermodel, **kwargs)
+
+    def _pruning(self) -> Pruning | None:
+        if self._pruner is None:
+            return None
+        from accumtune.search.pruning import Pruning
+
+        pruning = Pruning(self._pruner, self.oracle.objective)
+        pruning.remember(self.record().trials)
+        return pruning
 
 
 def _take(kwargs: dict[str, Any], names: Sequence[str]) -> dict[str, Any]:

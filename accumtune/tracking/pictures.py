@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from accumtune.memory.budget import format_bytes, mib
+from accumtune.tracking.noise import noise_scale_of
 from accumtune.tracking.records import SearchRecord, TrialRecord
 
 _BLACK, _ORANGE, _BLUE, _VERMILLION, _GREY = "#222222", "#E69F00", "#0072B2", "#D55E00", "#9A9A9A"
@@ -110,6 +111,7 @@ def _effective_batch(record: SearchRecord, trained: Sequence[Any], best: Any | N
     if best is not None:
         axes.scatter(best.effective_batch_size, best.objective, marker="*", s=420, color=_ORANGE, edgecolors=_BLACK,
                      linewidths=0.9, zorder=5, label=f"chosen: {_batch(best)}")  # fmt: skip
+    _noise_line(axes, record, best, sizes)
     _objective_axis(axes, record, [item.objective for item in trained])
     _power_axis(axes, sizes, "effective batch (samples per update)")
     axes.set_title(f"{record.name}: what the effective batch does to quality")
@@ -207,6 +209,17 @@ def _power_axis(axes: Any, sizes: Sequence[int], label: str) -> None:
     axes.set_xticks([], minor=True)
     if len(sizes) > 10:
         axes.tick_params(axis="x", labelrotation=45)
+
+
+def _noise_line(axes: Any, record: SearchRecord, best: Any | None, sizes: Sequence[int]) -> None:
+    """Where more accumulation stops to pay; in words alone where that is far from what was searched."""
+    noise = noise_scale_of(record, best)
+    if noise is None or not sizes:
+        return
+    label = f"gradient noise scale {noise}: beyond it, little gain"
+    is_near = sizes[0] / 2 <= noise.samples <= sizes[-1] * 2
+    draw = axes.axvline if is_near else lambda _, **style: axes.plot([], [], **style)
+    draw(noise.samples, color=_GREY, linestyle=":", linewidth=1.8, zorder=1, label=label)
 
 
 def _budget_line(axes: Any, record: SearchRecord, vertical: bool) -> None:

@@ -89,6 +89,7 @@ class SearchRecord:
     search_over: str | None = None
     batch_coupled_layers: tuple[str, ...] = ()
     learning_rate_scaling: str | None = None
+    base_effective_batch_size: int | None = None
     tuner: str | None = None
     max_trials: int | None = None
     backend: str | None = None

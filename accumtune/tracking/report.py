@@ -15,6 +15,7 @@ from typing import Any, Protocol
 from accumtune.memory.budget import format_bytes
 from accumtune.tracking import pictures
 from accumtune.tracking.interactive import pareto_html
+from accumtune.tracking.noise import noise_scale_of
 from accumtune.tracking.records import SearchRecord
 from accumtune.tracking.runs import STATUSES
 from accumtune.tracking.tables import (
@@ -97,7 +98,7 @@ def note(
     if best is not None:
         parts.append(_import_lines(config_json, folder))
         parts.append(_runners_up(record, candidates, front, best.candidate))
-    parts += [_what_happened(record), _pictures_line(candidates)]
+    parts += [_what_happened(record, None if best is None else best.candidate), _pictures_line(candidates)]
     text = redacted("\n\n".join(part for part in parts if part)) + "\n"
     return text if len(text) <= _MAXIMUM_NOTE else text[: _MAXIMUM_NOTE - 2] + "…\n"
 
@@ -178,7 +179,7 @@ def _runners_up(
     return "\n".join([*lines, "", legend])
 
 
-def _what_happened(record: SearchRecord) -> str:
+def _what_happened(record: SearchRecord, winner: CandidateLike | None) -> str:
     budget = record.memory_budget_bytes
     counts = {status: record.with_status(status) for status in STATUSES}
     words = {
@@ -206,7 +207,9 @@ def _what_happened(record: SearchRecord) -> str:
     where = ", ".join(escaped(item) for item in (record.device or _device(record), record.backend) if item)
     versions = ", ".join(f"{name} {version}" for name, version in record.versions.items())
     lines.append(f"- **Measured on:** {'; '.join(item for item in (where, versions) if item) or 'unknown'}")
-    lines += [f"- **Advice:** {escaped(advice)}" for advice in record.advice]
+    noise = noise_scale_of(record, winner)
+    advices = [*record.advice, *([] if noise is None else [noise.advice()])]
+    lines += [f"- **Advice:** {escaped(advice)}" for advice in advices]
     return "\n".join(lines)
 
 

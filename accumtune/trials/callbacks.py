@@ -11,6 +11,7 @@ from typing import Any
 
 import keras
 
+from accumtune.accumulation.callbacks import GradientNoiseScale
 from accumtune.errors import UnsendableDataError
 from accumtune.tracking.journal import Journal
 
@@ -56,6 +57,30 @@ class JournalWriter(keras.callbacks.Callback):
     def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
         logged = {name: float(value) for name, value in (logs or {}).items() if _is_number(value)}
         self._journal.append("epoch", **self._labels, epoch=epoch, logs=logged)
+
+
+def noise_scale_callbacks(callbacks: Sequence[Any], accumulation_steps: int) -> list[Any]:
+    """What measures the gradient noise scale: where there are several micro-batches, and the user brings none."""
+    has_one = any(isinstance(callback, GradientNoiseScale) for callback in callbacks)
+    return [] if accumulation_steps < 2 or has_one else [GradientNoiseScale()]
+
+
+class StopWhenAsked(keras.callbacks.Callback):
+    """Ends the training after an epoch at whose end the search has written the stop file.
+
+    Attributes:
+        epochs: after how many epochs it was stopped; None where it ran to its end.
+    """
+
+    def __init__(self, stop_file: Path) -> None:
+        super().__init__()
+        self._stop_file = stop_file
+        self.epochs: int | None = None
+
+    def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
+        if epoch + 1 < self.params["epochs"] and self._stop_file.exists():
+            self.epochs = epoch + 1
+            self.model.stop_training = True
 
 
 def copy_callbacks(callbacks: Sequence[Any] | None, trial_name: str, execution: int) -> list[Any]:

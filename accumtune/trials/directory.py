@@ -86,6 +86,11 @@ class TaskDirectory:
         return self.path / "outcome.json"
 
     @property
+    def stop_file(self) -> Path:
+        """Written by the search to ask the child to stop after its present epoch."""
+        return self.path / "stop"
+
+    @property
     def log_file(self) -> Path:
         """Everything that the child printed."""
         return self.path / "log.txt"
@@ -109,6 +114,7 @@ class TaskDirectory:
         """Prepares the directory for a new process: the outcome of an earlier one is gone."""
         self.path.mkdir(parents=True, exist_ok=True)
         self.outcome_file.unlink(missing_ok=True)
+        self.stop_file.unlink(missing_ok=True)
         write_atomically(self.task_file, json.dumps({"task": name, "arguments": arguments}))
 
     def read_task(self) -> tuple[str, dict[str, Any]]:

@@ -6,8 +6,8 @@ has made, and by nothing else; the search process never builds a model.
 
 from __future__ import annotations
 
-import gc
 import json
+import math
 import os
 import time
 import traceback
@@ -131,62 +131,77 @@ def train(
     memory_budget_bytes: int | None,
     seed: int,
     attempt: int,
-    executions: int = 1,
+    execution: int = 0,
+    best_value: float | None = None,
     fit_overrides: dict[str, Any] | None = None,
     initial_weights: str | None = None,
 ) -> dict[str, Any]:
-    """Trains one set of hyperparameters, as often as the search asks, and reports each epoch to the journal."""
+    """Trains one set of hyperparameters and reports each epoch to the journal.
+
+    Args:
+        directory: the trial's.
+        payload: the file with hypermodel, data and arguments of `fit`.
+        hyperparameters: Keras Tuner's configuration of them.
+        memory_budget_bytes: the allocator's limit.
+        seed: of the first execution.
+        attempt: how often the trial was begun, this time included.
+        execution: which of the trainings of this trial it is. Each has a process of its own, because TensorFlow keeps
+            the variables of a model that is gone (keras-tuner #395).
+        best_value: of the objective in earlier executions: the best epoch of all of them is kept, as in Keras Tuner.
+        fit_overrides: arguments of `fit` that this trial alone has.
+        initial_weights: of an earlier trial, to go on from.
+    """
     import keras
     from keras_tuner.src.engine import tuner_utils  # how Keras Tuner reads what fit() returns; it has no public name
 
     from accumtune.memory.device import open_device
     from accumtune.tracking.journal import Journal
-    from accumtune.trials.callbacks import JournalWriter, copy_callbacks
+    from accumtune.trials.callbacks import JournalWriter, StopWhenAsked, copy_callbacks, noise_scale_callbacks
 
     content = load_payload(Path(payload))
     hypermodel, objective = content["hypermodel"], content["objective"]
     device = open_device(budget_bytes=memory_budget_bytes)
     journal = Journal(directory.journal_file)
-    journal.append("started", attempt=attempt, pid=os.getpid(), device=device.name, memory_source=device.memory_source)
-    # One for all executions: the best epoch of all of them is kept, as in Keras Tuner.
+    if execution == 0:
+        found = {"device": device.name, "memory_source": device.memory_source}
+        journal.append("started", attempt=attempt, pid=os.getpid(), **found)
     save_best = tuner_utils.SaveBestEpoch(objective=objective, filepath=str(directory.weights_file))
-    histories, writers, peaks = [], [], []
+    if best_value is not None:
+        save_best.best_value = best_value
     started = time.monotonic()
-    for execution in range(executions):
-        keras.backend.clear_session()
-        gc.collect()
-        # Every trial starts from the same seed, so that two trials differ by their hyperparameters alone.
-        keras.utils.set_random_seed(seed + execution)
-        hp = _hyperparameters(hyperparameters)
-        model = hypermodel.build(hp)
-        if initial_weights is not None:
-            _load_weights(model, Path(initial_weights))
-        writer = JournalWriter(journal, attempt=attempt, execution=execution)
-        arguments = {**content["fit_kwargs"], **(fit_overrides or {}), "verbose": 0}
-        callbacks = copy_callbacks(arguments.pop("callbacks", None), directory.path.name, execution)
-        device.reset_peak()
-        history = hypermodel.fit(
-            hp, model, *content["fit_args"], **arguments, callbacks=[*callbacks, writer, save_best]
-        )
-        peaks.append(device.peak_memory_bytes())
-        tuner_utils.validate_trial_results(history, objective, "HyperModel.fit()")
-        histories.append(history)
-        writers.append(writer)
-        _save_build_config(model, directory)
-    metrics = tuner_utils.convert_to_metrics_dict(histories, objective)
+    # Every trial starts from the same seed, so that two trials differ by their hyperparameters alone.
+    keras.utils.set_random_seed(seed + execution)
+    hp = _hyperparameters(hyperparameters)
+    model = hypermodel.build(hp)
+    if initial_weights is not None:
+        _load_weights(model, Path(initial_weights))
+    writer = JournalWriter(journal, attempt=attempt, execution=execution)
+    stop = StopWhenAsked(directory.stop_file)
+    arguments = {**content["fit_kwargs"], **(fit_overrides or {}), "verbose": 0}
+    callbacks = copy_callbacks(arguments.pop("callbacks", None), directory.path.name, execution)
+    callbacks += noise_scale_callbacks(callbacks, hyperparameters["values"].get("accumulation_steps", 1))
+    device.reset_peak()
+    history = hypermodel.fit(
+        hp, model, *content["fit_args"], **arguments, callbacks=[*callbacks, writer, save_best, stop]
+    )
+    peak = device.peak_memory_bytes()
+    tuner_utils.validate_trial_results(history, objective, "HyperModel.fit()")
+    _save_build_config(model, directory)
     effective_batch_size = hyperparameters["values"].get("effective_batch_size", 0)
-    seconds_per_update = _median([writer.seconds_per_update for writer in writers])
+    seconds_per_update = writer.seconds_per_update
+    # A list, as Keras Tuner makes it of a trial's executions.
+    metrics = tuner_utils.convert_to_metrics_dict([history], objective)
     return {
         "metrics": {name: float(value) for name, value in metrics.items()},
-        "best_epoch": int(tuner_utils.get_best_step(histories, objective)),
-        # The first execution's: TensorFlow keeps the variables of a model that is gone (keras-tuner #395), so that
-        # later ones in the same process count earlier ones too.
-        "peak_memory_bytes": int(peaks[0]),
+        "best_epoch": int(tuner_utils.get_best_step([history], objective)),
+        "best_value": save_best.best_value if math.isfinite(save_best.best_value) else None,
+        "pruned_after_epochs": stop.epochs,
+        "peak_memory_bytes": int(peak),
         "memory_source": device.memory_source,
         "device": device.name,
         "seconds_per_update": seconds_per_update,
         "throughput_samples_per_second": effective_batch_size / seconds_per_update if seconds_per_update else None,
-        "updates": sum(writer.updates for writer in writers),
+        "updates": writer.updates,
         "training_seconds": time.monotonic() - started,
         "precision_policy": keras.config.dtype_policy().name,
     }
@@ -229,16 +244,12 @@ def _hyperparameters(config: dict[str, Any]) -> Any:
 def _load_weights(model: Any, weights_file: Path) -> None:
     if not model.built:
         model.build_from_config(json.loads(TaskDirectory(weights_file.parent).build_config_file.read_text()))
+    # Without its slots the optimizer would begin anew: Keras passes over what is not there yet.
+    if not model.optimizer.built:
+        model.optimizer.build(model.trainable_variables)
     model.load_weights(weights_file)
 
 
 def _save_build_config(model: Any, directory: TaskDirectory) -> None:
     """Keras Tuner reads it in `load_model`, to make the variables of a model that is built by its first call."""
     write_atomically(directory.build_config_file, json.dumps(model.get_build_config()))
-
-
-def _median(values: list[float | None]) -> float | None:
-    from statistics import median
-
-    known = [value for value in values if value]
-    return median(known) if known else None

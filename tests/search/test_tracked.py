@@ -136,3 +136,13 @@ def test_a_folder_that_cannot_be_written_to_is_said_before_anything_runs(small_d
     subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
     with pytest.raises(SearchDirectoryError, match="Read-only.*\n.*\nFix: mend its permissions"):
         make(small_disk, tracking_uri=False)
+
+
+def test_the_gradient_noise_scale_is_a_curve_of_every_trial_that_accumulates(tracked):
+    folder, _, _ = tracked
+    client = client_of(folder)
+    trials = [run for run in runs_of(folder) if "accumulation_steps" in run.data.params]
+    assert trials
+    for run in trials:
+        curve = client.get_metric_history(run.info.run_id, "gradient_noise_scale")
+        assert len(curve) == (2 if int(run.data.params["accumulation_steps"]) > 1 else 0)

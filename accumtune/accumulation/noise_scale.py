@@ -1,0 +1,131 @@
+"""The gradient noise scale, from norms that accumulation has at hand (no framework).
+
+McCandlish, Kaplan, Amodei et al., "An Empirical Model of Large-Batch Training" (2018), appendix A.1: the gradient of
+a batch of B samples has the expected squared norm |G|² + tr(Σ) / B. Two batch sizes, b within B, give both unknowns
+without bias, and the simple noise scale is their ratio:
+
+    |G|²  =  (B |G_B|² - b |G_b|²) / (B - b)
+    tr(Σ) =  (|G_b|² - |G_B|²) / (1/b - 1/B)
+    noise scale = tr(Σ) / |G|², numerator and denominator averaged over windows before they are divided
+
+Here b is the first micro-batch of a window and B the window. After the first micro-step the accumulators hold that
+micro-batch's gradient, after the last one the window's: two norms of what is there already, and no micro-step is
+compiled or run in another way. The norms of the other micro-batches would tell more of a window, but each costs as
+much as one of another window; without them the estimate is as unbiased, and 64 windows give it a standard error of 2 to
+10 %. A loss scale, and what a loss divides by, are factors of both and cancel.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+# One norm reads the parameters once, a micro-step at least six times (forward, backward, gradient, sum): two norms in
+# this many micro-steps cost less than 2 % of the least that they can take.
+MICRO_STEPS_PER_MEASUREMENT = 16
+# An epoch with fewer measurements than this is averaged with the ones before it.
+FEWEST_MEASUREMENTS = 64
+
+
+@dataclass(frozen=True)
+class Norms:
+    """Squared norms of one window's gradients, as numbers or as scalars that a device may still be computing.
+
+    Args:
+        micro_batch_size: samples behind `micro`.
+        effective_batch_size: samples behind `window`.
+        micro: of the first micro-batch's part of the window's gradient.
+        window: of the window's gradient.
+    """
+
+    micro_batch_size: int
+    effective_batch_size: int
+    micro: Any
+    window: Any
+
+    def estimates(self) -> tuple[float, float] | None:
+        """tr(Σ) and |G|², each without bias; None where the gradients are not finite. Waits for the device."""
+        small, big = self.micro_batch_size, self.effective_batch_size
+        # A micro-batch's part is its gradient times its share of the window.
+        micro = float(self.micro) * (big / small) ** 2
+        window = float(self.window)
+        if not (math.isfinite(micro) and math.isfinite(window)):
+            return None
+        return (micro - window) / (1 / small - 1 / big), (big * window - small * micro) / (big - small)
+
+
+def noise_scale(estimates: Sequence[tuple[float, float]]) -> float:
+    """tr(Σ) / |G|² in samples; NaN without estimates, and where noise hides the gradient altogether."""
+    variance, squared_gradient = (sum(column) for column in zip(*estimates, strict=True)) if estimates else (0.0, 0.0)
+    return max(variance, 0.0) / squared_gradient if squared_gradient > 0 else math.nan
+
+
+class NoiseMeter:
+    """What the engines give the norms of windows to, and where an epoch's noise scale is read."""
+
+    def __init__(self) -> None:
+        self._micro_steps = MICRO_STEPS_PER_MEASUREMENT  # the first window is measured
+        self._pending: deque[Norms] = deque()
+        self._recent: deque[tuple[float, float]] = deque(maxlen=FEWEST_MEASUREMENTS)
+        self._epoch: list[tuple[float, float]] = []
+
+    def wants(self, samples: Sequence[int]) -> bool:
+        """Whether to measure a window with these micro-batches: equal ones, and not too often."""
+        self._micro_steps += len(samples)
+        if self._micro_steps < MICRO_STEPS_PER_MEASUREMENT or not samples[0]:
+            return False
+        if len(samples) < 2 or len(set(samples)) > 1:
+            return False
+        self._micro_steps = 0
+        return True
+
+    def add(self, norms: Norms) -> None:
+        """Takes one window. Only norms that are long computed are looked at, so that no device has to be waited for."""
+        self._pending.append(norms)
+        if len(self._pending) > FEWEST_MEASUREMENTS:
+            self._read(self._pending.popleft())
+
+    def end_epoch(self) -> float:
+        """The noise scale of the windows since the last call, in samples; NaN where it cannot be told."""
+        while self._pending:
+            self._read(self._pending.popleft())
+        estimates = self._epoch if len(self._epoch) > len(self._recent) else list(self._recent)
+        self._epoch = []
+        return noise_scale(estimates)
+
+    def _read(self, norms: Norms) -> None:
+        estimates = norms.estimates()
+        if estimates is not None:
+            self._epoch.append(estimates)
+            self._recent.append(estimates)
+
+
+AfterMicroStep = Callable[[int, Callable[[], Any]], None]
+
+
+def listening(model: Any, samples: Sequence[int]) -> AfterMicroStep:
+    """What an engine calls after each micro-step of a window: with its index, and what gives the sums' squared norm.
+
+    Args:
+        model: an accumulating one; a callback may have left its meter there.
+        samples: of each micro-batch.
+    """
+    meter: NoiseMeter | None = getattr(model, "_accumtune_noise_meter", None)
+    if meter is None or not meter.wants(samples) or not model.trainable_weights:
+        return _not_listening
+    steps, norms = len(samples), list[Any]()
+
+    def after(index: int, squared_norm: Callable[[], Any]) -> None:
+        if index in (0, steps - 1):
+            norms.append(squared_norm())
+        if index == steps - 1:
+            meter.add(Norms(samples[0], samples[0] * steps, *norms))
+
+    return after
+
+
+def _not_listening(index: int, squared_norm: Callable[[], Any]) -> None:
+    pass

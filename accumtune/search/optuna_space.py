@@ -1,0 +1,183 @@
+"""Keras Tuner's hyperparameters as Optuna sees them, and back. Pure functions.
+
+What has an order is given to Optuna as numbers, so that its samplers see it: the effective batch (and every other
+ordered choice) as its rank, or where its values are not evenly spaced by their logarithm, as that; a step of an
+`Int` or `Float` as its index; what Optuna has no distribution for as the cumulative probability that Keras Tuner gives
+it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import keras_tuner
+from keras_tuner.engine import hyperparameters as kinds
+
+from accumtune.search.feasibility import BATCH_HYPERPARAMETERS
+
+
+@dataclass(frozen=True)
+class Dimension:
+    """One hyperparameter for Optuna.
+
+    Args:
+        name: Optuna's; unlike Keras Tuner's, one name has one distribution.
+        distribution: an `optuna.distributions.BaseDistribution`.
+        decode: from Optuna's value to Keras Tuner's.
+        encode: and back.
+    """
+
+    name: str
+    distribution: Any
+    decode: Callable[[Any], Any] = lambda value: value
+    encode: Callable[[Any], Any] = lambda value: value
+
+
+def active(space: Sequence[Any], choose: Callable[[Any], Any]) -> dict[str, Any]:
+    """Values for every hyperparameter whose conditions hold, parents first, as `choose(hyperparameter)` says."""
+    hyperparameters = keras_tuner.HyperParameters()
+    for hp in space:
+        hyperparameters.merge([hp])
+        if hyperparameters.is_active(hp):
+            hyperparameters.values[hp.name] = choose(hp)
+    return dict(hyperparameters.values)
+
+
+def suggest(space: Sequence[Any], trial: Any) -> dict[str, Any]:
+    """Keras Tuner's values for what an `optuna.Trial` suggests; inactive hyperparameters are left out."""
+    names = _names(space)
+
+    def choose(hp: Any) -> Any:
+        found = dimension(hp, names[id(hp)])
+        return hp.value if found is None else found.decode(_suggest(trial, found))
+
+    return active(space, choose)
+
+
+def encoded(space: Sequence[Any], values: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Optuna's parameters and distributions for Keras Tuner's values.
+
+    A hyperparameter that was not known yet when the values were proposed had its default.
+    """
+    names = _names(space)
+    params, distributions = {}, {}
+
+    def choose(hp: Any) -> Any:
+        value = values.get(hp.name, hp.default)
+        found = dimension(hp, names[id(hp)])
+        if found is not None:
+            params[found.name], distributions[found.name] = found.encode(value), found.distribution
+        return value
+
+    active(space, choose)
+    return params, distributions
+
+
+def has_conditions(space: Sequence[Any]) -> bool:
+    """Whether some hyperparameters are there for some values of others only."""
+    return any(hp.conditions for hp in space)
+
+
+def dimension(hp: Any, name: str | None = None) -> Dimension | None:
+    """A hyperparameter as a dimension; None where it is fixed."""
+    name = name or hp.name
+    if isinstance(hp, kinds.Fixed):
+        return None
+    if isinstance(hp, kinds.Boolean):
+        return _categorical(name, [False, True])
+    if isinstance(hp, kinds.Choice):
+        return _ordered(name, hp) if hp.ordered else _categorical(name, list(dict.fromkeys(hp.values)))
+    if isinstance(hp, (kinds.Int, kinds.Float)):
+        return _continuous(name, hp) if hp.step is None else _indexed(name, list(hp.values), type(hp.default))
+    return _by_probability(name, hp)
+
+
+def _categorical(name: str, values: list[Any]) -> Dimension:
+    from optuna.distributions import CategoricalDistribution
+
+    return Dimension(name, CategoricalDistribution(values))
+
+
+def _ordered(name: str, hp: Any) -> Dimension:
+    values = sorted(set(hp.values))
+    is_batch = hp.name in BATCH_HYPERPARAMETERS and len(values) > 2
+    return _logarithmic(name, values) if is_batch and not _is_geometric(values) else _indexed(name, values)
+
+
+def _indexed(name: str, values: Sequence[Any], kind: Callable[[Any], Any] = lambda value: value) -> Dimension:
+    """The rank of a value; a value that is not listed (it was, in an earlier search) counts as the nearest."""
+    from optuna.distributions import IntDistribution
+
+    listed = [kind(value) for value in values]
+    return Dimension(
+        name, IntDistribution(0, len(listed) - 1), listed.__getitem__, lambda value: _nearest(listed, value)
+    )
+
+
+def _logarithmic(name: str, values: list[int]) -> Dimension:
+    from optuna.distributions import FloatDistribution
+
+    logarithms = [math.log2(value) for value in values]
+    return Dimension(
+        name,
+        FloatDistribution(logarithms[0], logarithms[-1]),
+        lambda logarithm: values[_nearest(logarithms, logarithm)],
+        lambda value: min(max(math.log2(value), logarithms[0]), logarithms[-1]),
+    )
+
+
+def _continuous(name: str, hp: Any) -> Dimension:
+    from optuna.distributions import FloatDistribution, IntDistribution
+
+    if hp.sampling == "reverse_log":
+        return _by_probability(name, hp)
+    is_log = hp.sampling == "log"
+    if isinstance(hp, kinds.Int):
+        return Dimension(name, IntDistribution(hp.min_value, hp.max_value, log=is_log), int, int)
+    return Dimension(name, FloatDistribution(hp.min_value, hp.max_value, log=is_log), float, float)
+
+
+def _by_probability(name: str, hp: Any) -> Dimension:
+    from optuna.distributions import FloatDistribution
+
+    # Just below 1: Keras Tuner's probabilities are those of a half-open interval.
+    return Dimension(
+        name,
+        FloatDistribution(0.0, 1.0),
+        lambda probability: hp.prob_to_value(min(probability, 1 - 1e-9)),
+        lambda value: min(max(float(hp.value_to_prob(value)), 0.0), 1.0),
+    )
+
+
+def _suggest(trial: Any, dimension: Dimension) -> Any:
+    from optuna.distributions import CategoricalDistribution, IntDistribution
+
+    given = dimension.distribution
+    if isinstance(given, CategoricalDistribution):
+        return trial.suggest_categorical(dimension.name, given.choices)
+    suggest = trial.suggest_int if isinstance(given, IntDistribution) else trial.suggest_float
+    return suggest(dimension.name, given.low, given.high, log=given.log)
+
+
+def _names(space: Sequence[Any]) -> dict[int, str]:
+    """Keras Tuner lets one name stand for other ranges under other conditions; Optuna wants a name for each."""
+    return {id(hp): name for hp, name in zip(space, _unique(hp.name for hp in space), strict=True)}
+
+
+def _unique(names: Iterator[str]) -> Iterator[str]:
+    seen: dict[str, int] = {}
+    for name in names:
+        seen[name] = seen.get(name, 0) + 1
+        yield name if seen[name] == 1 else f"{name}#{seen[name]}"
+
+
+def _is_geometric(values: Sequence[float]) -> bool:
+    ratios = [larger / smaller for smaller, larger in zip(values, values[1:], strict=False)]
+    return max(ratios) <= 1.001 * min(ratios)
+
+
+def _nearest(values: Sequence[float], value: float) -> int:
+    return min(range(len(values)), key=lambda index: abs(values[index] - value))

@@ -1,0 +1,116 @@
+"""Hopeless trials are stopped: each epoch is reported to one of Optuna's pruners.
+
+The pruner sits in the search's process, where it sees all trials; the trial's process looks after each epoch whether
+it was asked to stop. An epoch may end before the word arrives, so a trial trains at most one epoch too many.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterable, Mapping
+from concurrent.futures import Future, wait
+from typing import Any
+
+from accumtune.search.optuna_study import new_study
+from accumtune.tracking.journal import read_trial
+from accumtune.tracking.records import TrialRecord
+from accumtune.trials.directory import TaskDirectory
+from accumtune.trials.executors import Outcome
+
+_INTERVAL_SECONDS = 0.1
+
+
+class Pruning:
+    """What a pruner knows of the trials of a search; may be used from several threads.
+
+    Args:
+        pruner: an `optuna.pruners.BasePruner`.
+        objective: Keras Tuner's; its value after each epoch is what is compared.
+    """
+
+    def __init__(self, pruner: Any, objective: Any) -> None:
+        self._objective = objective
+        self._study = new_study(objective.direction, pruner=pruner)
+        self._trials: dict[str, Any] = {}
+        self._lock = threading.Lock()
+
+    def is_hopeless(self, trial_id: str, epoch: int, logs: Mapping[str, float]) -> bool:
+        """Reports an epoch of a trial and asks whether the next one is worth its time."""
+        with self._lock:
+            trial = self._report(trial_id, epoch, logs)
+            return trial is not None and bool(trial.should_prune())
+
+    def end(self, trial_id: str, status: str) -> None:
+        """A trial has `"completed"`, was `"pruned"`, or gave nothing to compare others with."""
+        from optuna.trial import TrialState
+
+        with self._lock:
+            trial = self._trials.pop(trial_id, None)
+            if trial is None:
+                return
+            # Only completed trials are what others are measured against: pruned ones would lower the bar.
+            values = trial.storage.get_trial(trial._trial_id).intermediate_values
+            if status == "completed" and values and values[max(values)] == values[max(values)]:
+                self._study.tell(trial, values[max(values)])
+            else:
+                self._study.tell(trial, state=TrialState.PRUNED if status == "pruned" else TrialState.FAIL)
+
+    def remember(self, records: Iterable[TrialRecord]) -> None:
+        """What trials of an earlier session reported."""
+        for record in records:
+            if record.status != "completed":
+                continue
+            with self._lock:
+                for epoch in record.epochs:
+                    if epoch.execution == 0:
+                        self._report(record.trial_id, epoch.epoch, epoch.logs)
+            self.end(record.trial_id, "pruned" if is_pruned(record.reason) else "completed")
+
+    def _report(self, trial_id: str, epoch: int, logs: Mapping[str, float]) -> Any:
+        if not self._objective.has_value(logs):
+            return None
+        if trial_id not in self._trials:
+            self._trials[trial_id] = self._study.ask()
+        self._trials[trial_id].report(float(self._objective.get_value(logs)), step=epoch)
+        return self._trials[trial_id]
+
+
+def watch(future: Future[Outcome], directory: TaskDirectory, pruning: Pruning) -> Outcome:
+    """Waits for a trial; passes on its epochs as they end, and the word that it is to stop."""
+    seen = size = 0
+    trial_id = directory.path.name.removeprefix("trial_")
+    is_done = False
+    while not is_done:
+        is_done = bool(wait([future], timeout=_INTERVAL_SECONDS).done)
+        if (grown := _size(directory)) == size:
+            continue
+        size = grown
+        epochs = [epoch for epoch in read_trial(directory.path).epochs if epoch.execution == 0]
+        for epoch in epochs[seen:]:
+            if pruning.is_hopeless(trial_id, epoch.epoch, epoch.logs) and not is_done:
+                directory.stop_file.touch()
+        seen = len(epochs)
+    outcome = future.result()
+    is_stopped = outcome.is_completed and outcome.result["pruned_after_epochs"] is not None
+    pruning.end(trial_id, "pruned" if is_stopped else outcome.status)
+    return outcome
+
+
+def _size(directory: TaskDirectory) -> int:
+    try:
+        return directory.journal_file.stat().st_size
+    except FileNotFoundError:
+        return 0
+
+
+_PRUNED = "pruned after epoch "
+
+
+def pruned_reason(epochs: int) -> str:
+    """The reason on record of a trial that was stopped after so many epochs."""
+    return f"{_PRUNED}{epochs}: its objective was hopeless beside that of other trials at this epoch"
+
+
+def is_pruned(reason: str) -> bool:
+    """Whether a completed trial was stopped early."""
+    return reason.startswith(_PRUNED)

@@ -1,0 +1,98 @@
+"""What it costs to measure the gradient noise scale while accumulating, as a share of the training.
+
+    python experiments/benchmarks/noise_scale.py [--backends tensorflow jax torch] [--json PATH]
+
+Each backend has a process of its own, in which two copies of a model take turns, one of them with the callback
+`GradientNoiseScale`: a few windows of one, the same of the other, the order drawn anew for each round. The workloads
+are the hard ones: many parameters for few samples, where a norm costs most beside a pass, and a model so small that
+calling a function is what costs. CPU seconds of all threads, so that a busy machine disturbs less; the cost is the
+median over the rounds of the ratio, the spread its quartiles.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+# name: units of each hidden layer, micro-batch size, accumulation steps
+WORKLOADS = {
+    "wide, 8 × 16": ((1024, 1024, 1024), 16, 8),
+    "wide, 1 × 8": ((1024, 1024, 1024), 1, 8),
+    "wide, 1 × 2": ((1024, 1024, 1024), 1, 2),
+    "tiny, 8 × 8": ((16,), 8, 8),
+    "tiny, 8 × 2": ((16,), 8, 2),
+}
+MICRO_STEPS_PER_ROUND = 256
+
+
+def measure(name: str, rounds: int) -> dict[str, float]:
+    import keras
+    import numpy as np
+
+    import accumtune
+
+    units, micro, steps = WORKLOADS[name]
+    windows = MICRO_STEPS_PER_ROUND // steps
+    keras.utils.set_random_seed(0)
+    x = np.random.default_rng(0).normal(size=(windows * micro * steps, units[0])).astype("float32")
+    y = x[:, :1]
+    trainings = []
+    for callbacks in ([], [accumtune.GradientNoiseScale()]):
+        layers = [keras.layers.Dense(number, "relu") for number in units]
+        model = keras.Sequential([keras.Input((units[0],)), *layers, keras.layers.Dense(1)])
+        model.compile(keras.optimizers.SGD(1e-6), "mse", jit_compile=keras.backend.backend() == "jax")
+        trainings.append((accumtune.accumulate(model, micro), callbacks))
+
+    def seconds(model, callbacks) -> float:
+        started = time.process_time()
+        model.fit(x, y, batch_size=micro * steps, verbose=0, callbacks=callbacks)
+        return time.process_time() - started
+
+    for training in trainings:  # compiles
+        seconds(*training)
+    ratios = []
+    for _ in range(rounds):
+        order = random.sample((0, 1), 2)
+        taken = {index: seconds(*trainings[index]) for index in order}
+        ratios.append(taken[1] / taken[0] - 1)
+    low, middle, high = statistics.quantiles(ratios, n=4)
+    return {"cost": middle, "lower_quartile": low, "upper_quartile": high}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--backends", nargs="*", default=["tensorflow"])
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--json", type=Path, help="where to write the figures")
+    parser.add_argument("--one", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.one:
+        print(json.dumps(measure(arguments.one, arguments.rounds)))
+        return
+    rows = []
+    print(f"{'backend':<12}{'workload':<16}{'cost':>8}{'quartiles':>18}")
+    for backend in arguments.backends:
+        for name in WORKLOADS:
+            command = [sys.executable, __file__, "--one", name, "--rounds", str(arguments.rounds)]
+            environment = {
+                **os.environ, "KERAS_BACKEND": backend, "TF_CPP_MIN_LOG_LEVEL": "3",
+                "PYTHONPATH": str(Path(__file__).parents[2]),
+            }  # fmt: skip
+            done = subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE, text=True)
+            row = json.loads(done.stdout.splitlines()[-1])
+            rows.append({"backend": backend, "workload": name, **row})
+            spread = f"{100 * row['lower_quartile']:+.1f} … {100 * row['upper_quartile']:+.1f} %"
+            print(f"{backend:<12}{name:<16}{100 * row['cost']:>+6.1f} %{spread:>18}", flush=True)
+    if arguments.json:
+        arguments.json.write_text(json.dumps(rows, indent=2))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,185 @@
+"""What a search costs: stock Keras Tuner on (micro-batch, accumulation steps) against accumtune.
+
+    python experiments/benchmarks/search_cost.py [--seeds 8] [--tasks fashion text made] [--json PATH]
+
+Both sides have the same space (pairs of micro-batch and accumulation steps, learning rate, width), `max_trials`,
+seeds and allocator limit. Stock accumulates with Keras's own `gradient_accumulation_steps`, and a trial without memory
+fails; that three in a row would end its search with an error is not held against it (they are counted). Real training
+of hundreds of searches would take weeks, so the exhaustive grid of each task is trained once (`search_cost_record.py`;
+the made tasks are formulas), and the real tuners then search the record (`search_cost_replay.py`): proposals, profiles,
+reuse and journals are the products' own, only training is looked up. `search_cost_real.py` runs one task for real on
+both sides to show that this agrees.
+
+A search has met the target when it has trained something within 1 % of the best of the exhaustive grid under the
+budget. What it needed is what it had spent by then: samples presented (probes included), and wall time, that is
+recorded seconds of training, starts, probes, and of waiting for memory (TensorFlow's allocator waits ten seconds
+before it gives up; "no wait" leaves these out). A search that does not get there counts with all that it spent.
+Ratios are stock's need over ours, of the same seed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import statistics
+import sys
+import time
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+# More threads make the small matrices of a Gaussian process slower.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+sys.path.insert(0, str(Path(__file__).parent))
+
+from search_cost_tasks import MADE, OURS, STOCK, TRAINED, Record, record_of
+
+TOLERANCE = 0.01
+# Stock's tuner, and ours beside it.
+PAIRINGS = (
+    ("RandomSearch", "RandomSearch"),
+    ("BayesianOptimization", "BayesianOptimization"),
+    ("BayesianOptimization", "OptunaSearch"),
+)
+# What is compared, and where `Run.to_reach` says it.
+RATIOS = {"presentations": 1, "seconds": 2, "seconds_without_waits": 3}
+SHARES = (0.1, 0.25, 0.5, 1.0)
+
+
+def job(task: str, side: str, tuner: str, seed: int) -> dict[str, Any]:
+    from search_cost_replay import search
+
+    started = time.monotonic()
+    run = search(record_of(task), side, tuner, seed)
+    return {"task": task, "side": side, "tuner": tuner, "seed": seed, "run": run, "took": time.monotonic() - started}
+
+
+def all_jobs(tasks: list[str], seeds: list[int]) -> list[tuple[str, str, str, int]]:
+    sides = dict.fromkeys((side, name) for pair in PAIRINGS for side, name in zip((STOCK, OURS), pair, strict=True))
+    return [(task, *side, seed) for task in tasks for side in sides for seed in seeds]
+
+
+def ratios(record: Record, stock: list[Any], ours: list[Any]) -> dict[str, Any]:
+    """What stock needs for what ours does, seed by seed."""
+    target = record.best * (1 + TOLERANCE)
+    needed = [(one.to_reach(target), other.to_reach(target)) for one, other in zip(stock, ours, strict=True)]
+    found: dict[str, Any] = {
+        name: [one[column] / other[column] for one, other in needed] for name, column in RATIOS.items()
+    }
+    for side, runs in ((STOCK, stock), (OURS, ours)):
+        reached = [run.to_reach(target) for run in runs]
+        found[side] = {
+            "met": sum(met for met, *_ in reached),
+            "failed_trials": statistics.mean(sum(run.failures) for run in runs),
+            "would_have_ended": sum(run.would_have_ended() for run in runs),
+            "pick_above_best": [run.pick / record.best - 1 for run in runs],
+            "seconds": statistics.median(run.seconds for run in runs),
+            "presentations": statistics.median(run.presentations for run in runs),
+        }
+    return found
+
+
+def best_so_far(record: Record, runs: list[Any], totals: list[Any]) -> dict[str, list[float]]:
+    """Median over seeds of the best validation loss, over the grid's best, at shares of what stock spends in all."""
+    return {
+        name: [
+            statistics.median(
+                run.best_after(share, column, getattr(total, name)) / record.best - 1
+                for run, total in zip(runs, totals, strict=True)
+            )
+            for share in SHARES
+        ]
+        for name, column in (("presentations", 1), ("seconds", 2))
+    }
+
+
+def spread(values: list[float]) -> str:
+    return f"{statistics.median(values):5.1f} [{min(values):.1f}, {max(values):.1f}]"
+
+
+def printed(task: str, names: tuple[str, str], row: dict[str, Any], seeds: int) -> str:
+    stock, ours = row[STOCK], row[OURS]
+    picks = "  ".join(f"{100 * max(side['pick_above_best']):5.1f} %" for side in (stock, ours))
+    spreads = "".join(f"{spread(row[name]):>20}" for name in RATIOS)
+    return (
+        f"{task:<20}{names[0][:8]:<9}{names[1][:8]:<9}{stock['met']:>3}/{seeds} {ours['met']:>3}/{seeds}"
+        f"{stock['failed_trials']:>7.1f} {ours['failed_trials']:>4.1f}{stock['would_have_ended']:>5}/{seeds}"
+        f"{spreads}  {picks}"
+    )
+
+
+HEADER = (
+    f"{'':20}{'':18}{'met target':^10}{'failed trials':^13}{'ended':>5}"
+    f"{'stock / ours to the target: median [min, max]':^62}"
+    f"{'worst pick':>14}\n"
+    f"{'task':<20}{'stock':<9}{'ours':<9}{'stock':>5} {'ours':>5}{'stock':>7} {'ours':>4}{'':7}"
+    f"{'presentations':>20}{'wall time':>20}{'no wait':>20}  {'stock':>7}  {'ours':>7}"
+)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--tasks", nargs="*", default=[*TRAINED, *MADE])
+    parser.add_argument("--seeds", type=int, default=8)
+    parser.add_argument("--processes", type=int, default=1)
+    parser.add_argument("--json", type=Path, help="where to write the figures, each search's included")
+    arguments = parser.parse_args()
+    tasks = [name for task in arguments.tasks for name in (MADE if task == "made" else [task])]
+    seeds = list(range(arguments.seeds))
+    jobs = all_jobs(tasks, seeds)
+    with ProcessPoolExecutor(arguments.processes) as pool:
+        results = list(pool.map(job, *zip(*jobs, strict=True)))
+    runs = {key: result["run"] for key, result in zip(jobs, results, strict=True)}
+    rows, curves = [], []
+    print(HEADER)
+    for task in tasks:
+        record = record_of(task)
+        for names in PAIRINGS:
+            stock = [runs[task, STOCK, names[0], seed] for seed in seeds]
+            ours = [runs[task, OURS, names[1], seed] for seed in seeds]
+            row = ratios(record, stock, ours)
+            rows.append({"task": task, "stock": names[0], "ours": names[1], **row})
+            curves.append((task, names, best_so_far(record, stock, stock), best_so_far(record, ours, stock)))
+            print(printed(task, names, row, len(seeds)), flush=True)
+    print_curves(curves)
+    print_summary(rows, len(seeds), {task: record_of(task).infeasible_share() for task in tasks})
+    if arguments.json:
+        searches = [result | {"run": dataclasses.asdict(result["run"])} for result in results]
+        arguments.json.write_text(json.dumps({"rows": rows, "curves": curves, "searches": searches}))
+
+
+def print_curves(curves: list[Any]) -> None:
+    shares = " ".join(f"{100 * share:5.0f} %" for share in SHARES)
+    print(
+        "\nBest validation loss so far, in % over the grid's best, when a share of all that stock spends was spent "
+        f"(medians)\n{'':20}{'':18}{'of its presentations':^28} {'of its wall time':^28}\n{'':38}{shares} {shares}"
+    )
+    for task, names, stock, ours in curves:
+        for side, name, found in ((STOCK, names[0], stock), (OURS, names[1], ours)):
+            cells = " ".join(f"{100 * value:7.1f}" for column in found.values() for value in column)
+            print(f"{task:<20}{side[:6]:<7}{name[:10]:<11}{cells}")
+
+
+def print_summary(rows: list[Any], seeds: int, infeasible: dict[str, float]) -> None:
+    shares = ", ".join(f"{task} {100 * share:.0f} %" for task, share in infeasible.items())
+    print(f"\nPairs that do not fit: {shares}")
+    for names in PAIRINGS:
+        mine = [row for row in rows if (row["stock"], row["ours"]) == names]
+        met = {side: sum(row[side]["met"] for row in mine) / (seeds * len(mine)) for side in (STOCK, OURS)}
+        medians = {name: [statistics.median(row[name]) for row in mine] for name in RATIOS}
+        presentations, wall, no_wait = (statistics.median(values) for values in medians.values())
+        slower = sum(ratio < 1 for row in mine for ratio in row["seconds"])
+        picks = sum(pick <= TOLERANCE for row in mine for pick in row[OURS]["pick_above_best"])
+        print(
+            f"{names[0]} → {names[1]}: target met {met[STOCK]:.2f} → {met[OURS]:.2f}; stock / ours, median over tasks: "
+            f"presentations {presentations:.1f}, wall time {wall:.1f} (without waits {no_wait:.1f}), least of a task "
+            f"{min(medians['seconds']):.1f}; stock was sooner in {slower} of {seeds * len(mine)} searches; "
+            f"pick within 1 % in {picks} of {seeds * len(mine)}"
+        )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,255 @@
+"""A search over a recorded grid: the real tuners, oracles, profiles and journals, with a table in place of training.
+
+Keras Tuner's side is its own tuner with its own oracle, whose `run_trial` looks the result up, or fails as training
+fails without memory. accumtune's side is its own tuner too: only the executor, which would start processes, answers
+from the record.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import math
+import tempfile
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import keras_tuner
+from search_cost_tasks import OURS, STOCK, Record
+
+import accumtune
+from accumtune.search.tuner import Tuner
+from accumtune.tracking.journal import Journal
+from accumtune.trials.executors import Outcome
+
+# What `accumtune.memory.probe` runs for each number of accumulation steps: a first update and 3 more, or 24
+# micro-steps where that is more.
+PROBED_UPDATES, PROBED_MICRO_STEPS = 3, 24
+NEVER = 10**6
+
+# The learning rate that a trial trains with, from the one searched and the effective batch.
+RateOf = Callable[[float, int], float]
+
+
+@dataclass
+class Run:
+    """One search: what it had spent whenever a training ended, and what it came to.
+
+    Args:
+        events: `(objective, presentations, seconds, seconds without waiting for memory)` after each training.
+        failures: trials that ran out of memory, in order of all trials (True where one failed).
+        pick: the objective of what it would train with.
+    """
+
+    presentations: float = 0.0
+    seconds: float = 0.0
+    waited_seconds: float = 0.0
+    events: list[tuple[float, float, float, float]] = field(default_factory=list)
+    failures: list[bool] = field(default_factory=list)
+    pick: float = math.nan
+
+    def spend(self, seconds: float, presentations: float = 0.0, waited_seconds: float = 0.0) -> None:
+        self.seconds += seconds
+        self.presentations += presentations
+        self.waited_seconds += waited_seconds
+
+    def trained(self, objective: float) -> None:
+        self.failures.append(False)
+        self.events.append((objective, self.presentations, self.seconds, self.seconds - self.waited_seconds))
+
+    def would_have_ended(self) -> bool:
+        """Keras Tuner's default: three failures in a row end the search with an error."""
+        return any(all(self.failures[start : start + 3]) for start in range(len(self.failures) - 2))
+
+    def to_reach(self, target: float) -> tuple[bool, float, float, float]:
+        """Whether it did, and what it had spent by then; all it spent where it did not."""
+        for objective, *spent in self.events:
+            if objective <= target:
+                return True, *spent
+        return False, self.presentations, self.seconds, self.seconds - self.waited_seconds
+
+    def best_after(self, share: float, column: int, total: float) -> float:
+        """The best objective within a share of a total that was spent (1 presentations, 2 seconds)."""
+        return min((event[0] for event in self.events if event[column] <= share * total), default=math.inf)
+
+
+# Keras Tuner as it is
+
+
+def stock(record: Record, tuner_class: Any, seed: int) -> Run:
+    run = Run()
+
+    class Replayed(tuner_class):
+        def run_trial(self, trial: Any, *args: Any, **kwargs: Any) -> Any:
+            values = trial.hyperparameters.values
+            micro, steps, width = (values[name] for name in ("micro_batch_size", "accumulation_steps", "width"))
+            run.spend(record.start_seconds[STOCK])
+            if not record.fits(STOCK, width, micro, steps):
+                run.failures.append(True)
+                wait = record.out_of_memory_seconds
+                run.spend(wait, waited_seconds=wait)
+                raise RuntimeError("ResourceExhaustedError: out of memory")
+            presentations = record.samples * record.epochs
+            seconds = record.costs[STOCK, width, micro].seconds(steps, presentations / (micro * steps))
+            run.spend(seconds, presentations)
+            objective = record.best_of(micro * steps, values["learning_rate"], width)
+            run.trained(objective)
+            return {"val_loss": objective}
+
+    space = record.space
+
+    def build(hp: Any) -> None:
+        hp.Choice("micro_batch_size", list(space.micro_batch_sizes), ordered=True)
+        hp.Choice("accumulation_steps", list(space.accumulation_steps), ordered=True)
+        space.declare(hp)
+
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stderr(io.StringIO()):
+        tuner = Replayed(
+            build, "val_loss", max_trials=record.max_trials, seed=seed, directory=folder,
+            max_consecutive_failed_trials=NEVER,
+        )  # fmt: skip
+        tuner.search(verbose=0)
+    run.pick = min((event[0] for event in run.events), default=math.inf)
+    return run
+
+
+# accumtune, without its processes
+
+
+class RecordedExecutor:
+    """Answers tasks from a record, at once, and counts what they would have taken."""
+
+    backend = "tensorflow"
+
+    def __init__(self, record: Record, run: Run, rate_of: RateOf) -> None:
+        self.record, self.run, self.rate_of = record, run, rate_of
+        self.pruning: Any = None
+
+    def submit(
+        self, directory: Any, environment: Any = None, timeout_seconds: Any = None, is_memory_limited: bool = False
+    ) -> Future[Outcome]:
+        name, arguments = directory.read_task()
+        future: Future[Outcome] = Future()
+        future.set_result(getattr(self, name)(directory, **arguments))
+        return future
+
+    def close(self) -> None:
+        pass
+
+    def discover(self, directory: Any, payload: str) -> Outcome:
+        self.run.spend(self.record.start_seconds[OURS])
+        hp = keras_tuner.HyperParameters()
+        self.record.space.declare(hp)
+        return Outcome("completed", {"hyperparameters": hp.get_config(), "batch_coupled_layers": []})
+
+    def inspect(self, directory: Any, payload: str, hyperparameters: Any) -> Outcome:
+        self.run.spend(self.record.start_seconds[OURS])
+        facts = {
+            "signature": f"width_{hyperparameters['values']['width']}", "device": "CPU", "static_bytes": 0,
+            "sample_bytes": 0, "batch_coupled_layers": [], "precision_policy": "float32", "sample_shapes": None,
+        }  # fmt: skip
+        return Outcome("completed", facts)
+
+    def probe(
+        self, directory: Any, payload: str, hyperparameters: Any, memory_budget_bytes: int,
+        micro_batch_size: int, accumulation_steps: list[int],
+    ) -> Outcome:  # fmt: skip
+        width = hyperparameters["values"]["width"]
+        cost = self.record.costs[OURS, width, micro_batch_size]
+        self.run.spend(self.record.start_seconds[OURS])
+        measurements = []
+        for steps in accumulation_steps:
+            fits = self.record.fits(OURS, width, micro_batch_size, steps)
+            updates = 1 + max(PROBED_UPDATES, math.ceil(PROBED_MICRO_STEPS / steps))
+            if fits:
+                self.run.spend(cost.seconds(steps, updates), updates * steps * micro_batch_size)
+            else:
+                wait = self.record.out_of_memory_seconds
+                self.run.spend(wait, waited_seconds=wait)
+            measurements.append({
+                "micro_batch_size": micro_batch_size, "accumulation_steps": steps,
+                "peak_memory_bytes": cost.peak_bytes(steps) if fits else None,
+                "seconds_per_update": cost.seconds(steps, 1) if fits else None,
+                "memory_source": "record", "memory_limit_bytes": memory_budget_bytes,
+            })  # fmt: skip
+            if not fits:
+                break
+        return Outcome("completed", {"measurements": measurements, "device": "CPU"})
+
+    def train(self, directory: Any, hyperparameters: Any, attempt: int, **others: Any) -> Outcome:
+        values = hyperparameters["values"]
+        effective, micro, width = (values[name] for name in ("effective_batch_size", "micro_batch_size", "width"))
+        steps = effective // micro
+        journal = Journal(directory.journal_file)
+        journal.append("started", attempt=attempt, device="CPU", memory_source="record")
+        self.run.spend(self.record.start_seconds[OURS])
+        if not self.record.fits(OURS, width, micro, steps):
+            self.run.failures.append(True)
+            wait = self.record.out_of_memory_seconds
+            self.run.spend(wait, waited_seconds=wait)
+            return Outcome("out_of_memory", reason="out of memory")
+        curve = self.record.curve(effective, self.rate_of(values["learning_rate"], effective), width)
+        cost = self.record.costs[OURS, width, micro]
+        epochs = self.epochs_of(directory, curve)
+        for epoch in range(epochs):
+            journal.append("epoch", attempt=attempt, epoch=epoch, logs={"val_loss": curve[epoch]})
+        updates = self.record.samples * epochs / effective
+        self.run.spend(cost.seconds(steps, updates), self.record.samples * epochs)
+        objective = min(curve[:epochs])
+        self.run.trained(objective)
+        return Outcome("completed", {
+            "metrics": {"val_loss": objective}, "best_epoch": curve.index(objective), "best_value": objective,
+            "pruned_after_epochs": epochs if epochs < len(curve) else None,
+            "peak_memory_bytes": cost.peak_bytes(steps), "memory_source": "record", "device": "CPU",
+            "seconds_per_update": cost.seconds(steps, 1), "updates": int(updates), "training_seconds": 0.0,
+            "throughput_samples_per_second": effective / cost.seconds(steps, 1), "precision_policy": "float32",
+        })  # fmt: skip
+
+    def epochs_of(self, directory: Any, curve: tuple[float, ...]) -> int:
+        """How many epochs a trial trains: all, or until the pruner calls it hopeless."""
+        trial_id = directory.path.name.removeprefix("trial_")
+        for epoch, loss in enumerate(curve[:-1]):
+            if self.pruning is not None and self.pruning.is_hopeless(trial_id, epoch, {"val_loss": loss}):
+                return epoch + 1
+        return len(curve)
+
+
+
+
+def ours(
+    record: Record, tuner_class: type[Tuner], seed: int, rate_of: RateOf = lambda rate, batch: rate, **arguments: Any
+) -> Run:
+    run = Run()
+    executor = RecordedExecutor(record, run, rate_of)
+
+    class Replayed(tuner_class):  # type: ignore[valid-type, misc]
+        def _open_executor(self) -> Any:
+            return executor
+
+        def _pruning(self) -> Any:
+            executor.pruning = super()._pruning()
+            return executor.pruning
+
+        def _end(self, *args: Any) -> None:
+            """No report: its pictures take longer than the search."""
+
+    space = record.space
+    with tempfile.TemporaryDirectory() as folder:
+        tuner = Replayed(
+            space.declare, objective="val_loss", max_trials=record.max_trials, seed=seed, directory=folder,
+            memory_budget=record.memory_budget_bytes, micro_batch_sizes=space.micro_batch_sizes,
+            accumulation_steps=space.accumulation_steps, tracking_uri=False, **arguments,
+        )  # fmt: skip
+        tuner.search([0.0], [0.0], validation_data=([0.0], [0.0]), verbose=0)
+        run.pick = tuner._choose("quality", 0.01).candidate.objective
+    return run
+
+
+def search(record: Record, side: str, tuner: str, seed: int, max_trials: int | None = None) -> Run:
+    """One search of `"keras"` or `"accumtune"` with the tuner of that name."""
+    record = replace(record, max_trials=max_trials or record.max_trials)
+    if side == STOCK:
+        return stock(record, getattr(keras_tuner, tuner), seed)
+    return ours(record, getattr(accumtune, tuner), seed)

@@ -1,0 +1,239 @@
+"""OptunaSearch: Optuna's samplers and pruners behind Keras Tuner's oracle."""
+
+import math
+import subprocess
+import sys
+
+import keras_tuner
+import optuna
+import pytest
+from keras_tuner.engine.trial import TrialStatus
+
+from accumtune.search import optuna_space, oracles
+from accumtune.search.optuna_oracle import OptunaOracle
+from accumtune.search.pruning import Pruning
+from accumtune.search.state import with_whole_state
+
+
+def everything():
+    hp = keras_tuner.HyperParameters()
+    hp.Choice("effective_batch_size", [8, 16, 32, 64, 128], ordered=True)
+    hp.Choice("activation", ["relu", "tanh", "gelu"])
+    hp.Choice("unordered", [3, 1, 2], ordered=False)
+    hp.Int("layers", 1, 4)
+    hp.Int("units", 8, 40, step=8)
+    hp.Int("log_units", 1, 1000, sampling="log")
+    hp.Int("doubling", 4, 64, step=2, sampling="log")
+    hp.Float("dropout", 0.0, 0.5, step=0.1)
+    hp.Float("momentum", 0.0, 1.0)
+    hp.Float("learning_rate", 1e-5, 1e-1, sampling="log")
+    hp.Float("decay", 0.01, 1.0, sampling="reverse_log")
+    hp.Boolean("bias")
+    hp.Fixed("seed", 7)
+    with hp.conditional_scope("activation", ["relu"]):
+        hp.Float("slope", 0.0, 0.3)
+        hp.Int("depth", 1, 3)
+    with hp.conditional_scope("activation", ["tanh", "gelu"]):
+        hp.Int("depth", 5, 9)  # one name, another range
+    return hp
+
+
+def test_every_kind_of_hyperparameter_goes_to_optuna_and_back():
+    space = everything().space
+    study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
+    for _ in range(200):
+        trial = study.ask()
+        values = optuna_space.suggest(space, trial)
+        params, distributions = optuna_space.encoded(space, values)
+        assert params == pytest.approx(trial.params) and distributions == trial.distributions
+        assert values["seed"] == 7 and values["effective_batch_size"] in (8, 16, 32, 64, 128)
+        assert values["units"] in range(8, 41, 8) and values["doubling"] in (4, 8, 16, 32, 64)
+        assert math.isclose(values["dropout"] * 10, round(values["dropout"] * 10), abs_tol=1e-9)
+        assert 0.01 <= values["decay"] <= 1.0 and type(values["bias"]) is bool
+        assert ("slope" in values) == (values["activation"] == "relu")
+        assert values["depth"] in (range(1, 4) if values["activation"] == "relu" else range(5, 10))
+        study.tell(trial, 0.0)
+
+
+def test_the_effective_batch_has_an_order_and_even_steps_of_its_logarithm():
+    def place(size, sizes):
+        hp = keras_tuner.HyperParameters()
+        hp.Choice("effective_batch_size", sizes, ordered=True)
+        params, distributions = optuna_space.encoded(hp.space, {"effective_batch_size": size})
+        kind = distributions["effective_batch_size"]
+        return (params["effective_batch_size"] - kind.low) / (kind.high - kind.low)
+
+    powers, others = [8, 16, 32, 64, 128], [6, 8, 48, 96]
+    assert [place(size, powers) for size in powers] == [0, 0.25, 0.5, 0.75, 1]
+    assert [place(size, others) for size in others] == pytest.approx([0, math.log(8 / 6, 16), 0.75, 1])
+
+
+def make(tmp_path, hp, sampler=None, trials=30, direction="min", seed=1, **kwargs):
+    oracle = OptunaOracle(
+        sampler, objective=keras_tuner.Objective("val_loss", direction), max_trials=trials, seed=seed,
+        hyperparameters=hp, max_consecutive_failed_trials=100, **kwargs,
+    )  # fmt: skip
+    oracle.verbose = 0
+    oracle._set_project_dir(str(tmp_path), "search")
+    return with_whole_state(oracle)
+
+
+def drive(oracle, objective, trials, tuner_id="tuner0"):
+    """Runs trials as a search would; what `objective` returns or raises is the outcome."""
+    proposed = []
+    for _ in range(trials):
+        trial = oracle.create_trial(tuner_id)
+        if trial.status != TrialStatus.RUNNING:
+            break
+        while True:
+            values = dict(trial.hyperparameters.values)
+            proposed.append(values)
+            try:
+                value = objective(values)
+            except MemoryError:
+                if oracles.replace_infeasible(oracle, trial) is not None:
+                    continue
+                oracles.end_without_counting(oracle, trial, "it does not fit")
+            except ArithmeticError:
+                oracles.end_failed(oracle, trial, "it diverged")
+            else:
+                oracles.end_completed(oracle, trial, {"val_loss": value}, 0)
+            break
+    return proposed
+
+
+def bowl():
+    hp = keras_tuner.HyperParameters()
+    hp.Choice("effective_batch_size", [2**power for power in range(10)], ordered=True)
+    hp.Float("learning_rate", 1e-4, 1e-1, sampling="log")
+    return hp
+
+
+def bowl_loss(values):
+    rate = math.log10(values["learning_rate"] / 1e-2)
+    return 1 + 0.1 * math.log2(values["effective_batch_size"] / 64) ** 2 + rate**2
+
+
+@pytest.mark.parametrize("direction", ["min", "max"])
+def test_it_finds_the_best_of_a_smooth_objective_in_either_direction(tmp_path, direction):
+    sign = 1 if direction == "min" else -1
+    oracle = make(tmp_path, bowl(), trials=25, direction=direction)
+    values = drive(oracle, lambda it: sign * bowl_loss(it), 25)
+    scores = [trial.score for trial in oracle.trials.values()]
+    assert min(sign * score for score in scores) < 1.02
+    later = [bowl_loss(it) for it in values[15:]]
+    assert sorted(later)[len(later) // 2] < sorted(map(bowl_loss, values[:8]))[4]  # better than at random
+
+
+def test_a_search_that_was_killed_goes_on_with_the_same_knowledge(tmp_path):
+    whole = drive(make(tmp_path / "whole", bowl()), bowl_loss, 14)
+    begun = drive(make(tmp_path / "halves", bowl()), bowl_loss, 11)
+    again = make(tmp_path / "halves", bowl())
+    again.reload()
+    rest = drive(again, bowl_loss, 3)
+    assert begun + rest == whole
+    # Without what is on the disk it would not have known.
+    assert drive(make(tmp_path / "other", bowl(), seed=2), bowl_loss, 3) != rest
+
+
+def test_nothing_is_proposed_twice_and_a_small_space_ends(tmp_path):
+    hp = keras_tuner.HyperParameters()
+    hp.Choice("effective_batch_size", [1, 2, 4], ordered=True)
+    hp.Boolean("bias")
+    oracle = make(tmp_path, hp, trials=100)
+    proposed = drive(oracle, lambda values: values["effective_batch_size"], 100)
+    assert len({tuple(it.items()) for it in proposed}) == len(proposed) == 6
+
+
+def test_what_does_not_fit_is_avoided_and_says_nothing_about_quality(tmp_path):
+    """Quality rises with the width, memory forbids most widths: the best that fits is found all the same."""
+    hp = keras_tuner.HyperParameters()
+    hp.Int("width", 1, 64)
+    hp.Float("learning_rate", 1e-4, 1e-1, sampling="log")
+
+    def objective(values):
+        if values["width"] > 20:
+            raise MemoryError
+        return -values["width"] + math.log10(values["learning_rate"] / 1e-2) ** 2
+
+    oracle = make(tmp_path, hp, trials=25)
+    proposed = drive(oracle, objective, 25)
+    completed = [trial for trial in oracle.trials.values() if trial.status == TrialStatus.COMPLETED]
+    assert len(completed) == 25 and min(trial.score for trial in completed) < -19
+    late = proposed[len(proposed) // 2 :]
+    assert sum(values["width"] > 20 for values in late) < len(late) / 2  # at random it would be two thirds
+
+
+def test_a_region_that_fails_is_left(tmp_path):
+    def objective(values):
+        if values["learning_rate"] > 1e-2:
+            raise ArithmeticError
+        return -math.log10(values["learning_rate"])  # better and better up to where it diverges
+
+    oracle = make(tmp_path, bowl(), trials=24)
+    proposed = drive(oracle, objective, 24)
+    late = proposed[12:]
+    assert sum(values["learning_rate"] > 1e-2 for values in late) < len(late) / 2
+    assert min(t.score for t in oracle.trials.values() if t.status == TrialStatus.COMPLETED) < 2.2
+
+
+def test_several_trials_at_once_get_different_proposals(tmp_path):
+    oracle = make(tmp_path, bowl())
+    drive(oracle, bowl_loss, 10)
+    running = [oracle.create_trial(f"tuner{index}") for index in range(3)]
+    assert len({tuple(trial.hyperparameters.values.items()) for trial in running}) == 3
+    for trial in reversed(running):  # they end in any order
+        oracles.end_completed(oracle, trial, {"val_loss": bowl_loss(trial.hyperparameters.values)}, 0)
+    assert len(drive(oracle, bowl_loss, 2)) == 2
+
+
+@pytest.mark.parametrize(
+    "sampler",
+    [optuna.samplers.TPESampler(multivariate=True, group=True, seed=0), optuna.samplers.NSGAIISampler(seed=0)],
+    ids=["TPE", "NSGA-II"],
+)
+def test_any_sampler_can_be_handed_in_and_conditions_hold(tmp_path, sampler):
+    oracle = make(tmp_path, everything(), sampler, trials=20)
+    proposed = drive(oracle, lambda values: values["momentum"], 20)
+    assert len(proposed) == 20
+    for values in proposed:
+        assert ("slope" in values) == (values["activation"] == "relu")
+
+
+def test_a_hyperparameter_that_appears_later_had_its_default_before(tmp_path):
+    oracle = make(tmp_path, bowl())
+    drive(oracle, bowl_loss, 9)
+    found = bowl()
+    found.Float("momentum", 0.0, 0.9, default=0.5)
+    oracle.update_space(found)
+    proposed = drive(oracle, lambda values: bowl_loss(values) + values["momentum"], 4)
+    assert all("momentum" in values for values in proposed)
+
+
+def test_a_missing_optuna_is_named_with_the_command_that_brings_it():
+    script = """
+import sys
+sys.modules["optuna"] = None
+import accumtune
+try:
+    accumtune.OptunaSearch(lambda hp: None, objective="val_loss")
+except accumtune.errors.SearchError as error:
+    assert "pip install" in str(error) and "accumtune[optuna]" in str(error), error
+else:
+    raise AssertionError("no error")
+"""
+    subprocess.run([sys.executable, "-c", script], check=True)
+
+
+def test_a_pruner_stops_what_is_worse_than_the_others_and_ignores_pruned_ones():
+    objective = keras_tuner.Objective("val_loss", "min")
+    pruning = Pruning(optuna.pruners.MedianPruner(n_startup_trials=2, n_warmup_steps=1), objective)
+    for name, start in [("0", 1.0), ("1", 1.2)]:
+        assert not any(pruning.is_hopeless(name, epoch, {"val_loss": start - epoch / 10}) for epoch in range(5))
+        pruning.end(name, "completed")
+    assert not pruning.is_hopeless("2", 0, {"val_loss": 9.0})  # warming up
+    assert pruning.is_hopeless("2", 1, {"val_loss": 9.0})
+    pruning.end("2", "pruned")
+    assert not pruning.is_hopeless("3", 1, {"val_loss": 0.9})
+    assert pruning.is_hopeless("3", 2, {"val_loss": 1.5})
+    assert not pruning.is_hopeless("4", 2, {"loss": 1.5})  # nothing to compare
