@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from made_config import MIB, config_of, moved_training
+from made_config import MIB, build_model, config_of, data, moved_training
 
 from accumtune.config import TrainingConfig, moving
 from accumtune.errors import BatchSizeError, BudgetError, BudgetTooSmallError
@@ -66,6 +66,18 @@ def test_free_memory_of_this_machine():
     from accumtune.trials.device import free_device_memory_bytes
 
     assert 64 * MIB < free_device_memory_bytes() < 2**50
+
+
+def test_a_real_profile_moves_a_configuration_that_then_holds():
+    # Few divisors, few probes: each is a process.
+    batch = {"micro_batch_size": 1, "accumulation_steps": 3, "effective_batch_size": 3}
+    config = config_of(**batch, hyperparameters={"width": 2048, "learning_rate": 0.01}, peak_memory_bytes=None)
+    moved = config.for_device(build_model, *data())
+    assert moved.effective_batch_size == 3 == moved.micro_batch_size * moved.accumulation_steps
+    assert moved.hyperparameters["width"] == 2048 and moved.memory_budget_bytes > 64 * MIB
+    # What a profile predicts, a few real updates confirm.
+    told = moved.verify(build_model, *data(), peak_tolerance=0.25)
+    assert told.throughput_samples_per_second > 0 and "promised" in str(told)
 
 
 def test_a_container_has_no_more_than_its_limit(tmp_path):
