@@ -1,7 +1,8 @@
-"""The command line: `accumtune probe`, `ui`, `best`, `verify`, `sync`.
+"""The command line: `accumtune probe`, `ui`, `best`, `export`, `verify`, `sync`.
 
-Exit codes: 0 fine; 1 the answer is no (nothing fits, a configuration does not hold here, values not delivered);
-2 wrong usage or input, with the reason on the standard error.
+Exit codes, for pipelines: 0 fine; 1 the answer is no (nothing fits, a search without a result, a configuration that
+does not hold here, values not delivered); 2 wrong usage or input, with the reason on the standard error. What was
+asked for is on the standard output, everything else on the standard error.
 """
 
 from __future__ import annotations
@@ -17,7 +18,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from accumtune.errors import AccumtuneError, DataError, SearchDirectoryError, VerificationError
+from accumtune.errors import (
+    AccumtuneError,
+    BudgetTooSmallError,
+    DataError,
+    NoResultError,
+    SearchDirectoryError,
+    VerificationError,
+)
 from accumtune.memory.budget import format_bytes, parse_budget
 
 
@@ -26,7 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     try:
         return int(options.run(options))
-    except VerificationError as error:
+    except (VerificationError, NoResultError, BudgetTooSmallError) as error:
         print(f"accumtune: {error}", file=sys.stderr)
         return 1
     except AccumtuneError as error:
@@ -39,6 +47,8 @@ def _parser() -> argparse.ArgumentParser:
         prog="accumtune",
         description="Find the micro-batch size and accumulation steps to train a Keras model with, given this much "
         "memory.",
+        epilog="Exit codes: 0 fine; 1 the answer is no (nothing fits, no result, a configuration does not hold here, "
+        "values not delivered); 2 wrong usage or input.",
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
@@ -59,16 +69,30 @@ def _parser() -> argparse.ArgumentParser:
 
     best = commands.add_parser("best", help="the best configuration of a search")
     best.add_argument("search", nargs="?", default=None, help="a search's directory; default: the newest")
-    best.add_argument("--policy", default="quality", choices=("quality", "memory", "throughput", "balanced"))
-    best.add_argument("--tolerance", type=float, default=0.01)
+    _add_policy(best)
     best.add_argument("--save", metavar="FILE", default=None)
     best.add_argument("--json", action="store_true")
     best.set_defaults(run=_best)
 
+    export = commands.add_parser("export", help="a configuration as a file, or as arguments for plain Keras")
+    export.add_argument("source", nargs="?", default=None, help="a search's directory (default: the newest), or a "
+                        "configuration: a path, runs:/..., models:/NAME@best, an experiment's name")  # fmt: skip
+    export.add_argument("--output", "-o", metavar="FILE", default=None, help="default: print it")
+    export.add_argument("--format", default="json", choices=("json", "keras"), help="keras: arguments for Keras's own "
+                        "gradient_accumulation_steps, and where that differs")  # fmt: skip
+    _add_policy(export)
+    export.add_argument("--tracking-uri", default=None)
+    export.set_defaults(run=_export)
+
     verify = commands.add_parser("verify", help="does a configuration hold on this machine? exit code 1 if not")
-    verify.add_argument("config", help="a path or an address such as runs:/RUN_ID/best_config.json")
+    verify.add_argument("config", help="a path, runs:/RUN_ID/best_config.json, models:/NAME@best, an experiment's name")
     verify.add_argument("build_model", metavar="MODULE:build_model")
     verify.add_argument("--data", required=True, metavar="MODULE:load", help="a function that returns (x, y)")
+    verify.add_argument("--peak-tolerance", type=float, default=0.1, help="share by which peak memory may differ")
+    verify.add_argument("--whole", action="store_true", help="train the winning trial again, and compare its objective "
+                        "too; then load returns (x, x_val, y, y_val)")  # fmt: skip
+    verify.add_argument("--objective-tolerance", type=float, default=1e-6, help="with --whole; default: 1e-6")
+    verify.add_argument("--json", action="store_true", help="print JSON instead of text")
     verify.add_argument("--tracking-uri", default=None)
     verify.set_defaults(run=_verify)
 
@@ -77,6 +101,11 @@ def _parser() -> argparse.ArgumentParser:
     sync.add_argument("--tracking-uri", default=None)
     sync.set_defaults(run=_sync)
     return parser
+
+
+def _add_policy(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--policy", default="quality", choices=("quality", "memory", "throughput", "balanced"))
+    command.add_argument("--tolerance", type=float, default=0.01, help="share of the objective that counts as noise")
 
 
 def _probe(options: argparse.Namespace) -> int:
@@ -151,16 +180,9 @@ def _ui(options: argparse.Namespace) -> int:
 
 def _best(options: argparse.Namespace) -> int:
     from accumtune.search import results
-    from accumtune.search.selection import pareto_front, select
-    from accumtune.tracking.journal import read_search
-    from accumtune.trials.directory import SearchDirectory
+    from accumtune.search.selection import pareto_front
 
-    files = SearchDirectory(find_search(options.search))
-    record = read_search(files.path)
-    found = results.candidates(record, files.profiles_folder)
-    config = results.training_config(
-        record, select(found, options.policy, options.tolerance, record.objective_direction), None, None
-    )
+    record, found, config = _choose(find_search(options.search), options)
     if options.save:
         config.save(options.save)
     if options.json:
@@ -172,13 +194,55 @@ def _best(options: argparse.Namespace) -> int:
     return 0
 
 
+def _choose(folder: Path, options: argparse.Namespace) -> tuple[Any, Any, Any]:
+    """A search, its candidates, and the configuration of the one that the policy chooses."""
+    from accumtune.search import results
+    from accumtune.search.selection import select
+    from accumtune.tracking.journal import read_search
+    from accumtune.tracking.mlflow import read_cache
+    from accumtune.trials.directory import SearchDirectory
+
+    files = SearchDirectory(folder)
+    record, tracked = read_search(files.path), read_cache(files.path)
+    found = results.candidates(record, files.profiles_folder)
+    choice = select(found, options.policy, options.tolerance, record.objective_direction)
+    run_id, tracking_uri = tracked.get("parent_run_id"), tracked.get("tracking_uri")
+    return record, found, results.training_config(record, choice, run_id, tracking_uri)
+
+
+def _export(options: argparse.Namespace) -> int:
+    from accumtune.config import load_config
+
+    if options.source is None or (Path(options.source) / "search.jsonl").exists():
+        _, _, config = _choose(find_search(options.source), options)
+    else:
+        config = load_config(options.source, tracking_uri=options.tracking_uri)
+    if options.format == "json" and options.output:
+        config.save(options.output)
+        return 0
+    text = config.to_json() if options.format == "json" else f"{config.keras_arguments()}\n"
+    if options.output:
+        Path(options.output).write_text(text, encoding="utf-8")
+    else:
+        print(text, end="")
+    return 0
+
+
 def _verify(options: argparse.Namespace) -> int:
+    from dataclasses import asdict
+
     from accumtune.config import load_config
 
     config = load_config(options.config, tracking_uri=options.tracking_uri)
-    x, y = _load_data(options.data)
-    print(config.verify(load_object(options.build_model), x, y))
-    return 0
+    build_model, (x, y) = load_object(options.build_model), _load_data(options.data)
+    if not options.whole:
+        told: Any = config.verify(build_model, x, y, peak_tolerance=options.peak_tolerance)
+        holds = True
+    else:
+        told = config.reproduce(build_model, x, y, validation_data=_load_validation_data(options.data))
+        holds = told.holds(options.objective_tolerance, options.peak_tolerance)
+    print(json.dumps(asdict(told), indent=2) if options.json else told)
+    return 0 if holds else 1
 
 
 def _sync(options: argparse.Namespace) -> int:
@@ -247,3 +311,8 @@ def _load_data(address: str) -> tuple[Any, Any]:
     if isinstance(data, tuple):
         raise DataError(f"{address} returned {len(data)} values.", "(x, y).", "return x and y.")
     return load_object(address), None
+
+
+def _load_validation_data(address: str) -> tuple[Any, Any] | None:
+    data = load_object(address)()
+    return (data[1], data[3]) if isinstance(data, tuple) and len(data) == 4 else None

@@ -55,6 +55,7 @@ def main():
     parser.add_argument("--directory", default="mlruns/searches")
     parser.add_argument("--tracking-uri", default=None)
     parser.add_argument("--config", default="best_config.json", help="where to save the best configuration")
+    parser.add_argument("--register-as", default=None, help="a name in MLflow's registry for the best model")
     parser.add_argument("--overwrite", action="store_true")
     options = parser.parse_args()
 
@@ -68,6 +69,7 @@ def main():
         micro_batch_sizes=(16, 32, 64, 128, 256),
         accumulation_steps=(1, 2, 4),
         tracking_uri=options.tracking_uri,
+        register_as=options.register_as,
         directory=options.directory,
         project_name="digits",
         overwrite=options.overwrite,

@@ -1,40 +1,168 @@
-"""Trains with the configuration that a search has found, as a training job would.
+"""A training job: takes the configuration that a search has found, on another day and perhaps another machine.
 
-    python experiments/production.py [best_config.json | runs:/RUN_ID/best_config.json] [--epochs 20]
+    python experiments/production.py models:/digits@best      # the registry's best, or best_config.json, runs:/...
+        [--epochs 20] [--module digits] [--job production] [--model production/digits.keras]
 
-Needs only the configuration and the module with the build function: nothing of the search.
+It verifies the configuration here, trains, logs to the search's MLflow experiment, and ends with a plain Keras model.
+Killed and started again, it goes on after the last whole epoch and comes to the same weights: what an epoch sees
+depends on the seed and the epoch's number alone. `--module` names the file with `build_model(hp)` and `load_data()`.
 """
 
 import argparse
+import importlib
 import os
+import shutil
+import sys
+from pathlib import Path
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
 import keras
-from digits import build_model, load_data
+import mlflow
+import numpy as np
 
 import accumtune
+
+DEFAULT_TRACKING_URI = "sqlite:///mlruns/mlflow.db"
+
+
+class EpochOrder(keras.utils.PyDataset):
+    """Batches in an order that depends on the seed and the epoch alone."""
+
+    def __init__(self, x, y, batch_size, seed):
+        super().__init__()
+        self._x, self._y, self._batch_size, self._seed = x, y, batch_size, seed
+        self.start_epoch(0)
+
+    def start_epoch(self, epoch):
+        self._order = np.random.default_rng([self._seed, epoch]).permutation(len(self._y))
+
+    def __len__(self):
+        return -(-len(self._y) // self._batch_size)
+
+    def __getitem__(self, index):
+        rows = self._order[index * self._batch_size : (index + 1) * self._batch_size]
+        return self._x[rows], self._y[rows]
+
+
+class SeedByEpoch(keras.callbacks.Callback):
+    """The order of the samples, and the seeds of dropout and augmentation: no backup holds them, so each epoch sets
+    its own."""
+
+    def __init__(self, data, seed):
+        super().__init__()
+        self._data, self._seed = data, seed
+
+    def on_epoch_begin(self, epoch, logs=None):
+        self._data.start_epoch(epoch)
+        states = [variable for variable in self.model.variables if variable.path.endswith("seed_generator_state")]
+        for number, state in enumerate(states):
+            state.assign(np.random.SeedSequence([self._seed, number, epoch]).generate_state(2))
+
+
+class WholeBackup(keras.callbacks.BackupAndRestore):
+    """Keras writes weights and epoch into two files, one after the other: killed in between, it would train an epoch
+    twice, or find half a file. Here both lie in a folder that gets its name when they are whole."""
+
+    def __init__(self, folder):
+        self._folder = Path(folder)
+        super().__init__(str(self._folder / "writing"), delete_checkpoint=False)
+
+    def on_train_begin(self, logs=None):
+        shutil.rmtree(self.backup_dir, ignore_errors=True)
+        for newest in sorted(self._folder.glob("epoch-*"))[-1:]:
+            shutil.copytree(newest, self.backup_dir)
+        super().on_train_begin(logs)
+
+    def on_epoch_end(self, epoch, logs=None):
+        super().on_epoch_end(epoch, logs)
+        os.replace(self.backup_dir, self._folder / f"epoch-{epoch + 1:06d}")
+        for older in sorted(self._folder.glob("epoch-*"))[:-1]:
+            shutil.rmtree(older)
+
+
+class LogToMlflow(keras.callbacks.Callback):
+    def on_epoch_end(self, epoch, logs=None):
+        mlflow.log_metrics({name: float(value) for name, value in logs.items()}, step=epoch)
+
+
+def load_config(options):
+    """The job's own copy where it was begun before: the registry's alias may have moved since."""
+    copy = Path(options.job) / "best_config.json"
+    if copy.exists():
+        print("Goes on with what was begun.")
+        return accumtune.load_config(copy)
+    config = accumtune.load_config(options.config, tracking_uri=options.tracking_uri)
+    config.save(copy)
+    return config
+
+
+def start_run(config, options):
+    """In the search's experiment; the same run after a kill."""
+    uri = options.tracking_uri or os.environ.get("MLFLOW_TRACKING_URI") or config.source.get("tracking_uri")
+    mlflow.set_tracking_uri(uri or DEFAULT_TRACKING_URI)
+    if not uri:
+        Path("mlruns").mkdir(exist_ok=True)
+    mlflow.set_experiment(config.source.get("experiment") or "production")
+    remembered = Path(options.job) / "run_id"
+    if remembered.exists():
+        return mlflow.start_run(run_id=remembered.read_text())
+    searched = {key: str(config.source.get(key)) for key in ("run_id", "trial_id")}
+    tags = {"accumtune.kind": "production", **{f"accumtune.source_{key}": value for key, value in searched.items()}}
+    run = mlflow.start_run(run_name="production", tags=tags)
+    remembered.write_text(run.info.run_id)
+    mlflow.log_params({**config.hyperparameters, "epochs": options.epochs})
+    mlflow.log_artifact(str(Path(options.job) / "best_config.json"))
+    return run
+
+
+def train(config, module, options):
+    seed = config.seed or 0
+    x_train, x_val, y_train, y_val = module.load_data()
+    keras.utils.set_random_seed(seed)
+    model = config.build(module.build_model)
+    if options.warm_start:
+        config.load_weights(model, tracking_uri=options.tracking_uri)
+    data = EpochOrder(x_train, y_train, config.effective_batch_size, seed)
+    model.fit(
+        data,
+        validation_data=(x_val, y_val),
+        callbacks=[SeedByEpoch(data, seed), WholeBackup(options.job), LogToMlflow()],
+        verbose=2,
+        # Shuffled already, by EpochOrder.
+        **config.fit_arguments(epochs=options.epochs, shuffle=False),
+    )
+    return model, model.evaluate(x_val, y_val, batch_size=config.micro_batch_size, verbose=0, return_dict=True)
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("config", nargs="?", default="best_config.json", help="a path or a runs:/ address")
-    parser.add_argument("--tracking-uri", default=None, help="MLflow's, for a runs:/ address")
+    parser.add_argument("config", nargs="?", default="best_config.json", help="a path, runs:/... or models:/name@best")
+    parser.add_argument("--tracking-uri", default=None, help="MLflow's; default: the search's")
+    parser.add_argument("--module", default="digits", help="has build_model(hp) and load_data()")
     parser.add_argument("--epochs", type=int, default=20)
+    parser.add_argument("--job", default="production/job", help="what a restart needs; removed at the end")
     parser.add_argument("--model", default="production/digits.keras", help="where to save the trained model")
+    parser.add_argument("--warm-start", action="store_true", help="begin with the best trial's weights")
+    parser.add_argument("--peak-tolerance", type=float, default=0.25, help="of the promised peak memory")
+    parser.add_argument("--no-verify", action="store_true")
     options = parser.parse_args()
 
-    config = accumtune.load_config(options.config, tracking_uri=options.tracking_uri)
+    sys.path.append(os.getcwd())
+    module = importlib.import_module(options.module)
+    config = load_config(options)
     print(config)
-    x_train, x_val, y_train, y_val = load_data()
-    keras.utils.set_random_seed(0)
-    model = config.build(build_model)
-    arguments = {**config.fit_arguments(), "epochs": options.epochs}
-    model.fit(x_train, y_train, validation_data=(x_val, y_val), verbose=2, **arguments)
-    loss, accuracy = model.evaluate(x_val, y_val, verbose=0)
-    os.makedirs(os.path.dirname(options.model) or ".", exist_ok=True)
-    model.save(options.model)
-    print(f"val_loss {loss:.4f}, accuracy {accuracy:.3f}; saved to {options.model}, a plain Keras model")
+    if not options.no_verify:
+        x_train, _, y_train, _ = module.load_data()
+        print(config.verify(module.build_model, x_train, y_train, peak_tolerance=options.peak_tolerance))
+    with start_run(config, options):
+        model, metrics = train(config, module, options)
+        Path(options.model).parent.mkdir(parents=True, exist_ok=True)
+        model.save(options.model)
+        mlflow.log_artifact(options.model, "model")
+    shutil.rmtree(options.job)
+    told = ", ".join(f"{name} {value:.4f}" for name, value in metrics.items())
+    print(f"{told}; saved to {options.model}, a plain Keras model")
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ from pathlib import Path
 
 EXPERIMENTS = Path(__file__).parent.parent / "experiments"
 # The README's main job on a smaller setting.
-DIGITS = ("digits.py", "--trials", "3", "--epochs", "2")
+DIGITS = ("digits.py", "--trials", "3", "--epochs", "2", "--register-as", "digits")
 
 
 def run_experiment(folder, script, *arguments):

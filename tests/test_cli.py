@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import textwrap
+from dataclasses import replace
 
 import pytest
 
@@ -62,6 +63,44 @@ def test_exit_code_2_and_a_way_out_for_wrong_input(call):
     assert done.returncode == 2 and "no_such_thing" in done.stderr and "Fix:" in done.stderr
     done = call("best")
     assert done.returncode == 2 and "run a search first" in done.stderr
+
+
+@pytest.fixture
+def config(tmp_path):
+    from accumtune.config import TrainingConfig
+
+    values = {"micro_batch_size": 4, "accumulation_steps": 2, "effective_batch_size": 8}
+    made = TrainingConfig(**values, hyperparameters={"width": 64, **values}, memory_budget_bytes=16 * 2**20)
+    made.save(tmp_path / "best_config.json")
+    return made
+
+
+def test_verify_tells_a_pipeline_whether_to_go_on(call, config, tmp_path):
+    arguments = ("verify", "best_config.json", "train:build_model", "--data", "train:load")
+    done = call(*arguments, "--json")
+    assert done.returncode == 0, done.stderr
+    told = json.loads(done.stdout)
+    assert told["peak_memory_bytes"] < told["memory_budget_bytes"] == 16 * 2**20
+    replace(config, peak_memory_bytes=told["peak_memory_bytes"] // 2).save(tmp_path / "best_config.json")
+    done = call(*arguments)
+    assert done.returncode == 1 and "more than promised" in done.stderr and done.stdout == ""
+    done = call("verify", "no_such.json", "train:build_model", "--data", "train:load")
+    assert done.returncode == 2 and "cannot be read" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_export_prints_or_writes_a_configuration(call, config, tmp_path):
+    from accumtune.config import load_config
+
+    done = call("export", "best_config.json")
+    assert done.returncode == 0 and json.loads(done.stdout) == json.loads(config.to_json())
+    assert call("export", "best_config.json", "--output", "copy/config.json").returncode == 0
+    assert load_config(tmp_path / "copy" / "config.json") == config
+    done = call("export", "best_config.json", "--format", "keras")
+    assert "gradient_accumulation_steps=2" in done.stdout and "batch_size=4" in done.stdout
+    (tmp_path / "newer.json").write_text(config.to_json().replace('"schema_version": 1', '"schema_version": 2'))
+    for wrong in ("newer.json", "train.py", "no_such_experiment"):
+        done = call("export", wrong)
+        assert done.returncode == 2 and done.stdout == "" and "Fix:" in done.stderr and "Traceback" not in done.stderr
 
 
 def test_addresses(tmp_path, monkeypatch):

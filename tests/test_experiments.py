@@ -3,8 +3,10 @@
 import os
 import subprocess
 import sys
+from dataclasses import replace
 
-from running import DIGITS, run_experiment
+import pytest
+from running import DIGITS, EXPERIMENTS, run_experiment
 
 import accumtune
 from accumtune.tracking.journal import read_search
@@ -66,13 +68,15 @@ def test_the_same_command_again_trains_nothing_and_doubles_nothing(digits):
     assert before == after
     client = mlflow.MlflowClient(tracking_uri=f"sqlite:///{folder}/mlruns/mlflow.db")
     experiment = client.get_experiment_by_name("digits")
-    assert len(client.search_runs([experiment.experiment_id])) == 4
+    assert len(client.search_runs([experiment.experiment_id], "tags.`accumtune.status` != ''")) == 4
 
 
 def test_production_trains_with_the_result_and_leaves_a_plain_keras_model(digits):
+    import mlflow
+
     folder, _ = digits
-    output = run_experiment(folder, "production.py", "best_config.json", "--epochs", "2")
-    assert "a plain Keras model" in output
+    output = run_experiment(folder, "production.py", "models:/digits@best", "--epochs", "2", "--warm-start")
+    assert "a plain Keras model" in output and "peak memory" in output
     script = (
         "import sys; sys.modules['accumtune'] = None\n"
         "import keras; model = keras.models.load_model('production/digits.keras'); print(model.count_params())"
@@ -80,6 +84,28 @@ def test_production_trains_with_the_result_and_leaves_a_plain_keras_model(digits
     environment = {**os.environ, "TF_CPP_MIN_LOG_LEVEL": "2"}
     done = subprocess.run([sys.executable, "-c", script], cwd=folder, env=environment, capture_output=True, text=True)
     assert done.returncode == 0 and int(done.stdout) > 0, done.stderr
+    client = mlflow.MlflowClient(tracking_uri=f"sqlite:///{folder}/mlruns/mlflow.db")
+    experiment = client.get_experiment_by_name("digits")
+    (run,) = client.search_runs([experiment.experiment_id], "tags.`accumtune.kind` = 'production'")
+    assert run.info.status == "FINISHED" and run.data.params["epochs"] == "2"
+    assert [point.step for point in client.get_metric_history(run.info.run_id, "val_loss")] == [0, 1]
+    assert [artifact.path for artifact in client.list_artifacts(run.info.run_id, "model")] == ["model/digits.keras"]
+    assert not (folder / "production" / "job").exists()
+
+
+def test_the_registered_model_is_a_warm_start(digits, monkeypatch):
+    """On another machine: the search's folder is not there, the registry is."""
+    folder, _ = digits
+    monkeypatch.syspath_prepend(str(EXPERIMENTS))
+    from digits import build_model, load_data
+
+    uri = f"sqlite:///{folder}/mlruns/mlflow.db"
+    config = accumtune.load_config("models:/digits@best", tracking_uri=uri)
+    elsewhere = replace(config, trial={**config.trial, "weights": None})
+    model = elsewhere.load_weights(config.build(build_model), tracking_uri=uri)
+    _, x_val, _, y_val = load_data()
+    loss = model.evaluate(x_val, y_val, verbose=0, return_dict=True)["loss"]
+    assert loss == pytest.approx(config.objective["value"], abs=1e-5)
 
 
 def test_the_command_line_finds_the_search(digits):

@@ -71,8 +71,8 @@ def _from_file(path: Path) -> TrainingConfig:
 
 def _from_run(run_id: str, artifact: str | None, tracking_uri: str | None) -> TrainingConfig:
     faults = []
-    for uri in _stores(tracking_uri):
-        client = _client(uri)
+    for uri in store_uris(tracking_uri):
+        client = open_store(uri)
         try:
             # A trial's run has no configuration of its own: its search, the parent, has.
             parent = client.get_run(run_id).data.tags.get("mlflow.parentRunId")
@@ -85,8 +85,8 @@ def _from_run(run_id: str, artifact: str | None, tracking_uri: str | None) -> Tr
 
 def _from_model(name: str, alias: str | None, version: str | None, tracking_uri: str | None) -> TrainingConfig:
     faults = []
-    for uri in _stores(tracking_uri):
-        client = _client(uri)
+    for uri in store_uris(tracking_uri):
+        client = open_store(uri)
         try:
             found = client.get_model_version_by_alias(name, alias) if alias else client.get_model_version(name, version)
         except Exception as error:
@@ -98,8 +98,8 @@ def _from_model(name: str, alias: str | None, version: str | None, tracking_uri:
 
 def _from_experiment(name: str, tracking_uri: str | None) -> TrainingConfig:
     faults = []
-    for uri in _stores(tracking_uri):
-        client = _client(uri)
+    for uri in store_uris(tracking_uri):
+        client = open_store(uri)
         try:
             experiment = client.get_experiment_by_name(name)
             runs = [] if experiment is None else client.search_runs(
@@ -131,7 +131,8 @@ def _download(client: Any, run_id: str, artifact: str) -> TrainingConfig:
     return TrainingConfig.from_json(content, origin)
 
 
-def _stores(tracking_uri: str | None) -> list[str]:
+def store_uris(tracking_uri: str | None) -> list[str]:
+    """Where to look: the given store alone, or MLflow's own setting, then accumtune's default."""
     if tracking_uri is not None:
         return [tracking_uri]
     import mlflow
@@ -143,7 +144,12 @@ def _stores(tracking_uri: str | None) -> list[str]:
     return list(dict.fromkeys(stores))
 
 
-def _client(uri: str) -> Any:
+def open_store(uri: str) -> Any:
+    """MLflow's client for a store.
+
+    Raises:
+        ConfigError: it is a database file that is not there.
+    """
     path = sqlite_path(uri)
     if path is not None and not path.exists():
         # MLflow would make an empty database here, and then say that the run is not in it.

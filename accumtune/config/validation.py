@@ -9,9 +9,9 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from accumtune.config.migrations import SCHEMA_VERSION, migrated
 from accumtune.errors import ConfigError
 
-SCHEMA_VERSION = 1
 # A configuration has about 2 KiB; what is far larger is something else.
 _MAXIMUM_CHARACTERS = 2**20
 BATCH_HYPERPARAMETERS = ("micro_batch_size", "accumulation_steps", "effective_batch_size")
@@ -36,7 +36,17 @@ def parse(text: str | bytes, origin: str) -> dict[str, Any]:
         values = json.loads(text, object_pairs_hook=_unique, parse_constant=_refuse_constant)
     except (ValueError, RecursionError) as error:
         raise ConfigError(f"{origin} cannot be read as JSON: {_first_line(error)}.", _EXPECTED, _FIX) from None
-    return validated(values, origin)
+    return validated(_current(values, origin), origin)
+
+
+def _current(values: Any, origin: str) -> Any:
+    """The values in the current schema; what has no readable version is left for `validated` to refuse."""
+    try:
+        return migrated(values) if isinstance(values, dict) else values
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RecursionError) as error:
+        version = _shortened(repr(values.get("schema_version")))
+        what = f"cannot be brought to schema_version {SCHEMA_VERSION}: {type(error).__name__}: {_first_line(error)}"
+        raise ConfigError(f"{origin} has schema_version {version} and {what}.", _EXPECTED, _FIX) from None
 
 
 def validated(values: Any, origin: str) -> dict[str, Any]:
@@ -81,14 +91,18 @@ def _schema_fault(values: Any) -> str | None:
 
 
 def _inconsistency(values: Mapping[str, Any]) -> str | None:
-    for name in (*BATCH_HYPERPARAMETERS, "epochs", "base_effective_batch_size"):
+    for name in (*BATCH_HYPERPARAMETERS, "replicas", "epochs", "seed", "base_effective_batch_size"):
         # JSON Schema takes 8.0 for an integer; Keras does not.
         if isinstance(values.get(name), float):
             return f"{name} is {values[name]!r}, not a whole number"
     micro, steps, effective = (values[name] for name in BATCH_HYPERPARAMETERS)
+    replicas = values.get("replicas", 1)
     # The last micro-batch of a window may be smaller, but there is one for every accumulation step.
-    if not micro * (steps - 1) < effective <= micro * steps:
-        return f"effective_batch_size {effective} is not micro_batch_size {micro} times accumulation_steps {steps}"
+    if effective % replicas or not micro * (steps - 1) < effective // replicas <= micro * steps:
+        times = f" times replicas {replicas}" if replicas > 1 else ""
+        return (
+            f"effective_batch_size {effective} is not micro_batch_size {micro} times accumulation_steps {steps}{times}"
+        )
     for name in BATCH_HYPERPARAMETERS:
         if values["hyperparameters"].get(name, values[name]) != values[name]:
             return f"{name} is {values[name]}, but {values['hyperparameters'][name]!r} among the hyperparameters"

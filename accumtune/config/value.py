@@ -6,7 +6,7 @@ import json
 import math
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,7 +16,9 @@ from accumtune.memory.budget import format_bytes
 from accumtune.tracking.uris import without_credentials
 
 if TYPE_CHECKING:
-    from accumtune.config.production import Verification
+    from accumtune.config.keras_arguments import KerasArguments
+    from accumtune.config.reproduction import Reproduction
+    from accumtune.config.verification import Verification
 
 # A predicted peak has fractions of a byte.
 _BYTES = ("memory_budget_bytes", "peak_memory_bytes")
@@ -41,8 +43,15 @@ class TrainingConfig:
         objective: `{"name": "val_loss", "direction": "min", "value": 0.05}`.
         learning_rate_scaling: None, `"linear"` or `"sqrt"`, ...
         base_effective_batch_size: ... relative to this effective batch.
+        replicas: devices that share an update (`for_replicas`); effective batch = micro-batch × steps × replicas.
         epochs: how many the winning trial trained.
+        seed: of the winning trial; `keras.utils.set_random_seed(config.seed)` before `build` repeats it.
+        fit_options: what else `fit` was given that changes the result, such as `class_weight`.
+        trial: the training that the objective's value is of: its `micro_batch_size` (another one of the same
+            effective batch may be recommended), `peak_memory_bytes`, `executions`, `best_epoch`, where its `weights`
+            are, and in `not_carried` what else its result depends on (callbacks, ...).
         precision_policy, backend, versions, device, data_shapes: what it was measured with.
+        batch_coupled_layers: where the samples of a micro-batch meet; with none, every micro-batch trains the same.
         policy, reason: how it was chosen among the candidates, and why it won.
         source: `experiment`, `run_id`, `search_id`, `trial_id` and `tracking_uri` it came from; a password in the
             URI is left out.
@@ -69,12 +78,17 @@ class TrainingConfig:
     objective: Mapping[str, Any] = field(default_factory=dict, hash=False)
     learning_rate_scaling: str | None = None
     base_effective_batch_size: int | None = None
+    replicas: int = 1
     epochs: int | None = None
+    seed: int | None = None
+    fit_options: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    trial: Mapping[str, Any] = field(default_factory=dict, hash=False)
     precision_policy: str | None = None
     backend: str | None = None
     versions: Mapping[str, str] = field(default_factory=dict, hash=False)
     device: str | None = None
     data_shapes: Any = field(default=None, hash=False)
+    batch_coupled_layers: Sequence[str] = field(default=(), hash=False)
     policy: str | None = None
     reason: str | None = None
     source: Mapping[str, str | None] = field(default_factory=dict, hash=False)
@@ -140,13 +154,63 @@ class TrainingConfig:
         return accumulate(model, micro_batch_size=self.micro_batch_size)
 
     def fit_arguments(self, **overrides: Any) -> dict[str, Any]:
-        """Arguments for `model.fit`: `batch_size`, and `epochs` where the number is known.
+        """Arguments for `model.fit`: `batch_size`, `epochs` where the number is known, and the search's `fit_options`.
+
+        With `dataset(ds)` too: Keras passes over `batch_size` where the data come as batches.
 
         Args:
             overrides: what you want otherwise, for example `epochs=100`, or more of `fit`'s arguments.
         """
-        arguments = {"batch_size": self.effective_batch_size, "epochs": self.epochs}
+        arguments = {"batch_size": self.effective_batch_size, "epochs": self.epochs, **self.fit_options}
+        if "class_weight" in arguments:  # the keys of JSON are text
+            arguments["class_weight"] = {int(key): value for key, value in arguments["class_weight"].items()}
         return {name: value for name, value in arguments.items() if value is not None} | overrides
+
+    def dataset(self, dataset: Any, *, is_batched: bool | None = None) -> Any:
+        """The same samples in the same order, in batches of the effective size: `model.fit(config.dataset(ds), ...)`.
+
+        Args:
+            dataset: a `tf.data.Dataset` of samples or of batches of any size (dicts, tuples and sample weights as
+                `fit` takes them), or a `keras.utils.PyDataset`. Its cardinality is kept where it can be known.
+            is_batched: whether the elements of a `tf.data.Dataset` are batches. None: told by `data_shapes`.
+
+        Raises:
+            DataError: it is something else, or it cannot be told whether its elements are batches.
+        """
+        from accumtune.config import datasets
+
+        return datasets.dataset(self, dataset, is_batched)
+
+    def load_weights(self, model: Any, source: Any = None, *, tracking_uri: str | None = None) -> Any:
+        """Loads the best trial's weights into a model, for a warm start; nothing is unpickled or executed.
+
+        Args:
+            model: of the same build function and hyperparameters, such as `build(build_model)`.
+            source: a `*.weights.h5` or `*.keras` file, or the search's folder. None: where the search says it kept
+                them, else the model that it registered in MLflow (`register_as=`).
+            tracking_uri: MLflow's; default: the configuration's own.
+
+        Returns:
+            The same model.
+
+        Raises:
+            ConfigError: the weights were not found, belong to another search, or do not fit the model.
+        """
+        from accumtune.config import weights
+
+        return weights.load_weights(self, model, source, tracking_uri)
+
+    def keras_arguments(self) -> KerasArguments:
+        """What comes closest in plain Keras, for those who cannot install accumtune.
+
+        Returns:
+            `.optimizer` (`{"gradient_accumulation_steps": 4}`), `.fit` (`{"batch_size": 8, ...}`),
+            `.hyperparameters`, and `.differences`: sentences on where that training is another one. Printed, it reads
+            as text; `to_dict()` is for JSON.
+        """
+        from accumtune.config import keras_arguments
+
+        return keras_arguments.keras_arguments(self)
 
     def for_budget(self, budget: int | float | str, build_model: Any, x: Any, y: Any = None) -> TrainingConfig:
         """The same training (effective batch, hyperparameters) within another budget, as measured on this machine.
@@ -163,32 +227,94 @@ class TrainingConfig:
             BudgetTooSmallError: not even micro-batch 1 fits.
             BuildError: the model could not be built or trained.
         """
-        from accumtune.config import production
+        from accumtune.config import moving
 
-        return production.for_budget(self, budget, build_model, x, y)
+        return moving.for_budget(self, budget, build_model, x, y)
 
-    def verify(self, build_model: Any, x: Any, y: Any = None, *, peak_tolerance: float = 0.1) -> Verification:
-        """Runs a few updates here, in a process of its own and under the budget, and compares with the promise.
+    def for_device(self, build_model: Any, x: Any, y: Any = None) -> TrainingConfig:
+        """The same training on the device of this machine: `for_budget` with nine tenths of what it has free now.
 
         Args:
             build_model: the build function or `keras_tuner.HyperModel`.
             x, y: training data, as for `accumtune.profile`.
-            peak_tolerance: the share of the promised peak by which the measured one may exceed it.
+
+        Raises:
+            BudgetError: the driver of the GPU does not say what is free.
+            BudgetTooSmallError: not even micro-batch 1 fits.
+            BuildError: the model could not be built or trained.
+        """
+        from accumtune.config import moving
+
+        return moving.for_device(self, build_model, x, y)
+
+    def for_replicas(self, replicas: int) -> TrainingConfig:
+        """The same effective batch split over devices (`tf.distribute.MirroredStrategy`, `DataParallel`).
+
+        `fit_arguments()` then has the batch of all devices together, as Keras wants it; `micro_batch_size` and
+        `accumulation_steps` are one device's.
+
+        Args:
+            replicas: how many devices; a divisor of the effective batch.
+
+        Raises:
+            BatchSizeError: it does not divide the effective batch; the error says what does.
+        """
+        from accumtune.config import moving
+
+        return moving.for_replicas(self, replicas)
+
+    def verify(self, build_model: Any, x: Any, y: Any = None, *, peak_tolerance: float = 0.1) -> Verification:
+        """Trains a few updates here as a trial would, in a process of its own under the budget, and compares.
+
+        Args:
+            build_model: the build function or `keras_tuner.HyperModel`.
+            x, y: training data, as for `accumtune.profile`.
+            peak_tolerance: the share by which the measured peak may differ from the promised one.
 
         Returns:
             What was measured and promised, and what differs between this machine and the search's.
 
         Raises:
-            VerificationError: it does not fit the budget on this machine, or needs more memory than promised.
+            VerificationError: it does not fit the budget on this machine, or its peak is not the promised one.
+            BuildError: the model could not be built or trained.
         """
-        from accumtune.config import production
+        from accumtune.config import verification
 
-        return production.verify(self, build_model, x, y, peak_tolerance)
+        return verification.verify(self, build_model, x, y, peak_tolerance)
+
+    def reproduce(
+        self, build_model: Any, x: Any, y: Any = None, *, validation_data: Any = None, **fit_arguments: Any
+    ) -> Reproduction:
+        """Trains the winning trial once more, whole, in a process of its own under the budget, and compares.
+
+        Args:
+            build_model: the build function or `keras_tuner.HyperModel`.
+            x, y, validation_data: the data of the search.
+            fit_arguments: what the search was given and a configuration cannot carry (`callbacks`, ...).
+
+        Returns:
+            Objective and peak memory, here and as the search had them. With the same data, versions and kind of
+            device the objective is the same; on a CPU to a few units of the last place.
+
+        Raises:
+            ConfigError: the configuration is not one of a search.
+            VerificationError: it ran out of memory here.
+            BuildError: the model could not be built or trained.
+        """
+        from accumtune.config import reproduction
+
+        return reproduction.reproduce(self, build_model, x, y, validation_data, fit_arguments)
+
+    @property
+    def own_hyperparameters(self) -> dict[str, Any]:
+        """The hyperparameters without the batch sizes."""
+        return {k: v for k, v in self.hyperparameters.items() if k not in validation.BATCH_HYPERPARAMETERS}
 
     def __repr__(self) -> str:
         batch = f"{self.effective_batch_size} = {self.micro_batch_size} × {self.accumulation_steps}"
-        own = {k: v for k, v in self.hyperparameters.items() if k not in validation.BATCH_HYPERPARAMETERS}
-        parts = [f"effective batch {batch}"] + [f"{name}={value!r}" for name, value in own.items()]
+        if self.replicas > 1:
+            batch += f" × {self.replicas} replicas"
+        parts = [f"effective batch {batch}"] + [f"{name}={_short(it)}" for name, it in self.own_hyperparameters.items()]
         if self.peak_memory_bytes is not None:
             budget = "" if self.memory_budget_bytes is None else f" of {format_bytes(self.memory_budget_bytes)}"
             parts.append(f"peak {format_bytes(self.peak_memory_bytes)}{budget}")
@@ -196,7 +322,13 @@ class TrainingConfig:
             parts.append(f"{self.throughput_samples_per_second:,.0f} samples/s")
         if self.objective.get("value") is not None:
             parts.append(f"{self.objective.get('name', 'objective')} {self.objective['value']:.4g}")
+        if self.device is not None:
+            parts.append(f"on {self.device}")
         return f"TrainingConfig({', '.join(parts)})"
+
+
+def _short(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else repr(value)
 
 
 def _plain(value: Any) -> Any:

@@ -12,6 +12,7 @@ import numpy as np
 
 from accumtune.config import TrainingConfig
 from accumtune.memory.profile import Profile
+from accumtune.search import carried
 from accumtune.search.feasibility import effective_batch_sizes, feasible_pairs
 from accumtune.search.selection import Candidate, Choice, pareto_front
 from accumtune.tracking import report
@@ -72,11 +73,14 @@ def training_config(record: SearchRecord, choice: Choice, run_id: str | None, tr
         base_effective_batch_size=record.base_effective_batch_size
         or min(effective_batch_sizes(record.micro_batch_sizes, record.accumulation_steps)),
         epochs=max((epoch.epoch for epoch in trial.epochs), default=-1) + 1 or None,
+        fit_options=dict(record.fit.get("options") or {}),
+        **carried.of_trial(trial, list(record.fit.get("not_carried") or [])),
         precision_policy=trial.precision_policy,
         backend=record.backend,
         versions=dict(record.versions),
         device=trial.device,
         data_shapes=record.data.get("shapes"),
+        batch_coupled_layers=list(record.batch_coupled_layers),
         policy=choice.policy,
         reason=choice.reason,
         source={

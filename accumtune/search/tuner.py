@@ -16,7 +16,7 @@ from accumtune.config.production import installed_versions
 from accumtune.errors import AccumtuneError, BatchSizeError, NoResultError, SearchError
 from accumtune.memory.budget import format_bytes, parse_budget
 from accumtune.memory.device import memory_limit_environment
-from accumtune.search import results, state
+from accumtune.search import carried, results, state
 from accumtune.search.advice import advice
 from accumtune.search.display import Display
 from accumtune.search.feasibility import effective_batch_sizes
@@ -116,6 +116,7 @@ class Tuner(keras_tuner.Tuner):
         self.register_as = register_as
         self.batch_coupled_layers: list[str] = []
         self.search_over = search_over
+        self._compiled_with = {"optimizer": optimizer, "loss": loss, "metrics": metrics}
         self._backend = current_backend()
         memory_limit_environment(self._backend, self.memory_budget_bytes)  # refuses what no allocator can keep to
         self._executor: LocalExecutor | None = None
@@ -326,6 +327,7 @@ class Tuner(keras_tuner.Tuner):
             "max_trials": self.oracle.max_trials,
             "backend": self._backend,
             "versions": installed_versions(),
+            "fit": carried.describe_fit(fit_kwargs, self.hypermodel.hypermodel, self._compiled_with),
             "data": {"name": self.project_name, **results.describe_data(fit_args, fit_kwargs)},
         }
 

@@ -193,7 +193,7 @@ def _known(record: type, event: Mapping[str, Any]) -> dict[str, Any]:
     for name in ("reason", "traceback", "description"):
         if name in known and not isinstance(known[name], str):
             known[name] = "" if known[name] is None else str(known[name])
-    for name in ("hyperparameters", "versions", "data", "objective", "metrics", "reused_logs"):
+    for name in ("hyperparameters", "versions", "data", "fit", "objective", "metrics", "reused_logs"):
         if name in known and not isinstance(known[name], Mapping):
             del known[name]
     return known

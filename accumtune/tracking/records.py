@@ -96,6 +96,7 @@ class SearchRecord:
     device: str | None = None
     versions: Mapping[str, str] = field(default_factory=dict)
     data: Mapping[str, Any] = field(default_factory=dict)
+    fit: Mapping[str, Any] = field(default_factory=dict)
     advice: tuple[str, ...] = ()
     trials: tuple[TrialRecord, ...] = ()
     started_at: float | None = None

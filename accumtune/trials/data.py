@@ -155,11 +155,9 @@ def _with_validation_batches(model: Any, given: dict[str, Any], batch_size: int)
 
 
 def _rebatched(model: Any, pipeline: Any, batch_size: int) -> Any:
-    if is_tf_dataset(pipeline):
-        return pipeline.rebatch(batch_size) if has_batches(model, pipeline) else pipeline.batch(batch_size)
-    from accumtune.trials.rebatch import RebatchedDataset
+    from accumtune.trials.rebatch import rebatched
 
-    return RebatchedDataset(pipeline, batch_size)
+    return rebatched(pipeline, batch_size, not is_tf_dataset(pipeline) or has_batches(model, pipeline))
 
 
 def has_batches(model: Any, dataset: Any) -> bool:

@@ -1,4 +1,4 @@
-"""A `PyDataset` whose batches are cut anew."""
+"""Pipelines whose batches are cut anew, to another size."""
 
 from __future__ import annotations
 
@@ -9,6 +9,54 @@ import keras
 import numpy as np
 
 from accumtune.errors import DataError
+
+
+def rebatched(pipeline: Any, batch_size: int, is_batched: bool = True) -> Any:
+    """The same samples in the same order, in batches of `batch_size`; the last of an epoch may be smaller.
+
+    Args:
+        pipeline: a `tf.data.Dataset` or a `keras.utils.PyDataset`.
+        batch_size: samples per batch from now on.
+        is_batched: whether the elements of a `tf.data.Dataset` are batches, rather than samples.
+    """
+    if not hasattr(pipeline, "element_spec"):
+        return RebatchedDataset(pipeline, batch_size)
+    if not is_batched:
+        return pipeline.batch(batch_size)
+    return _with_cardinality(pipeline.rebatch(batch_size), pipeline, batch_size)
+
+
+def _with_cardinality(rebatched: Any, source: Any, batch_size: int) -> Any:
+    """`Dataset.rebatch` forgets the number of batches (TensorFlow 2.21), also where the samples can be counted."""
+    import tensorflow as tf
+
+    if int(source.cardinality()) == tf.data.INFINITE_CARDINALITY:
+        number = tf.data.INFINITE_CARDINALITY
+    elif (samples := _number_of_samples(source)) is not None:
+        number = math.ceil(samples / batch_size)
+    else:
+        return rebatched
+    return rebatched.apply(tf.data.experimental.assert_cardinality(number))
+
+
+def _number_of_samples(batches: Any) -> int | None:
+    """In a data set of batches: where all have one static size, or where it was counted before it was batched."""
+    import tensorflow as tf
+
+    count = int(batches.cardinality())
+    if count < 0:
+        return None
+    sizes = {leaf.shape[0] for leaf in tf.nest.flatten(batches.element_spec)}
+    if len(sizes) == 1 and None not in sizes:
+        return count * int(sizes.pop())
+    while type(batches).__name__ in ("_PrefetchDataset", "_OptionsDataset", "_CacheDataset"):
+        (batches,) = batches._inputs()
+    if type(batches).__name__ not in ("_BatchDataset", "_ParallelBatchDataset"):
+        return None
+    (samples,) = batches._inputs()
+    counted = int(samples.cardinality())
+    # With drop_remainder the size is static, seen above.
+    return counted if counted >= 0 and not bool(batches._drop_remainder) else None
 
 
 class RebatchedDataset(keras.utils.PyDataset):

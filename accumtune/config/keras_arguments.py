@@ -1,0 +1,106 @@
+"""What comes closest to a configuration without accumtune: Keras's own `gradient_accumulation_steps`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from accumtune.config.value import TrainingConfig
+
+
+@dataclass(frozen=True)
+class KerasArguments:
+    """Arguments for plain Keras, and where the training then differs.
+
+    Args:
+        optimizer: for the optimizer's constructor: `gradient_accumulation_steps`, or nothing where one step suffices.
+        fit: for `model.fit`: `batch_size` (the micro-batch), `epochs`, and more where the search had it.
+        hyperparameters: the values that the build function asks for, batch sizes aside.
+        differences: from training with accumtune, each in a sentence or two, the larger ones first.
+
+    Example:
+
+    >>> arguments = config.keras_arguments()
+    >>> optimizer = keras.optimizers.Adam(1e-3, **arguments.optimizer)
+    >>> model.fit(x, y, **arguments.fit)
+    """
+
+    optimizer: Mapping[str, Any]
+    fit: Mapping[str, Any]
+    hyperparameters: Mapping[str, Any]
+    differences: tuple[str, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        return {
+            "optimizer": dict(self.optimizer),
+            "fit": dict(self.fit),
+            "hyperparameters": dict(self.hyperparameters),
+            "differences": list(self.differences),
+        }
+
+    def __str__(self) -> str:
+        lines = [f"{name} {_call(getattr(self, name))}" for name in ("hyperparameters", "optimizer", "fit")]
+        return "\n".join([*lines, *(f"- {difference}" for difference in self.differences)])
+
+
+def keras_arguments(config: TrainingConfig) -> KerasArguments:
+    """See `TrainingConfig.keras_arguments`."""
+    steps = config.accumulation_steps
+    # Of a strategy's global batch, each replica gets its part.
+    fit = {**config.fit_arguments(), "batch_size": config.micro_batch_size * config.replicas}
+    if "steps_per_epoch" in fit:
+        fit["steps_per_epoch"] *= steps
+    return KerasArguments(
+        optimizer={"gradient_accumulation_steps": steps} if steps > 1 else {},
+        fit=fit,
+        hyperparameters=config.own_hyperparameters,
+        differences=tuple(_differences(config, steps)),
+    )
+
+
+def _differences(config: TrainingConfig, steps: int) -> Iterator[str]:
+    """Read from Keras 3.15's source and tried; the numbers are those of the project's facts."""
+    if config.learning_rate_scaling is not None:
+        ratio = config.effective_batch_size / (config.base_effective_batch_size or config.effective_batch_size)
+        factor = ratio if config.learning_rate_scaling == "linear" else ratio**0.5
+        yield (
+            f"The search multiplied the learning rate by {factor:g} ({config.learning_rate_scaling} scaling of the "
+            f"effective batch); here that is yours to do."
+        )
+    if steps == 1:
+        return
+    effective = config.micro_batch_size * steps * config.replicas
+    if effective != config.effective_batch_size:
+        yield f"An update is over {effective} samples instead of {config.effective_batch_size}: all steps are whole."
+    yield (
+        f"Learning-rate schedules are read at the micro-step, so they run {steps} times too fast: multiply their "
+        f"decay_steps and warmup_steps by {steps}."
+    )
+    yield (
+        f"An incomplete window is not flushed: where an epoch's micro-batches are no multiple of {steps}, what is left "
+        "over leaks into the next epoch, and at the end of fit it is lost."
+    )
+    yield (
+        "Gradients are averaged over micro-batches whatever each one holds: with a smaller last micro-batch, masks, "
+        "sample or class weights (other than through the loss's default reduction), or reduction='sum', the gradient "
+        "is not that of the effective batch."
+    )
+    yield (
+        f"An optimizer with use_ema averages at every micro-step, {steps} times per update (ema_momentum ** (1 / "
+        f"{steps}) makes up for it), and ema_overwrite_frequency counts micro-steps: multiply it by {steps}."
+    )
+    yield f"Batch callbacks, the progress bar and steps_per_epoch count micro-batches: {steps} for each update."
+    if config.batch_coupled_layers:
+        yield "BatchNormalization's moving statistics are updated, and its momentum applied, with every micro-batch."
+    yield (
+        "With mixed_float16 the loss scale is checked for each micro-batch: one that overflows is dropped and the "
+        "window goes on longer. In pure float16 or bfloat16 the sums lose digits, because they have the parameters' "
+        "type."
+    )
+    yield "Peak memory and speed are not those promised: on JAX, for one, the whole optimizer runs at every micro-step."
+
+
+def _call(arguments: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name}={value!r}" for name, value in arguments.items()) or "(none)"

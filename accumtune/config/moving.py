@@ -1,0 +1,118 @@
+"""The same training elsewhere: within another budget, on another device, spread over replicas."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from accumtune.config.production import batch_values
+from accumtune.config.value import TrainingConfig
+from accumtune.config.versions import installed_versions
+from accumtune.errors import BatchSizeError, BudgetTooSmallError
+from accumtune.memory.budget import format_bytes, parse_budget
+
+if TYPE_CHECKING:
+    from accumtune.memory.profile import Profile
+
+# Predicted throughputs closer than this are the same to anyone: then the smaller micro-batch, which needs less.
+_SAME_SPEED = 0.02
+# Of a device's free memory: what other processes, the driver's context and fragments may take is left alone.
+FREE_MEMORY_SHARE = 0.9
+
+
+def for_budget(config: TrainingConfig, budget: int | float | str, build_model: Any, x: Any, y: Any) -> TrainingConfig:
+    """See `TrainingConfig.for_budget`."""
+    from accumtune.trials import profiling
+
+    budget_bytes = parse_budget(budget)
+    profile = profiling.profile(
+        build_model, x, y,
+        micro_batch_sizes=divisors(_share(config)), memory_budget=budget_bytes,
+        hyperparameters=config.hyperparameters,
+    )  # fmt: skip
+    moved = fitted(config, profile, budget_bytes, profiling.current_backend())
+    if moved.micro_batch_size != config.micro_batch_size and config.batch_coupled_layers:
+        warnings.warn(
+            f"The samples of a micro-batch meet in {', '.join(config.batch_coupled_layers)}: with micro-batches of "
+            f"{moved.micro_batch_size} instead of {config.micro_batch_size} the training is not the same.",
+            stacklevel=3,
+        )
+    return moved
+
+
+def for_device(config: TrainingConfig, build_model: Any, x: Any, y: Any) -> TrainingConfig:
+    """See `TrainingConfig.for_device`."""
+    from accumtune.trials.device import free_device_memory_bytes
+
+    return for_budget(config, int(FREE_MEMORY_SHARE * free_device_memory_bytes()), build_model, x, y)
+
+
+def for_replicas(config: TrainingConfig, replicas: int) -> TrainingConfig:
+    """See `TrainingConfig.for_replicas`."""
+    effective = config.effective_batch_size
+    is_count = isinstance(replicas, int) and not isinstance(replicas, bool) and replicas >= 1
+    if not is_count:
+        raise BatchSizeError(f"Received {replicas=}.", "a whole number of at least 1.", "how many devices are there?")
+    if effective % replicas:
+        near = [size for size in (effective - effective % replicas, effective + -effective % replicas) if size]
+        raise BatchSizeError(
+            f"Received replicas={replicas!r}, which does not divide the effective batch {effective}.",
+            f"one of {', '.join(map(str, divisors(effective)))}.",
+            f"take one of these numbers of devices, or an effective batch of {' or '.join(map(str, near))}.",
+        )
+    share = effective // replicas
+    micro = max(size for size in divisors(share) if size <= config.micro_batch_size)
+    batch = batch_values(micro, effective, replicas)
+    return replace(
+        config,
+        **batch,
+        replicas=replicas,
+        hyperparameters={**config.hyperparameters, **batch},
+        # One replica holds no more than the single device did; how fast they are together nobody has measured.
+        throughput_samples_per_second=config.throughput_samples_per_second if replicas == config.replicas else None,
+        reason=f"Effective batch {effective} over {replicas} replicas: {micro} × {share // micro} on each.",
+    )
+
+
+def fitted(config: TrainingConfig, profile: Profile, budget_bytes: int, backend: str) -> TrainingConfig:
+    """The same training with the fastest micro-batch that a profile says fits.
+
+    Raises:
+        BudgetTooSmallError: none does.
+    """
+    share = _share(config)
+    fitting = [size for size in divisors(share) if profile.fits(size, share // size, budget_bytes)]
+    if not fitting:
+        raise BudgetTooSmallError(
+            f"Not even micro-batch 1 fits in {format_bytes(budget_bytes)} on {profile.device}.",
+            "a memory budget in which one sample can be trained",
+            "raise the budget, or search a smaller model.",
+        )
+    speed = {size: profile.predict_throughput(size, share // size) for size in fitting}
+    micro = min(size for size in fitting if speed[size] >= max(speed.values()) * (1 - _SAME_SPEED))
+    batch = batch_values(micro, config.effective_batch_size, config.replicas)
+    return replace(
+        config,
+        **batch,
+        hyperparameters={**config.hyperparameters, **batch},
+        memory_budget_bytes=budget_bytes,
+        peak_memory_bytes=profile.predict_peak_memory(micro, share // micro),
+        memory_source=f"predicted from {profile.memory_source}",
+        throughput_samples_per_second=speed[micro] if config.replicas == 1 else None,
+        device=profile.device,
+        backend=backend,
+        versions=installed_versions(),
+        reason=f"The fastest micro-batch for effective batch {config.effective_batch_size} within "
+        f"{format_bytes(budget_bytes)} on {profile.device}.",
+    )
+
+
+def divisors(number: int) -> list[int]:
+    """Of a positive whole number, in order."""
+    return [size for size in range(1, number + 1) if number % size == 0]
+
+
+def _share(config: TrainingConfig) -> int:
+    """What one replica trains of an effective batch."""
+    return config.effective_batch_size // config.replicas

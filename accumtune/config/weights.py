@@ -1,0 +1,91 @@
+"""The weights of the best trial, where they were kept: in the search's folder, or in MLflow's registry."""
+
+from __future__ import annotations
+
+import contextlib
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from accumtune.config.sources import open_store, store_uris
+from accumtune.config.value import TrainingConfig
+from accumtune.errors import ConfigError
+from accumtune.tracking.journal import SEARCH_JOURNAL, read_search_journal
+from accumtune.tracking.uris import redacted
+
+_EXPECTED = "the weights of the trial that the configuration is of"
+_FIX = (
+    'give their place: config.load_weights(model, "<search folder>"), a file *.weights.h5 or *.keras; a search with '
+    "register_as= keeps its best model in MLflow's registry."
+)
+
+
+def load_weights(config: TrainingConfig, model: Any, source: Any, tracking_uri: str | None) -> Any:
+    """See `TrainingConfig.load_weights`."""
+    with _found(config, source, tracking_uri) as file:
+        try:
+            model.load_weights(file)
+        except (ValueError, OSError, KeyError) as error:
+            raise ConfigError(
+                f"The weights in {str(file)!r} do not fit the model: {str(error).splitlines()[0]}",
+                "a model of the same build function and hyperparameters, which has its variables.",
+                "model = config.build(build_model); a subclassed model is called on a batch once, before.",
+            ) from error
+    return model
+
+
+@contextlib.contextmanager
+def _found(config: TrainingConfig, source: Any, tracking_uri: str | None) -> Iterator[Path]:
+    if source is not None:
+        yield _in(Path(source), config)
+        return
+    recorded = config.trial.get("weights")
+    if recorded and Path(recorded).is_file():
+        yield _of_the_search(Path(recorded), config)
+        return
+    with tempfile.TemporaryDirectory(prefix="accumtune-") as folder:
+        yield _registered(config, tracking_uri, folder)
+
+
+def _in(place: Path, config: TrainingConfig) -> Path:
+    """The file itself; or the search's folder, in which the trial has one."""
+    if place.is_dir():
+        place = place / f"trial_{config.source.get('trial_id')}" / "checkpoint.weights.h5"
+    if not place.is_file():
+        raise ConfigError(f"There are no weights in {str(place)!r}.", _EXPECTED, _FIX)
+    return _of_the_search(place, config)
+
+
+def _of_the_search(file: Path, config: TrainingConfig) -> Path:
+    """The file, if the folder around it is of no other search: one that was made anew has trials of the same names."""
+    folder, search_id = file.parent.parent, config.source.get("search_id")
+    if search_id and (folder / SEARCH_JOURNAL).exists():
+        found = read_search_journal(folder).search_id
+        if found != search_id:
+            raise ConfigError(f"{str(file)!r} is of search {found}, not of {search_id}.", _EXPECTED, _FIX)
+    return file
+
+
+def _registered(config: TrainingConfig, tracking_uri: str | None, folder: str) -> Path:
+    recorded = config.trial.get("weights")
+    where = f"{recorded!r} is not on this machine" if recorded else "the configuration knows no file of them"
+    try:
+        file = _downloaded(config, tracking_uri, folder)
+    except Exception as error:  # MLflow raises what its store raises
+        file, where = None, f"{where}; the registry says: {redacted(str(error).splitlines()[0][:300])}"
+    if file is None:
+        raise ConfigError(f"The weights were not found: {where}, and no registered model is known.", _EXPECTED, _FIX)
+    return file
+
+
+def _downloaded(config: TrainingConfig, tracking_uri: str | None, folder: str) -> Path | None:
+    """The registered model of the search's run, which is the trial's, as Keras has saved it."""
+    run_id, trial_id = config.source.get("run_id"), config.source.get("trial_id")
+    for uri in store_uris(tracking_uri or config.source.get("tracking_uri")) if run_id else ():
+        client = open_store(uri)
+        for version in client.search_model_versions(f"run_id = '{run_id}'"):
+            if version.tags.get("accumtune.trial_id") == trial_id:
+                path = str(version.source).rstrip("/").rpartition("/")[2]
+                return Path(client.download_artifacts(run_id, f"{path}/data/model.keras", folder))
+    return None

@@ -1,0 +1,35 @@
+"""The device of this machine, looked at from a process of its own: the caller's own stays free of it."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+from accumtune.memory.device import memory_limit_environment
+from accumtune.trials.directory import TaskDirectory
+from accumtune.trials.executors import LocalExecutor
+from accumtune.trials.payload import dump_payload
+from accumtune.trials.profiling import current_backend, finished
+
+
+def free_device_memory_bytes() -> int:
+    """What the device that Keras would train on has free now.
+
+    Raises:
+        BudgetError: a GPU's driver does not say.
+    """
+    backend = current_backend()
+    with tempfile.TemporaryDirectory(prefix="accumtune-device-") as folder, LocalExecutor(backend) as executor:
+        directory = TaskDirectory(Path(folder) / "device")
+        payload_file = Path(folder) / "payload.pkl"
+        dump_payload({"function": _free_memory_bytes, "arguments": ()}, payload_file)
+        directory.write_task("call", {"payload": str(payload_file)})
+        outcome = executor.submit(directory, memory_limit_environment(backend, None)).result()
+        return int(finished(outcome, "Looking at the device").result["value"])
+
+
+def _free_memory_bytes() -> int:
+    from accumtune.memory.available import available_memory_bytes
+    from accumtune.memory.device import open_device
+
+    return available_memory_bytes(open_device().name)

@@ -1,0 +1,128 @@
+"""One training in a process of its own, exactly as a trial's, outside of any search: whole, or its first updates."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from accumtune.accumulation import accumulate
+from accumtune.memory.device import memory_limit_environment
+from accumtune.trials.builder import ModelBuilder
+from accumtune.trials.data import feed_by_batches, first_samples, has_batches, is_tf_dataset, resolve
+from accumtune.trials.directory import TaskDirectory
+from accumtune.trials.executors import LocalExecutor, Outcome
+from accumtune.trials.payload import dump_payload
+from accumtune.trials.profiling import current_backend
+
+# Peaks differ from update to update (operations run at the same time in another order): that many updates are needed
+# to see the highest, unless they are slow.
+_STEADY_UPDATES, _LEAST_UPDATES, _PATIENCE_SECONDS = 20, 5, 5.0
+
+
+@dataclass(frozen=True)
+class FixedHyperModel:
+    """Builds and fits as the hypermodel of a search does, with one pair of batch sizes.
+
+    Args:
+        builder: builds plain models.
+        micro_batch_size, effective_batch_size: of every training.
+    """
+
+    builder: ModelBuilder
+    micro_batch_size: int
+    effective_batch_size: int
+
+    def build(self, hp: Any) -> Any:
+        return accumulate(self.builder.build_plain(hp), self.micro_batch_size)
+
+    def fit(self, hp: Any, model: Any, *args: Any, **kwargs: Any) -> Any:
+        feed_by_batches(model, self.effective_batch_size, self.micro_batch_size)
+        fit = getattr(self.builder.hypermodel, "fit", None)
+        return model.fit(*args, **kwargs) if fit is None else fit(hp, model, *args, **kwargs)
+
+
+@dataclass(frozen=True)
+class FirstUpdates(FixedHyperModel):
+    """The same for a few updates, and one validation on a micro-batch: what a trial needs at most, in short."""
+
+    def fit(self, hp: Any, model: Any, *args: Any, **kwargs: Any) -> Any:
+        feed_by_batches(model, self.effective_batch_size, self.micro_batch_size)
+        x, y, sample_weight = resolve(kwargs.pop("x"), kwargs.pop("y"), kwargs.pop("sample_weight", None))
+        is_batched = not is_tf_dataset(x) or has_batches(model, x)
+        validation_data = first_samples(x, y, sample_weight, count=self.micro_batch_size, is_batched=is_batched)
+        callbacks = [*kwargs.pop("callbacks", ()), _stop_when_steady()]
+        arguments = {"sample_weight": sample_weight, "validation_data": validation_data, "callbacks": callbacks}
+        return model.fit(x, y, **arguments, epochs=10**6, verbose=0)
+
+
+def train_isolated(
+    hypermodel: FixedHyperModel,
+    data: Mapping[str, Any],
+    *,
+    hyperparameters: Mapping[str, Any],
+    objective: Any,
+    seed: int,
+    executions: int = 1,
+    memory_budget_bytes: int | None = None,
+) -> Outcome:
+    """Runs the task of a trial.
+
+    Args:
+        hypermodel: what builds and fits.
+        data: arguments of `fit`, the data among them.
+        hyperparameters: values by name, the batch sizes included.
+        objective: a `keras_tuner.Objective`; its best epoch counts.
+        seed, executions: as in a search.
+        memory_budget_bytes: the limit of the process's allocator; None for none.
+
+    Returns:
+        The outcome, `result` as `worker.train` returns it.
+
+    Raises:
+        UnsendableDataError: the data cannot be sent to another process.
+        WorkerError: processes cannot be started here.
+    """
+    with tempfile.TemporaryDirectory(prefix="accumtune-training-") as folder:
+        payload_file = Path(folder).resolve() / "data" / "payload.pkl"
+        content = {"hypermodel": hypermodel, "objective": objective, "fit_args": (), "fit_kwargs": dict(data)}
+        dump_payload(content, payload_file)
+        directory = TaskDirectory(Path(folder) / "trial")
+        arguments = {
+            "payload": str(payload_file),
+            "hyperparameters": {"space": [], "values": dict(hyperparameters)},
+            "memory_budget_bytes": memory_budget_bytes,
+            "seed": seed,
+            "attempt": 1,
+            "executions": executions,
+        }
+        directory.write_task("train", arguments)
+        with LocalExecutor(current_backend()) as executor:
+            environment = memory_limit_environment(executor.backend, memory_budget_bytes)
+            is_limited = memory_budget_bytes is not None
+            return executor.submit(directory, environment, is_memory_limited=is_limited).result()
+
+
+def ran_out_of_memory(outcome: Outcome) -> bool:
+    """Whether a training under a limit had too little memory; the kernel's SIGKILL counts as that."""
+    return outcome.status == "out_of_memory" or (outcome.status == "killed" and "SIGKILL" in outcome.reason)
+
+
+def _stop_when_steady() -> Any:
+    import keras
+
+    class StopWhenSteady(keras.callbacks.Callback):
+        updates = 0
+        started = 0.0
+
+        def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
+            self.updates += 1
+            self.started = self.started or time.monotonic()  # after the first update: that one compiles
+            is_slow = time.monotonic() - self.started > _PATIENCE_SECONDS
+            if self.updates >= (_LEAST_UPDATES if is_slow else _STEADY_UPDATES):
+                self.model.stop_training = True
+
+    return StopWhenSteady()

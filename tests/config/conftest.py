@@ -1,0 +1,21 @@
+"""Functions of these tests in a process of their own."""
+
+import pytest
+
+from accumtune.trials.directory import TaskDirectory
+from accumtune.trials.payload import dump_payload
+from accumtune.trials.profiling import finished
+
+
+@pytest.fixture
+def run_in_child(executor, tmp_path):
+    """Calls a function in a fresh process that has the framework, and returns what it returned (JSON)."""
+
+    def run(function, *arguments):
+        directory = TaskDirectory(tmp_path / f"child{len(list(tmp_path.iterdir()))}")
+        payload_file = directory.path / "payload.pkl"
+        dump_payload({"function": function, "arguments": arguments}, payload_file)
+        directory.write_task("call", {"payload": str(payload_file.resolve())})
+        return finished(executor.submit(directory).result(), "The function").result["value"]
+
+    return run

@@ -1,0 +1,158 @@
+"""The same training within another budget, on another device, over replicas."""
+
+import numpy as np
+import pytest
+from made_config import MIB, build_model, config_of, data, moved_training
+
+from accumtune.config import TrainingConfig, moving
+from accumtune.errors import BatchSizeError, BudgetError, BudgetTooSmallError
+from accumtune.memory import available
+
+
+def profile_of(line=lambda size: 10 * MIB + size * MIB, limit=None, **other):
+    """A profile as measurements would make it; sizes whose peak is over the limit ran out of memory."""
+    from accumtune.memory.profile import Measurement, Profile
+
+    def measurement(size, steps):
+        peak = line(size) + (MIB if steps > 1 else 0)
+        is_over = limit is not None and peak > limit
+        seconds = None if is_over else steps * (0.01 + size * 0.0001)
+        return Measurement(size, steps, None if is_over else peak, seconds, "BFC allocator", limit)
+
+    points = [measurement(size, steps) for size in (1, 8, 16, 32) for steps in (1, 2, 4)]
+    return Profile(tuple(points), **{"device": "CPU", "memory_source": "BFC allocator"} | other)
+
+
+def test_another_budget_changes_the_micro_batch_and_nothing_else():
+    config = config_of(micro_batch_size=32, accumulation_steps=1, hyperparameters={"width": 16})
+    smaller = moving.fitted(config, profile_of(device="GPU"), 32 * MIB, "tensorflow")
+    batch = {"effective_batch_size": 32, "micro_batch_size": 16, "accumulation_steps": 2}
+    assert {name: getattr(smaller, name) for name in batch} == batch
+    assert smaller.hyperparameters == {"width": 16, **batch}
+    assert smaller.peak_memory_bytes <= smaller.memory_budget_bytes == 32 * MIB and smaller.device == "GPU"
+    assert "predicted" in smaller.memory_source and smaller.epochs == config.epochs
+    assert TrainingConfig.from_json(smaller.to_json()) == smaller
+    assert moving.fitted(config, profile_of(), 1024 * MIB, "tensorflow").micro_batch_size == 32
+
+
+def test_a_budget_in_which_nothing_fits():
+    with pytest.raises(BudgetTooSmallError, match="Not even micro-batch 1 fits in 5.0 MiB on CPU"):
+        moving.fitted(config_of(), profile_of(), 5 * MIB, "tensorflow")
+
+
+def test_a_change_of_micro_batch_is_told_where_it_changes_the_training(monkeypatch):
+    from accumtune.trials import profiling
+
+    monkeypatch.setattr(profiling, "profile", lambda *args, **kwargs: profile_of())
+    coupled = config_of(batch_coupled_layers=["BatchNormalization (bn)"])
+    with pytest.warns(UserWarning, match="BatchNormalization .bn.: with micro-batches of 16 instead of 8"):
+        coupled.for_budget(32 * MIB, None, None)
+
+
+# Another device
+
+
+def test_the_device_at_hand_is_a_budget(monkeypatch):
+    from accumtune.trials import device, profiling
+
+    asked = {}
+    monkeypatch.setattr(device, "free_device_memory_bytes", lambda: 100 * MIB)
+    monkeypatch.setattr(profiling, "profile", lambda *args, **kwargs: asked.update(kwargs) or profile_of(device="GPU"))
+    moved = config_of().for_device(None, None)
+    assert asked["memory_budget"] == moved.memory_budget_bytes == 90 * MIB and moved.device == "GPU"
+
+
+def test_free_memory_of_this_machine():
+    from accumtune.trials.device import free_device_memory_bytes
+
+    assert 64 * MIB < free_device_memory_bytes() < 2**50
+
+
+def test_a_real_profile_moves_a_configuration_that_then_holds():
+    # Few divisors, few probes: each is a process.
+    batch = {"micro_batch_size": 1, "accumulation_steps": 3, "effective_batch_size": 3}
+    config = config_of(**batch, hyperparameters={"width": 2048, "learning_rate": 0.01}, peak_memory_bytes=None)
+    moved = config.for_device(build_model, *data())
+    assert moved.effective_batch_size == 3 == moved.micro_batch_size * moved.accumulation_steps
+    assert moved.hyperparameters["width"] == 2048 and moved.memory_budget_bytes > 64 * MIB
+    # What a profile predicts, a few real updates confirm.
+    told = moved.verify(build_model, *data(), peak_tolerance=0.25)
+    assert told.throughput_samples_per_second > 0 and "promised" in str(told)
+
+
+def test_a_container_has_no_more_than_its_limit(tmp_path):
+    (tmp_path / "meminfo").write_text("MemTotal: 9000 kB\nMemAvailable:    4096 kB\nHugePages_Total:       0\n")
+    (tmp_path / "cgroup").mkdir()
+    free = available._host_bytes
+    assert free(tmp_path / "meminfo", tmp_path / "cgroup") == 4 * MIB
+    for limit, expected in (("max", 4 * MIB), (str(3 * MIB), 2 * MIB), (str(2**40), 4 * MIB), ("1000", 0)):
+        (tmp_path / "cgroup" / "memory.max").write_text(limit + "\n")
+        (tmp_path / "cgroup" / "memory.current").write_text(f"{MIB}\n")
+        assert free(tmp_path / "meminfo", tmp_path / "cgroup") == expected
+
+
+def test_free_memory_of_a_gpu_is_what_its_driver_says(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(BudgetError, match="nvidia-smi is not installed") as error:
+        available.available_memory_bytes("GPU:0 NVIDIA H100")
+    assert "for_budget" in error.value.fix
+    smi = tmp_path / "nvidia-smi"
+    smi.write_text("#!/bin/sh\necho 1234\necho 99\n")
+    smi.chmod(0o755)
+    assert available.available_memory_bytes("GPU:0 NVIDIA H100") == 1234 * MIB
+    smi.write_text("#!/bin/sh\necho no devices were found\nexit 6\n")
+    with pytest.raises(BudgetError, match="no devices were found"):
+        available.available_memory_bytes("GPU:0")
+
+
+# Replicas
+
+
+def test_an_effective_batch_is_split_over_replicas():
+    config = config_of(hyperparameters={"width": 16})
+    for replicas, micro, steps in ((1, 8, 4), (2, 8, 2), (4, 8, 1), (8, 4, 1), (32, 1, 1)):
+        spread = config.for_replicas(replicas)
+        assert (spread.micro_batch_size, spread.accumulation_steps, spread.replicas) == (micro, steps, replicas)
+        assert spread.effective_batch_size == 32 == spread.fit_arguments()["batch_size"]
+        assert spread.hyperparameters["micro_batch_size"] == micro and spread.hyperparameters["width"] == 16
+        assert (spread.throughput_samples_per_second is None) == (replicas > 1)
+        assert TrainingConfig.from_json(spread.to_json()) == spread
+        assert spread.for_replicas(1).for_replicas(replicas) == spread.for_replicas(replicas)
+    assert "32 = 8 × 2 × 2 replicas" in repr(config.for_replicas(2))
+
+
+def test_what_divides_is_said():
+    with pytest.raises(BatchSizeError, match="does not divide the effective batch 32") as error:
+        config_of().for_replicas(3)
+    assert error.value.expected == "one of 1, 2, 4, 8, 16, 32." and "30 or 33" in error.value.fix
+    for wrong in (0, -1, True, 2.0, "2"):
+        with pytest.raises(BatchSizeError):
+            config_of().for_replicas(wrong)
+
+
+def test_another_budget_on_several_replicas_keeps_them():
+    spread = config_of(hyperparameters={}).for_replicas(2)
+    moved = moving.fitted(spread, profile_of(), 1024 * MIB, "tensorflow")
+    assert (moved.micro_batch_size, moved.accumulation_steps, moved.replicas) == (16, 1, 2)
+
+
+# The same training
+
+
+@pytest.mark.parametrize(("floatx", "tolerance"), [("float32", 1e-5), ("float64", 1e-9)])
+def test_moved_training_is_the_same(run_in_child, floatx, tolerance):
+    config = config_of(hyperparameters={"width": 16, "learning_rate": 0.05})
+    smaller = moving.fitted(config, profile_of(), 14 * MIB, "tensorflow")
+    larger = moving.fitted(config, profile_of(), 1024 * MIB, "tensorflow")
+    assert smaller.micro_batch_size < config.micro_batch_size < larger.micro_batch_size
+    weights = run_in_child(moved_training, [item.to_json() for item in (config, smaller, larger)], floatx)
+    for moved in weights[1:]:
+        for ours, theirs in zip(moved, weights[0], strict=True):
+            np.testing.assert_allclose(ours, theirs, rtol=tolerance, atol=tolerance)
+
+
+def test_replicas_train_the_same(run_in_child):
+    config = config_of(hyperparameters={"width": 16, "learning_rate": 0.05})
+    one, two = run_in_child(moved_training, [config.to_json(), config.for_replicas(2).to_json()], "float64")
+    for ours, theirs in zip(two, one, strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-9, atol=1e-9)
