@@ -43,10 +43,15 @@ class AccumtuneError(Exception):
     def __str__(self) -> str:
         lines = [self.received]
         if self.expected:
-            lines.append(f"Expected: {self.expected}")
+            lines.append(f"Expected: {_sentence(self.expected)}")
         if self.fix:
-            lines.append(f"Fix: {self.fix}")
+            lines.append(f"Fix: {_sentence(self.fix)}")
         return "\n".join(lines)
+
+
+def _sentence(text: str) -> str:
+    """With a full stop, unless it ends in one or in something that may be copied, such as code."""
+    return f"{text}." if text[-1].isalnum() else text
 
 
 class BudgetError(AccumtuneError, ValueError):

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from scipy.optimize import nnls
 
-from accumtune.errors import BudgetError
+from accumtune.errors import BudgetError, BudgetTooSmallError
 from accumtune.memory.budget import format_bytes, parse_budget
 from accumtune.memory.curve import Curve, curves_of, last_slope
 
@@ -120,10 +120,14 @@ class Profile:
         """The expected peak in bytes, without a margin.
 
         Raises:
-            ValueError: nothing has been measured that fits.
+            BudgetTooSmallError: nothing has been measured that fits.
         """
         if not self._curves:
-            raise ValueError("Received a profile in which every probe ran out of memory. Probe a smaller micro-batch.")
+            raise BudgetTooSmallError(
+                "Received a profile in which every probe ran out of memory.",
+                "at least one micro-batch size that ran.",
+                "probe a smaller micro-batch, or under a larger budget.",
+            )
         window = self._window_bytes(micro_batch_size, accumulation_steps)
         # Several micro-steps never need less than one, whatever the noise of their measurements.
         curves = [self._curves[group] for group in self._curves if group <= _group(accumulation_steps)]
@@ -316,7 +320,11 @@ def _fit_seconds(measurements: Sequence[Measurement]) -> tuple[float, Curve]:
         if m.seconds_per_update is not None
     ]
     if not points:
-        raise ValueError("Received a profile without timings. Probe at least one micro-batch size.")
+        raise BudgetTooSmallError(
+            "Received a profile without timings: no probe ran to its end.",
+            "at least one micro-batch size that ran.",
+            "probe a smaller micro-batch, or under a larger budget.",
+        )
     sizes = sorted({size for size, _, _ in points})
     rows = np.zeros((len(points), len(sizes) + 1))
     for row, (size, steps, seconds) in zip(rows, points, strict=True):

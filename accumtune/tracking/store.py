@@ -76,7 +76,11 @@ class Store:
                 into the deleted file without a word.)
         """
         if self._database is not None and not self._database.exists():
-            raise TrackingError(f"The tracking database {self._database} was removed.")
+            raise TrackingError(
+                f"The tracking database {self._database} was removed while it was in use.",
+                "a database that stays where it is.",
+                "run the search again, or `accumtune sync`: a new one is made and gets everything.",
+            )
         check_reachable(self.uri)
 
     def _experiment(self, name: str) -> str:

@@ -181,7 +181,11 @@ def _collect(batches: Iterator[Any], count: int) -> Samples:
         if rows >= count:
             break
     if not collected:
-        raise DataError("Received data without a single batch.", "at least one sample.")
+        raise DataError(
+            "Received data without a single batch.",
+            "at least one sample.",
+            "look at what the function or the data set yields; an iterator that was read before is empty.",
+        )
     return _join(collected)
 
 
@@ -226,6 +230,8 @@ def _number_of_rows(tree: Any) -> int:
         rows.add(int(shape[0]))
     if len(rows) != 1 or 0 in rows:
         raise DataError(
-            f"Received arrays with {sorted(rows) or 'no'} samples.", "arrays with one and the same number of samples."
+            f"Received arrays with {sorted(rows) or 'no'} samples.",
+            "arrays with one and the same number of samples.",
+            "look at the shapes of x, y and sample_weight: the first axis counts the samples.",
         )
     return rows.pop()

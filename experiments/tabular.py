@@ -1,0 +1,85 @@
+"""Does accumulation help a multilayer perceptron on a table? No, and this shows why.
+
+Its memory is parameters, optimizer slots and gradients: nearly the same for a batch of 1 and of 1024. A smaller
+micro-batch saves next to nothing and costs speed. The search finds the best batch all the same; the table at the end
+shows what the pairs that make it would need.
+
+    python experiments/tabular.py [--trials 8] [--epochs 8] [--samples 4096] [--memory-budget 192MiB]
+"""
+
+import gallery  # first: it sets TensorFlow's log level
+import keras
+from sklearn.datasets import make_friedman1
+from sklearn.model_selection import train_test_split
+
+import accumtune
+from accumtune.memory.budget import format_bytes
+
+COLUMNS = 16
+
+
+def build_model(hp):
+    width = hp.Choice("width", [512, 1024])
+    layers = [keras.layers.Dense(width, activation="relu") for _ in range(3)]
+    model = keras.Sequential([keras.Input((COLUMNS,)), *layers, keras.layers.Dense(1)])
+    model.compile(
+        optimizer=keras.optimizers.Adam(hp.Float("learning_rate", 1e-4, 1e-2, sampling="log")),
+        loss="mse",
+        metrics=["mae"],
+    )
+    return model
+
+
+def load_data(samples):
+    """Friedman's first regression problem: five columns matter, eleven do not; noise of variance 1."""
+    x, y = make_friedman1(samples + samples // 4, n_features=COLUMNS, noise=1.0, random_state=0)
+    return train_test_split(
+        x.astype("float32"), y[:, None].astype("float32"), train_size=samples, random_state=0
+    )
+
+
+def print_costs(profile, effective_batch_size):
+    """Peak memory and speed of every pair of powers of two that makes the effective batch."""
+    print(f"\nEffective batch {effective_batch_size} of the best model, one step and several:")
+    print(f"{'micro-batch':>11} {'steps':>6} {'peak memory':>12} {'samples/s':>10}")
+    rows = {}
+    micro = effective_batch_size
+    while micro >= 1 and effective_batch_size % micro == 0:
+        steps = effective_batch_size // micro
+        rows[micro] = profile.predict_peak_memory(micro, steps), profile.predict_throughput(micro, steps)
+        print(f"{micro:>11} {steps:>6} {format_bytes(rows[micro][0]):>12} {rows[micro][1]:>10,.0f}")
+        micro //= 4
+    return rows
+
+
+def main():
+    parser = gallery.parser(__doc__, trials=8, epochs=8, samples=4096, memory_budget="192MiB")
+    options = parser.parse_args()
+
+    x_train, x_val, y_train, y_val = load_data(options.samples)
+    tuner = accumtune.BayesianOptimization(
+        build_model,
+        objective="val_loss",
+        seed=1,
+        micro_batch_sizes=(16, 64, 256),
+        accumulation_steps=(1, 4),
+        **gallery.arguments(options, "tabular"),
+    )
+    tuner.search(x_train, y_train, validation_data=(x_val, y_val), epochs=options.epochs)
+    config = gallery.conclude(tuner, options)
+
+    profile = accumtune.profile(
+        build_model, x_train, y_train, micro_batch_sizes=(1, 16, 256), hyperparameters=config.hyperparameters
+    )
+    rows = print_costs(profile, config.effective_batch_size)
+    (whole_bytes, whole_speed), (small_bytes, small_speed) = rows[max(rows)], rows[min(rows)]
+    change = f"{format_bytes(small_bytes)} instead of {format_bytes(whole_bytes)}"
+    slower = f"{whole_speed / small_speed:.0f} times slower"
+    if small_bytes > 0.9 * whole_bytes:
+        print(f"Accumulation does not help here: {min(rows)} at a time needs {change}, and trains {slower}.")
+    else:
+        print(f"Here accumulation helps: {min(rows)} at a time needs {change}, and trains {slower}.")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,60 @@
+"""Each search of the gallery runs, small, and ends in what it is there to show."""
+
+import gzip
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from running import EXPERIMENTS, run_experiment
+
+TINY = ("--trials", "1", "--epochs", "1", "--samples", "48")
+SCRIPTS = {
+    "tabular.py": "Effective batch",
+    "language_model.py": "bits per byte",
+    "segmentation.py": "Micro-batches that were run",
+    "fine_tuning.py": "largest micro-batch",
+    "fashion_mnist.py": "Compare along a row",
+}
+
+
+@pytest.fixture
+def keras_home(tmp_path, monkeypatch):
+    """Fashion-MNIST's files as Keras keeps them, with noise for pictures: nothing is downloaded."""
+    folder = tmp_path / "keras_home" / "datasets" / "fashion-mnist"
+    folder.mkdir(parents=True)
+    random = np.random.default_rng(0)
+    for prefix in ("train", "t10k"):
+        labels = random.integers(0, 10, 64, "uint8").tobytes()
+        pictures = random.integers(0, 256, (64, 28, 28), "uint8").tobytes()
+        (folder / f"{prefix}-labels-idx1-ubyte.gz").write_bytes(gzip.compress(bytes(8) + labels))
+        (folder / f"{prefix}-images-idx3-ubyte.gz").write_bytes(gzip.compress(bytes(16) + pictures))
+    monkeypatch.setenv("KERAS_HOME", str(tmp_path / "keras_home"))
+
+
+@pytest.mark.parametrize("script, words", SCRIPTS.items())
+def test_a_search_of_the_gallery_runs_and_says_what_it_found(script, words, tmp_path, keras_home):
+    if script == "fine_tuning.py":
+        pytest.importorskip("keras_hub", reason="pip install keras-hub, for the fine-tuning search alone")
+    output = run_experiment(tmp_path, script, *TINY, "--tracking-uri", f"sqlite:///{tmp_path}/mlflow.db")
+    assert "[1/1]   → val_loss" in output and "Why:" in output and words in output
+    assert list(tmp_path.glob("mlruns/searches/*/best_config.json"))
+
+
+def test_the_gallery_is_described_and_its_scripts_are_short():
+    described = (EXPERIMENTS / "README.md").read_text()
+    for script in (*SCRIPTS, "digits.py"):
+        assert f"python experiments/{script}" in described, f"{script} is not in experiments/README.md"
+        assert len((EXPERIMENTS / script).read_text().splitlines()) < 150
+
+
+def test_the_gpu_benchmark_says_so_where_there_is_no_gpu(tmp_path):
+    """An empty PATH hides nvidia-smi where there is one."""
+    done = subprocess.run(
+        [sys.executable, str(EXPERIMENTS / "benchmarks" / "gpu.py"), "--json", str(tmp_path / "gpu.json")],
+        env={**os.environ, "PATH": str(tmp_path)}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "No CUDA device" in done.stdout
+    assert '"rows": []' in (tmp_path / "gpu.json").read_text()
