@@ -14,7 +14,7 @@ last slope. Measured peaks are reproduced.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import numpy as np
@@ -23,6 +23,9 @@ from scipy.optimize import nnls
 from accumtune.errors import BudgetError
 from accumtune.memory.budget import format_bytes, parse_budget
 from accumtune.memory.curve import Curve, curves_of, last_slope
+from accumtune.memory.measurement import Measurement
+
+__all__ = ["Measurement", "Profile"]
 
 MIB = 2**20
 
@@ -39,39 +42,6 @@ LARGEST_EXTRAPOLATION = 4
 LARGEST_PROBE_STEP = 8
 # A size closer than this to one that was measured teaches too little for the price of tracing it.
 SMALLEST_PROBE_STEP = 1.2
-
-
-@dataclass(frozen=True)
-class Measurement:
-    """What one micro-batch size and number of accumulation steps cost, in one process.
-
-    Args:
-        micro_batch_size: samples per micro-step.
-        accumulation_steps: micro-steps per update.
-        peak_memory_bytes: the most the device held; `None` where it ran out of memory.
-        seconds_per_update: wall time of an update after the first; `None` where it was not timed.
-        memory_source: who counted the bytes.
-        memory_limit_bytes: the limit it ran under; `None` for none.
-    """
-
-    micro_batch_size: int
-    accumulation_steps: int
-    peak_memory_bytes: int | None
-    seconds_per_update: float | None
-    memory_source: str
-    memory_limit_bytes: int | None = None
-
-    @property
-    def is_feasible(self) -> bool:
-        """Whether it ran; otherwise it ran out of memory."""
-        return self.peak_memory_bytes is not None
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> Measurement:
-        return cls(**values)
 
 
 @dataclass(frozen=True)
@@ -154,10 +124,11 @@ class Profile:
             largest_that_ran = self._largest_that_ran(_group(accumulation_steps))
             if micro_batch_size > min(largest_that_ran, failed - 1):
                 return False
+        # Without a window of data on the device, every further micro-step is like the second.
+        steps = accumulation_steps if self.sample_bytes else _group(accumulation_steps)
         for point in self.measurements:
-            is_larger = point.micro_batch_size >= micro_batch_size and point.accumulation_steps >= accumulation_steps
-            limit = point.memory_limit_bytes
-            if point.is_feasible and is_larger and limit is not None and limit <= budget_bytes:
+            is_larger = point.micro_batch_size >= micro_batch_size and point.accumulation_steps >= steps
+            if is_larger and point.has_run_within(budget_bytes):
                 return True
         if not self._curves or micro_batch_size > LARGEST_EXTRAPOLATION * self._measured_sizes()[-1]:
             return False
@@ -208,7 +179,7 @@ class Profile:
         for point in self.measurements:
             limit = point.memory_limit_bytes
             if point.is_feasible:
-                if _group(point.accumulation_steps) >= group and limit is not None and limit <= budget_bytes:
+                if _group(point.accumulation_steps) >= group and point.has_run_within(budget_bytes):
                     ran = max(ran, point.micro_batch_size)
             elif _group(point.accumulation_steps) <= group:
                 # A failure under a slightly lower limit counts too: there is too little room above it.
