@@ -46,7 +46,7 @@ class DeviceMemory:
 
 def device_memory() -> DeviceMemory:
     """The first visible NVIDIA GPU; without one, the machine. `CUDA_VISIBLE_DEVICES=-1` hides GPUs."""
-    return _gpu() or _cpu()
+    return _gpu() or machine_memory()
 
 
 def gpu_total_bytes() -> int | None:
@@ -87,7 +87,8 @@ def _nvidia_smi(query: str) -> list[list[str]]:
     return [[field.strip() for field in line.split(",")] for line in done.stdout.splitlines() if line.strip()]
 
 
-def _cpu(meminfo: Path = Path("/proc/meminfo"), cgroups: Path = Path("/sys/fs/cgroup")) -> DeviceMemory:
+def machine_memory(meminfo: Path = Path("/proc/meminfo"), cgroups: Path = Path("/sys/fs/cgroup")) -> DeviceMemory:
+    """The machine's memory, or that of the container which this process is in."""
     lines = (line.split(":") for line in meminfo.read_text().splitlines())
     known = {name: int(value.split()[0]) * 1024 for name, value in lines}
     total, free = known["MemTotal"], known["MemAvailable"]

@@ -18,17 +18,17 @@ def host(tmp_path):
 
 
 def test_a_machine_without_a_container(host):
-    found = machine._cpu(host / "meminfo", host / "cgroup")
+    found = machine.machine_memory(host / "meminfo", host / "cgroup")
     assert (found.name, found.total_bytes, found.free_bytes) == ("CPU", 1024 * MIB, 512 * MIB)
     (host / "cgroup" / "memory.max").write_text("max\n")  # a container without a limit
     (host / "cgroup" / "memory.current").write_text("1\n")
-    assert machine._cpu(host / "meminfo", host / "cgroup") == found
+    assert machine.machine_memory(host / "meminfo", host / "cgroup") == found
 
 
 def test_a_container_has_what_its_limit_says(host):
     (host / "cgroup" / "memory.max").write_text(f"{256 * MIB}\n")
     (host / "cgroup" / "memory.current").write_text(f"{56 * MIB}\n")
-    found = machine._cpu(host / "meminfo", host / "cgroup")
+    found = machine.machine_memory(host / "meminfo", host / "cgroup")
     assert (found.total_bytes, found.free_bytes) == (256 * MIB, 200 * MIB)
 
 
