@@ -114,6 +114,10 @@ class Device(ABC):
     def peak_memory_bytes(self) -> int:
         """The most bytes held at once since the last `reset_peak`, or since the device was opened."""
 
+    def certain_peak_bytes(self) -> int:
+        """No more than the peak, even when asked for in the middle of a step: what a process may be stopped by."""
+        return self.peak_memory_bytes()
+
     @abstractmethod
     def reset_peak(self) -> None:
         """Starts the next peak from what is held now."""

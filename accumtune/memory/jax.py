@@ -56,6 +56,12 @@ class JaxCpu(Device):
                 added = max(added, extra)
         return self.current_memory_bytes() + added
 
+    def certain_peak_bytes(self) -> int:
+        # In the middle of a step a program's outputs are among the live arrays already.
+        new = (one for key, one in self._executables().items() if key not in self._seen)
+        temporary = max((one.get_compiled_memory_stats().temp_size_in_bytes for one in new), default=0)
+        return self.current_memory_bytes() + temporary
+
     def reset_peak(self) -> None:
         """Forgets no program: one compiled earlier may run again, and cannot be told from one that will not."""
 
