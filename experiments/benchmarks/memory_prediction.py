@@ -354,7 +354,7 @@ def describe(result: dict[str, Any]) -> str:
 def summarize(results: Sequence[dict[str, Any]]) -> str:
     """The figures the goals are about."""
     points = [(result["name"], point) for result in results for point in result["points"]]
-    errors = [(abs(point["relative_error"]), name, point) for name, point in points if point["relative_error"]]
+    errors = [(abs(point["relative_error"]), name, point) for name, point in points if point["measured_bytes"]]
     worst, where, point = max(errors, key=lambda error: error[0])
     peaks = [peak for result in results for peak in result["pick_peaks"].values()]
     return (
