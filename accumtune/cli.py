@@ -55,10 +55,11 @@ def _parser() -> argparse.ArgumentParser:
     probe = commands.add_parser("probe", help="which micro-batch sizes of a model fit in a memory budget")
     probe.add_argument("build_model", metavar="MODULE:build_model", help="a Keras Tuner build function")
     probe.add_argument("--data", required=True, metavar="MODULE:load", help="a function that returns (x, y)")
-    probe.add_argument("--memory-budget", default=None, help='for example "2GiB"')
+    probe.add_argument("--memory-budget", default=None, help='for example "2GiB", or "80%%" of the device')
     probe.add_argument("--micro-batch-sizes", type=int, nargs="+", default=None)
     probe.add_argument("--accumulation-steps", type=int, default=2)
     probe.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    probe.add_argument("--plot", metavar="FILE", default=None, help="draw the table, for example into probe.png")
     probe.set_defaults(run=_probe)
 
     ui = commands.add_parser("ui", help="open a search in the MLflow UI")
@@ -109,7 +110,13 @@ def _add_policy(command: argparse.ArgumentParser) -> None:
 
 
 def _probe(options: argparse.Namespace) -> int:
+    from accumtune.memory.machine import device_memory
     from accumtune.trials.profiling import profile
+
+    device = device_memory()
+    budget = None if options.memory_budget is None else parse_budget(options.memory_budget)
+    if not options.json:
+        print(device.describe(), flush=True)
 
     build_model, (x, y) = load_object(options.build_model), _load_data(options.data)
     progress = (lambda line: None) if options.json else (lambda line: print(line, file=sys.stderr, flush=True))
@@ -118,22 +125,26 @@ def _probe(options: argparse.Namespace) -> int:
         x,
         y,
         micro_batch_sizes=options.micro_batch_sizes,
-        memory_budget=options.memory_budget,
+        memory_budget=budget,
         on_probe=progress,
     )
-    budget = None if options.memory_budget is None else parse_budget(options.memory_budget)
     largest = None if budget is None else costs.largest_micro_batch_size(budget, options.accumulation_steps)
     runs_at_all = any(measurement.is_feasible for measurement in costs.measurements)
     sizes = _sizes(options, costs) if runs_at_all else []
     rows = [_row(costs, size, options.accumulation_steps, budget) for size in sizes]
+    if options.plot and rows:
+        from accumtune.memory.picture import draw_profile
+
+        draw_profile(rows, budget, options.accumulation_steps, options.plot)
     if options.json:
-        print(json.dumps({"largest_micro_batch_size": largest, "memory_budget_bytes": budget, "sizes": rows}, indent=2))
+        answer = {"largest_micro_batch_size": largest, "memory_budget_bytes": budget, "device": vars(device)}
+        print(json.dumps({**answer, "sizes": rows}, indent=2))
     else:
         if rows:
             print(_table(rows))
         if budget is not None:
-            answer = "none: not even 1 fits" if largest is None else str(largest)
-            print(f"Largest micro-batch in {format_bytes(budget)} ({options.accumulation_steps} steps): {answer}")
+            text = "none: not even 1 fits" if largest is None else str(largest)
+            print(f"Largest micro-batch in {format_bytes(budget)} ({options.accumulation_steps} steps): {text}")
     return 0 if budget is None or largest is not None else 1
 
 

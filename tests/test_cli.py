@@ -43,11 +43,13 @@ def call(tmp_path):
     return call
 
 
-def test_probe_answers_how_large_a_micro_batch_fits(call):
+def test_probe_answers_how_large_a_micro_batch_fits(call, tmp_path):
     arguments = ("probe", "train:build_model", "--data", "train:load", "--memory-budget", "16MiB")
-    done = call(*arguments, "--micro-batch-sizes", "4", "16", "--json")
+    done = call(*arguments, "--micro-batch-sizes", "4", "16", "--json", "--plot", "probe.png")
     answer = json.loads(done.stdout)
     assert done.returncode == 0
+    assert (tmp_path / "probe.png").read_bytes().startswith(b"\x89PNG")
+    assert answer["device"]["total_bytes"] > answer["memory_budget_bytes"] == 16 * 2**20
     assert answer["largest_micro_batch_size"] >= 16
     fits = {row["micro_batch_size"]: row["fits"] for row in answer["sizes"]}
     assert fits[4] and fits[16] and fits[answer["largest_micro_batch_size"]]
@@ -56,6 +58,7 @@ def test_probe_answers_how_large_a_micro_batch_fits(call):
 def test_exit_code_1_where_nothing_fits(call):
     done = call("probe", "train:build_huge", "--data", "train:load", "--memory-budget", "16MiB")
     assert done.returncode == 1 and "not even 1 fits" in done.stdout, done.stdout + done.stderr
+    assert "in total" in done.stdout  # the device is named
 
 
 def test_exit_code_2_and_a_way_out_for_wrong_input(call):

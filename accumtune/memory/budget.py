@@ -16,7 +16,8 @@ _UNITS = {
     "t": 2**40, "tib": 2**40, "tb": 10**12,
 }  # fmt: skip
 _PATTERN = re.compile(r"\s*([0-9]+(?:\.[0-9]*)?|\.[0-9]+)\s*([a-z]*)\s*", re.IGNORECASE)
-_EXPECTED = 'a number of bytes (2147483648) or a text such as "2GiB", "1.5 GiB" or "512MiB"'
+_SHARE = re.compile(r"\s*([0-9]+(?:\.[0-9]*)?|\.[0-9]+)\s*%\s*")
+_EXPECTED = 'a number of bytes (2147483648) or a text such as "2GiB", "1.5 GiB", "512MiB" or "80%" (of the device)'
 _FIX = "write the number and its unit, for example memory_budget=\"2GiB\"."
 
 
@@ -24,7 +25,8 @@ def parse_budget(budget: int | float | str) -> int:
     """Turns a memory budget into bytes.
 
     Args:
-        budget: bytes as a number, or a text with a unit: `"2GiB"` (2 * 2**30), `"2GB"` (2 * 10**9), `"512MiB"`.
+        budget: bytes as a number, a text with a unit: `"2GiB"` (2 * 2**30), `"2GB"` (2 * 10**9), `"512MiB"`, or a
+            share of this machine's device: `"80%"`.
 
     Returns:
         The budget in bytes, at least 1.
@@ -39,7 +41,12 @@ def parse_budget(budget: int | float | str) -> int:
     """
     if isinstance(budget, bool) or not isinstance(budget, (int, float, str)):
         raise BudgetError(f"Received memory_budget={budget!r} of type {type(budget).__name__}.", _EXPECTED, _FIX)
-    if isinstance(budget, str):
+    share = parse_share(budget)
+    if share is not None:
+        from accumtune.memory.machine import device_memory
+
+        number = share * device_memory().total_bytes
+    elif isinstance(budget, str):
         match = _PATTERN.fullmatch(budget)
         if match is None or match[2].lower() not in _UNITS:
             raise BudgetError(f"Received memory_budget={budget!r}, which is not a size.", _EXPECTED, _FIX)
@@ -49,6 +56,24 @@ def parse_budget(budget: int | float | str) -> int:
     if not 1 <= number < 2**63:
         raise BudgetError(f"Received memory_budget={budget!r}, which no device can give.", _EXPECTED, _FIX)
     return int(number)
+
+
+def parse_share(budget: int | float | str) -> float | None:
+    """`"80%"` -> 0.8; None for what is no share of the device.
+
+    Raises:
+        BudgetError: no device gives more than 100 %, or nothing.
+
+    >>> parse_share("80%")
+    0.8
+    """
+    match = _SHARE.fullmatch(budget) if isinstance(budget, str) else None
+    if match is None:
+        return None
+    share = float(match[1]) / 100
+    if not 0 < share <= 1:
+        raise BudgetError(f"Received memory_budget={budget!r}.", "more than 0 % and at most 100 % of the device", _FIX)
+    return share
 
 
 def format_bytes(size_bytes: float) -> str:

@@ -1,4 +1,6 @@
-"""What a device holds, what it may hold, and how it says that it cannot hold more: one small class per backend.
+"""What a device holds, what it may hold, and how it says that it cannot hold more.
+
+The classes of each backend are in `accumtune/memory/tensorflow.py`, `jax.py` and `torch.py`.
 
 Nothing here imports a framework until a device is opened. `memory_limit_environment` goes into the environment of
 a child process before its framework runs anything, `open_device` does the rest from inside. Where the figure
@@ -13,16 +15,13 @@ comes from is part of the figure (`Device.memory_source`), because the sources d
 
 from __future__ import annotations
 
-import os
-import shutil
-import subprocess
+import importlib
 from abc import ABC, abstractmethod
-from pathlib import Path
-from typing import Any
 
 from accumtune.errors import BudgetError
 from accumtune.memory.budget import format_bytes
 from accumtune.memory.exhaustion import died_of_memory, is_out_of_memory
+from accumtune.memory.machine import gpu_total_bytes
 
 __all__ = ["Device", "died_of_memory", "is_out_of_memory", "memory_limit_environment", "open_device"]
 
@@ -47,14 +46,14 @@ def memory_limit_environment(backend: str, budget_bytes: int | None) -> dict[str
     if backend == "tensorflow":
         environment = {"TF_CPU_ALLOCATOR_USE_BFC": "true"}
         if budget_bytes is not None:
-            _check_tensorflow_budget(budget_bytes)
+            check_limit(budget_bytes)
             environment["TF_CPU_BFC_MEM_LIMIT_IN_MB"] = str(budget_bytes // MIB)
         return environment
     if backend == "jax":
         if budget_bytes is None:
             return {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
         # A fraction of the whole device, or of what is not there when there is no GPU (then it is ignored).
-        total = _gpu_total_bytes()
+        total = gpu_total_bytes()
         if total is None:
             return {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
         return {
@@ -64,28 +63,14 @@ def memory_limit_environment(backend: str, budget_bytes: int | None) -> dict[str
     return {}
 
 
-def _check_tensorflow_budget(budget_bytes: int) -> None:
+def check_limit(budget_bytes: int) -> None:
+    """Refuses a limit that TensorFlow's allocator cannot work with."""
     if budget_bytes < SMALLEST_TENSORFLOW_LIMIT_BYTES:
         raise BudgetError(
             f"Received a memory budget of {format_bytes(budget_bytes)}.",
             f"at least {format_bytes(SMALLEST_TENSORFLOW_LIMIT_BYTES)}, the least TensorFlow's allocator works with",
             "raise memory_budget.",
         )
-
-
-def _gpu_total_bytes() -> int | None:
-    """The memory of the first visible NVIDIA GPU, asked of the driver so that no framework takes the device."""
-    if shutil.which("nvidia-smi") is None:
-        return None
-    query = ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")[0].strip()
-    if visible == "-1":
-        return None
-    if visible:
-        query.append(f"--id={visible}")
-    done = subprocess.run(query, capture_output=True, text=True, timeout=30)
-    lines = done.stdout.split()
-    return int(lines[0]) * MIB if done.returncode == 0 and lines else None
 
 
 class Device(ABC):
@@ -95,16 +80,23 @@ class Device(ABC):
         name: `"CPU:0"`, or `"GPU:0 NVIDIA H100 80GB HBM3"`.
         backend: `"tensorflow"`, `"jax"` or `"torch"`.
         memory_source: who counts the bytes.
-        limit_bytes: the limit that the framework enforces; `None` where there is none, or where the framework
-            has no means to (then compare `peak_memory_bytes` with the budget).
+        budget_bytes: what the process may hold; `None` for no limit.
+        has_limits: whether the framework can enforce a budget. Where it cannot (JAX and torch on a CPU), compare
+            `peak_memory_bytes` with the budget, and see `accumtune.memory.watching`.
     """
 
     backend: str
     memory_source: str
+    has_limits = True
 
-    def __init__(self, name: str, limit_bytes: int | None = None) -> None:
+    def __init__(self, name: str, budget_bytes: int | None = None) -> None:
         self.name = name
-        self.limit_bytes = limit_bytes
+        self.budget_bytes = budget_bytes
+
+    @property
+    def limit_bytes(self) -> int | None:
+        """The limit that the framework enforces; `None` where there is none."""
+        return self.budget_bytes if self.has_limits else None
 
     @property
     def is_limit_enforced(self) -> bool:
@@ -121,6 +113,10 @@ class Device(ABC):
     @abstractmethod
     def peak_memory_bytes(self) -> int:
         """The most bytes held at once since the last `reset_peak`, or since the device was opened."""
+
+    def certain_peak_bytes(self) -> int:
+        """No more than the peak, even when asked for in the middle of a step: what a process may be stopped by."""
+        return self.peak_memory_bytes()
 
     @abstractmethod
     def reset_peak(self) -> None:
@@ -144,217 +140,10 @@ def open_device(backend: str | None = None, budget_bytes: int | None = None) -> 
         import keras
 
         backend = keras.backend.backend()
-    if backend == "tensorflow":
-        return _open_tensorflow(budget_bytes)
-    if backend == "jax":
-        return _open_jax(budget_bytes)
-    if backend == "torch":
-        return _open_torch(budget_bytes)
-    raise BudgetError(
-        f"Received backend={backend!r}.",
-        '"tensorflow", "jax" or "torch"',
-        "choose another Keras backend.",
-    )
-
-
-class TensorFlowDevice(Device):
-    """A device whose memory TensorFlow's own allocator (BFC) hands out."""
-
-    backend = "tensorflow"
-    memory_source = "tensorflow allocator"
-
-    def __init__(self, name: str, limit_bytes: int | None = None) -> None:
-        super().__init__(name, limit_bytes)
-        self._key = name.split()[0]
-
-    def _info(self) -> dict[str, int]:
-        import tensorflow as tf
-
-        return tf.config.experimental.get_memory_info(self._key)
-
-    def current_memory_bytes(self) -> int:
-        return int(self._info()["current"])
-
-    def peak_memory_bytes(self) -> int:
-        return int(self._info()["peak"])
-
-    def reset_peak(self) -> None:
-        import tensorflow as tf
-
-        tf.config.experimental.reset_memory_stats(self._key)
-
-
-def _open_tensorflow(budget_bytes: int | None) -> Device:
-    import tensorflow as tf
-
-    gpus = tf.config.list_physical_devices("GPU")
-    if gpus:
-        _limit_tensorflow_gpu(tf, gpus[0], budget_bytes)
-        details = tf.config.experimental.get_device_details(gpus[0])
-        name = " ".join(["GPU:0", details.get("device_name", "")]).strip()
-        return TensorFlowDevice(name, budget_bytes)
-    device = TensorFlowDevice("CPU:0", budget_bytes)
-    # Its memory grows by regions of 2, 4, 8 ... MiB. One region of the whole budget was tried: peaks then follow
-    # the micro-batch more closely, but near the limit chunks are handed out whole and a step takes up to 20 % more.
-    trace = tf.zeros([3])
-    # The variables are read once, at the first operation. BFC hands out multiples of 256 bytes, the plain allocator
-    # counts bytes as they come.
-    if device.current_memory_bytes() < 256:
-        raise _too_late()
-    del trace
-    device.reset_peak()
-    return device
-
-
-def _limit_tensorflow_gpu(tf: Any, gpu: Any, budget_bytes: int | None) -> None:
-    try:
-        if budget_bytes is None:
-            tf.config.experimental.set_memory_growth(gpu, True)
-        else:
-            _check_tensorflow_budget(budget_bytes)
-            limit = tf.config.LogicalDeviceConfiguration(memory_limit=budget_bytes // MIB)
-            tf.config.set_logical_device_configuration(gpu, [limit])
-    except RuntimeError:  # "Virtual devices cannot be modified after being initialized"
-        raise _too_late() from None
-
-
-class JaxGpu(Device):
-    """A GPU under JAX. Its peak cannot be reset, so one process makes one measurement."""
-
-    backend = "jax"
-    memory_source = "jax allocator"
-
-    def _stats(self) -> dict[str, int]:
-        import jax
-
-        return jax.local_devices()[0].memory_stats() or {}
-
-    def current_memory_bytes(self) -> int:
-        return int(self._stats()["bytes_in_use"])
-
-    def peak_memory_bytes(self) -> int:
-        return int(self._stats()["peak_bytes_in_use"])
-
-    def reset_peak(self) -> None:
-        """Does nothing: XLA's allocator cannot."""
-
-
-class JaxCpu(Device):
-    """A CPU under JAX: what XLA planned for each compiled program, on top of the arrays that are alive.
-
-    A program's arguments are among the live arrays; it adds its temporaries and those outputs that do not reuse
-    an argument's memory.
-    """
-
-    backend = "jax"
-    memory_source = "jax compile-time analysis"
-
-    def __init__(self, name: str) -> None:
-        super().__init__(name)
-        self._seen = self._executables()
-
-    def current_memory_bytes(self) -> int:
-        import jax
-
-        buffers = {array.unsafe_buffer_pointer(): array.nbytes for array in jax.live_arrays() if _is_plain(array)}
-        return sum(buffers.values())
-
-    def peak_memory_bytes(self) -> int:
-        added = 0
-        for key, executable in self._executables().items():
-            if key not in self._seen:
-                stats = executable.get_compiled_memory_stats()
-                extra = stats.temp_size_in_bytes + stats.output_size_in_bytes - stats.alias_size_in_bytes
-                added = max(added, extra)
-        return self.current_memory_bytes() + added
-
-    def reset_peak(self) -> None:
-        """Forgets no program: one compiled earlier may run again, and cannot be told from one that will not."""
-
-    def _executables(self) -> dict[int, Any]:
-        import jax
-
-        return {id(executable): executable for executable in jax.local_devices()[0].client.live_executables()}
-
-
-def _is_plain(array: Any) -> bool:
-    return not array.is_deleted() and array.is_fully_addressable and len(array.devices()) == 1
-
-
-def _open_jax(budget_bytes: int | None) -> Device:
-    import jax
-
-    device = jax.local_devices()[0]
-    if device.platform == "cpu":
-        return JaxCpu("CPU:0")
-    return JaxGpu(f"GPU:0 {device.device_kind}", budget_bytes)
-
-
-class TorchCuda(Device):
-    """A GPU under torch."""
-
-    backend = "torch"
-    memory_source = "cuda allocator"
-
-    def current_memory_bytes(self) -> int:
-        import torch
-
-        return int(torch.cuda.memory_allocated())
-
-    def peak_memory_bytes(self) -> int:
-        import torch
-
-        return int(torch.cuda.max_memory_allocated())
-
-    def reset_peak(self) -> None:
-        import torch
-
-        torch.cuda.reset_peak_memory_stats()
-
-
-class TorchCpu(Device):
-    """A CPU under torch, which keeps no count of its own: the process's resident memory stands in for it."""
-
-    backend = "torch"
-    memory_source = "process high-water mark"
-
-    def __init__(self, name: str) -> None:
-        super().__init__(name)
-        self._before = _process_status_bytes("VmRSS")
-        self.reset_peak()
-
-    def current_memory_bytes(self) -> int:
-        return max(_process_status_bytes("VmRSS") - self._before, 0)
-
-    def peak_memory_bytes(self) -> int:
-        return max(_process_status_bytes("VmHWM") - self._before, 0)
-
-    def reset_peak(self) -> None:
-        # proc_pid_clear_refs(5): writing 5 resets the peak resident set size to the current one.
-        Path("/proc/self/clear_refs").write_text("5")
-
-
-def _process_status_bytes(field: str) -> int:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(field + ":"):
-            return int(line.split()[1]) * 1024
-    raise RuntimeError(f"/proc/self/status has no {field}")
-
-
-def _open_torch(budget_bytes: int | None) -> Device:
-    import torch
-
-    if not torch.cuda.is_available():
-        return TorchCpu("CPU:0")
-    if budget_bytes is not None:
-        total = torch.cuda.get_device_properties(0).total_memory
-        torch.cuda.set_per_process_memory_fraction(min(budget_bytes / total, 1.0))
-    return TorchCuda(f"GPU:0 {torch.cuda.get_device_name(0)}", budget_bytes)
-
-
-def _too_late() -> BudgetError:
-    return BudgetError(
-        "TensorFlow has run an operation in this process before its memory was set up.",
-        "a process in which TensorFlow is imported at most.",
-        "put memory_limit_environment(...) into the environment and call open_device before any operation.",
-    )
+    if backend not in ("tensorflow", "jax", "torch"):
+        raise BudgetError(
+            f"Received backend={backend!r}.",
+            '"tensorflow", "jax" or "torch"',
+            "choose another Keras backend.",
+        )
+    return importlib.import_module(f"accumtune.memory.{backend}").open_device(budget_bytes)

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import gc
 import time
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 from accumtune.memory.device import Device, is_out_of_memory
 from accumtune.memory.feeding import batch_source, training_arguments
 from accumtune.memory.profile import Measurement
+from accumtune.memory.watching import watched
 
 Batches = Callable[[int], tuple[Any, Any, Any]]
 
@@ -29,6 +33,7 @@ def probe(
     updates: int = 3,
     is_pipeline: bool = False,
     device: Device,
+    on_out_of_memory: Callable[[list[Measurement]], None] | None = None,
 ) -> list[Measurement]:
     """Trains and validates a few updates at one micro-batch size, and measures each number of accumulation steps.
 
@@ -42,6 +47,9 @@ def probe(
         updates: how many updates are timed at least. One more runs before them, for tracing and compilation.
         is_pipeline: whether training will get its data as batches, all of a window at once, or as arrays.
         device: the opened device, limited or not.
+        on_out_of_memory: called with what would be returned, as soon as TensorFlow waits for memory in vain (instead
+            of sitting out its 10 s), or a backend without limits goes over the budget. It is called in another
+            thread and must end the process.
 
     Returns:
         One measurement per number of accumulation steps. When memory runs out, that measurement has no peak and
@@ -51,27 +59,43 @@ def probe(
 
     def measure(steps: int, peak_memory_bytes: int | None, seconds: float | None) -> Measurement:
         return Measurement(
-            micro_batch_size, steps, peak_memory_bytes, seconds, device.memory_source, device.limit_bytes
+            micro_batch_size, steps, peak_memory_bytes, seconds, device.memory_source, device.budget_bytes
         )
 
     model = accumulate(model, micro_batch_size=micro_batch_size)
-    measurements = []
+    measurements: list[Measurement] = []
     for steps in sorted(set(accumulation_steps)):
         device.reset_peak()
+        end = None
+        if on_out_of_memory is not None:
+            end = functools.partial(on_out_of_memory, [*measurements, measure(steps, None, None)])
         try:
-            seconds = _train(model, batches, micro_batch_size, steps, updates, is_pipeline)
+            seconds = _train(
+                model, batches, micro_batch_size, steps, updates, is_pipeline,
+                contextlib.nullcontext() if end is None else watched(device, end, may_wait=False),
+            )  # fmt: skip
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
             measurements.append(measure(steps, None, None))
             break
-        measurements.append(measure(steps, device.peak_memory_bytes(), seconds))
+        peak = device.peak_memory_bytes()
+        if device.budget_bytes is not None and peak > device.budget_bytes:  # a backend without limits
+            measurements.append(measure(steps, None, None))
+            break
+        measurements.append(measure(steps, peak, seconds))
         gc.collect()
     return measurements
 
 
 def _train(
-    model: Any, batches: Batches, micro_batch_size: int, steps: int, updates: int, is_pipeline: bool
+    model: Any,
+    batches: Batches,
+    micro_batch_size: int,
+    steps: int,
+    updates: int,
+    is_pipeline: bool,
+    watch: AbstractContextManager[None],
 ) -> float:
     """One epoch is one update, so that a single window of data serves them all. Returns seconds per update."""
     window_size = micro_batch_size * steps
@@ -82,15 +106,17 @@ def _train(
         if is_pipeline
         else training_arguments(model, *window, batch_size=window_size)
     )
-    model.fit(
-        **data,
-        epochs=1 + max(updates, -(-STEADY_MICRO_STEPS // steps)),
-        # Trials validate at the micro-batch, while the training data stays open.
-        validation_data=batch_source(*batches(micro_batch_size), batch_size=micro_batch_size),
-        validation_freq=[1],
-        callbacks=[clock],
-        verbose=0,
-    )
+    # Trials validate at the micro-batch, while the training data stays open.
+    validation = batch_source(*batches(micro_batch_size), batch_size=micro_batch_size)
+    with watch:
+        model.fit(
+            **data,
+            epochs=1 + max(updates, -(-STEADY_MICRO_STEPS // steps)),
+            validation_data=validation,
+            validation_freq=[1],
+            callbacks=[clock],
+            verbose=0,
+        )
     timed = sorted(clock.seconds[1:])
     return timed[len(timed) // 2]
 

@@ -14,7 +14,7 @@ last slope. Measured peaks are reproduced.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import numpy as np
@@ -23,53 +23,25 @@ from scipy.optimize import nnls
 from accumtune.errors import BudgetError, BudgetTooSmallError
 from accumtune.memory.budget import format_bytes, parse_budget
 from accumtune.memory.curve import Curve, curves_of, last_slope
+from accumtune.memory.measurement import Measurement
+
+__all__ = ["Measurement", "Profile"]
 
 MIB = 2**20
 
-# How far above the predicted peak a limit has to be. TensorFlow 2.21 on a CPU: the same step's peak differs by 4 %,
-# for models of a few tens of MiB by 8 %, from process to process, and a full allocator needs up to 3 % more than it
-# hands out when it has room. Beyond the largest measured size the slope's own error counts as well.
-MARGIN = 0.08
+# How far above the predicted peak a limit has to be, where nothing has run under it: TensorFlow 2.21 on a CPU, one
+# region: the same step's peak differs by up to 4 % from process to process, and a nearly full allocator needs a few
+# percent more than it hands out when it has room. Beyond the largest measured size the slope's error counts as well.
+MARGIN = 0.06
 MARGIN_PER_DOUBLING = 0.03
+# What is run to confirm that it fits runs under a limit lower by this share, so that it runs the next time too.
+HEADROOM = 0.02
 # No promise is made further than this beyond the largest measured size: a floor can hide a slope.
 LARGEST_EXTRAPOLATION = 4
 # Where the slope shows, the next probe may be this many times as large.
 LARGEST_PROBE_STEP = 8
 # A size closer than this to one that was measured teaches too little for the price of tracing it.
 SMALLEST_PROBE_STEP = 1.2
-
-
-@dataclass(frozen=True)
-class Measurement:
-    """What one micro-batch size and number of accumulation steps cost, in one process.
-
-    Args:
-        micro_batch_size: samples per micro-step.
-        accumulation_steps: micro-steps per update.
-        peak_memory_bytes: the most the device held; `None` where it ran out of memory.
-        seconds_per_update: wall time of an update after the first; `None` where it was not timed.
-        memory_source: who counted the bytes.
-        memory_limit_bytes: the limit it ran under; `None` for none.
-    """
-
-    micro_batch_size: int
-    accumulation_steps: int
-    peak_memory_bytes: int | None
-    seconds_per_update: float | None
-    memory_source: str
-    memory_limit_bytes: int | None = None
-
-    @property
-    def is_feasible(self) -> bool:
-        """Whether it ran; otherwise it ran out of memory."""
-        return self.peak_memory_bytes is not None
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> Measurement:
-        return cls(**values)
 
 
 @dataclass(frozen=True)
@@ -82,7 +54,8 @@ class Profile:
         memory_source: who counted the bytes.
         signature: what the memory depends on; profiles are cached by it.
         memory_budget_bytes: the limit the probes ran under, if any.
-        sample_bytes: the bytes of one sample's data (inputs, targets and weight).
+        sample_bytes: the bytes of one sample's data (inputs, targets and weight) where the data of a whole window is
+            on the device at once, as batches of a pipeline are; 0 where each micro-step takes its rows from arrays.
     """
 
     measurements: tuple[Measurement, ...]
@@ -138,7 +111,7 @@ class Profile:
     def margin_bytes(self, micro_batch_size: int, accumulation_steps: int = 1) -> int:
         """How far above the predicted peak a limit has to be for the step to run under it.
 
-        8 %, and 1 MiB because limits are whole MiB. Beyond the largest measured size, 3 % for each doubling, and
+        6 %, and 1 MiB because limits are whole MiB. Beyond the largest measured size, 3 % for each doubling, and
         what a slope could add that has only begun to show there.
         """
         predicted = self.predict_peak_memory(micro_batch_size, accumulation_steps)
@@ -149,18 +122,17 @@ class Profile:
 
     def fits(self, micro_batch_size: int, accumulation_steps: int, budget_bytes: int) -> bool:
         """Whether a step runs under a limit of `budget_bytes`: what was measured, else prediction and margin."""
-        group = _group(accumulation_steps)
+        _, failed = self.bracket(accumulation_steps, budget_bytes)
+        # Where it failed although it was predicted to fit, nothing is believed above what has run.
+        if failed is not None:
+            largest_that_ran = self._largest_that_ran(_group(accumulation_steps))
+            if micro_batch_size > min(largest_that_ran, failed - 1):
+                return False
+        # Without a window of data on the device, every further micro-step is like the second.
+        steps = accumulation_steps if self.sample_bytes else _group(accumulation_steps)
         for point in self.measurements:
-            limit = point.memory_limit_bytes
-            has_failed = not point.is_feasible and (limit is None or limit >= budget_bytes)
-            # Where it failed although it was predicted to fit, nothing is believed above what has run.
-            if has_failed and _group(point.accumulation_steps) <= group:
-                if micro_batch_size > min(self._largest_that_ran(group), point.micro_batch_size - 1):
-                    return False
-        for point in self.measurements:
-            is_larger = point.micro_batch_size >= micro_batch_size and point.accumulation_steps >= accumulation_steps
-            limit = point.memory_limit_bytes
-            if point.is_feasible and is_larger and limit is not None and limit <= budget_bytes:
+            is_larger = point.micro_batch_size >= micro_batch_size and point.accumulation_steps >= steps
+            if is_larger and point.has_run_within(budget_bytes):
                 return True
         if not self._curves or micro_batch_size > LARGEST_EXTRAPOLATION * self._measured_sizes()[-1]:
             return False
@@ -204,6 +176,20 @@ class Profile:
         """Whether a size is outside those that were measured."""
         sizes = self._measured_sizes()
         return not sizes or not sizes[0] <= micro_batch_size <= sizes[-1]
+
+    def bracket(self, accumulation_steps: int, budget_bytes: int) -> tuple[int, int | None]:
+        """The largest size that has run under the budget, 0 where none has, and the smallest that ran out of it."""
+        group, ran, failed = _group(accumulation_steps), 0, None
+        for point in self.measurements:
+            limit = point.memory_limit_bytes
+            if point.is_feasible:
+                if _group(point.accumulation_steps) >= group and point.has_run_within(budget_bytes):
+                    ran = max(ran, point.micro_batch_size)
+            elif _group(point.accumulation_steps) <= group:
+                # A failure under a slightly lower limit counts too: there is too little room above it.
+                if limit is None or limit >= (1 - HEADROOM) * budget_bytes - MIB:
+                    failed = min(failed or point.micro_batch_size, point.micro_batch_size)
+        return ran, failed
 
     def _window_bytes(self, micro_batch_size: int, accumulation_steps: int) -> int:
         return self.sample_bytes * micro_batch_size * accumulation_steps
@@ -255,6 +241,12 @@ class Profile:
             # One after the other failed: halve the way, down to the smallest.
             return candidates[0 if failed is None else (len(candidates) - 1) // 2] if candidates else None
         larger = [size for size in candidates if size > measured[-1]]
+        if larger and budget_bytes is not None and len(measured) == 1:
+            # Twice the size teaches the slope where no listed size is certain enough.
+            larger = [size for size in larger if self._is_open(size, budget_bytes)]
+            double = 2 * measured[0]
+            if not larger and (failed is None or double < failed) and self._is_open(double, budget_bytes):
+                return double
         if budget_bytes is None:
             if len(measured) >= 4 or (len(measured) > 1 and self._grows_at(measured[-1])):
                 return None

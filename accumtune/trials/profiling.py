@@ -15,8 +15,9 @@ from typing import Any
 
 from accumtune import errors
 from accumtune.memory.budget import format_bytes, parse_budget
+from accumtune.memory.confirmation import MOST_FAILURES, MOST_TRIES, next_to_run
 from accumtune.memory.device import memory_limit_environment
-from accumtune.memory.profile import Measurement, Profile
+from accumtune.memory.profile import HEADROOM, LARGEST_EXTRAPOLATION, Measurement, Profile
 from accumtune.trials.builder import ModelBuilder
 from accumtune.trials.directory import TaskDirectory, write_atomically
 from accumtune.trials.executors import LocalExecutor, Outcome
@@ -25,8 +26,6 @@ from accumtune.trials.payload import dump_payload
 DEFAULT_MICRO_BATCH_SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 # Memory knows only two cases, without and with an accumulator; of a longer window the bytes are known.
 _PROBED_ACCUMULATION_STEPS = (1, 2)
-# Each costs a process and a trace, and one that runs out of memory ten seconds of TensorFlow's patience.
-_MAX_CONFIRMATIONS, _MAX_FAILED_CONFIRMATIONS = 10, 4
 _BATCH_HYPERPARAMETERS = ("effective_batch_size", "micro_batch_size", "accumulation_steps")
 
 
@@ -86,7 +85,7 @@ class Profiler:
         key = json.dumps(values, sort_keys=True, default=repr)
         with self._lock:
             if key not in self._facts:
-                outcome = self._run("inspect", {"hyperparameters": dict(hyperparameters)}, limited=False)
+                outcome = self._run("inspect", {"hyperparameters": dict(hyperparameters)}, None)
                 result = dict(finished(outcome, "The build function").result)
                 result["batch_coupled_layers"] = tuple(result["batch_coupled_layers"])
                 self._facts[key] = ModelFacts(**result)
@@ -118,18 +117,26 @@ class Profiler:
     def confirm(self, hyperparameters: Mapping[str, Any], profile: Profile) -> Profile:
         """Runs the largest micro-batch that should fit: what a person is told fits has run under the budget.
 
-        Between two sizes of one power of two the allocator's peak can jump by half (seen on a CNN); probably because
-        TensorFlow's BFC allocator may hand out a free chunk of up to twice the size asked for, and counts all of it.
+        It runs under a slightly lower limit, so that it runs again another time.
         """
+        budget = self._memory_budget_bytes
+        if budget is None:
+            return profile
         failures = 0
-        for _ in range(_MAX_CONFIRMATIONS):
-            size = _to_confirm(profile, profile.largest_micro_batch_size(self._memory_budget_bytes, 2))
-            if size is None or failures == _MAX_FAILED_CONFIRMATIONS:
+        for _ in range(MOST_TRIES):
+            if not any(measurement.is_feasible for measurement in profile.measurements):
                 break
-            for measurement in self._probe(hyperparameters, size):
+            size = next_to_run(profile, budget, max(_PROBED_ACCUMULATION_STEPS), self._largest_size())
+            if size is None or failures == MOST_FAILURES:
+                break
+            for measurement in self._probe(hyperparameters, size, int((1 - HEADROOM) * budget)):
                 profile = profile.with_measurement(measurement)
                 failures += not measurement.is_feasible
+            self._keep(profile)
         return profile
+
+    def _largest_size(self) -> int:
+        return LARGEST_EXTRAPOLATION * self._micro_batch_sizes[-1]
 
     def learn(self, signature: str, measurement: Measurement) -> None:
         """Adds what a real trial has measured."""
@@ -148,28 +155,31 @@ class Profiler:
             size = profile.next_probe_size(self._memory_budget_bytes, smaller) if smaller else None
         return size
 
-    def _probe(self, hyperparameters: Mapping[str, Any], micro_batch_size: int) -> list[Measurement]:
+    def _probe(
+        self, hyperparameters: Mapping[str, Any], micro_batch_size: int, limit_bytes: int | None = None
+    ) -> list[Measurement]:
+        """A few updates in a process of their own, under the budget or under `limit_bytes`."""
+        limit = limit_bytes or self._memory_budget_bytes
         arguments = {
             "hyperparameters": dict(hyperparameters),
-            "memory_budget_bytes": self._memory_budget_bytes,
+            "memory_budget_bytes": limit,
             "micro_batch_size": micro_batch_size,
             "accumulation_steps": list(_PROBED_ACCUMULATION_STEPS),
         }
-        outcome = self._run("probe", arguments, limited=True)
+        outcome = self._run("probe", arguments, limit)
         if outcome.status == "out_of_memory" or _was_killed_for_memory(outcome):
-            measurements = [out_of_memory(micro_batch_size, 1, self._memory_budget_bytes)]
+            measurements = [out_of_memory(micro_batch_size, 1, limit)]
         else:
             result = finished(outcome, "Training a few updates").result
             measurements = [Measurement.from_dict(measurement) for measurement in result["measurements"]]
         self._on_probe(_describe_probe(micro_batch_size, measurements))
         return measurements
 
-    def _run(self, task: str, arguments: dict[str, Any], limited: bool) -> Outcome:
+    def _run(self, task: str, arguments: dict[str, Any], limit_bytes: int | None) -> Outcome:
         directory = TaskDirectory(self._scratch_folder / f"{task}_{os.getpid()}_{next(self._numbers):04d}")
         directory.write_task(task, {"payload": str(self._payload_file.resolve()), **arguments})
-        budget = self._memory_budget_bytes if limited else None
-        environment = memory_limit_environment(self._executor.backend, budget)
-        outcome = self._executor.submit(directory, environment, is_memory_limited=budget is not None).result()
+        environment = memory_limit_environment(self._executor.backend, limit_bytes)
+        outcome = self._executor.submit(directory, environment, is_memory_limited=limit_bytes is not None).result()
         if outcome.is_completed:
             shutil.rmtree(directory.path, ignore_errors=True)
         return outcome
@@ -310,19 +320,6 @@ def finished(outcome: Outcome, what: str) -> Outcome:
         "a build function that returns a compiled model which trains on the data.",
         "call it by hand: `model = build_model(keras_tuner.HyperParameters()); model.fit(x[:8], y[:8])`.",
     )
-
-
-def _to_confirm(profile: Profile, largest: int | None) -> int | None:
-    """The size to run next, or None where the largest one that should fit has run."""
-    sizes = {True: [0], False: []}
-    for measurement in profile.measurements:
-        if not measurement.is_feasible or measurement.accumulation_steps > 1:
-            sizes[measurement.is_feasible].append(measurement.micro_batch_size)
-    ran, failed = max(sizes[True]), min(sizes[False], default=None)
-    if failed is None:
-        return None if largest is None or largest <= ran else largest
-    # The prediction was wrong: halve the way between what ran and what did not, to a tenth.
-    return (ran + failed) // 2 if failed - ran > max(1, ran // 10) else None
 
 
 def _was_killed_for_memory(outcome: Outcome) -> bool:

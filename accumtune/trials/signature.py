@@ -6,10 +6,13 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping
+from importlib.metadata import version
 from typing import Any
 
 import numpy as np
 
+# Raised when figures of the same model are no longer comparable: cached profiles are then measured anew.
+_HOW_IT_IS_MEASURED = 2
 _ADDRESS = re.compile(r"0x[0-9a-f]+")
 
 
@@ -27,11 +30,13 @@ def describe_model(
 
     Returns:
         `signature` (32 hexadecimal digits), `device`, `static_bytes` (trainable parameters: less than any training
-        needs), `sample_bytes`, `batch_coupled_layers`, `precision_policy`, `sample_shapes`.
+        needs), `sample_bytes` (of the data that waits on the device until its micro-step; 0 for arrays, of which
+        rows are taken as needed), `batch_coupled_layers`, `precision_policy`, `sample_shapes`.
     """
     import keras
 
     from accumtune.accumulation import batch_coupled_layers
+    from accumtune.accumulation.rows import rows_of
 
     facts = {
         "architecture": _architecture(model, hyperparameters),
@@ -44,13 +49,15 @@ def describe_model(
         "policy": keras.config.dtype_policy().name,
         "backend": keras.config.backend(),
         "keras": keras.__version__,
+        "backend_version": version(keras.config.backend()),
+        "measured_as": _HOW_IT_IS_MEASURED,
         "device": device,
     }
     text = json.dumps(facts, sort_keys=True, default=_plain)
     return {
         "signature": hashlib.sha256(text.encode()).hexdigest()[:32],
         "device": device,
-        "sample_bytes": _sample_bytes(sample),
+        "sample_bytes": _sample_bytes(sample) if is_pipeline or rows_of(*sample) is None else 0,
         "static_bytes": sum(int(np.prod(v.shape)) * _bytes_per_element(v.dtype) for v in model.trainable_variables),
         "batch_coupled_layers": [str(layer) for layer in batch_coupled_layers(model)],
         "precision_policy": facts["policy"],

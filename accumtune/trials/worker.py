@@ -6,15 +6,17 @@ has made, and by nothing else; the search process never builds a model.
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import os
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from accumtune.memory.budget import format_bytes
 from accumtune.trials.directory import TaskDirectory, write_atomically
 from accumtune.trials.payload import load_payload
 
@@ -113,6 +115,14 @@ def probe(
     device = open_device(budget_bytes=memory_budget_bytes)
     model = content["hypermodel"].build_plain(_hyperparameters(hyperparameters))
     samples, is_pipeline = _samples(model, content)
+
+    def report(measurements: Sequence[Any]) -> dict[str, Any]:
+        return {"measurements": [measurement.to_dict() for measurement in measurements], "device": device.name}
+
+    def end(measurements: Sequence[Any]) -> None:
+        directory.write_outcome({"status": "completed", "result": report(measurements)})
+        os._exit(0)
+
     measurements = probes.probe(
         model,
         samples,
@@ -120,8 +130,9 @@ def probe(
         accumulation_steps=tuple(accumulation_steps),
         is_pipeline=is_pipeline,
         device=device,
+        on_out_of_memory=end,
     )
-    return {"measurements": [measurement.to_dict() for measurement in measurements], "device": device.name}
+    return report(measurements)
 
 
 def train(
@@ -155,6 +166,7 @@ def train(
     from keras_tuner.src.engine import tuner_utils  # how Keras Tuner reads what fit() returns; it has no public name
 
     from accumtune.memory.device import open_device
+    from accumtune.memory.watching import watched
     from accumtune.tracking.journal import Journal
     from accumtune.trials.callbacks import JournalWriter, StopWhenAsked, copy_callbacks, noise_scale_callbacks
 
@@ -181,9 +193,10 @@ def train(
     callbacks = copy_callbacks(arguments.pop("callbacks", None), directory.path.name, execution)
     callbacks += noise_scale_callbacks(callbacks, hyperparameters["values"].get("accumulation_steps", 1))
     device.reset_peak()
-    history = hypermodel.fit(
-        hp, model, *content["fit_args"], **arguments, callbacks=[*callbacks, writer, save_best, stop]
-    )
+    with watched(device, functools.partial(_end_out_of_memory, directory, device.budget_bytes)):
+        history = hypermodel.fit(
+            hp, model, *content["fit_args"], **arguments, callbacks=[*callbacks, writer, save_best, stop]
+        )
     peak = device.peak_memory_bytes()
     tuner_utils.validate_trial_results(history, objective, "HyperModel.fit()")
     _save_build_config(model, directory)
@@ -205,6 +218,14 @@ def train(
         "training_seconds": time.monotonic() - started,
         "precision_policy": keras.config.dtype_policy().name,
     }
+
+
+def _end_out_of_memory(directory: TaskDirectory, budget_bytes: int | None) -> None:
+    """Ends a process that its framework cannot limit, with the outcome that it would have had under a limit."""
+    directory.write_outcome(
+        {"status": "out_of_memory", "reason": f"it held more than its budget of {format_bytes(budget_bytes or 0)}"}
+    )
+    os._exit(0)
 
 
 def call(directory: TaskDirectory, payload: str) -> dict[str, Any]:

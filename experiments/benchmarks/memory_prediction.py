@@ -1,30 +1,34 @@
 """How close is predicted to measured peak memory, and does what is promised to fit really run?
 
-For each architecture a budget is drawn up, and a few micro-batch sizes are probed under it, as
-`accumtune.profile(...)` does. From these probes alone:
+Each architecture has a budget, and is given to `accumtune.profile(...)` as a user would. From that profile alone:
 
-- the peak at other sizes is predicted, and then measured in a process of its own, with as many micro-steps or more;
-- the largest micro-batch that fits is picked, for 1 and for 4 accumulation steps, and then trained under an
-  allocator limit of the budget;
+- the peak at sizes that did not run is predicted, and then measured in a process of its own, with 1 and 4 micro-steps
+  per update;
+- the largest micro-batch that fits is picked, and trained with 1 and 4 accumulation steps under an allocator limit of
+  the budget;
 - a ninth more than the pick is tried: when it does not run, the pick is at least 0.9 of the true largest (of the
   sizes 1 to 256).
 
-Every probe and every check is a child process of its own. Published anchors: 1.6 % to 3 % (LLMem, IJCAI 2024),
-about 16 % (DNNMem, 2020).
+Published anchors: 1.6 % to 3 % (LLMem, IJCAI 2024), about 16 % (DNNMem, 2020).
 
-    python experiments/benchmarks/memory_prediction.py [--quick] [--only NAME ...] [--json PATH]
+    python experiments/benchmarks/memory_prediction.py [--only NAME ...] [--results FOLDER] [--table]
+
+Each architecture leaves a file in the folder and is not run again while that is there, so that the benchmark can be
+stopped, resumed, and shared out among processes by `--only`. `--table` runs nothing and prints what there is.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
+import math
 import os
 import statistics
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,12 +36,15 @@ from typing import Any
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 from accumtune.memory.device import died_of_memory, memory_limit_environment, open_device
+from accumtune.memory.probe import STEADY_MICRO_STEPS
 from accumtune.memory.profile import Measurement, Profile
 
 MIB = 2**20
-SIZES = range(1, 257)
-PROBED_STEPS = (1, 2, 4)
-CHECK_UPDATES = 4
+LARGEST_SIZE = 256
+LISTED_SIZES = (1, 4, 16, 64)  # accumtune.profile looks up to four times beyond the last one
+CHECKED_STEPS = (1, 4)
+CHECK_UPDATES = 3
+RESULTS = Path("mlruns/benchmarks/memory_prediction")
 
 
 @dataclass(frozen=True)
@@ -151,6 +158,21 @@ def embedding() -> Any:
     )  # fmt: skip
 
 
+def bert() -> Any:
+    """A KerasHub backbone with random weights."""
+    import keras
+    import keras_hub
+
+    backbone = keras_hub.models.BertBackbone(
+        vocabulary_size=2000, num_layers=3, num_heads=4, hidden_dim=128, intermediate_dim=512, max_sequence_length=128
+    )
+    tokens = keras.layers.Input((128,), dtype="int32")
+    ones = keras.ops.ones_like(tokens)
+    inputs = {"token_ids": tokens, "segment_ids": keras.ops.zeros_like(tokens), "padding_mask": ones}
+    pooled = backbone(inputs)["pooled_output"]
+    return keras.Model(tokens, keras.layers.Dense(10, activation="softmax")(pooled))
+
+
 def application(name: str) -> Any:
     import keras
 
@@ -158,33 +180,55 @@ def application(name: str) -> Any:
 
 
 IMAGE = (64, 64, 3)
+# The cheap ones first.
 ARCHITECTURES = {
-    "CNN": Architecture(convolutions, (32, 32, 3), 0, 160),
-    "MLP, 14 M": Architecture(perceptron, (784,), 0, 360),
-    "transformer": Architecture(transformer, (128,), 1000, 400),
-    "attention over 512": Architecture(long_attention, (512,), 1000, 500),
-    "LSTM": Architecture(lambda: recurrent("LSTM"), (64,), 5000, 160),
-    "GRU": Architecture(lambda: recurrent("GRU"), (64,), 5000, 160),
-    "U-Net": Architecture(u_net, IMAGE, 0, 300),
-    "autoencoder": Architecture(autoencoder, IMAGE, 0, 150),
-    "embedding": Architecture(embedding, (64,), 50000, 160),
-    "MobileNetV2": Architecture(lambda: application("MobileNetV2"), IMAGE, 0, 400),
-    "EfficientNetB0": Architecture(lambda: application("EfficientNetB0"), IMAGE, 0, 400),
-    "ResNet50": Architecture(lambda: application("ResNet50"), IMAGE, 0, 750),
-    "DenseNet121": Architecture(lambda: application("DenseNet121"), IMAGE, 0, 500),
+    "MLP": Architecture(perceptron, (784,), 0, 300),
+    "CNN": Architecture(convolutions, (32, 32, 3), 0, 120),
+    "autoencoder": Architecture(autoencoder, IMAGE, 0, 120),
+    "embedding": Architecture(embedding, (64,), 50000, 120),
+    "U-Net": Architecture(u_net, IMAGE, 0, 160),
+    "transformer": Architecture(transformer, (128,), 1000, 200),
+    "GRU": Architecture(lambda: recurrent("GRU"), (64,), 5000, 80),
+    "LSTM": Architecture(lambda: recurrent("LSTM"), (64,), 5000, 80),
+    "attention over 512": Architecture(long_attention, (512,), 1000, 300),
+    "BERT (KerasHub)": Architecture(bert, (128,), 2000, 200),
+    "MobileNetV2": Architecture(lambda: application("MobileNetV2"), IMAGE, 0, 200),
+    "ResNet50": Architecture(lambda: application("ResNet50"), IMAGE, 0, 560),
+    "EfficientNetB0": Architecture(lambda: application("EfficientNetB0"), IMAGE, 0, 250),
+    "DenseNet121": Architecture(lambda: application("DenseNet121"), IMAGE, 0, 300),
 }
-QUICK = ("CNN", "MLP, 14 M", "transformer")
 
 
-def measure(name: str, size: int, steps: tuple[int, ...], budget_bytes: int | None, updates: int) -> list[Measurement]:
-    """One probe in a child process. A fork, because TensorFlow is imported by now and nothing has run on it."""
+def build_model(name: str, hp: Any = None) -> Any:
+    model = ARCHITECTURES[name].build()
+    model.compile("adam", "sparse_categorical_crossentropy", metrics=["accuracy"])
+    return model
+
+
+def data(name: str, count: int) -> tuple[Any, Any]:
+    import numpy as np
+
+    generator, architecture = np.random.default_rng(0), ARCHITECTURES[name]
+    shape = (count, *architecture.sample_shape)
+    if architecture.vocabulary:
+        x = generator.integers(0, architecture.vocabulary, shape, dtype="int32")
+    else:
+        x = generator.random(shape, dtype="float32")
+    return x, generator.integers(0, 10, count)
+
+
+def measure(name: str, size: int, budget_bytes: int | None) -> dict[int, int | None]:
+    """Peaks by accumulation steps, `None` where memory ran out, from one child process.
+
+    A fork, because TensorFlow is imported by now and nothing has run on it.
+    """
     reader, writer = os.pipe()
     child = os.fork()
     if child == 0:
         status = 1
         try:
             os.close(reader)
-            os.write(writer, json.dumps(_probe(name, size, steps, budget_bytes, updates)).encode())
+            _report(writer, _probe(name, size, budget_bytes, functools.partial(_report_and_end, writer)))
             status = 0
         except BaseException:
             traceback.print_exc()
@@ -195,167 +239,157 @@ def measure(name: str, size: int, steps: tuple[int, ...], budget_bytes: int | No
         report = pipe.read()
     _, status = os.waitpid(child, 0)
     if os.WIFSIGNALED(status) and died_of_memory(os.WTERMSIG(status), is_limited=budget_bytes is not None):
-        return [Measurement(size, steps[0], None, None, "out of memory", budget_bytes)]
+        return dict.fromkeys(CHECKED_STEPS)
     if status != 0:
-        raise RuntimeError(f"Probing {name} at {size} failed; its traceback is above.")
-    return [Measurement.from_dict(values) for values in json.loads(report)]
+        raise RuntimeError(f"Training {name} at {size} failed; its traceback is above.")
+    peaks = {int(steps): peak for steps, peak in json.loads(report).items()}
+    return {steps: peaks.get(steps) for steps in CHECKED_STEPS}
 
 
-def _probe(name: str, size: int, steps: tuple[int, ...], budget_bytes: int | None, updates: int) -> list[Any]:
+def _report(writer: int, measurements: Sequence[Measurement]) -> None:
+    os.write(writer, json.dumps({m.accumulation_steps: m.peak_memory_bytes for m in measurements}).encode())
+
+
+def _report_and_end(writer: int, measurements: Sequence[Measurement]) -> None:
+    _report(writer, measurements)
+    os._exit(0)
+
+
+def _probe(name: str, size: int, budget_bytes: int | None, on_out_of_memory: Any) -> list[Measurement]:
     os.environ.update(memory_limit_environment("tensorflow", budget_bytes))
     device = open_device("tensorflow", budget_bytes)
 
     import keras
-    import numpy as np
 
     from accumtune.memory.probe import probe
 
     keras.utils.set_random_seed(0)
-    architecture = ARCHITECTURES[name]
-    model = architecture.build()
-    model.compile("adam", "sparse_categorical_crossentropy", metrics=["accuracy"])
-    generator = np.random.default_rng(0)
-
-    def batches(count: int) -> tuple[Any, Any, None]:
-        shape = (count, *architecture.sample_shape)
-        if architecture.vocabulary:
-            x = generator.integers(0, architecture.vocabulary, shape, dtype="int32")
-        else:
-            x = generator.random(shape, dtype="float32")
-        return x, generator.integers(0, 10, count), None
-
-    measurements = probe(
-        model, batches, micro_batch_size=size, accumulation_steps=steps, updates=updates, device=device
-    )
-    return [measurement.to_dict() for measurement in measurements]
+    return probe(
+        build_model(name), lambda count: (*data(name, count), None), micro_batch_size=size,
+        accumulation_steps=CHECKED_STEPS, updates=CHECK_UPDATES, device=device, on_out_of_memory=on_out_of_memory,
+    )  # fmt: skip
 
 
-def profiled(name: str, budget_bytes: int) -> tuple[Profile, float]:
-    """Probes until enough is known. Returns the profile and the seconds that took."""
-    architecture = ARCHITECTURES[name]
-    sample_bytes = 4
-    for extent in architecture.sample_shape:
-        sample_bytes *= extent
-    profile = Profile(
-        (), "CPU:0", "tensorflow allocator", memory_budget_bytes=budget_bytes, sample_bytes=sample_bytes + 8
-    )
-    started = time.monotonic()
-    while (size := profile.next_probe_size(budget_bytes, SIZES)) is not None:
-        for measurement in measure(name, size, PROBED_STEPS, budget_bytes, updates=3):
-            profile = profile.with_measurement(measurement)
-    return profile, time.monotonic() - started
+def held_out_sizes(profile: Profile, picked: int) -> list[int]:
+    """Sizes that did not run: two below the pick, and one beyond everything that was measured."""
+    ran = {m.micro_batch_size for m in profile.measurements if m.is_feasible}
+    wanted = [round(0.6 * picked), round(0.85 * picked), round(1.4 * max(ran))]
+    sizes = {next(size for size in range(want, 2 * LARGEST_SIZE) if size not in ran) for want in wanted if want}
+    return sorted(size for size in sizes if size <= LARGEST_SIZE)
 
 
-def held_out_sizes(profile: Profile) -> list[int]:
-    """Sizes that were not probed: between the two largest probes, and beyond them up to twice."""
-    probed = sorted({m.micro_batch_size for m in profile.measurements if m.is_feasible})
-    wanted = {probed[-1] * 2, round(probed[-1] * 1.4)}
-    if len(probed) > 1:
-        wanted.add((probed[-1] + probed[-2]) // 2)
-    return sorted(size for size in wanted if size not in probed and size <= SIZES[-1])
-
-
-def examine(name: str, is_quick: bool) -> dict[str, Any]:
+def examine(name: str) -> dict[str, Any]:
     """All there is to know about one architecture."""
+    import accumtune
+
     budget_bytes = ARCHITECTURES[name].budget_mib * MIB
-    profile, seconds = profiled(name, budget_bytes)
+    started = time.monotonic()
+    profile = accumtune.profile(
+        functools.partial(build_model, name), *data(name, 64), micro_batch_sizes=LISTED_SIZES,
+        memory_budget=budget_bytes, on_probe=lambda line: print(f"    {name}: {line}", flush=True),
+    )  # fmt: skip
+    seconds = time.monotonic() - started
+    largest = profile.largest_micro_batch_size(budget_bytes, CHECKED_STEPS[-1])
+    if largest is None:
+        raise RuntimeError(f"Nothing of {name} fits; give it a larger budget.")
+    picked = min(largest, LARGEST_SIZE)
     points = []
-    for size in held_out_sizes(profile)[-2 if is_quick else -3 :]:
-        for measurement in measure(name, size, (1, 4), None, CHECK_UPDATES):
-            assert measurement.peak_memory_bytes is not None
-            predicted = profile.predict_peak_memory(size, measurement.accumulation_steps)
-            error = predicted / measurement.peak_memory_bytes - 1
+    for size in held_out_sizes(profile, picked):
+        for steps, peak in measure(name, size, budget_bytes if size < picked else None).items():
+            predicted = profile.predict_peak_memory(size, steps)
             points.append(
-                {"micro_batch_size": size, "accumulation_steps": measurement.accumulation_steps,
-                 "predicted_bytes": predicted, "measured_bytes": measurement.peak_memory_bytes,
-                 "relative_error": error}
+                {"micro_batch_size": size, "accumulation_steps": steps, "predicted_bytes": predicted,
+                 "measured_bytes": peak, "relative_error": predicted / peak - 1 if peak else None}
             )  # fmt: skip
-    picks = [check_pick(name, profile, steps, budget_bytes) for steps in ((1,) if is_quick else (1, 4))]
-    probes: dict[int, Any] = {}
-    for m in profile.measurements:
-        probes.setdefault(m.micro_batch_size, {})[m.accumulation_steps] = m.peak_memory_bytes
-    return {
-        "name": name, "budget_mib": budget_bytes // MIB, "probes": probes, "probe_seconds": seconds,
-        "points": points, "picks": picks,
-    }  # fmt: skip
-
-
-def check_pick(name: str, profile: Profile, steps: int, budget_bytes: int) -> dict[str, Any]:
-    """Trains the pick under the limit, and a ninth more than the pick."""
-    picked = profile.largest_micro_batch_size(budget_bytes, steps)
-    if picked is None:
-        return {"accumulation_steps": steps, "picked": None, "runs": None, "is_at_least_090": None}
-    picked = min(picked, SIZES[-1])
-    (run,) = measure(name, picked, (steps,), budget_bytes, CHECK_UPDATES)
+    peaks = measure(name, picked, budget_bytes)
     more = picked * 10 // 9 + 1
     # Nothing is larger than the largest size of this benchmark.
-    is_large = more > SIZES[-1] or not measure(name, more, (steps,), budget_bytes, CHECK_UPDATES)[0].is_feasible
+    is_enough = more > LARGEST_SIZE or None in measure(name, more, budget_bytes).values()
     return {
-        "accumulation_steps": steps, "picked": picked, "runs": run.is_feasible,
-        "peak_bytes": run.peak_memory_bytes, "is_at_least_090": is_large,
+        "name": name, "budget_mib": budget_bytes // MIB, "measurements": [m.to_dict() for m in profile.measurements],
+        "probe_seconds": seconds, "probe_updates": probe_updates(profile, picked), "points": points,
+        "picked": picked, "pick_peaks": peaks, "is_at_least_090": is_enough,
     }  # fmt: skip
+
+
+def probe_updates(profile: Profile, picked: int) -> float:
+    """What the probes' updates took, without their traces, in updates of the pick with 4 accumulation steps."""
+    steps = CHECKED_STEPS[-1]
+    probed = sum(
+        m.seconds_per_update * max(3, math.ceil(STEADY_MICRO_STEPS / m.accumulation_steps))
+        for m in profile.measurements
+        if m.seconds_per_update is not None
+    )
+    return probed * profile.predict_throughput(picked, steps) / (picked * steps)
 
 
 def describe(result: dict[str, Any]) -> str:
     """One architecture as a few lines."""
-    probes = ", ".join(
-        f"{size}: {'out of memory' if peaks.get(1) is None else f'{peaks[1] / MIB:.0f}'}"
-        for size, peaks in result["probes"].items()
-    )
-    seconds = f"{result['probe_seconds']:.0f} s"
-    lines = [f"{result['name']} under {result['budget_mib']} MiB; probed {probes} MiB ({seconds})"]
+    probes: dict[int, str] = {}
+    for m in result["measurements"]:
+        peak = m["peak_memory_bytes"]
+        text = "out" if peak is None else f"{peak / MIB:.0f}"
+        size = m["micro_batch_size"]
+        probes[size] = f"{probes[size]}/{text}" if size in probes else text
+    listed = ", ".join(f"{size}: {text}" for size, text in probes.items())
+    lines = [
+        f"{result['name']} under {result['budget_mib']} MiB; ran {listed} MiB "
+        f"({result['probe_seconds']:.0f} s, updates as long as {result['probe_updates']:.0f} of the pick's)"
+    ]
     for point in result["points"]:
+        size, peak, error = point["micro_batch_size"], point["measured_bytes"], point["relative_error"]
+        measured = "out of memory" if peak is None else f"{peak / MIB:8.1f} MiB   {error:+7.1%}"
         lines.append(
-            f"    {point['micro_batch_size']:>4} x {point['accumulation_steps']}   predicted "
-            f"{point['predicted_bytes'] / MIB:8.1f}   measured {point['measured_bytes'] / MIB:8.1f} MiB   "
-            f"{point['relative_error']:+7.1%}"
+            f"    {size:>4} x {point['accumulation_steps']}   predicted {point['predicted_bytes'] / MIB:8.1f}   "
+            f"measured {measured}"
         )
-    for pick in result["picks"]:
-        runs = {None: "nothing fits", True: "runs", False: "RAN OUT OF MEMORY"}[pick["runs"]]
-        enough = {None: "", True: ", at least 0.9 of the largest", False: ", LESS than 0.9 of the largest"}
-        text = enough[pick["is_at_least_090"]]
-        lines.append(f"    pick {pick['picked']} x {pick['accumulation_steps']}: {runs}{text}")
+    for steps, peak in result["pick_peaks"].items():
+        runs = "RAN OUT OF MEMORY" if peak is None else f"runs, peak {peak / MIB:.1f} MiB"
+        lines.append(f"    pick {result['picked']} x {steps}: {runs}")
+    enough = "at least" if result["is_at_least_090"] else "LESS than"
+    lines.append(f"    pick {result['picked']}: {enough} 0.9 of the largest that runs")
     return "\n".join(lines)
 
 
-def summarize(results: list[dict[str, Any]]) -> dict[str, Any]:
+def summarize(results: Sequence[dict[str, Any]]) -> str:
     """The figures the goals are about."""
-    errors = [abs(point["relative_error"]) for result in results for point in result["points"]]
-    picks = [pick for result in results for pick in result["picks"] if pick["picked"] is not None]
-    return {
-        "architectures": len(results), "points": len(errors), "median_absolute_error": statistics.median(errors),
-        "maximum_absolute_error": max(errors), "picks": len(picks),
-        "picks_out_of_memory": sum(not pick["runs"] for pick in picks),
-        "picks_at_least_090": sum(pick["is_at_least_090"] for pick in picks),
-        "median_probe_seconds": statistics.median(result["probe_seconds"] for result in results),
-    }  # fmt: skip
+    points = [(result["name"], point) for result in results for point in result["points"]]
+    errors = [(abs(point["relative_error"]), name, point) for name, point in points if point["measured_bytes"]]
+    worst, where, point = max(errors, key=lambda error: error[0])
+    peaks = [peak for result in results for peak in result["pick_peaks"].values()]
+    return (
+        f"{len(results)} architectures, {len(errors)} predictions: median absolute error "
+        f"{statistics.median(error for error, _, _ in errors):.1%} (goal 2 %), maximum {worst:.1%} (goal 8 %; {where}, "
+        f"{point['micro_batch_size']} x {point['accumulation_steps']})\n"
+        f"{len(peaks)} picks: {peaks.count(None)} ran out of memory (goal 0); "
+        f"{sum(result['is_at_least_090'] for result in results)} of {len(results)} at least 0.9 of the true largest\n"
+        f"probes' updates, in updates of the pick x 4: median "
+        f"{statistics.median(result['probe_updates'] for result in results):.0f}, most "
+        f"{max(result['probe_updates'] for result in results):.0f} (goal 20)"
+    )
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="three architectures, fewer checks")
     parser.add_argument("--only", nargs="+", choices=list(ARCHITECTURES), help="these architectures")
-    parser.add_argument("--json", type=Path, help="where to write all figures")
+    parser.add_argument("--results", type=Path, default=RESULTS, help=f"a folder; default: {RESULTS}")
+    parser.add_argument("--table", action="store_true", help="run nothing")
     arguments = parser.parse_args()
-    names = arguments.only or (QUICK if arguments.quick else list(ARCHITECTURES))
+    arguments.results.mkdir(parents=True, exist_ok=True)
+    names = arguments.only or list(ARCHITECTURES)
+    files = {name: arguments.results / f"{name.replace(' ', '_')}.json" for name in ARCHITECTURES}
+    for name in names if not arguments.table else ():
+        if not files[name].exists():
+            import tensorflow  # noqa: F401  (each child then has it at once)
 
-    import tensorflow  # noqa: F401  (each child then has it at once)
-
-    import accumtune.memory.probe  # noqa: F401
-
-    results = []
-    for name in names:
-        results.append(examine(name, arguments.quick))
-        print(describe(results[-1]), flush=True)
-        summary = summarize(results)
-        if arguments.json:
-            arguments.json.write_text(json.dumps({"summary": summary, "results": results}, indent=2))
-    print(
-        f"{summary['architectures']} architectures, {summary['points']} predictions: median absolute error "
-        f"{summary['median_absolute_error']:.1%} (goal 2 %), maximum {summary['maximum_absolute_error']:.1%} "
-        f"(goal 8 %)\n{summary['picks']} picks: {summary['picks_out_of_memory']} ran out of memory (goal 0), "
-        f"{summary['picks_at_least_090']} at least 0.9 of the true largest"
-    )
+            result = json.dumps(examine(name), indent=2)
+            files[name].write_text(result)
+            print(describe(json.loads(result)), flush=True)
+    results = [json.loads(file.read_text()) for file in files.values() if file.exists()]
+    if arguments.table or len(names) > 1:
+        print("\n".join(map(describe, results)))
+    if results:
+        print(summarize(results))
     return 0
 
 

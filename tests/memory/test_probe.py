@@ -87,6 +87,15 @@ def test_a_probe_that_runs_out_of_memory_says_so(probed):
     assert measurements[-1].memory_limit_bytes == 24 * MIB
 
 
+@pytest.mark.skipif(BACKEND == "tensorflow", reason="backends that cannot limit a CPU's memory")
+def test_a_backend_without_limits_ends_as_one_with_them(probed):
+    (over,) = probed("dense", 16, (1, 2), MIB)  # the parameters alone take 2 MiB
+    assert not over.is_feasible and over.memory_limit_bytes == MIB
+    # The negative control: with room enough it is measured.
+    one, two = probed("dense", 16, (1, 2), 1024 * MIB)
+    assert one.is_feasible and two.is_feasible and two.memory_limit_bytes == 1024 * MIB
+
+
 @pytest.mark.skipif(BACKEND != "tensorflow", reason="only TensorFlow limits a CPU's memory")
 @pytest.mark.parametrize(("kind", "budget_mib"), [("attention", 96), ("workspace", 120)])
 def test_what_is_promised_runs_under_the_limit(probed, kind, budget_mib):

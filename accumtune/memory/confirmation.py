@@ -1,0 +1,57 @@
+"""Which size to run next, to find out how much really runs under the budget. Pure arithmetic.
+
+A prediction is of what a step asks for. How much more the allocator needs when it is nearly full (its free memory is
+in pieces) is not in it, and cannot be known without running there. So the largest size is bracketed, between what has
+run and what has not, or certainly would not; few tries, since each costs a process, a trace and perhaps a failure.
+"""
+
+from __future__ import annotations
+
+from accumtune.memory.profile import HEADROOM, LARGEST_EXTRAPOLATION, MIB, Profile
+
+# How much of what could still be possible has to have run.
+ENOUGH = 0.95
+# What the allocator is expected to need beyond the prediction.
+_EXPECTED_WASTE = 0.03
+MOST_TRIES, MOST_FAILURES = 6, 2
+
+
+def next_to_run(profile: Profile, budget_bytes: int, accumulation_steps: int, largest_size: int) -> int | None:
+    """The size to run next under the budget, or None where the largest that runs is known well enough.
+
+    Args:
+        profile: what was measured so far.
+        budget_bytes: the limit.
+        accumulation_steps: of the updates that run.
+        largest_size: no larger one is of interest.
+    """
+    ran, failed = profile.bracket(accumulation_steps, budget_bytes)
+    if ran == 0:
+        return None
+    highest = min(largest_size, LARGEST_EXTRAPOLATION * ran)
+    if len({m.micro_batch_size for m in profile.measurements if m.is_feasible}) == 1:
+        possible = min(highest, 2 * ran)  # one size tells nothing of the slope
+    else:
+        possible = _largest_below(profile, accumulation_steps, budget_bytes, highest)
+    if failed is not None:
+        possible = min(possible, failed - 1)
+    if possible <= ran or ran >= ENOUGH * possible:
+        return None
+    if failed is not None:
+        return (ran + possible + 1) // 2
+    cautious = _largest_below(
+        profile, accumulation_steps, budget_bytes / (1 + HEADROOM + _EXPECTED_WASTE) - MIB, possible
+    )
+    return cautious if cautious > ran else (ran + possible + 1) // 2
+
+
+def _largest_below(profile: Profile, steps: int, limit_bytes: float, highest: int) -> int:
+    """The largest size up to `highest` that is predicted not to need more than the limit; 0 where none is."""
+    fitting, failing = 0, highest + 1
+    while failing - fitting > 1:
+        middle = (fitting + failing) // 2
+        if profile.predict_peak_memory(middle, steps) <= limit_bytes:
+            fitting = middle
+        else:
+            failing = middle
+    return fitting

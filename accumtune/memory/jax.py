@@ -1,0 +1,81 @@
+"""What JAX holds on a GPU, and what XLA plans to hold on a CPU."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+
+from accumtune.memory.device import Device
+
+
+class JaxGpu(Device):
+    """A GPU under JAX. Its peak cannot be reset, so one process makes one measurement."""
+
+    backend = "jax"
+    memory_source = "jax allocator"
+
+    def _stats(self) -> dict[str, int]:
+        return jax.local_devices()[0].memory_stats() or {}
+
+    def current_memory_bytes(self) -> int:
+        return int(self._stats()["bytes_in_use"])
+
+    def peak_memory_bytes(self) -> int:
+        return int(self._stats()["peak_bytes_in_use"])
+
+    def reset_peak(self) -> None:
+        """Does nothing: XLA's allocator cannot."""
+
+
+class JaxCpu(Device):
+    """A CPU under JAX: what XLA planned for each compiled program, on top of the arrays that are alive.
+
+    A program's arguments are among the live arrays; it adds its temporaries and those outputs that do not reuse
+    an argument's memory.
+    """
+
+    backend = "jax"
+    memory_source = "jax compile-time analysis"
+    has_limits = False
+
+    def __init__(self, name: str, budget_bytes: int | None = None) -> None:
+        super().__init__(name, budget_bytes)
+        self._seen = self._executables()
+
+    def current_memory_bytes(self) -> int:
+        buffers = {array.unsafe_buffer_pointer(): array.nbytes for array in jax.live_arrays() if _is_plain(array)}
+        return sum(buffers.values())
+
+    def peak_memory_bytes(self) -> int:
+        added = 0
+        for key, executable in self._executables().items():
+            if key not in self._seen:
+                stats = executable.get_compiled_memory_stats()
+                extra = stats.temp_size_in_bytes + stats.output_size_in_bytes - stats.alias_size_in_bytes
+                added = max(added, extra)
+        return self.current_memory_bytes() + added
+
+    def certain_peak_bytes(self) -> int:
+        # In the middle of a step a program's outputs are among the live arrays already.
+        new = (one for key, one in self._executables().items() if key not in self._seen)
+        temporary = max((one.get_compiled_memory_stats().temp_size_in_bytes for one in new), default=0)
+        return self.current_memory_bytes() + temporary
+
+    def reset_peak(self) -> None:
+        """Forgets no program: one compiled earlier may run again, and cannot be told from one that will not."""
+
+    def _executables(self) -> dict[int, Any]:
+        return {id(executable): executable for executable in jax.local_devices()[0].client.live_executables()}
+
+
+def _is_plain(array: Any) -> bool:
+    return not array.is_deleted() and array.is_fully_addressable and len(array.devices()) == 1
+
+
+def open_device(budget_bytes: int | None) -> Device:
+    """The first device of this process."""
+    device = jax.local_devices()[0]
+    if device.platform == "cpu":
+        return JaxCpu("CPU:0", budget_bytes)
+    return JaxGpu(f"GPU:0 {device.device_kind}", budget_bytes)

@@ -1,0 +1,103 @@
+"""The memory of the device as the operating system or its driver counts it. No framework is asked, none is started."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+
+from accumtune.memory.budget import format_bytes
+
+MIB = 2**20
+# Where a container's limit is written: version 2 of control groups, version 1.
+_CGROUP_FILES = ("memory.max", "memory.current"), ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes")
+
+
+@dataclass(frozen=True)
+class DeviceMemory:
+    """What there is, and who else uses it.
+
+    Args:
+        name: `"CPU"`, or the GPU's name.
+        total_bytes: of the device; on a CPU of the machine, or of the container that this process is in.
+        free_bytes: what nobody uses now.
+        others: one text per process on a GPU: `"1234 python 2.00 GiB"`.
+    """
+
+    name: str
+    total_bytes: int
+    free_bytes: int
+    others: tuple[str, ...] = ()
+
+    @property
+    def is_gpu(self) -> bool:
+        return self.name != "CPU"
+
+    def describe(self) -> str:
+        """For people, a line each: the device, what a GPU's context takes, other processes."""
+        total, free = format_bytes(self.total_bytes), format_bytes(self.free_bytes)
+        lines = [f"Device {self.name}: {total} in total, {free} free"]
+        if self.is_gpu:
+            lines.append("    each process's CUDA context takes 300 to 600 MB of it, beside its memory budget")
+        return "\n".join([*lines, *(f"    in use by process {other}" for other in self.others)])
+
+
+def device_memory() -> DeviceMemory:
+    """The first visible NVIDIA GPU; without one, the machine. `CUDA_VISIBLE_DEVICES=-1` hides GPUs."""
+    return _gpu() or machine_memory()
+
+
+def gpu_total_bytes() -> int | None:
+    """The memory of the first visible NVIDIA GPU; None where there is none."""
+    gpu = _gpu()
+    return None if gpu is None else gpu.total_bytes
+
+
+def _gpu() -> DeviceMemory | None:
+    fields = _nvidia_smi("--query-gpu=name,memory.total,memory.free")
+    if not fields or len(fields[0]) != 3:
+        return None
+    name, total, free = fields[0]
+    others = tuple(
+        f"{pid} {os.path.basename(process)} {_mib_text(used)}"
+        for pid, process, used in _nvidia_smi("--query-compute-apps=pid,process_name,used_memory")
+        if pid != str(os.getpid())
+    )
+    return DeviceMemory(name, int(total) * MIB, int(free) * MIB, others)
+
+
+def _mib_text(used: str) -> str:
+    return format_bytes(int(used) * MIB) if used.isdigit() else used  # "[N/A]" inside containers
+
+
+def _nvidia_smi(query: str) -> list[list[str]]:
+    """The rows that the driver answers with; nothing where there is no driver or no visible GPU."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0].strip()
+    if shutil.which("nvidia-smi") is None or visible in ("", "-1"):
+        return []
+    command = ["nvidia-smi", query, "--format=csv,noheader,nounits", f"--id={visible}"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=30)
+    except (OSError, subprocess.TimeoutExpired):
+        return []
+    if done.returncode != 0:
+        return []
+    return [[field.strip() for field in line.split(",")] for line in done.stdout.splitlines() if line.strip()]
+
+
+def machine_memory(meminfo: Path = Path("/proc/meminfo"), cgroups: Path = Path("/sys/fs/cgroup")) -> DeviceMemory:
+    """The machine's memory, or that of the container which this process is in."""
+    lines = (line.split(":") for line in meminfo.read_text().splitlines())
+    known = {name: int(value.split()[0]) * 1024 for name, value in lines}
+    total, free = known["MemTotal"], known["MemAvailable"]
+    for limit_file, used_file in _CGROUP_FILES:
+        try:
+            limit = int((cgroups / limit_file).read_text())
+            used = int((cgroups / used_file).read_text())
+        except (OSError, ValueError):  # no such file, or "max"
+            continue
+        if limit < total:
+            total, free = limit, min(free, max(0, limit - used))
+    return DeviceMemory("CPU", total, free)

@@ -1,0 +1,72 @@
+"""The search for the largest size that runs, on made-up steps whose need under a limit is known."""
+
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from accumtune.memory.confirmation import ENOUGH, MOST_FAILURES, MOST_TRIES, next_to_run
+from accumtune.memory.profile import HEADROOM, Measurement, Profile
+
+MIB = 2**20
+LARGEST = 1024
+
+
+def need(size, static, slope, waste=0.0):
+    """MiB that a limit must have; what is measured is less, by the allocator's waste."""
+    return (static + slope * size) * (1 + waste)
+
+
+def confirmed(budget_mib, static, slope, waste):
+    """As `Profiler` does it: the profile at the end, and how often memory ran out."""
+
+    def run(size, limit_mib):
+        fits = need(size, static, slope, waste) <= limit_mib
+        peak = int(need(size, static, slope) * MIB) if fits else None
+        return Measurement(size, 2, peak, 0.1, "made up", int(limit_mib * MIB))
+
+    budget = budget_mib * MIB
+    profile, failures = Profile((), "CPU:0", "made up", memory_budget_bytes=budget), 0
+    while (size := profile.next_probe_size(budget, (1, 4, 16, 64, 256))) is not None:
+        profile = profile.with_measurement(run(size, budget_mib))
+    for _ in range(MOST_TRIES):
+        if failures == MOST_FAILURES or (size := next_to_run(profile, budget, 2, LARGEST)) is None:
+            break
+        measurement = run(size, budget_mib * (1 - HEADROOM))
+        failures += not measurement.is_feasible
+        profile = profile.with_measurement(measurement)
+    return profile, failures
+
+
+@given(st.integers(5, 400), st.floats(0.5, 20), st.integers(50, 1000), st.floats(0, 0.08))
+@settings(max_examples=300)
+@example(static=100, slope=4.0, budget_mib=300, waste=0.0)
+def test_what_is_picked_runs_and_is_close_to_the_largest(static, slope, budget_mib, waste):
+    profile, failures = confirmed(budget_mib, static, slope, waste)
+    assert failures <= MOST_FAILURES
+    true_largest = max((m for m in range(1, LARGEST + 1) if need(m, static, slope, waste) <= budget_mib), default=0)
+    picked = profile.largest_micro_batch_size(accumulation_steps=2)
+    if not true_largest:
+        assert picked is None
+        return
+    if picked is None:  # a hair's breadth
+        assert true_largest <= 2
+        return
+    picked = min(picked, LARGEST)  # no further was looked
+    assert need(picked, static, slope, waste) <= budget_mib
+    # Room is left below the limit (2 %), and what lies within 5 % of what ran is not looked for, nor one sample.
+    lost_to_headroom = HEADROOM * budget_mib / slope / (1 + waste)
+    assert picked >= ENOUGH * (true_largest - lost_to_headroom) * 0.95 - 1
+
+
+def test_nothing_is_run_where_nothing_ran():
+    assert next_to_run(Profile((), "CPU:0", "made up"), 100 * MIB, 2, LARGEST) is None
+
+
+def test_what_ran_is_enough_where_the_next_would_not_fit():
+    ran = Measurement(95, 2, 99 * MIB, 0.1, "made up", 100 * MIB)
+    failed = Measurement(98, 2, None, None, "made up", 100 * MIB)
+    profile = Profile((ran,), "CPU:0", "made up")
+    assert next_to_run(profile.with_measurement(failed), 100 * MIB, 2, LARGEST) is None
+    # Negative control: with more room between the two, it goes on.
+    far = Measurement(120, 2, None, None, "made up", 200 * MIB)
+    wide = Profile((Measurement(95, 2, 99 * MIB, 0.1, "made up", 200 * MIB),), "CPU:0", "made up")
+    assert next_to_run(wide.with_measurement(far), 200 * MIB, 2, LARGEST) == 107
