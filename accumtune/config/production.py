@@ -48,7 +48,7 @@ def replayed_values(config: TrainingConfig, micro_batch_size: int) -> dict[str, 
     return {**config.hyperparameters, **batch_values(micro_batch_size, config.effective_batch_size, config.replicas)}
 
 
-def batch_values(micro_batch_size: int, effective_batch_size: int, replicas: int = 1) -> dict[str, int]:
+def batch_values(micro_batch_size: int, effective_batch_size: int, replicas: int = 1) -> dict[str, Any]:
     """The three batch sizes by name; micro-batch and steps are one replica's."""
     steps = -(-(effective_batch_size // replicas) // micro_batch_size)
     return dict(zip(BATCH_HYPERPARAMETERS, (micro_batch_size, steps, effective_batch_size), strict=True))

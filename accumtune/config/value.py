@@ -161,7 +161,7 @@ class TrainingConfig:
         Args:
             overrides: what you want otherwise, for example `epochs=100`, or more of `fit`'s arguments.
         """
-        arguments = {"batch_size": self.effective_batch_size, "epochs": self.epochs, **self.fit_options}
+        arguments: dict[str, Any] = {"batch_size": self.effective_batch_size, "epochs": self.epochs, **self.fit_options}
         if "class_weight" in arguments:  # the keys of JSON are text
             arguments["class_weight"] = {int(key): value for key, value in arguments["class_weight"].items()}
         return {name: value for name, value in arguments.items() if value is not None} | overrides
