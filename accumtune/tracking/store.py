@@ -10,23 +10,20 @@ import contextlib
 import math
 import os
 import shutil
-import socket
 import tempfile
-import urllib.request
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 from accumtune.errors import TrackingError
+from accumtune.tracking.reaching import Listening, Pulse, check_reachable
 from accumtune.tracking.runs import ATTEMPT_TAG, REASON_TAG, REUSED_TAG, SEARCH_TAG, TRIAL_TAG, Point, RunContent
-from accumtune.tracking.uris import absolute_uri, sqlite_path, without_credentials
+from accumtune.tracking.uris import absolute_uri, sqlite_path
 
 # A parent is found under this key, its trials under their ids.
 PARENT = ""
 _METRICS_PER_BATCH = 1000
 _ITEMS_PER_BATCH = 100
-_CONNECT_SECONDS = 3.0
 
 
 class RunState:
@@ -50,12 +47,13 @@ class Store:
     Args:
         tracking_uri: MLflow's.
         experiment_name: made where it does not exist; restored where it was deleted.
+        pulse: beats with each answer of the store.
 
     Raises:
         TrackingError: the server does not answer.
     """
 
-    def __init__(self, tracking_uri: str, experiment_name: str) -> None:
+    def __init__(self, tracking_uri: str, experiment_name: str, pulse: Pulse) -> None:
         self.uri = absolute_uri(tracking_uri)
         self._database = sqlite_path(self.uri)
         check_reachable(self.uri)
@@ -65,7 +63,8 @@ class Store:
                 _make_database(self._database)
         from mlflow import MlflowClient
 
-        self.client = MlflowClient(tracking_uri=self.uri, registry_uri=self.uri)
+        self.client: Any = Listening(MlflowClient(tracking_uri=self.uri, registry_uri=self.uri), pulse)
+        pulse.beat()
         self.experiment_id = self._experiment(experiment_name)
 
     def check(self) -> None:
@@ -232,30 +231,6 @@ class Store:
         context = InputTag("mlflow.data.context", "training")
         self.client.log_inputs(state.run_id, datasets=[DatasetInput(dataset=entity, tags=[context])])
         state.has_dataset = True
-
-
-def check_reachable(uri: str) -> None:
-    """Asks a server for a connection, before MLflow's retries take four minutes to find out.
-
-    Raises:
-        TrackingError: there is no answer.
-    """
-    parts = urlsplit(uri)
-    if parts.scheme not in ("http", "https") or not parts.hostname:
-        return
-    with contextlib.suppress(KeyError):
-        # Behind a proxy only the proxy knows.
-        if urllib.request.getproxies()[parts.scheme] and not urllib.request.proxy_bypass(parts.hostname):
-            return
-    port = parts.port or (443 if parts.scheme == "https" else 80)
-    try:
-        socket.create_connection((parts.hostname, port), timeout=_CONNECT_SECONDS).close()
-    except OSError as error:
-        raise TrackingError(
-            f"The tracking server {without_credentials(uri)} does not answer: {error}.",
-            "a running MLflow server",
-            "start it, or check the address. What was searched is in the search's directory, nothing is lost.",
-        ) from None
 
 
 def _make_database(path: Path) -> None:
