@@ -7,6 +7,7 @@ depends on what an earlier process remembers, so a run is found again after a ki
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
 import os
 import shutil
@@ -22,7 +23,8 @@ from accumtune.tracking.uris import absolute_uri, sqlite_path
 
 # A parent is found under this key, its trials under their ids.
 PARENT = ""
-_METRICS_PER_BATCH = 1000
+# MLflow takes 1000 values in one call, of which at most 100 parameters and 100 tags.
+_METRICS_PER_BATCH = 900
 _ITEMS_PER_BATCH = 100
 
 
@@ -130,6 +132,8 @@ class Store:
     def create(self, content: RunContent, parent_run_id: str | None = None) -> RunState:
         """A new run with its tags, by which it is found again."""
         tags = dict(content.tags)
+        if content.curves:
+            tags[ATTEMPT_TAG] = str(content.attempt)
         if parent_run_id is not None:
             tags["mlflow.parentRunId"] = parent_run_id
         run = self.client.create_run(
@@ -156,18 +160,22 @@ class Store:
 
         points = self._missing_points(state, content)
         tags = {name: value for name, value in content.tags.items() if state.tags.get(name) != value}
-        if content.curves and ATTEMPT_TAG not in state.tags:
+        if content.curves:
             # Before the first point, so that these epochs are known to belong to this attempt.
-            tags[ATTEMPT_TAG] = str(content.attempt)
+            self.set_tags(state, {ATTEMPT_TAG: str(content.attempt)})
         params = {name: value for name, value in content.params.items() if name not in state.params}
-        for part in _chunks(list(params.items()), _ITEMS_PER_BATCH):
-            self.client.log_batch(state.run_id, params=[Param(*item) for item in part])
-        for part in _chunks(list(tags.items()), _ITEMS_PER_BATCH):
-            self.client.log_batch(state.run_id, tags=[RunTag(*item) for item in part])
-        for points_part in _chunks(points, _METRICS_PER_BATCH):
-            metrics = [Metric(point.name, point.value, point.milliseconds, point.step) for point in points_part]
-            self.client.log_batch(state.run_id, metrics=metrics)
-            self._remember(state, points_part)
+        heads = [*(Param(*item) for item in params.items()), *(RunTag(*item) for item in tags.items())]
+        # Each call is a transaction, which waits for the disk: as few as MLflow's limits allow.
+        chunks = _chunks(heads, _ITEMS_PER_BATCH), _chunks(points, _METRICS_PER_BATCH)
+        parts: Iterator[tuple[list[Any], list[Point]]] = itertools.zip_longest(*chunks, fillvalue=[])
+        for some, part in parts:
+            self.client.log_batch(
+                state.run_id,
+                metrics=[Metric(point.name, point.value, point.milliseconds, point.step) for point in part],
+                params=[item for item in some if isinstance(item, Param)],
+                tags=[item for item in some if isinstance(item, RunTag)],
+            )
+            self._remember(state, part)
         for name in (REASON_TAG, REUSED_TAG):
             # What was said of an earlier attempt, or of the session before.
             if name in state.tags and name not in content.tags:

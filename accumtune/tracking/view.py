@@ -22,8 +22,8 @@ _OURS_TAG = "accumtune.viewDigest."
 _MAXIMUM_TAG = 20_000
 _METRICS = ("peak_memory_mib", "throughput_samples_per_second")
 _KIND_TAG = "mlflow.experimentKind"
-# Pixels, at which a name of the table's header can be read.
-_PIXELS_PER_LETTER, _MARGIN_PIXELS, _LEAST_PIXELS, _MOST_PIXELS, _DESCRIPTION_PIXELS = 7, 28, 90, 190, 420
+# Pixels, at which a name of the table's header can be read; long ones are cut, so that a window holds what matters.
+_PIXELS_PER_LETTER, _MARGIN_PIXELS, _LEAST_PIXELS, _MOST_PIXELS, _DESCRIPTION_PIXELS = 7, 28, 90, 132, 420
 
 
 def bring_view(client: Any, experiment_id: str, search: SearchRecord, value: str) -> str | None:
