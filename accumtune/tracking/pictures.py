@@ -225,7 +225,10 @@ def _legend(figure: Any, axes: Any) -> None:
     handles, labels = axes.get_legend_handles_labels()
     if handles:
         # Below the picture, where it hides no point.
-        legend = figure.legend(handles, labels, loc="outside lower center", ncols=min(len(handles), 5), frameon=False)
+        legend = figure.legend(
+            handles, labels, loc="outside lower center", ncols=min(len(handles), 5), frameon=False,
+            fontsize=9, columnspacing=1.4, handletextpad=0.5,
+        )  # fmt: skip
         for handle in legend.legend_handles:
             if hasattr(handle, "set_sizes"):
                 handle.set_sizes([60])
