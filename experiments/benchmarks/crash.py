@@ -10,7 +10,7 @@ then run to its end. After that:
   journal at a kill still stands there;
 - no process of a killed search is left.
 
-    python experiments/benchmarks/crash.py [--kills 50] [--seed 0] [--quick] [--json PATH]
+    python experiments/benchmarks/crash.py [--kills 50] [--seed 0] [--length SECONDS] [--quick] [--json PATH]
 """
 
 from __future__ import annotations
@@ -271,6 +271,16 @@ def play(root: Path, seed: int, kills: int, length: float) -> Round:
     return result
 
 
+def undisturbed(root: Path) -> float:
+    """Seconds of a search that nobody kills; the first one of a machine takes longer."""
+    lengths = []
+    for name in ("cold", "undisturbed"):
+        folder = root / name
+        folder.mkdir()
+        lengths.append(run(folder, "RandomSearch"))
+    return min(lengths)
+
+
 # How much of a search's time is the trials', without its start and its end.
 _SHARE_OF_TRIALS = 0.6
 
@@ -279,18 +289,14 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--seed", type=int, default=0, help="of the first search; the next ones count up")
+    parser.add_argument("--length", type=float, default=None, help="seconds of an undisturbed search, where known")
     parser.add_argument("--quick", action="store_true", help="four kills of one search")
     parser.add_argument("--json", metavar="PATH", default=None)
     options = parser.parse_args()
     kills = KILLS_PER_SEARCH if options.quick else options.kills
     rounds: list[Round] = []
     with tempfile.TemporaryDirectory(prefix="accumtune-crash-") as root:
-        lengths = []
-        for name in ("cold", "undisturbed"):
-            first = Path(root) / name
-            first.mkdir()
-            lengths.append(run(first, "RandomSearch"))
-        length = min(lengths)
+        length = options.length or undisturbed(Path(root))
         print(f"An undisturbed search takes {length:.1f} s; kills at a random moment of that.\n")
         print(
             f"{'seed':>4}  {'killed after seconds':<30}  {'completed':>9}  {'begun again':>11}  {'epochs':>6}  faults"

@@ -248,6 +248,7 @@ def searches(root: Path, rounds: int, trials: int, epochs: int) -> list[dict[str
                 result = forked(lambda: search(folder, uri, trials, epochs), folder)  # noqa: B023
             if index:
                 found.append({"mode": mode, "round": index, **result})
+                print(f"round {index}, {mode}: {result['seconds']:.1f} s", flush=True)
     return found
 
 
