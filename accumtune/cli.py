@@ -11,7 +11,6 @@ import argparse
 import importlib
 import json
 import os
-import shlex
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -65,6 +64,7 @@ def _parser() -> argparse.ArgumentParser:
     ui = commands.add_parser("ui", help="open a search in the MLflow UI")
     ui.add_argument("search", nargs="?", default=None, help="a search's directory; default: the newest")
     ui.add_argument("--tracking-uri", default=None)
+    ui.add_argument("--port", type=int, default=None, help="default: 5000, or a free one where that is taken")
     ui.add_argument("--print", action="store_true", help="print the command and the address, start nothing")
     ui.set_defaults(run=_ui)
 
@@ -180,13 +180,22 @@ def _table(rows: list[dict[str, Any]]) -> str:
 
 
 def _ui(options: argparse.Namespace) -> int:
+    from accumtune.tracking.browsing import free_port
+
     tracker = _tracker(options)
     tracker.sync()
-    command, address = tracker.ui_command(), tracker.ui_address()
-    print(f"{command}\nthen open {address}", flush=True)
-    if options.print:
+    port = options.port or free_port()
+    command, address = tracker.ui_command(port), tracker.ui_address(port)
+    print(f"{command}\nthen open {address}" if command else f"Open {address}", flush=True)
+    if options.print or not command:
         return 0
-    return subprocess.call(shlex.split(command))
+    # The address, which may hold a password, by the environment: everyone can read a command line.
+    environment = {**os.environ, "MLFLOW_BACKEND_STORE_URI": tracker.tracking_uri}
+    ui = [sys.executable, "-m", "mlflow", "ui", "--port", str(port)]
+    try:
+        return subprocess.call(ui, env=environment)
+    except KeyboardInterrupt:  # the user's way to end it
+        return 0
 
 
 def _best(options: argparse.Namespace) -> int:

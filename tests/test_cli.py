@@ -2,6 +2,7 @@
 
 import json
 import os
+import socket
 import subprocess
 import sys
 import textwrap
@@ -9,6 +10,7 @@ from dataclasses import replace
 
 import pytest
 
+from accumtune import cli
 from accumtune.cli import find_search, load_object
 from accumtune.errors import DataError, SearchDirectoryError
 
@@ -112,3 +114,37 @@ def test_addresses(tmp_path, monkeypatch):
         load_object("os")
     with pytest.raises(SearchDirectoryError):
         find_search(str(tmp_path))
+
+
+def test_a_taken_port_is_left_to_whoever_has_it():
+    from accumtune.tracking.browsing import free_port
+
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        assert free_port(port) not in (port, 0)
+    assert free_port(port) == port
+
+
+def test_ui_of_a_search_on_a_server_needs_no_command(tmp_path, capsys, monkeypatch):
+    started = []
+
+    class Served:
+        tracking_uri = "http://127.0.0.1:1"
+        sync = ui_command = staticmethod(lambda *port: "")
+        ui_address = staticmethod(lambda port: "http://127.0.0.1:1/#/experiments/1/runs")
+
+    class Local(Served):
+        tracking_uri = "postgresql://me:hunter2@host/mlflow"
+        ui_command = staticmethod(lambda port: f"mlflow ui --port {port}")
+
+    monkeypatch.setattr(cli.subprocess, "call", lambda command, env: started.append((command, env)) or 0)
+    monkeypatch.setattr(cli, "_tracker", lambda options: Served)
+    assert cli.main(["ui"]) == 0 and started == []
+    assert capsys.readouterr().out == "Open http://127.0.0.1:1/#/experiments/1/runs\n"
+    monkeypatch.setattr(cli, "_tracker", lambda options: Local)
+    assert cli.main(["ui", "--print"]) == 0 and started == []
+    assert cli.main(["ui", "--port", "5017"]) == 0
+    (command, environment), printed = started[0], capsys.readouterr().out
+    assert command[-3:] == ["ui", "--port", "5017"] and "then open http" in printed
+    assert environment["MLFLOW_BACKEND_STORE_URI"] == Local.tracking_uri, "with its password, which no one else sees"
+    assert "hunter2" not in " ".join(command) + printed

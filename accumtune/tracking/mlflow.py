@@ -11,17 +11,23 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
-from urllib.parse import urlsplit
 
 from accumtune.errors import AccumtuneError, TrackingError
+from accumtune.tracking import browsing
+from accumtune.tracking.browsing import UI_PORT
 from accumtune.tracking.replay import Replay, described
-from accumtune.tracking.uris import DEFAULT_TRACKING_URI, absolute_uri, sqlite_path, without_credentials
+from accumtune.tracking.uris import DEFAULT_TRACKING_URI, absolute_uri, without_credentials
 
 __all__ = ["DEFAULT_TRACKING_URI", "Tracker"]
 
 CACHE_FILE = "tracking.json"
 _INTERVAL_SECONDS = 2.0
 _STOP_SECONDS = 60.0
+# A server that has answered to nothing for so long is given up ...
+_SILENCE_SECONDS = 20.0
+# ... so soon after the search has ended; it will not hold up anyone who waits for the result.
+_SILENT_STOP_SECONDS = 1.0
+_JOIN_SECONDS = 0.1
 _LAST_ATTEMPTS = 3
 _RETRY_SECONDS = 0.2
 # How long `sync` lets another process finish.
@@ -39,7 +45,7 @@ class Tracker:
         tracking_uri: MLflow's; None for `sqlite:///mlruns/mlflow.db` with artifacts in `mlruns/artifacts`, False for
             no tracking.
         interval_seconds: how often the background looks for news.
-        stop_seconds: how long `stop` waits for what is still to be sent.
+        stop_seconds: how long `stop` waits for what is still to be sent, as long as the store answers.
 
     Example:
 
@@ -126,7 +132,7 @@ class Tracker:
         if self._thread is None or self._replay is None:
             return ""
         self._stopping.set()
-        self._thread.join(self._stop_seconds)
+        self._await_end(self._thread, self._replay)
         fault = "it takes too long" if self._thread.is_alive() else self._fault
         self._thread = None
         if not fault:
@@ -136,36 +142,32 @@ class Tracker:
             f"Nothing is lost: `{self._sync_command()}` brings it later."
         )
 
-    def ui_command(self) -> str:
-        """The command that starts the MLflow UI; "" where a server has it already, or without tracking."""
-        if self.tracking_uri is None or self._server_address():
-            return ""
-        uri = without_credentials(self.tracking_uri)
-        path = sqlite_path(uri)
-        if path is not None and path.is_relative_to(Path.cwd()):
-            uri = f"sqlite:///{path.relative_to(Path.cwd())}"
-        return f"mlflow ui --backend-store-uri {uri} --port {_UI_PORT}"
+    def _await_end(self, thread: threading.Thread, replay: Replay) -> None:
+        """Waits for the last run of the background, but not for a server of which nothing is heard."""
+        began = time.monotonic()
+        while thread.is_alive() and (waited := time.monotonic() - began) < self._stop_seconds:
+            if waited > _SILENT_STOP_SECONDS and replay.pulse.silent_seconds() > _SILENCE_SECONDS:
+                return
+            thread.join(min(_JOIN_SECONDS, self._stop_seconds - waited))
 
-    def ui_address(self) -> str:
+    def ui_command(self, port: int = UI_PORT) -> str:
+        """The command that starts the MLflow UI; "" where a server has it already, or without tracking."""
+        return "" if self.tracking_uri is None else browsing.ui_command(self.tracking_uri, port)
+
+    def ui_address(self, port: int = UI_PORT) -> str:
         """Where the UI shows this search: a table of its trials with the columns that matter; charts are beside it.
 
         "" as long as the store has no experiment for it, or without tracking.
         """
         if self.tracking_uri is None or self.experiment_id is None:
             return ""
-        server = self._server_address() or f"http://127.0.0.1:{_UI_PORT}"
-        # Without the workflow's name MLflow 3 shows its pages for prompts and traces.
-        address = f"{server}/#/experiments/{self.experiment_id}/runs?workflowType=machine_learning"
-        key = self._known("view_key")
-        return f"{address}&viewStateShareKey={key}" if key else address
-
-    def _server_address(self) -> str:
-        uri = without_credentials(self.tracking_uri or "")
-        return uri.rstrip("/") if urlsplit(uri).scheme in ("http", "https") else ""
+        return browsing.ui_address(self.tracking_uri, self.experiment_id, self._known("view_key"), port)
 
     def _sync_command(self) -> str:
         folder = self.folder.relative_to(Path.cwd()) if self.folder.is_relative_to(Path.cwd()) else self.folder
-        return f"accumtune sync {folder}"
+        # What a journal or a terminal keeps has no password: the next sync is told it anew.
+        has_secret = self.tracking_uri != without_credentials(self.tracking_uri or "")
+        return f"accumtune sync {folder}" + (" --tracking-uri ADDRESS" if has_secret else "")
 
     def _loop(self) -> None:
         is_fresh = True
@@ -214,9 +216,6 @@ class Tracker:
 
     def _cache(self) -> dict[str, str | None]:
         return read_cache(self.folder)
-
-
-_UI_PORT = 5000
 
 
 def read_cache(folder: Path) -> dict[str, str | None]:

@@ -140,13 +140,15 @@ def _against_micro_batch(
                   label="predicted, chosen model")  # fmt: skip
     same = [trial for trial in trials if signature is None or trial.signature == signature]
     others = [trial for trial in trials if trial not in same]
-    for group, color, text in ((others, _GREY, "measured, other models"), (same, _ORANGE, "measured, this model")):
+    for group, color, text in ((others, _GREY, "measured, other models"), (same, _ORANGE, "measured, chosen model")):
         if group:
             sizes, values = zip(*((it.micro_batch_size, getattr(it, name) * factor) for it in group), strict=True)
             axes.scatter(sizes, values, s=58, color=color, edgecolors=_BLACK, linewidths=0.6, zorder=3,
                          label=text)  # fmt: skip
     if name == "peak_memory_bytes":
         _budget_line(axes, record, vertical=False)
+    else:
+        axes.yaxis.set_major_formatter("{x:,.0f}")
     axes.set_ylim(bottom=0)
     axes.set_ylabel(label)
     ticks = {trial.micro_batch_size for trial in trials} | {size for size, _ in predicted}
@@ -194,12 +196,13 @@ def _objective_axis(axes: Any, record: SearchRecord, values: Sequence[float]) ->
     better = "higher" if record.objective_direction == "max" else "lower"
     axes.set_ylabel(f"best {record.objective_name} ({better} is better)")
     if values and min(values) > 0 and max(values) > 10 * min(values):
-        from matplotlib.ticker import LogFormatter
+        from matplotlib.ticker import LogLocator, NullFormatter
 
         # One diverged trial must not press all others into a line.
         axes.set_yscale("log")
-        axes.yaxis.set_major_formatter(LogFormatter(labelOnlyBase=False, minor_thresholds=(2, 0.5)))
-        axes.yaxis.set_minor_formatter(LogFormatter(labelOnlyBase=False, minor_thresholds=(2, 0.5)))
+        axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_formatter(NullFormatter())
 
 
 def _power_axis(axes: Any, sizes: Sequence[int], label: str) -> None:
@@ -235,7 +238,10 @@ def _legend(figure: Any, axes: Any) -> None:
     handles, labels = axes.get_legend_handles_labels()
     if handles:
         # Below the picture, where it hides no point.
-        legend = figure.legend(handles, labels, loc="outside lower center", ncols=min(len(handles), 5), frameon=False)
+        legend = figure.legend(
+            handles, labels, loc="outside lower center", ncols=min(len(handles), 5), frameon=False,
+            fontsize=9, columnspacing=1.4, handletextpad=0.5,
+        )  # fmt: skip
         for handle in legend.legend_handles:
             if hasattr(handle, "set_sizes"):
                 handle.set_sizes([60])

@@ -15,6 +15,7 @@ from typing import IO, Any
 from accumtune.errors import TrackingError
 from accumtune.tracking import registry, runs, view
 from accumtune.tracking.journal import TRIAL_JOURNAL, read_search_journal, read_trial, trial_folders
+from accumtune.tracking.reaching import Pulse
 from accumtune.tracking.records import SearchRecord, TrialRecord
 from accumtune.tracking.store import PARENT, RunState, Store
 from accumtune.tracking.uris import redacted
@@ -45,6 +46,7 @@ class Replay:
     def __init__(self, folder: Path, tracking_uri: str) -> None:
         self.folder = folder
         self.tracking_uri = tracking_uri
+        self.pulse = Pulse(is_local=tracking_uri.startswith("sqlite:"))
         self.experiment_id: str | None = None
         self.parent_run_id: str | None = None
         self.view_key: str | None = None
@@ -96,7 +98,7 @@ class Replay:
 
     def _open(self, search: SearchRecord, is_fresh: bool) -> Store:
         if self._store is None or is_fresh:
-            self._store = Store(self.tracking_uri, search.name or "accumtune")
+            self._store = Store(self.tracking_uri, search.name or "accumtune", self.pulse)
             self._states = self._store.runs(search.search_id)
             self._brought.clear()
             self._view = None

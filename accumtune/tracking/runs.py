@@ -5,6 +5,7 @@ Names are those of the design: flat, and the same for every trial, so that table
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import re
@@ -152,6 +153,7 @@ def dataset(search: SearchRecord) -> dict[str, str] | None:
     }
 
 
+@functools.lru_cache(maxsize=4096)  # one name of a metric comes back with every epoch
 def clean_name(name: str) -> str:
     """A name that MLflow takes: letters, digits and `_ - . : / space`, and no path that could climb."""
     cleaned = re.sub(r"[^\w\-.: /]", "_", name)[:_MAXIMUM_KEY]

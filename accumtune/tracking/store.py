@@ -7,26 +7,25 @@ depends on what an earlier process remembers, so a run is found again after a ki
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
 import os
 import shutil
-import socket
 import tempfile
-import urllib.request
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 from accumtune.errors import TrackingError
+from accumtune.tracking.reaching import Listening, Pulse, check_reachable
 from accumtune.tracking.runs import ATTEMPT_TAG, REASON_TAG, REUSED_TAG, SEARCH_TAG, TRIAL_TAG, Point, RunContent
-from accumtune.tracking.uris import absolute_uri, sqlite_path, without_credentials
+from accumtune.tracking.uris import absolute_uri, sqlite_path
 
 # A parent is found under this key, its trials under their ids.
 PARENT = ""
-_METRICS_PER_BATCH = 1000
+# MLflow takes 1000 values in one call, of which at most 100 parameters and 100 tags.
+_METRICS_PER_BATCH = 900
 _ITEMS_PER_BATCH = 100
-_CONNECT_SECONDS = 3.0
 
 
 class RunState:
@@ -50,12 +49,13 @@ class Store:
     Args:
         tracking_uri: MLflow's.
         experiment_name: made where it does not exist; restored where it was deleted.
+        pulse: beats with each answer of the store.
 
     Raises:
         TrackingError: the server does not answer.
     """
 
-    def __init__(self, tracking_uri: str, experiment_name: str) -> None:
+    def __init__(self, tracking_uri: str, experiment_name: str, pulse: Pulse) -> None:
         self.uri = absolute_uri(tracking_uri)
         self._database = sqlite_path(self.uri)
         check_reachable(self.uri)
@@ -65,7 +65,8 @@ class Store:
                 _make_database(self._database)
         from mlflow import MlflowClient
 
-        self.client = MlflowClient(tracking_uri=self.uri, registry_uri=self.uri)
+        self.client: Any = Listening(MlflowClient(tracking_uri=self.uri, registry_uri=self.uri), pulse)
+        pulse.beat()
         self.experiment_id = self._experiment(experiment_name)
 
     def check(self) -> None:
@@ -135,6 +136,8 @@ class Store:
     def create(self, content: RunContent, parent_run_id: str | None = None) -> RunState:
         """A new run with its tags, by which it is found again."""
         tags = dict(content.tags)
+        if content.curves:
+            tags[ATTEMPT_TAG] = str(content.attempt)
         if parent_run_id is not None:
             tags["mlflow.parentRunId"] = parent_run_id
         run = self.client.create_run(
@@ -161,18 +164,22 @@ class Store:
 
         points = self._missing_points(state, content)
         tags = {name: value for name, value in content.tags.items() if state.tags.get(name) != value}
-        if content.curves and ATTEMPT_TAG not in state.tags:
+        if content.curves:
             # Before the first point, so that these epochs are known to belong to this attempt.
-            tags[ATTEMPT_TAG] = str(content.attempt)
+            self.set_tags(state, {ATTEMPT_TAG: str(content.attempt)})
         params = {name: value for name, value in content.params.items() if name not in state.params}
-        for part in _chunks(list(params.items()), _ITEMS_PER_BATCH):
-            self.client.log_batch(state.run_id, params=[Param(*item) for item in part])
-        for part in _chunks(list(tags.items()), _ITEMS_PER_BATCH):
-            self.client.log_batch(state.run_id, tags=[RunTag(*item) for item in part])
-        for points_part in _chunks(points, _METRICS_PER_BATCH):
-            metrics = [Metric(point.name, point.value, point.milliseconds, point.step) for point in points_part]
-            self.client.log_batch(state.run_id, metrics=metrics)
-            self._remember(state, points_part)
+        heads = [*(Param(*item) for item in params.items()), *(RunTag(*item) for item in tags.items())]
+        # Each call is a transaction, which waits for the disk: as few as MLflow's limits allow.
+        chunks = _chunks(heads, _ITEMS_PER_BATCH), _chunks(points, _METRICS_PER_BATCH)
+        parts: Iterator[tuple[list[Any], list[Point]]] = itertools.zip_longest(*chunks, fillvalue=[])
+        for some, part in parts:
+            self.client.log_batch(
+                state.run_id,
+                metrics=[Metric(point.name, point.value, point.milliseconds, point.step) for point in part],
+                params=[item for item in some if isinstance(item, Param)],
+                tags=[item for item in some if isinstance(item, RunTag)],
+            )
+            self._remember(state, part)
         for name in (REASON_TAG, REUSED_TAG):
             # What was said of an earlier attempt, or of the session before.
             if name in state.tags and name not in content.tags:
@@ -236,30 +243,6 @@ class Store:
         context = InputTag("mlflow.data.context", "training")
         self.client.log_inputs(state.run_id, datasets=[DatasetInput(dataset=entity, tags=[context])])
         state.has_dataset = True
-
-
-def check_reachable(uri: str) -> None:
-    """Asks a server for a connection, before MLflow's retries take four minutes to find out.
-
-    Raises:
-        TrackingError: there is no answer.
-    """
-    parts = urlsplit(uri)
-    if parts.scheme not in ("http", "https") or not parts.hostname:
-        return
-    with contextlib.suppress(KeyError):
-        # Behind a proxy only the proxy knows.
-        if urllib.request.getproxies()[parts.scheme] and not urllib.request.proxy_bypass(parts.hostname):
-            return
-    port = parts.port or (443 if parts.scheme == "https" else 80)
-    try:
-        socket.create_connection((parts.hostname, port), timeout=_CONNECT_SECONDS).close()
-    except OSError as error:
-        raise TrackingError(
-            f"The tracking server {without_credentials(uri)} does not answer: {error}.",
-            "a running MLflow server",
-            "start it, or check the address. What was searched is in the search's directory, nothing is lost.",
-        ) from None
 
 
 def _make_database(path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 from urllib.parse import urlsplit, urlunsplit
@@ -11,6 +12,10 @@ from urllib.parse import urlsplit, urlunsplit
 DEFAULT_TRACKING_URI = "sqlite:///mlruns/mlflow.db"
 
 _SECRET_PARAMETER = re.compile(r"pass|pwd|token|secret|key|credential|signature|sig\b", re.IGNORECASE)
+_SECRET_VARIABLE = re.compile(
+    r"(?:^|_)(?:PASS(?:WORD|WD|PHRASE)?|PW|\w*TOKEN|SECRET|CREDENTIALS?|(?:API)?KEY)(?:_|$)|_PWD$", re.IGNORECASE
+)
+_LEAST_SECRET_LENGTH = 8
 
 
 def absolute_uri(uri: str) -> str:
@@ -44,6 +49,23 @@ def without_credentials(uri: str) -> str:
 
 
 def redacted(text: str) -> str:
-    """A text, such as an exception's message, with the credentials of every address in it replaced by dots."""
+    """A text, such as a log or an exception's message, without the secrets that stand in it.
+
+    Dots take the place of the credentials of every address, and of the value of every environment variable whose name
+    says that it is a secret (`MLFLOW_TRACKING_PASSWORD`, `HF_TOKEN`, `AWS_SECRET_ACCESS_KEY`).
+    """
     text = re.sub(r"(?<=://)[^/\s@'\"]+@", "...@", text)
-    return re.sub(r"(?i)\b(password|passwd|pwd|token|secret)=[^&\s'\"]+", r"\1=...", text)
+    text = re.sub(r"(?i)\b(password|passwd|pwd|token|secret)=[^&\s'\"]+", r"\1=...", text)
+    for secret in _secrets_of_environment():
+        text = text.replace(secret, "...")
+    return text
+
+
+def _secrets_of_environment() -> list[str]:
+    values = {value for name, value in os.environ.items() if _SECRET_VARIABLE.search(name)}
+    # A short value would be found in innocent words, and where a key lies is no secret. Longest first: one may hold
+    # another.
+    return sorted(
+        (value for value in values if len(value) >= _LEAST_SECRET_LENGTH and not os.path.exists(value)),
+        key=len, reverse=True,
+    )  # fmt: skip

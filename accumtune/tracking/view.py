@@ -22,8 +22,8 @@ _OURS_TAG = "accumtune.viewDigest."
 _MAXIMUM_TAG = 20_000
 _METRICS = ("peak_memory_mib", "throughput_samples_per_second")
 _KIND_TAG = "mlflow.experimentKind"
-# Pixels, at which a name of the table's header can be read.
-_PIXELS_PER_LETTER, _LEAST_PIXELS, _DESCRIPTION_PIXELS = 8, 90, 420
+# Pixels, at which a name of the table's header can be read; long ones are cut, so that a window holds what matters.
+_PIXELS_PER_LETTER, _MARGIN_PIXELS, _LEAST_PIXELS, _MOST_PIXELS, _DESCRIPTION_PIXELS = 7, 28, 90, 132, 420
 
 
 def bring_view(client: Any, experiment_id: str, search: SearchRecord, value: str) -> str | None:
@@ -82,9 +82,10 @@ def view_state(search: SearchRecord, trials: Sequence[TrialRecord]) -> dict[str,
     """
     best = clean_name(f"best_{search.objective_name}")
     own = _hyperparameters(trials)
+    # The pair is in each run's name, too: first what it is judged by, which must not lie beyond the window's edge.
     columns = [
-        *(f"params.`{name}`" for name in BATCH),
         *(f"metrics.`{name}`" for name in (best, *_METRICS)),
+        *(f"params.`{name}`" for name in BATCH),
         "tags.`accumtune.status`",
         *(f"params.`{name}`" for name in own[:6]),
         "metrics.`predicted_peak_memory_mib`",
@@ -131,8 +132,8 @@ def _has(trial: TrialRecord, name: str) -> bool:
 
 def _width(column: str) -> int:
     name = column.split("`")[1]
-    letters = max(_LEAST_PIXELS, _PIXELS_PER_LETTER * len(name) + 24)
-    return _DESCRIPTION_PIXELS if name == "Description" else letters
+    letters = _PIXELS_PER_LETTER * len(name) + _MARGIN_PIXELS
+    return _DESCRIPTION_PIXELS if name == "Description" else min(_MOST_PIXELS, max(_LEAST_PIXELS, letters))
 
 
 def _charts(search: SearchRecord, best: str, own: list[str]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
@@ -140,7 +141,8 @@ def _charts(search: SearchRecord, best: str, own: list[str]) -> tuple[list[dict[
         return hashlib.sha256(f"{search.search_id} {name}".encode()).hexdigest()[:24]
 
     def section(name: str) -> dict[str, Any]:
-        common = {"isReordered": True, "deleted": False, "isGenerated": False}
+        # Two in a row: MLflow's three cut their titles and press the parallel axes together.
+        common = {"isReordered": True, "deleted": False, "isGenerated": False, "columns": 2, "cardHeight": 380}
         return {"uuid": identity(name), "name": name, "display": True, **common}
 
     def chart(where: str, kind: str, title: str, **options: Any) -> dict[str, Any]:

@@ -63,6 +63,15 @@ def test_credentials_in_text_are_replaced():
     assert "secret" not in text and "host" in text and "user@example.org" in text
 
 
+def test_secrets_of_the_environment_are_replaced(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "hf_of_nobody")
+    monkeypatch.setenv("DB_PASSWORD", "hunter2-hunter2")
+    monkeypatch.setenv("SERVICE_CREDENTIALS", str(tmp_path))  # where they lie is no secret
+    monkeypatch.setenv("KEYBOARD", "a-plain-value")
+    text = redacted(f"os.environ: hf_of_nobody 'hunter2-hunter2' {tmp_path} a-plain-value")
+    assert text == f"os.environ: ... '...' {tmp_path} a-plain-value"
+
+
 def test_a_database_stays_the_same_when_the_folder_changes(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert absolute_uri("sqlite:///mlruns/mlflow.db") == f"sqlite:///{tmp_path}/mlruns/mlflow.db"

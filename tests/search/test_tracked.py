@@ -8,8 +8,10 @@ import sys
 from contextlib import redirect_stdout
 
 import mlflow
+import mlflow.sklearn
 import numpy as np
 import pytest
+from mlflow.utils.autologging_utils import AUTOLOGGING_INTEGRATIONS
 from models import build_plain, data
 
 import accumtune
@@ -28,27 +30,37 @@ def make(folder, **kwargs):
     return accumtune.RandomSearch(build_plain, **{**defaults, **kwargs})
 
 
+def users_mlflow():
+    """What is global in MLflow."""
+    autologging = {name: dict(config) for name, config in AUTOLOGGING_INTEGRATIONS.items() if config}
+    assert autologging["sklearn"]["log_models"] is False
+    run = mlflow.active_run().info.run_id
+    return run, mlflow.get_tracking_uri(), mlflow.get_registry_uri(), os.environ["MLFLOW_TRACKING_URI"], autologging
+
+
 @pytest.fixture(scope="module")
 def tracked(tmp_path_factory):
     """A search beside a user's own MLflow run; gives the folder, what was printed, and MLflow's state around it."""
     folder = tmp_path_factory.mktemp("tracked")
     own = f"sqlite:///{folder / 'own.db'}"
-    before = mlflow.get_tracking_uri(), mlflow.get_registry_uri()
-    os.environ["A_PASSWORD"] = SECRET
-    mlflow.set_tracking_uri(own)
-    mlflow.set_experiment("mine")
     printed = io.StringIO()
-    try:
+    with pytest.MonkeyPatch.context() as patch:
+        # What a user's own calls set in MLflow, here and in the environment, is unset for the tests that follow.
+        for name in ("MLFLOW_TRACKING_URI", "MLFLOW_EXPERIMENT_ID"):
+            patch.setenv(name, "")
+            patch.delenv(name)
+        patch.setattr(mlflow.tracking._tracking_service.utils, "_tracking_uri", None)
+        patch.setattr(mlflow.tracking.fluent, "_active_experiment_id", None)
+        patch.setenv("A_PASSWORD", SECRET)
+        mlflow.set_tracking_uri(own)
+        mlflow.set_experiment("mine")
         with mlflow.start_run() as run, redirect_stdout(printed):
             mlflow.log_metric("mine", 1.0)
-            state = mlflow.get_tracking_uri(), mlflow.get_registry_uri(), mlflow.active_run().info.run_id
+            mlflow.sklearn.autolog(disable=True, log_models=False)
+            state = users_mlflow()
             make(folder, register_as="small").search(X, Y, validation_data=(X, Y), epochs=2, verbose=2)
-            after = mlflow.get_tracking_uri(), mlflow.get_registry_uri(), mlflow.active_run().info.run_id
+            after = users_mlflow()
         own_runs = mlflow.search_runs(search_all_experiments=True, output_format="list")
-    finally:
-        del os.environ["A_PASSWORD"]
-        mlflow.set_tracking_uri(before[0])
-        mlflow.set_registry_uri(None)
     return folder, printed.getvalue(), (state, after, run.info.run_id, own_runs)
 
 
@@ -64,7 +76,7 @@ def runs_of(folder):
 
 def test_the_users_own_mlflow_is_as_it_was(tracked):
     _, _, (before, after, run_id, own_runs) = tracked
-    assert before == after and before[2] == run_id
+    assert before == after and before[0] == run_id
     assert [run.info.run_id for run in own_runs] == [run_id]
     assert own_runs[0].data.metrics == {"mine": 1.0} and own_runs[0].info.status == "FINISHED"
 

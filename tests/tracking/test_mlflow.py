@@ -17,6 +17,8 @@ import pytest
 from made_search import MadeSearch
 
 from accumtune.errors import TrackingError
+from accumtune.tracking import browsing, reaching
+from accumtune.tracking import mlflow as tracking
 from accumtune.tracking.mlflow import Tracker, read_cache
 
 MIB = 2**20
@@ -365,6 +367,47 @@ def test_a_silent_server_does_not_hold_up_the_end(finished):
         assert "takes too long" in tracker.stop()
 
 
+def test_a_server_that_was_silent_for_long_is_not_waited_for(finished, monkeypatch):
+    """However long an answering one would be: without that, this test would take an hour."""
+    monkeypatch.setattr(tracking, "_SILENCE_SECONDS", 0.0)
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        server.listen()
+        tracker = Tracker(finished.folder, f"http://127.0.0.1:{server.getsockname()[1]}", stop_seconds=3600)
+        tracker.start()
+        assert "takes too long" in tracker.stop()
+
+
+def test_who_is_heard_is_not_silent(monkeypatch):
+    now = iter([0.0, 5.0, 7.0, 9.0, 11.0])
+    monkeypatch.setattr(reaching.time, "monotonic", lambda: next(now))
+    pulse = reaching.Pulse(is_local=False)  # 0 s
+    assert pulse.silent_seconds() == 5.0
+
+    class Client:
+        number = 3
+
+        def answer(self, value, *, fails=False):
+            if fails:
+                raise OSError
+            return value
+
+    listening = reaching.Listening(Client(), pulse)
+    with pytest.raises(OSError):
+        listening.answer(1, fails=True)
+    assert listening.answer(1) == 1 and listening.number == 3  # 7 s
+    assert pulse.silent_seconds() == 2.0
+    assert reaching.Pulse(is_local=True).silent_seconds() == 0.0, "a file is slow at worst"
+
+
+@pytest.mark.parametrize("scheme", ["http", "postgresql+psycopg", "mysql+pymysql"])
+def test_a_dead_store_is_known_at_once_whatever_its_kind(scheme):
+    """SQLAlchemy's retries would take minutes."""
+    with pytest.raises(TrackingError, match="does not answer") as error:
+        reaching.check_reachable(f"{scheme}://me:secret@127.0.0.1:{free_port()}/mlflow")
+    assert "secret" not in str(error.value)
+
+
 def test_a_wiped_store_gets_everything_again(finished, new_uri):
     uri, other = new_uri(), new_uri()
     tracker = Tracker(finished.folder, uri)
@@ -473,6 +516,7 @@ def test_no_password_reaches_the_store(made, uri):
 
 def test_how_to_look_at_it(finished, tmp_path, monkeypatch, empty_store):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(browsing.shutil, "which", lambda name: f"/usr/bin/{name}")
     tracker = Tracker(finished.folder)
     assert tracker.ui_command() == "mlflow ui --backend-store-uri sqlite:///mlruns/mlflow.db --port 5000"
     (tmp_path / "mlruns").mkdir()
@@ -484,6 +528,12 @@ def test_how_to_look_at_it(finished, tmp_path, monkeypatch, empty_store):
         tracker.ui_address(),
     )
     assert (tmp_path / "mlruns" / "artifacts").is_dir()
+    # In a virtual environment that is not active, the program is called by its path.
+    monkeypatch.setattr(browsing.shutil, "which", lambda name: None)
+    (tmp_path / ".venv" / "bin").mkdir(parents=True)
+    (tmp_path / ".venv" / "bin" / "mlflow").touch()
+    monkeypatch.setattr(browsing.sys, "executable", str(tmp_path / ".venv" / "bin" / "python"))
+    assert tracker.ui_command(81).startswith(".venv/bin/mlflow ui ") and tracker.ui_command(81).endswith("--port 81")
     server = Tracker(finished.folder, "http://me:secret@host:5000/")
     assert server.ui_command() == "" and server.ui_address() == "", "nothing is known of that server yet"
 
