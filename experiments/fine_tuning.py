@@ -5,7 +5,7 @@ keeps no activations: the budget then holds larger micro-batches. A BERT from Ke
 which package it is from (numpy, scipy, scikit-learn, Keras, MLflow: all installed with accumtune).
 
     pip install keras-hub
-    python experiments/fine_tuning.py [--trials 8] [--epochs 3] [--samples 768] [--memory-budget 24MiB]
+    python experiments/fine_tuning.py [--trials 6] [--epochs 3] [--samples 768] [--memory-budget 24MiB]
     python experiments/fine_tuning.py --preset bert_small_en_uncased --memory-budget 1GiB
 
 Without `--preset` the backbone is small and has random weights, for a machine without a network: its accuracy says
@@ -103,7 +103,7 @@ def print_by_share(tuner, build, x, y, budget):
 
 
 def main():
-    parser = gallery.parser(__doc__, trials=8, epochs=3, samples=768, memory_budget="24MiB")
+    parser = gallery.parser(__doc__, trials=6, epochs=3, samples=768, memory_budget="24MiB")
     parser.add_argument("--preset", default=None, help="a KerasHub preset of BERT, downloaded once")
     options = parser.parse_args()
 

@@ -4,7 +4,7 @@ A byte-level language model on the source of Python's own standard library. Sequ
 to one length: the padding is masked, the loss is a mean over real bytes, and micro-batches hold different numbers of
 them. accumtune weights each by what it holds; a mean of micro-batch means would favour the short paragraphs.
 
-    python experiments/language_model.py [--trials 8] [--epochs 2] [--samples 1536] [--memory-budget 24MiB]
+    python experiments/language_model.py [--trials 6] [--epochs 2] [--samples 1536] [--memory-budget 24MiB]
 """
 
 import math
@@ -77,7 +77,7 @@ def load_data(samples):
 
 
 def main():
-    parser = gallery.parser(__doc__, trials=8, epochs=2, samples=1536, memory_budget="24MiB")
+    parser = gallery.parser(__doc__, trials=6, epochs=2, samples=1536, memory_budget="24MiB")
     options = parser.parse_args()
 
     x_train, y_train, x_val, y_val = load_data(options.samples)

@@ -4,7 +4,7 @@ Nothing, if its layers do not couple the samples: this one uses GroupNormalizati
 BatchNormalization, which would normalize over one to four pictures. The task is made from what ships with
 scikit-learn: find the strokes of handwritten digits that lie on crops of two photographs.
 
-    python experiments/segmentation.py [--trials 8] [--epochs 6] [--samples 192] [--memory-budget 24MiB]
+    python experiments/segmentation.py [--trials 6] [--epochs 6] [--samples 160] [--memory-budget 24MiB]
 """
 
 import gallery  # first: it sets TensorFlow's log level
@@ -67,7 +67,7 @@ def load_data(samples):
 
 
 def main():
-    parser = gallery.parser(__doc__, trials=8, epochs=6, samples=192, memory_budget="24MiB")
+    parser = gallery.parser(__doc__, trials=6, epochs=6, samples=160, memory_budget="24MiB")
     options = parser.parse_args()
 
     x_train, y_train, x_val, y_val = load_data(options.samples)

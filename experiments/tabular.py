@@ -4,7 +4,7 @@ Its memory is parameters, optimizer slots and gradients: nearly the same for a b
 micro-batch saves next to nothing and costs speed. The search finds the best batch all the same; the table at the end
 shows what the pairs that make it would need.
 
-    python experiments/tabular.py [--trials 8] [--epochs 8] [--samples 4096] [--memory-budget 192MiB]
+    python experiments/tabular.py [--trials 6] [--epochs 6] [--samples 4096] [--memory-budget 192MiB]
 """
 
 import gallery  # first: it sets TensorFlow's log level
@@ -53,7 +53,7 @@ def print_costs(profile, effective_batch_size):
 
 
 def main():
-    parser = gallery.parser(__doc__, trials=8, epochs=8, samples=4096, memory_budget="192MiB")
+    parser = gallery.parser(__doc__, trials=6, epochs=6, samples=4096, memory_budget="192MiB")
     options = parser.parse_args()
 
     x_train, x_val, y_train, y_val = load_data(options.samples)

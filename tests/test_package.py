@@ -40,7 +40,7 @@ def floor_of(module):
 def modules():
     for path in sorted(PACKAGE.rglob("*.py")):
         name = ".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix("__init__").rstrip(".")
-        if name:
+        if name and not name.startswith("docs."):  # a plug-in of mkdocs, not part of the package
             yield name, path
 
 
