@@ -129,9 +129,7 @@ def test_a_promoted_trial_goes_on_exactly_where_it_was_optimizer_and_all(tmp_pat
     hp.values["learning_rate"] = trial.hyperparameters["learning_rate"]
     keras.utils.set_random_seed(tuner.oracle.seed)
     count = source.epochs[-1].epoch + 1 + len(trial.epochs)
-    fitted = build_momentum(hp).fit(
-        X, Y, batch_size=8, epochs=count, shuffle=False, validation_data=(X, Y), verbose=0
-    )
+    fitted = build_momentum(hp).fit(X, Y, batch_size=8, epochs=count, shuffle=False, validation_data=(X, Y), verbose=0)
     reported = [epoch.logs["val_loss"] for epoch in (*source.epochs, *trial.epochs)]
     assert reported == pytest.approx(fitted.history["val_loss"], rel=1e-4)
 
