@@ -88,9 +88,10 @@ def test_an_objective_that_fit_returns(tmp_path):
     search(tuner, epochs=1)
     values = {(t.effective_batch_size, t.hyperparameters["learning_rate"]): t.objective_value
               for t in tuner.record().with_status("completed")}  # fmt: skip
-    assert values == {(4, 0.1): 11, (8, 0.1): 10, (16, 0.1): 10, (4, 0.3): 31, (8, 0.3): 30, (16, 0.3): 30}
-    assert tuner.get_best_config().objective["value"] == 10
-    assert tuner.oracle.get_best_trials()[0].score == 10
+    expected = {(4, 0.1): 11, (8, 0.1): 10, (16, 0.1): 10, (4, 0.3): 31, (8, 0.3): 30, (16, 0.3): 30}
+    assert values == pytest.approx(expected)
+    assert tuner.get_best_config().objective["value"] == pytest.approx(10)
+    assert tuner.oracle.get_best_trials()[0].score == pytest.approx(10)
 
 
 def build_unscaled(hp):
