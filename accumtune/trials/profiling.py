@@ -129,7 +129,7 @@ class Profiler:
             size = next_to_run(profile, budget, max(_PROBED_ACCUMULATION_STEPS), self._largest_size())
             if size is None or failures == MOST_FAILURES:
                 break
-            for measurement in self._probe(hyperparameters, size, int((1 - HEADROOM) * budget)):
+            for measurement in self._probe(hyperparameters, size, limit_bytes=int((1 - HEADROOM) * budget)):
                 profile = profile.with_measurement(measurement)
                 failures += not measurement.is_feasible
             self._keep(profile)
@@ -137,6 +137,20 @@ class Profiler:
 
     def _largest_size(self) -> int:
         return LARGEST_EXTRAPOLATION * self._micro_batch_sizes[-1]
+
+    def measure(
+        self, hyperparameters: Mapping[str, Any], signature: str, micro_batch_size: int, accumulation_steps: int
+    ) -> Measurement:
+        """Runs a few updates of exactly this pair under the budget, and keeps what they took in the model's profile.
+
+        Raises:
+            BuildError: the model could not be built or did not train.
+        """
+        with self._lock:
+            (measurement,) = self._probe(hyperparameters, micro_batch_size, (accumulation_steps,))
+            measurement = replace(measurement, accumulation_steps=accumulation_steps)
+            self.learn(signature, measurement)
+            return measurement
 
     def learn(self, signature: str, measurement: Measurement) -> None:
         """Adds what a real trial has measured."""
@@ -156,7 +170,11 @@ class Profiler:
         return size
 
     def _probe(
-        self, hyperparameters: Mapping[str, Any], micro_batch_size: int, limit_bytes: int | None = None
+        self,
+        hyperparameters: Mapping[str, Any],
+        micro_batch_size: int,
+        accumulation_steps: Sequence[int] = _PROBED_ACCUMULATION_STEPS,
+        limit_bytes: int | None = None,
     ) -> list[Measurement]:
         """A few updates in a process of their own, under the budget or under `limit_bytes`."""
         limit = limit_bytes or self._memory_budget_bytes
@@ -164,7 +182,7 @@ class Profiler:
             "hyperparameters": dict(hyperparameters),
             "memory_budget_bytes": limit,
             "micro_batch_size": micro_batch_size,
-            "accumulation_steps": list(_PROBED_ACCUMULATION_STEPS),
+            "accumulation_steps": list(accumulation_steps),
         }
         outcome = self._run("probe", arguments, limit)
         if outcome.status == "out_of_memory" or _was_killed_for_memory(outcome):

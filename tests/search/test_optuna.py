@@ -235,5 +235,6 @@ def test_a_pruner_stops_what_is_worse_than_the_others_and_ignores_pruned_ones():
     assert pruning.is_hopeless("2", 1, {"val_loss": 9.0})
     pruning.end("2", "pruned")
     assert not pruning.is_hopeless("3", 1, {"val_loss": 0.9})
-    assert pruning.is_hopeless("3", 2, {"val_loss": 1.5})
-    assert not pruning.is_hopeless("4", 2, {"loss": 1.5})  # nothing to compare
+    # Beside 0.9 and 1.1 a 1.05 is bad; beside the 9.0 that was pruned, too, it would not be.
+    assert pruning.is_hopeless("4", 1, {"val_loss": 1.05})
+    assert not pruning.is_hopeless("5", 2, {"loss": 1.5})  # nothing to compare
