@@ -76,8 +76,9 @@ VARIANTS = ("plain", "rate", "median", "percentile", "both")
 
 
 def needed(task: str, name: str, seed: int) -> tuple[bool, float, float, float]:
-    import accumtune
     from search_cost_replay import ours
+
+    import accumtune
 
     record = interpolated(record_of(task))
     run = ours(record, accumtune.OptunaSearch, seed, **variant(name, record))
