@@ -29,7 +29,7 @@ WORKLOADS = {
     "tiny, 8 × 8": ((16,), 8, 8),
     "tiny, 8 × 2": ((16,), 8, 2),
 }
-MICRO_STEPS_PER_ROUND = 256
+MICRO_STEPS_PER_ROUND = 192
 
 
 def measure(name: str, rounds: int) -> dict[str, float]:
