@@ -132,7 +132,11 @@ def main() -> None:
     seeds = list(range(arguments.seeds))
     jobs = all_jobs(tasks, seeds)
     with ProcessPoolExecutor(arguments.processes) as pool:
-        results = list(pool.map(job, *zip(*jobs, strict=True)))
+        results = []
+        for result in pool.map(job, *zip(*jobs, strict=True)):
+            results.append(result)
+            done = f"{len(results)}/{len(jobs)}: {result['task']}, {result['side']} {result['tuner']}"
+            print(f"{done}, seed {result['seed']}, {result['took']:.0f} s", file=sys.stderr, flush=True)
     runs = {key: result["run"] for key, result in zip(jobs, results, strict=True)}
     rows, curves = [], []
     print(HEADER)
