@@ -29,7 +29,7 @@ WORKLOADS = {
     "tiny, 8 × 8": ((16,), 8, 8),
     "tiny, 8 × 2": ((16,), 8, 2),
 }
-MICRO_STEPS_PER_ROUND = 256
+MICRO_STEPS_PER_ROUND = 192
 
 
 def measure(name: str, rounds: int) -> dict[str, float]:
@@ -69,6 +69,7 @@ def measure(name: str, rounds: int) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--backends", nargs="*", default=["tensorflow"])
+    parser.add_argument("--workloads", nargs="*", default=list(WORKLOADS), choices=list(WORKLOADS))
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--json", type=Path, help="where to write the figures")
     parser.add_argument("--one", help=argparse.SUPPRESS)
@@ -79,7 +80,7 @@ def main() -> None:
     rows = []
     print(f"{'backend':<12}{'workload':<16}{'cost':>8}{'quartiles':>18}")
     for backend in arguments.backends:
-        for name in WORKLOADS:
+        for name in arguments.workloads:
             command = [sys.executable, __file__, "--one", name, "--rounds", str(arguments.rounds)]
             environment = {
                 **os.environ, "KERAS_BACKEND": backend, "TF_CPP_MIN_LOG_LEVEL": "3",

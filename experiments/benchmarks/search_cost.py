@@ -10,11 +10,12 @@ the made tasks are formulas), and the real tuners then search the record (`searc
 reuse and journals are the products' own, only training is looked up. `search_cost_real.py` runs one task for real on
 both sides to show that this agrees.
 
-A search has met the target when it has trained something within 1 % of the best of the exhaustive grid under the
-budget. What it needed is what it had spent by then: samples presented (probes included), and wall time, that is
-recorded seconds of training, starts, probes, and of waiting for memory (TensorFlow's allocator waits ten seconds
-before it gives up; "no wait" leaves these out). A search that does not get there counts with all that it spent.
-Ratios are stock's need over ours, of the same seed.
+A search has met the target when it has trained something within 1 % of the best of the exhaustive grid: of all that
+the listed pairs reach under the budget (accumtune may take more steps than are listed, and get beyond that). What it
+needed is what it had spent by then: samples presented (probes included), and wall time, that is recorded seconds of
+training, starts, probes, and of waiting for memory (TensorFlow's allocator waits ten seconds before it gives up; "no
+wait" leaves these out). A search that does not get there counts with all that it spent. Ratios are stock's need over
+ours, of the same seed.
 """
 
 from __future__ import annotations
@@ -131,7 +132,11 @@ def main() -> None:
     seeds = list(range(arguments.seeds))
     jobs = all_jobs(tasks, seeds)
     with ProcessPoolExecutor(arguments.processes) as pool:
-        results = list(pool.map(job, *zip(*jobs, strict=True)))
+        results = []
+        for result in pool.map(job, *zip(*jobs, strict=True)):
+            results.append(result)
+            done = f"{len(results)}/{len(jobs)}: {result['task']}, {result['side']} {result['tuner']}"
+            print(f"{done}, seed {result['seed']}, {result['took']:.0f} s", file=sys.stderr, flush=True)
     runs = {key: result["run"] for key, result in zip(jobs, results, strict=True)}
     rows, curves = [], []
     print(HEADER)

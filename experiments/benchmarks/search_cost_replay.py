@@ -20,6 +20,7 @@ import keras_tuner
 from search_cost_tasks import OURS, STOCK, Record
 
 import accumtune
+from accumtune.search.selection import select
 from accumtune.search.tuner import Tuner
 from accumtune.tracking.journal import Journal
 from accumtune.trials.executors import Outcome
@@ -243,7 +244,7 @@ def ours(
             accumulation_steps=space.accumulation_steps, tracking_uri=False, **arguments,
         )  # fmt: skip
         tuner.search([0.0], [0.0], validation_data=([0.0], [0.0]), verbose=0)
-        run.pick = tuner._choose("quality", 0.01).candidate.objective
+        run.pick = select(tuner.candidates(), "quality").candidate.objective
     return run
 
 

@@ -72,12 +72,14 @@ def variant(name: str, record: Record) -> dict[str, Any]:
     return arguments | ({"rate_of": scaled} if name in ("rate", "both") else {})
 
 
-VARIANTS = ("plain", "rate", "median", "percentile", "both")
+PLAIN = "plain"
+VARIANTS = ("rate", "median", "percentile", "both")
 
 
 def needed(task: str, name: str, seed: int) -> tuple[bool, float, float, float]:
-    import accumtune
     from search_cost_replay import ours
+
+    import accumtune
 
     record = interpolated(record_of(task))
     run = ours(record, accumtune.OptunaSearch, seed, **variant(name, record))
@@ -87,20 +89,22 @@ def needed(task: str, name: str, seed: int) -> tuple[bool, float, float, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--tasks", nargs="*", default=[*TRAINED, *MADE])
+    parser.add_argument("--variants", nargs="*", default=list(VARIANTS), choices=VARIANTS)
     parser.add_argument("--seeds", type=int, default=8)
     parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--json", type=Path, help="where to write the figures")
     options = parser.parse_args()
     tasks = [name for task in options.tasks for name in (MADE if task == "made" else [task])]
-    jobs = [(task, name, seed) for task in tasks for name in VARIANTS for seed in range(options.seeds)]
+    names = [PLAIN, *options.variants]
+    jobs = [(task, name, seed) for task in tasks for name in names for seed in range(options.seeds)]
     with ProcessPoolExecutor(options.processes) as pool:
         found = dict(zip(jobs, pool.map(needed, *zip(*jobs, strict=True)), strict=True))
     rows = []
     print(f"{'task':<20}{'variant':<12}{'met':>6}{'presentations':>15}{'wall time':>11}   OptunaSearch / variant")
     for task in tasks:
-        for name in VARIANTS:
+        for name in names:
             runs = [found[task, name, seed] for seed in range(options.seeds)]
-            plain = [found[task, "plain", seed] for seed in range(options.seeds)]
+            plain = [found[task, PLAIN, seed] for seed in range(options.seeds)]
             gains = [
                 statistics.median(one[column] / other[column] for one, other in zip(plain, runs, strict=True))
                 for column in (1, 2)

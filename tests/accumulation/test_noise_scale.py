@@ -53,9 +53,9 @@ def test_it_is_the_closed_form(micro_batch_size):
 
 
 def test_it_is_the_closed_form_of_a_squared_loss():
-    """Gradients with heavy tails: over 64 windows the standard error is 10 %, over four epochs 5 %."""
+    """Gradients with heavy tails: 64 measurements have a standard error of 8 to 10 %."""
     x, y, expected = squared_loss()
-    assert measured(x, y, "mse", epochs=4) == pytest.approx(expected, rel=0.2)
+    assert measured(x, y, "mse", epochs=6) == pytest.approx(expected, rel=0.2)
 
 
 def test_a_sum_over_samples_has_the_same_noise():
@@ -129,9 +129,9 @@ def test_windows_that_are_not_finite_are_left_out():
     assert meter.end_epoch() == pytest.approx(3)
 
 
-@pytest.mark.parametrize("steps, expected", [(2, 8), (8, 2), (16, 1), (64, 1)])
-def test_two_norms_in_sixteen_micro_steps_at_most(steps, expected):
+@pytest.mark.parametrize("steps, expected", [(2, 24), (8, 6), (16, 3), (64, 1)])
+def test_two_norms_in_so_many_micro_steps_at_most(steps, expected):
     meter = NoiseMeter()
-    wanted = [meter.wants([4] * steps) for _ in range(33)]
+    wanted = [meter.wants([4] * steps) for _ in range(50)]
     assert wanted[0] and [i for i, is_wanted in enumerate(wanted) if is_wanted][:3] == [0, expected, 2 * expected]
     assert not meter.wants([4]) and not meter.wants([4, 3]) and not meter.wants([0, 0])
