@@ -128,7 +128,7 @@ def row(name: str, runs: list[dict[str, object]]) -> str:
     return f"| {name:26} | " + " | ".join(f"{cell:12}" for cell in cells) + f" | {failed:6.1f} | {seconds:7.2f} |"
 
 
-ORACLES = ("stock", "RandomSearch", "BayesianOptimization", "OptunaSearch TPE", "OptunaSearch")
+ORACLES = ("stock", "RandomSearch", "BayesianOptimization", "OptunaSearch random", "OptunaSearch TPE", "OptunaSearch")
 
 
 def main() -> None:

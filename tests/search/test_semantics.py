@@ -110,14 +110,14 @@ def test_advice_is_given_once_also_when_the_search_is_resumed(tmp_path, capsys):
 
 def build_momentum(hp):
     model = dense(learning_rate=0.02)
-    model.compile(keras.optimizers.Adam(hp.Choice("learning_rate", [0.01, 0.02])), model.loss)
+    model.compile(keras.optimizers.Adam(hp.Float("learning_rate", 0.005, 0.02)), model.loss)
     return model
 
 
 def test_a_promoted_trial_goes_on_exactly_where_it_was_optimizer_and_all(tmp_path):
     arguments = {**COMMON, "micro_batch_sizes": (4,), "accumulation_steps": (2,)}
     tuner = accumtune.Hyperband(
-        build_momentum, objective="val_loss", max_epochs=4, factor=2, seed=2, directory=tmp_path, **arguments
+        build_momentum, objective="val_loss", max_epochs=2, factor=2, seed=2, directory=tmp_path, **arguments
     )
     search(tuner, shuffle=False, callbacks=[keras.callbacks.EarlyStopping("val_loss", patience=50)])
     trials = {trial.trial_id: trial for trial in tuner.record().with_status("completed")}
