@@ -127,7 +127,8 @@ def train(config, module, options):
     model.fit(
         data,
         validation_data=(x_val, y_val),
-        callbacks=[SeedByEpoch(data, seed), WholeBackup(options.job), LogToMlflow()],
+        # Logged before it is backed up: killed in between, an epoch is logged twice, not never.
+        callbacks=[SeedByEpoch(data, seed), LogToMlflow(), WholeBackup(options.job)],
         verbose=2,
         # Shuffled already, by EpochOrder.
         **config.fit_arguments(epochs=options.epochs, shuffle=False),
