@@ -97,14 +97,11 @@ def main():
 
     bits = config.objective["value"] / math.log(2)
     print(f"\n{bits:.2f} bits per byte (8 before training), effective batch {config.effective_batch_size}.")
-    profile = accumtune.profile(
-        build_model, x_train, y_train, memory_budget=options.memory_budget, hyperparameters=config.hyperparameters
-    )
-    largest = profile.largest_micro_batch_size(options.memory_budget)
+    largest = max(candidate.micro_batch_size for candidate in tuner.candidates())
     if config.effective_batch_size > largest:
-        print(f"One pass of it would not fit in {options.memory_budget}: {largest} sequences are the most that do.")
+        print(f"One pass of it does not fit in {options.memory_budget}: {largest} sequences are the most that do.")
     else:
-        print(f"Up to {largest} sequences fit in one pass: this batch did not need accumulation, larger ones would.")
+        print(f"{largest} sequences fit in one pass: this batch did not need accumulation, larger ones would.")
 
 
 if __name__ == "__main__":
