@@ -34,8 +34,8 @@ class OptunaOracle(keras_tuner.Oracle):
 
     Args:
         sampler: an `optuna.samplers.BaseSampler`; None for `GPSampler` where torch is installed, multivariate
-            `TPESampler` otherwise. The default proposes after a resume what it would have proposed without; a
-            sampler that is handed in has a random state of its own.
+            `TPESampler` otherwise. The default has no state but the seed and the trials, so it goes on after a kill as
+            it would have without; a sampler that is handed in has a random state of its own.
         **kwargs: those of `keras_tuner.Oracle`: `objective`, `max_trials`, `seed`, …
 
     Raises:

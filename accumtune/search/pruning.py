@@ -91,7 +91,7 @@ def watch(future: Future[Outcome], directory: TaskDirectory, pruning: Pruning) -
                 directory.stop_file.touch()
         seen = len(epochs)
     outcome = future.result()
-    is_stopped = outcome.is_completed and outcome.result["pruned_after_epochs"] is not None
+    is_stopped = outcome.is_completed and outcome.result.get("pruned_after_epochs") is not None
     pruning.end(trial_id, "pruned" if is_stopped else outcome.status)
     return outcome
 

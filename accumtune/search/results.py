@@ -12,7 +12,7 @@ import numpy as np
 
 from accumtune.config import TrainingConfig
 from accumtune.memory.profile import Profile
-from accumtune.search.feasibility import effective_batch_sizes, feasible_pairs
+from accumtune.search.feasibility import Pair, effective_batch_sizes, feasible_pairs
 from accumtune.search.selection import Candidate, Choice, pareto_front
 from accumtune.tracking import report
 from accumtune.tracking.digest import data_digest
@@ -159,6 +159,7 @@ def _trained(trial: TrialRecord) -> Candidate:
         hyperparameters=dict(trial.hyperparameters),
         trial_id=trial.trial_id,
         is_trained=True,
+        is_measured=True,
         memory_source=trial.memory_source,
         **batch,
     )
@@ -169,23 +170,36 @@ def _untrained(candidate: Candidate, profile: Profile, record: SearchRecord) -> 
     pairs = feasible_pairs(
         profile, candidate.effective_batch_size, record.micro_batch_sizes, record.memory_budget_bytes
     )
-    others = []
-    for pair in pairs:
-        if pair.micro_batch_size != candidate.micro_batch_size:
-            micro, steps = pair.micro_batch_size, pair.accumulation_steps
-            others.append(
-                replace(
-                    candidate,
-                    micro_batch_size=micro,
-                    accumulation_steps=steps,
-                    peak_memory_bytes=profile.predict_peak_memory(micro, steps),
-                    throughput_samples_per_second=profile.predict_throughput(micro, steps),
-                    hyperparameters={**candidate.hyperparameters, **pair.as_hyperparameters()},
-                    is_trained=False,
-                    memory_source="profile",
-                )
-            )
-    return others
+    untrained = [pair for pair in pairs if pair.micro_batch_size != candidate.micro_batch_size]
+    others = [_in_pair(candidate, profile, pair) for pair in untrained]
+    budget = record.memory_budget_bytes
+    # Where the backend has no allocator limit, a run may have taken more than was predicted.
+    return [other for other in others if budget is None or (other.peak_memory_bytes or 0) <= budget]
+
+
+def _in_pair(candidate: Candidate, profile: Profile, pair: Pair) -> Candidate:
+    """The same training in another micro-batch: measured, where it has run for a few updates, or predicted."""
+    micro, steps = pair.micro_batch_size, pair.accumulation_steps
+    same = [it for it in profile.measurements if (it.micro_batch_size, it.accumulation_steps) == (micro, steps)]
+    other = replace(
+        candidate,
+        micro_batch_size=micro,
+        accumulation_steps=steps,
+        peak_memory_bytes=profile.predict_peak_memory(micro, steps),
+        throughput_samples_per_second=profile.predict_throughput(micro, steps),
+        hyperparameters={**candidate.hyperparameters, **pair.as_hyperparameters()},
+        is_trained=False,
+        memory_source="profile",
+    )
+    if not same or same[0].peak_memory_bytes is None or not same[0].seconds_per_update:
+        return other
+    return replace(
+        other,
+        peak_memory_bytes=same[0].peak_memory_bytes,
+        throughput_samples_per_second=pair.effective_batch_size / same[0].seconds_per_update,
+        memory_source=same[0].memory_source,
+        is_measured=True,
+    )
 
 
 def _profile_points(record: SearchRecord, profiles_folder: Path, best: Candidate | None) -> list[dict[str, Any]]:

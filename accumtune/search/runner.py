@@ -266,13 +266,14 @@ class TrialRunner:
         reports: list[dict[str, Any]] = []
         for execution in range(self._settings.executions_per_trial):
             arguments = self._arguments(attempt, space, fit_overrides, execution, reports)
-            # What is left of the trial's time; never nothing, so that the process says itself that it had none.
-            left = None if timeout_seconds is None else max(0.1, timeout_seconds - (time.monotonic() - started))
+            left = timeout_seconds
+            if timeout_seconds is not None and reports:  # what is left of the trial's time
+                left = max(0.1, timeout_seconds - (time.monotonic() - started))
             outcome = self._execute(directory, arguments, left)
             if not outcome.is_completed:
                 return outcome
             reports.append(outcome.result)
-            if outcome.result["pruned_after_epochs"] is not None:
+            if outcome.result.get("pruned_after_epochs") is not None:
                 break
         return replace(outcome, result=combined(reports))
 
@@ -362,7 +363,7 @@ def completed_result(record: TrialRecord) -> TrialResult:
 
 
 def _pruned(report: Mapping[str, Any]) -> str:
-    epochs = report["pruned_after_epochs"]
+    epochs = report.get("pruned_after_epochs")
     return "" if epochs is None else pruned_reason(epochs)
 
 

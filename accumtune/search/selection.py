@@ -36,6 +36,8 @@ class Candidate:
         trial_id: the trial that trained it, or that trained the same effective batch.
         is_trained: whether this very pair was trained; false where only its memory and speed are profiled.
         memory_source: who measured the peak.
+        is_measured: whether memory and speed are those of a real run under the budget, be it a whole training or a few
+            updates; otherwise they are predicted.
     """
 
     objective: float | None
@@ -48,6 +50,7 @@ class Candidate:
     trial_id: str = ""
     is_trained: bool = True
     memory_source: str | None = None
+    is_measured: bool = False
 
 
 @dataclass(frozen=True)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,7 +14,7 @@ import keras_tuner
 
 from accumtune.config import TrainingConfig
 from accumtune.config.production import installed_versions
-from accumtune.errors import AccumtuneError, BatchSizeError, NoResultError, SearchError
+from accumtune.errors import AccumtuneError, BatchSizeError, BuildError, NoResultError, SearchError
 from accumtune.memory.budget import format_bytes, parse_budget
 from accumtune.memory.device import memory_limit_environment
 from accumtune.search import results, state
@@ -30,6 +31,7 @@ from accumtune.search.registering import save_model_for_registry
 from accumtune.search.runner import SearchSettings, TrialRunner
 from accumtune.search.selection import Candidate, Choice, Policy, pareto_front, select
 from accumtune.search.session import SearchSession, shared_data
+from accumtune.search.verifying import predicted_choice, verified_choice
 from accumtune.tracking.journal import Journal, read_search, read_search_journal
 from accumtune.tracking.mlflow import Tracker
 from accumtune.tracking.records import SearchRecord
@@ -120,6 +122,7 @@ class Tuner(keras_tuner.Tuner):
         memory_limit_environment(self._backend, self.memory_budget_bytes)  # refuses what no allocator can keep to
         self._executor: LocalExecutor | None = None
         self._tracker: Tracker | None = None
+        self._fit_arguments: tuple[tuple[Any, ...], dict[str, Any]] | None = None
         folder = Path(directory) / project_name
         self._files = SearchDirectory(folder)
         self._mended: list[str] = []
@@ -207,21 +210,18 @@ class Tuner(keras_tuner.Tuner):
             objective.name, self.oracle.max_trials, 1 if verbose == "auto" else int(verbose),
             direction=objective.direction, workers=self.workers,
         )  # fmt: skip
-        payload = {
-            "hypermodel": self.hypermodel,
-            "objective": self.oracle.objective,
-            "fit_args": tuple(fit_args),
-            "fit_kwargs": fit_kwargs,
-        }
+        payload = self._payload(fit_args, fit_kwargs)
+        self._fit_arguments = (fit_args, fit_kwargs)
         with clear_disk_errors(self._files.path), shared_data(self._files) as payload_file:
             dump_payload(payload, payload_file)
             self.save()  # Keras Tuner itself saves after the first trial: too late for a kill during that one
             self._begin(display, fit_args, fit_kwargs)
-            status, reason = "failed", ""
+            status, reason, best = "failed", "", None
             try:
                 with display:
                     self._session(display).run()
-                self._save_model(display, payload)
+                best = self._try_best_config(may_run=True)
+                self._save_model(display, payload, best)
                 status = "finished"
             except KeyboardInterrupt:
                 status, reason = "interrupted", "stopped by the user (Ctrl-C)"
@@ -232,7 +232,7 @@ class Tuner(keras_tuner.Tuner):
                 raise
             finally:
                 self._close_executor()
-                self._end(display, status, reason)
+                self._end(display, status, reason, best)
 
     def _refuse_missing_validation(self, fit_kwargs: dict[str, Any]) -> None:
         name = self.oracle.objective.name
@@ -257,17 +257,10 @@ class Tuner(keras_tuner.Tuner):
             objective_name=self.oracle.objective.name,
             trial_timeout_seconds=self.trial_timeout_seconds,
         )
-        executor = self._open_executor()
-        profiler = Profiler(
-            executor,
-            self._files.payload_file,
-            self._files.scratch_folder,
-            self._files.profiles_folder,
-            memory_budget_bytes=self.memory_budget_bytes,
-            micro_batch_sizes=self.micro_batch_sizes,
-            on_probe=display.probe,
+        profiler = self._profiler(display.probe)
+        runner = TrialRunner(
+            settings, self._files, self._open_executor(), profiler, display.trial_started, self._pruning()
         )
-        runner = TrialRunner(settings, self._files, executor, profiler, display.trial_started, self._pruning())
         return SearchSession(
             self.oracle,
             runner,
@@ -275,7 +268,26 @@ class Tuner(keras_tuner.Tuner):
             display,
             workers=self.workers,
             memory_budget_bytes=self.memory_budget_bytes,
-            after_trial=self.save,
+        )
+
+    def _payload(self, fit_args: Any, fit_kwargs: dict[str, Any]) -> dict[str, Any]:
+        """What the processes of trials and probes get."""
+        return {
+            "hypermodel": self.hypermodel,
+            "objective": self.oracle.objective,
+            "fit_args": tuple(fit_args),
+            "fit_kwargs": fit_kwargs,
+        }
+
+    def _profiler(self, on_probe: Callable[[str], None]) -> Profiler:
+        return Profiler(
+            self._open_executor(),
+            self._files.payload_file,
+            self._files.scratch_folder,
+            self._files.profiles_folder,
+            memory_budget_bytes=self.memory_budget_bytes,
+            micro_batch_sizes=self.micro_batch_sizes,
+            on_probe=on_probe,
         )
 
     def _pruning(self) -> Pruning | None:
@@ -329,11 +341,11 @@ class Tuner(keras_tuner.Tuner):
             "data": {"name": self.project_name, **results.describe_data(fit_args, fit_kwargs)},
         }
 
-    def _end(self, display: Display, status: str, reason: str) -> None:
+    def _end(self, display: Display, status: str, reason: str, best: tuple[Choice, TrainingConfig] | None) -> None:
         try:
             Journal(self._files.journal_file).append("search_ended", status=status, reason=reason)
             self.save()
-            results.write_report(self._files, self.record(), self._try_best_config())
+            results.write_report(self._files, self.record(), best or self._try_best_config(may_run=False))
         finally:
             if self._tracker is not None:
                 message = self._tracker.stop()
@@ -343,9 +355,10 @@ class Tuner(keras_tuner.Tuner):
             command = f"\n  once this runs: {self.ui_command}" if self.ui_command else ""
             display.line(f"Browse it: {self.ui_address}{command}")
 
-    def _save_model(self, display: Display, payload: dict[str, Any]) -> None:
-        best = self._try_best_config() if self.register_as and self.tracking_uri is not False else None
-        if best is None or not self.register_as:
+    def _save_model(
+        self, display: Display, payload: dict[str, Any], best: tuple[Choice, TrainingConfig] | None
+    ) -> None:
+        if best is None or not self.register_as or self.tracking_uri is False:
             return
         trial_id = best[0].candidate.trial_id
         try:
@@ -397,6 +410,9 @@ class Tuner(keras_tuner.Tuner):
     def get_best_config(self, policy: Policy = "quality", tolerance: float = 0.01) -> TrainingConfig:
         """The configuration to train with.
 
+        One that was not trained in its own micro-batch is run for a few updates under the budget first, once; where it
+        does not hold, the next best is taken. That needs the data of a `search()` in this process.
+
         Args:
             policy: `"quality"` (best objective within the tolerance, then fastest, then smallest), `"memory"`,
                 `"throughput"`, `"balanced"`, or a function from candidates to one of them.
@@ -408,19 +424,51 @@ class Tuner(keras_tuner.Tuner):
         Raises:
             NoResultError: no trial has completed within the budget.
         """
-        return results.training_config(
-            self.record(), self._choose(policy, tolerance), self._run_id(), self.tracking_uri
-        )
+        return self._config_of(self._choose(policy, tolerance))
 
-    def _choose(self, policy: Policy, tolerance: float) -> Choice:
+    def _choose(self, policy: Policy, tolerance: float, may_run: bool = True) -> Choice:
         objective = self.oracle.objective
-        return select(self.candidates(), policy, tolerance, objective.direction, objective_name=objective.name)
 
-    def _try_best_config(self) -> tuple[Choice, TrainingConfig] | None:
+        def choose(found: Sequence[Candidate]) -> Choice:
+            return select(found, policy, tolerance, objective.direction, objective_name=objective.name)
+
+        if self._fit_arguments is None or not may_run:
+            return predicted_choice(choose(self.candidates()))
+        return verified_choice(self.candidates, choose, self._runs)
+
+    def _runs(self, candidate: Candidate) -> bool:
+        """Whether a configuration that was not trained runs within the budget; its profile learns what that took."""
+        fit_args, fit_kwargs = self._fit_arguments or ((), {})
+        signature = next(it.signature for it in self.record().trials if it.trial_id == candidate.trial_id) or ""
+        space = self.oracle.get_trial(candidate.trial_id).hyperparameters.get_config()
+        was_open = self._executor is not None
+        with contextlib.ExitStack() as stack:
+            if not self._files.payload_file.exists():  # the search is over, and its data are off the disk
+                payload_file = stack.enter_context(shared_data(self._files))
+                dump_payload(self._payload(fit_args, fit_kwargs), payload_file)
+            if not was_open:
+                stack.callback(self._close_executor)
+            try:
+                measurement = self._profiler(lambda text: None).measure(
+                    {**space, "values": dict(candidate.hyperparameters)},
+                    signature,
+                    candidate.micro_batch_size,
+                    candidate.accumulation_steps,
+                )
+            except BuildError:  # it did not train, for whatever reason: the next best may
+                return False
+        budget, peak = self.memory_budget_bytes, measurement.peak_memory_bytes
+        return peak is not None and (budget is None or peak <= budget)
+
+    def _config_of(self, choice: Choice) -> TrainingConfig:
+        return results.training_config(self.record(), choice, self._run_id(), self.tracking_uri)
+
+    def _try_best_config(self, may_run: bool) -> tuple[Choice, TrainingConfig] | None:
         try:
-            return self._choose("quality", 0.01), self.get_best_config()
+            choice = self._choose("quality", 0.01, may_run)
         except NoResultError:
             return None
+        return choice, self._config_of(choice)
 
     def _run_id(self) -> str | None:
         return None if self._tracker is None else self._tracker.parent_run_id

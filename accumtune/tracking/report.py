@@ -124,8 +124,7 @@ def _answer(record: SearchRecord, best: ChoiceLike | None) -> str:
         f"### Train with micro-batch {item.micro_batch_size} × {item.accumulation_steps} accumulation steps "
         f"= effective batch {item.effective_batch_size}",
         f"{', '.join(facts)}{', with ' + own if own else ''}.",
-        f"**Why:** {best.reason}"
-        + ("" if item.is_trained else " Its memory and speed were predicted from the profile of its model."),
+        f"**Why:** {best.reason}",
     ]
     return "\n\n".join(lines)
 

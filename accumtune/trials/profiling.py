@@ -131,6 +131,20 @@ class Profiler:
                 failures += not measurement.is_feasible
         return profile
 
+    def measure(
+        self, hyperparameters: Mapping[str, Any], signature: str, micro_batch_size: int, accumulation_steps: int
+    ) -> Measurement:
+        """Runs a few updates of exactly this pair under the budget, and keeps what they took in the model's profile.
+
+        Raises:
+            BuildError: the model could not be built or did not train.
+        """
+        with self._lock:
+            (measurement,) = self._probe(hyperparameters, micro_batch_size, (accumulation_steps,))
+            measurement = replace(measurement, accumulation_steps=accumulation_steps)
+            self.learn(signature, measurement)
+            return measurement
+
     def learn(self, signature: str, measurement: Measurement) -> None:
         """Adds what a real trial has measured."""
         with self._lock:
@@ -148,12 +162,17 @@ class Profiler:
             size = profile.next_probe_size(self._memory_budget_bytes, smaller) if smaller else None
         return size
 
-    def _probe(self, hyperparameters: Mapping[str, Any], micro_batch_size: int) -> list[Measurement]:
+    def _probe(
+        self,
+        hyperparameters: Mapping[str, Any],
+        micro_batch_size: int,
+        accumulation_steps: Sequence[int] = _PROBED_ACCUMULATION_STEPS,
+    ) -> list[Measurement]:
         arguments = {
             "hyperparameters": dict(hyperparameters),
             "memory_budget_bytes": self._memory_budget_bytes,
             "micro_batch_size": micro_batch_size,
-            "accumulation_steps": list(_PROBED_ACCUMULATION_STEPS),
+            "accumulation_steps": list(accumulation_steps),
         }
         outcome = self._run("probe", arguments, limited=True)
         if outcome.status == "out_of_memory" or _was_killed_for_memory(outcome):

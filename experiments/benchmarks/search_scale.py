@@ -1,0 +1,204 @@
+"""What a trial costs beside its training, and that it does not grow with the number of trials.
+
+    python experiments/benchmarks/search_scale.py --trials 2000 --json scale.json
+
+Trials of a free model: the executor answers at once with made outcomes, everything else is real: the oracle and its
+files, journals, profiles, the choice of the pair, and with tracking on a replay into MLflow (SQLite). The cost of the
+last tenth of the trials is compared with that of the first. Then a few real trials of a tiny network: wall time from
+the end of one trial to the end of the next, less what its process spent on building and training.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import cProfile
+import json
+import os
+import pstats
+import statistics
+import tempfile
+import time
+from concurrent.futures import Future
+from pathlib import Path
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+
+import keras
+import numpy as np
+
+import accumtune
+from accumtune.tracking.journal import Journal
+from accumtune.trials import worker
+from accumtune.trials.executors import Outcome
+
+PEAK_PER_SAMPLE, PEAK_BASE = 2**18, 2**20
+
+
+def build_model(hp):
+    model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(1)])
+    model.compile(optimizer=keras.optimizers.SGD(hp.Float("learning_rate", 1e-4, 1e-1, sampling="log")), loss="mse")
+    return model
+
+
+class FreeExecutor:
+    """Answers at once. The space is discovered in this process; what models cost and achieve is made up."""
+
+    def __init__(self, backend: str) -> None:
+        self.backend = backend
+
+    def submit(self, directory, environment=None, timeout_seconds=None, is_memory_limited=False) -> Future:
+        name, arguments = directory.read_task()
+        answer = getattr(self, f"_{name}", None)
+        result = answer(directory, **arguments) if answer else getattr(worker, name)(directory, **arguments)
+        future: Future = Future()
+        future.set_result(Outcome("completed", result=result))
+        return future
+
+    def close(self) -> None:
+        pass
+
+    def _inspect(self, directory, **_):
+        return {
+            "signature": "made", "device": "made", "static_bytes": 20, "sample_bytes": 20, "batch_coupled_layers": [],
+            "precision_policy": "float32", "sample_shapes": None,
+        }  # fmt: skip
+
+    def _probe(self, directory, micro_batch_size, accumulation_steps, memory_budget_bytes, **_):
+        measurements = [
+            {
+                "micro_batch_size": micro_batch_size, "accumulation_steps": steps,
+                "peak_memory_bytes": PEAK_BASE + PEAK_PER_SAMPLE * micro_batch_size,
+                "seconds_per_update": steps * (0.001 + 1e-5 * micro_batch_size), "memory_source": "made",
+                "memory_limit_bytes": memory_budget_bytes,
+            }
+            for steps in accumulation_steps
+        ]  # fmt: skip
+        return {"measurements": measurements, "device": "made"}
+
+    def _train(self, directory, hyperparameters, attempt, **_):
+        values = hyperparameters["values"]
+        loss = abs(np.log2(values["effective_batch_size"] / 64)) + abs(np.log10(values["learning_rate"] / 1e-2))
+        journal = Journal(directory.journal_file)
+        journal.append("started", attempt=attempt, pid=os.getpid(), device="made", memory_source="made")
+        for epoch in range(2):
+            journal.append("epoch", attempt=attempt, execution=0, epoch=epoch, logs={"loss": loss, "val_loss": loss})
+        return {
+            "metrics": {"loss": loss, "val_loss": loss}, "best_epoch": 1, "best_value": loss,
+            "pruned_after_epochs": None, "memory_source": "made", "device": "made",
+            "peak_memory_bytes": PEAK_BASE + PEAK_PER_SAMPLE * values["micro_batch_size"],
+            "seconds_per_update": 0.001, "throughput_samples_per_second": 1000.0 * values["effective_batch_size"],
+            "updates": 10, "training_seconds": 0.01, "precision_policy": "float32",
+        }  # fmt: skip
+
+
+class Free:
+    """Mixed into a tuner: it starts no processes."""
+
+    def _open_executor(self):
+        if self._executor is None:
+            self._executor = FreeExecutor(self._backend)
+        return self._executor
+
+
+def free(kind):
+    return type(kind.__name__, (Free, kind), {})
+
+
+def data():
+    x = np.zeros((64, 4), "float32")
+    return x, x[:, :1]
+
+
+def many(kind: str, trials: int, tracking: bool, folder: Path, profile: bool) -> dict[str, object]:
+    """Wall and CPU time of each trial of a long search, from one proposal to the next."""
+    tuner = free(getattr(accumtune, kind))(
+        build_model, objective="val_loss", max_trials=trials, seed=1, memory_budget="64MiB",
+        tracking_uri=f"sqlite:///{folder}/mlflow.db" if tracking else False, directory=folder, project_name="scale",
+    )  # fmt: skip
+    wall: list[float] = []
+    cpu: list[float] = []
+    create_trial = tuner.oracle.create_trial
+
+    def timed(tuner_id):  # called once more at the end, when there is no more
+        wall.append(time.perf_counter())
+        cpu.append(time.process_time())
+        return create_trial(tuner_id)
+
+    tuner.oracle.create_trial = timed
+    x, y = data()
+    profiler = cProfile.Profile()
+    if profile:
+        profiler.enable()
+    tuner.search(x, y, validation_data=(x, y), epochs=2, verbose=0)
+    if profile:
+        profiler.disable()
+        pstats.Stats(profiler).sort_stats("cumulative").print_stats(45)
+    tenth = trials // 10
+    found: dict[str, object] = {"tuner": kind, "tracking": tracking, "trials": trials}
+    for name, clock in (("wall", wall), ("cpu", cpu)):
+        seconds = np.diff(clock)
+        # The very first one profiles the model.
+        first, last = seconds[1:tenth], seconds[-tenth:]
+        found[name] = {
+            "first_seconds": statistics.median(first), "last_seconds": statistics.median(last),
+            "ratio": statistics.median(last) / statistics.median(first),
+            "mean_ratio": float(np.mean(last) / np.mean(first)),
+        }  # fmt: skip
+    return found
+
+
+def real(trials: int, folder: Path) -> dict[str, object]:
+    """What real trials cost beside training, with tracking on."""
+    tuner = accumtune.RandomSearch(
+        build_model, objective="val_loss", max_trials=trials, seed=1, memory_budget="64MiB", micro_batch_sizes=(8, 16),
+        accumulation_steps=(1, 2), tracking_uri=f"sqlite:///{folder}/real.db", directory=folder, project_name="real",
+    )  # fmt: skip
+    x, y = data()
+    tuner.search(x, y, validation_data=(x, y), epochs=2, verbose=0)
+    ended = [trial.ended_at for trial in tuner.record().trials]
+    training = [trial.training_seconds for trial in tuner.record().trials]
+    beside = [end - before - seconds for before, end, seconds in zip(ended, ended[1:], training[1:], strict=False)]
+    return {"trials": trials, "beside_seconds": beside, "median": statistics.median(beside), "largest": max(beside)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--trials", type=int, default=2000)
+    parser.add_argument("--tuner", default="RandomSearch", choices=("RandomSearch", "OptunaSearch"))
+    parser.add_argument("--tracking", nargs="+", default=("off", "on"), choices=("off", "on"))
+    parser.add_argument("--real", type=int, default=10, help="real trials; 0 for none")
+    parser.add_argument("--profile", action="store_true", help="say where the time goes")
+    parser.add_argument("--json", metavar="PATH", help="write all figures there, too")
+    arguments = parser.parse_args()
+    found: dict[str, object] = {"scale": []}
+    print(f"{arguments.tuner}, {arguments.trials} free trials: milliseconds per trial in the first and last tenth")
+    print("(medians; the ratio of means in brackets)\n")
+    print("| tracking | wall first | wall last | ratio          | CPU first | CPU last | ratio          |")
+    print("|----------|------------|-----------|----------------|-----------|----------|----------------|")
+    for name in arguments.tracking:
+        with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):  # MLflow's artifacts go there, too
+            run = many(arguments.tuner, arguments.trials, name == "on", Path(folder), arguments.profile)
+        found["scale"].append(run)
+        cells = []
+        for clock in ("wall", "cpu"):
+            it = run[clock]
+            cells += [
+                f"{1000 * it['first_seconds']:9.1f}", f"{1000 * it['last_seconds']:9.1f}",
+                f"{it['ratio']:7.2f} ({it['mean_ratio']:.2f})",
+            ]  # fmt: skip
+        print(f"| {name:8} | " + " | ".join(cells) + " |", flush=True)
+    if arguments.real:
+        with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
+            found["real"] = real(arguments.real, Path(folder))
+        it = found["real"]
+        print(
+            f"\n{it['trials']} real trials, seconds beside training after the first: median {it['median']:.2f}, "
+            f"largest {it['largest']:.2f}"
+        )
+    if arguments.json:
+        Path(arguments.json).write_text(json.dumps(found, indent=1))
+
+
+if __name__ == "__main__":
+    main()
