@@ -2,25 +2,31 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
+import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from accumtune.errors import AccumtuneError
+from accumtune.errors import AccumtuneError, WorkerError
 from accumtune.memory.budget import format_bytes
 from accumtune.memory.device import memory_limit_environment
 from accumtune.memory.profile import Measurement, Profile
 from accumtune.search.feasibility import Pair, next_smaller, realise, training_key
 from accumtune.tracking.journal import Journal, read_trial
 from accumtune.tracking.records import TrialRecord
+from accumtune.trials.devices import Places
 from accumtune.trials.directory import SearchDirectory, TaskDirectory
-from accumtune.trials.executors import LocalExecutor, Outcome
+from accumtune.trials.executors import Executor
+from accumtune.trials.outcome import Outcome
 from accumtune.trials.profiling import Profiler, out_of_memory
 
 # A trial that takes the whole machine down with it would be run for ever, once after each resume.
 _MAX_CRASHES = 5
+# So may one that takes every machine of a cluster down.
+_MAX_LOSSES = 10
 
 
 @dataclass(frozen=True)
@@ -28,7 +34,8 @@ class TrialResult:
     """How a trial ended, for the oracle, the journal and the terminal.
 
     Args:
-        status: `"completed"`, `"reused"`, `"infeasible"` or `"failed"`.
+        status: `"completed"`, `"reused"`, `"infeasible"`, `"failed"`, or `"stopped"`: with the search, which will
+            go on with it.
         reason: one line for a person; empty when completed.
         values: the hyperparameters that really ran, the three batch sizes included.
         metrics: the best epoch's, by name.
@@ -67,6 +74,7 @@ class TrialRunner:
         directory: of the search.
         executor: where processes start.
         profiler: knows what models cost.
+        places: which devices trials run on, one trial at a time on each.
         on_start: called with the trial's number, values and predicted peak when it begins to train.
     """
 
@@ -74,9 +82,10 @@ class TrialRunner:
         self,
         settings: SearchSettings,
         directory: SearchDirectory,
-        executor: LocalExecutor,
+        executor: Executor,
         profiler: Profiler,
         on_start: Callable[[int, Mapping[str, Any], int | None], None] = lambda number, values, peak: None,
+        places: Places | None = None,
     ) -> None:
         self._settings = settings
         self._directory = directory
@@ -85,11 +94,26 @@ class TrialRunner:
         self._on_start = on_start
         self._trainings: dict[str, Future[tuple[str, TrialResult]]] = {}
         self._lock = threading.Lock()
-        self._is_stopped = False
+        self._places = places
+        self._training: set[TaskDirectory] = set()  # whose processes run
+        self._is_stopping = False
+
+    def ask_to_stop(self, wait_seconds: float) -> None:
+        """Asks trials that train to end with their epoch and to save their state; waits until they have.
+
+        No other trial begins to train. Those that have not come to an end in time are left to `stop`.
+        """
+        with self._lock:
+            self._is_stopping = True
+            for directory in self._training:
+                directory.ask_to_stop()
+        deadline = time.monotonic() + wait_seconds
+        while self._training and time.monotonic() < deadline:
+            time.sleep(0.05)
 
     def stop(self) -> None:
-        """Ends all trials that run, at once; they will run again when the search is resumed."""
-        self._is_stopped = True
+        """Ends all trials that run, at once; they go on from their last epoch's checkpoint in a resumed search."""
+        self._is_stopping = True
         self._executor.close()
 
     def remember(self, trial_id: str, result: TrialResult) -> None:
@@ -111,8 +135,13 @@ class TrialRunner:
         """
         directory = self._directory.trial(trial_id)
         try:
-            return self._run(directory, trial_id, number, space, fit_overrides)
+            with contextlib.nullcontext() if self._places is None else self._places.lease():
+                return self._run(directory, trial_id, number, space, fit_overrides)
         except AccumtuneError as error:
+            if self._is_stopping:  # a probe that was ended with the search
+                return TrialResult("stopped", dict(space["values"]), reason=_STOPPED)
+            if isinstance(error, WorkerError):  # says nothing of this trial, and the next one would fare no better
+                raise
             reason = str(error).splitlines()[0]
             return TrialResult("failed", dict(space["values"]), reason=reason, traceback=str(error))
 
@@ -197,6 +226,7 @@ class TrialRunner:
         fit_overrides: Mapping[str, Any],
     ) -> TrialResult:
         journal = Journal(directory.journal_file)
+        losses = 0
         while True:
             profile = self._profiler.profile(space)
             peak = profile.predict_peak_memory(pair.micro_batch_size, pair.accumulation_steps)
@@ -222,9 +252,17 @@ class TrialRunner:
                 return TrialResult("failed", values, reason=reason, traceback=directory.log_tail())
             self._on_start(number, values, peak)
             outcome = self._start(directory, attempt, {**space, "values": values}, fit_overrides)
-            if self._is_stopped:
-                journal.append("stopped", attempt=attempt, why="the search was stopped")
-                return TrialResult("failed", values, reason="the search was stopped")
+            if outcome.status == "stopped" or (self._is_stopping and not outcome.is_completed):
+                journal.append("stopped", attempt=attempt, why=_STOPPED)
+                return TrialResult("stopped", values, reason=_STOPPED)
+            if outcome.status == "lost":
+                # Started anew by the search rather than by Ray: each start is an attempt, with epochs of its own.
+                journal.append("stopped", attempt=attempt, why=outcome.reason)
+                losses += 1
+                if losses < _MAX_LOSSES:
+                    continue
+                reason = f"it was lost {losses} times, the last time because {outcome.reason}"
+                return TrialResult("failed", values, reason=reason)
             if outcome.status != "out_of_memory":
                 return self._result(values, peak, profile.signature, pair, outcome)
             journal.append("stopped", attempt=attempt, why="out of memory")
@@ -265,12 +303,20 @@ class TrialRunner:
         source = space["values"].get("tuner/trial_id")
         if source:
             arguments["initial_weights"] = str(self._directory.trial(source).weights_file.resolve())
-        directory.write_task("train", arguments)
         environment = memory_limit_environment(self._executor.backend, budget)
         timeout_seconds = self._settings.trial_timeout_seconds
-        return self._executor.submit(
-            directory, environment, timeout_seconds, is_memory_limited=budget is not None
-        ).result()
+        with self._lock:
+            if self._is_stopping:
+                return Outcome("stopped", reason=_STOPPED)
+            directory.write_task("train", arguments)
+            self._training.add(directory)
+        try:
+            return self._executor.submit(
+                directory, environment, timeout_seconds, is_memory_limited=budget is not None
+            ).result()
+        finally:
+            with self._lock:
+                self._training.discard(directory)
 
     def _result(
         self, values: dict[str, Any], predicted: int, signature: str, pair: Pair, outcome: Outcome
@@ -326,6 +372,7 @@ def _crashes(journal: Journal) -> int:
     return names.count("started") - names.count("stopped") - names.count("ended")
 
 
+_STOPPED = "the search was stopped"
 _PAIR = ("micro_batch_size", "accumulation_steps")
 
 

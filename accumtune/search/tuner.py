@@ -28,13 +28,15 @@ from accumtune.search.hypermodel import (
 from accumtune.search.registering import save_model_for_registry
 from accumtune.search.runner import SearchSettings, TrialRunner
 from accumtune.search.selection import Candidate, Choice, Policy, pareto_front, select
-from accumtune.search.session import SearchSession, shared_data
+from accumtune.search.session import SearchSession, StoppedAtOnce, shared_data
+from accumtune.search.workers import command_to_resume, open_executor, plan, refuse_chief_and_workers, resolve_pool
 from accumtune.tracking.journal import Journal, read_search
 from accumtune.tracking.mlflow import Tracker
 from accumtune.tracking.records import SearchRecord
 from accumtune.trials.builder import ModelBuilder
+from accumtune.trials.devices import Places
 from accumtune.trials.directory import SearchDirectory, TaskDirectory, check_writable, clear_disk_errors
-from accumtune.trials.executors import LocalExecutor
+from accumtune.trials.executors import Executor
 from accumtune.trials.payload import dump_payload
 from accumtune.trials.profiling import Profiler, check_sizes, current_backend, finished
 
@@ -59,6 +61,11 @@ class Tuner(keras_tuner.Tuner):
         learning_rate_scaling: None, `"linear"` or `"sqrt"`, relative to the smallest effective batch.
         trial_timeout_seconds: a trial that takes longer is stopped and counts as failed.
         workers: trials at once.
+        devices: what they run on, on this machine. `"auto"`: each worker gets a GPU of its own; more workers than
+            GPUs share them, if the device holds `memory_budget` for each; without GPUs workers divide the cores.
+            `"cpu"`, or a list of GPUs such as `[0, 1]`.
+        executor: where trials run: None for this machine, `"ray"` or the address of a Ray cluster, or any object
+            with `submit(function, *arguments) -> Future`, such as Dask's `client.get_executor()`.
         tracking_uri: MLflow's; None for `sqlite:///mlruns/mlflow.db`, False for no tracking.
         register_as: a name in MLflow's model registry for the best model, under the alias `best`.
         directory, project_name: where the search keeps its state; the same script run again goes on.
@@ -86,6 +93,8 @@ class Tuner(keras_tuner.Tuner):
         learning_rate_scaling: str | None = None,
         trial_timeout_seconds: float | None = None,
         workers: int = 1,
+        devices: str | Sequence[str | int] = "auto",
+        executor: Any = None,
         tracking_uri: str | None | Literal[False] = None,
         register_as: str | None = None,
         directory: str | os.PathLike[str] = "mlruns/searches",
@@ -106,13 +115,16 @@ class Tuner(keras_tuner.Tuner):
         self.learning_rate_scaling = learning_rate_scaling
         self.trial_timeout_seconds = trial_timeout_seconds
         (self.workers,) = check_sizes("workers", [workers])
+        refuse_chief_and_workers()
+        self._pool = resolve_pool(executor)
+        self._backend = current_backend()
+        self._places = plan(self.workers, devices, self._pool, self.memory_budget_bytes)
         self.tracking_uri = tracking_uri
         self.register_as = register_as
         self.batch_coupled_layers: list[str] = []
         self.search_over = search_over
-        self._backend = current_backend()
         memory_limit_environment(self._backend, self.memory_budget_bytes)  # refuses what no allocator can keep to
-        self._executor: LocalExecutor | None = None
+        self._executor: Executor | None = None
         self._tracker: Tracker | None = None
         folder = Path(directory) / project_name
         self._files = SearchDirectory(folder)
@@ -211,22 +223,23 @@ class Tuner(keras_tuner.Tuner):
             dump_payload(payload, payload_file)
             self.save()  # Keras Tuner itself saves after the first trial: too late for a kill during that one
             self._begin(display, fit_args, fit_kwargs)
-            status, reason = "failed", ""
+            status, reason, is_hurried = "failed", "", False
             try:
                 with display:
                     self._session(display).run()
                 self._save_model(display, payload)
                 status = "finished"
-            except KeyboardInterrupt:
+            except KeyboardInterrupt as error:
+                is_hurried = isinstance(error, StoppedAtOnce)
                 status, reason = "interrupted", "stopped by the user (Ctrl-C)"
-                display.line("Interrupted. Completed trials are kept: run the same script again to go on.")
+                display.line(f"Interrupted; nothing is lost, run the same script again to go on: {command_to_resume()}")
                 raise
             except Exception as error:
                 reason = str(error)
                 raise
             finally:
                 self._close_executor()
-                self._end(display, status, reason)
+                self._end(display, status, reason, is_hurried)
 
     def _refuse_missing_validation(self, fit_kwargs: dict[str, Any]) -> None:
         name = self.oracle.objective.name
@@ -261,7 +274,7 @@ class Tuner(keras_tuner.Tuner):
             micro_batch_sizes=self.micro_batch_sizes,
             on_probe=display.probe,
         )
-        runner = TrialRunner(settings, self._files, executor, profiler, display.trial_started)
+        runner = TrialRunner(settings, self._files, executor, profiler, display.trial_started, Places(self._places))
         return SearchSession(
             self.oracle,
             runner,
@@ -285,6 +298,9 @@ class Tuner(keras_tuner.Tuner):
             f'Search "{self.project_name}": {type(self).__name__}, {budget}, effective batches '
             f"{', '.join(map(str, self.effective_batch_sizes))}"
         )
+        if self.workers > 1:
+            places = ", ".join(dict.fromkeys(place.description for place in self._places if place.description))
+            display.line(f"{self.workers} trials at once" + (f": {places}" if places else ""))
         texts = advice(
             hyperparameters=[hp.name for hp in self.oracle.hyperparameters.space],
             effective_batch_sizes=self.effective_batch_sizes,
@@ -317,10 +333,13 @@ class Tuner(keras_tuner.Tuner):
             "data": {"name": self.project_name, **results.describe_data(fit_args, fit_kwargs)},
         }
 
-    def _end(self, display: Display, status: str, reason: str) -> None:
+    def _end(self, display: Display, status: str, reason: str, is_hurried: bool) -> None:
         try:
             Journal(self._files.journal_file).append("search_ended", status=status, reason=reason)
             self.save()
+            if is_hurried:
+                self._tracker = None  # what MLflow lacks comes with the next session, or `accumtune sync`
+                return
             results.write_report(self._files, self.record(), self._try_best_config())
         finally:
             if self._tracker is not None:
@@ -341,9 +360,9 @@ class Tuner(keras_tuner.Tuner):
         except AccumtuneError as error:  # what the search has found does not depend on it
             display.line(f"The best model is not registered as {self.register_as!r}: {error}")
 
-    def _open_executor(self) -> LocalExecutor:
+    def _open_executor(self) -> Executor:
         if self._executor is None:
-            self._executor = LocalExecutor(self._backend)
+            self._executor = open_executor(self._pool, self._backend)
         return self._executor
 
     def _close_executor(self) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,6 +11,7 @@ from statistics import median
 from typing import Any
 
 import keras
+from keras_tuner.src.engine import tuner_utils  # it has no public name
 
 from accumtune.errors import UnsendableDataError
 from accumtune.tracking.journal import Journal
@@ -56,6 +58,16 @@ class JournalWriter(keras.callbacks.Callback):
     def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
         logged = {name: float(value) for name, value in (logs or {}).items() if _is_number(value)}
         self._journal.append("epoch", **self._labels, epoch=epoch, logs=logged)
+
+
+class SaveBestEpoch(tuner_utils.SaveBestEpoch):
+    """Keras Tuner's, that writes the file whole: a trial that is killed meanwhile keeps the best epoch before."""
+
+    def _save_model(self) -> None:
+        path = Path(self.filepath)
+        temporary = path.with_name(f"new.{path.name}")  # Keras wants the name to end as it does
+        self.model.save_weights(temporary)
+        os.replace(temporary, path)
 
 
 def copy_callbacks(callbacks: Sequence[Any] | None, trial_name: str, execution: int) -> list[Any]:

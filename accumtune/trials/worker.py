@@ -9,13 +9,14 @@ from __future__ import annotations
 import gc
 import json
 import os
-import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
+from statistics import mean, median
 from typing import Any
 
 from accumtune.trials.directory import TaskDirectory, write_atomically
+from accumtune.trials.outcome import StopRequested, Superseded
 from accumtune.trials.payload import load_payload
 
 
@@ -29,6 +30,10 @@ def run_task(path: Path) -> int:
     name, arguments = directory.read_task()
     try:
         result = _TASKS[name](directory, **arguments)
+    except StopRequested:
+        directory.write_outcome({"status": "stopped", "reason": "the search was stopped; its state is saved"})
+    except Superseded:
+        pass  # the outcome is another process's to write
     except Exception as error:
         directory.write_outcome(_describe(error))
     else:
@@ -107,10 +112,9 @@ def probe(
 ) -> dict[str, Any]:
     """Runs a few real updates at one micro-batch size and measures them."""
     from accumtune.memory import probe as probes
-    from accumtune.memory.device import open_device
 
     content = load_payload(Path(payload))
-    device = open_device(budget_bytes=memory_budget_bytes)
+    device = _open_device(memory_budget_bytes)
     model = content["hypermodel"].build_plain(_hyperparameters(hyperparameters))
     samples, is_pipeline = _samples(model, content)
     measurements = probes.probe(
@@ -139,20 +143,26 @@ def train(
     import keras
     from keras_tuner.src.engine import tuner_utils  # how Keras Tuner reads what fit() returns; it has no public name
 
-    from accumtune.memory.device import open_device
     from accumtune.tracking.journal import Journal
-    from accumtune.trials.callbacks import JournalWriter, copy_callbacks
+    from accumtune.trials.callbacks import JournalWriter, SaveBestEpoch, copy_callbacks
+    from accumtune.trials.checkpoint import CannotContinue, Continuation
 
     content = load_payload(Path(payload))
     hypermodel, objective = content["hypermodel"], content["objective"]
-    device = open_device(budget_bytes=memory_budget_bytes)
+    device = _open_device(memory_budget_bytes)
     journal = Journal(directory.journal_file)
     journal.append("started", attempt=attempt, pid=os.getpid(), device=device.name, memory_source=device.memory_source)
+    numbers = {name: value for name, value in content["fit_kwargs"].items() if isinstance(value, (int, float, str))}
+    same_training = {
+        "values": hyperparameters["values"], "seed": seed, "executions": executions,
+        "fit": {**numbers, **(fit_overrides or {})},
+    }  # fmt: skip
+    continuation = Continuation(directory, attempt, same_training)
+    continuation.repeat_epochs()
     # One for all executions: the best epoch of all of them is kept, as in Keras Tuner.
-    save_best = tuner_utils.SaveBestEpoch(objective=objective, filepath=str(directory.weights_file))
-    histories, writers, peaks = [], [], []
-    started = time.monotonic()
-    for execution in range(executions):
+    save_best = SaveBestEpoch(objective=objective, filepath=str(directory.weights_file))
+
+    def execute(execution: int) -> dict[str, Any]:
         keras.backend.clear_session()
         gc.collect()
         # Every trial starts from the same seed, so that two trials differ by their hyperparameters alone.
@@ -164,30 +174,48 @@ def train(
         writer = JournalWriter(journal, attempt=attempt, execution=execution)
         arguments = {**content["fit_kwargs"], **(fit_overrides or {}), "verbose": 0}
         callbacks = copy_callbacks(arguments.pop("callbacks", None), directory.path.name, execution)
+        continuation.attach(model)
         device.reset_peak()
         history = hypermodel.fit(
             hp, model, *content["fit_args"], **arguments, callbacks=[*callbacks, writer, save_best]
         )
-        peaks.append(device.peak_memory_bytes())
+        peak = device.peak_memory_bytes()
         tuner_utils.validate_trial_results(history, objective, "HyperModel.fit()")
-        histories.append(history)
-        writers.append(writer)
         _save_build_config(model, directory)
-    metrics = tuner_utils.convert_to_metrics_dict(histories, objective)
+        return {
+            "metrics": tuner_utils.convert_to_metrics_dict(history, objective),
+            "best_epoch": tuner_utils.get_best_step(history, objective),
+            "peak_memory_bytes": int(peak),
+            "seconds_per_update": writer.seconds_per_update,
+            "updates": writer.updates,
+        }
+
+    try:
+        while len(continuation.results) < executions:
+            continuation.execution_ended(execute(len(continuation.results)))
+    except CannotContinue as error:
+        print(f"The saved state is not that of this model ({error}): the training begins anew.")
+        directory.checkpoint_file.unlink()
+        return train(
+            directory, payload, hyperparameters, memory_budget_bytes, seed, attempt, executions, fit_overrides,
+            initial_weights,
+        )  # fmt: skip
+    results = continuation.results
+    metrics = tuner_utils.average_metrics_dicts([result["metrics"] for result in results])
     effective_batch_size = hyperparameters["values"].get("effective_batch_size", 0)
-    seconds_per_update = _median([writer.seconds_per_update for writer in writers])
+    seconds_per_update = _median([result["seconds_per_update"] for result in results])
     return {
         "metrics": {name: float(value) for name, value in metrics.items()},
-        "best_epoch": int(tuner_utils.get_best_step(histories, objective)),
+        "best_epoch": int(mean(result["best_epoch"] for result in results)),
         # The first execution's: TensorFlow keeps the variables of a model that is gone (keras-tuner #395), so that
         # later ones in the same process count earlier ones too.
-        "peak_memory_bytes": int(peaks[0]),
+        "peak_memory_bytes": results[0]["peak_memory_bytes"],
         "memory_source": device.memory_source,
         "device": device.name,
         "seconds_per_update": seconds_per_update,
         "throughput_samples_per_second": effective_batch_size / seconds_per_update if seconds_per_update else None,
-        "updates": sum(writer.updates for writer in writers),
-        "training_seconds": time.monotonic() - started,
+        "updates": sum(result["updates"] for result in results),
+        "training_seconds": continuation.seconds,
         "precision_policy": keras.config.dtype_policy().name,
     }
 
@@ -220,6 +248,16 @@ def _samples(model: Any, content: dict[str, Any]) -> tuple[Callable[[int], Any],
     return first, data.is_pipeline(x)
 
 
+def _open_device(memory_budget_bytes: int | None) -> Any:
+    """The device of this process, limited; what the limit is to JAX depends on the GPU that is here."""
+    import keras
+
+    from accumtune.memory.device import memory_limit_environment, open_device
+
+    os.environ.update(memory_limit_environment(keras.backend.backend(), memory_budget_bytes))
+    return open_device(budget_bytes=memory_budget_bytes)
+
+
 def _hyperparameters(config: dict[str, Any]) -> Any:
     import keras_tuner
 
@@ -238,7 +276,5 @@ def _save_build_config(model: Any, directory: TaskDirectory) -> None:
 
 
 def _median(values: list[float | None]) -> float | None:
-    from statistics import median
-
     known = [value for value in values if value]
     return median(known) if known else None
