@@ -88,7 +88,7 @@ def watch(future: Future[Outcome], directory: TaskDirectory, pruning: Pruning) -
         epochs = [epoch for epoch in read_trial(directory.path).epochs if epoch.execution == 0]
         for epoch in epochs[seen:]:
             if pruning.is_hopeless(trial_id, epoch.epoch, epoch.logs) and not is_done:
-                directory.stop_file.touch()
+                directory.prune_file.touch()
         seen = len(epochs)
     outcome = future.result()
     is_stopped = outcome.is_completed and outcome.result.get("pruned_after_epochs") is not None

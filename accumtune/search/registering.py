@@ -12,7 +12,7 @@ from accumtune.memory.device import memory_limit_environment
 from accumtune.tracking.digest import file_digest
 from accumtune.tracking.registry import MODEL_FILE, MODEL_FOLDER
 from accumtune.trials.directory import SearchDirectory, TaskDirectory, write_atomically
-from accumtune.trials.executors import LocalExecutor
+from accumtune.trials.executors import Executor
 from accumtune.trials.payload import dump_payload
 from accumtune.trials.profiling import finished
 
@@ -20,7 +20,7 @@ _SAMPLES = 2
 
 
 def save_model_for_registry(
-    files: SearchDirectory, executor: LocalExecutor, payload: Mapping[str, Any], trial_id: str, name: str
+    files: SearchDirectory, executor: Executor, payload: Mapping[str, Any], trial_id: str, name: str
 ) -> None:
     """Leaves the model of a trial, with the weights of its best epoch, where the tracker finds it.
 

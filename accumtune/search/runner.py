@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -9,7 +10,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from accumtune.errors import AccumtuneError
+from accumtune.errors import AccumtuneError, WorkerError
 from accumtune.memory.budget import format_bytes
 from accumtune.memory.device import memory_limit_environment
 from accumtune.memory.profile import Measurement, Profile
@@ -17,13 +18,17 @@ from accumtune.search.feasibility import Pair, next_smaller, realise, training_k
 from accumtune.search.pruning import Pruning, pruned_reason, watch
 from accumtune.tracking.journal import Journal, read_trial
 from accumtune.tracking.records import TrialRecord
+from accumtune.trials.devices import Places
 from accumtune.trials.directory import SearchDirectory, TaskDirectory
-from accumtune.trials.executions import combined
-from accumtune.trials.executors import LocalExecutor, Outcome
+from accumtune.trials.executions import run_executions
+from accumtune.trials.executors import Executor
+from accumtune.trials.outcome import Outcome
 from accumtune.trials.profiling import Profiler, out_of_memory
 
 # A trial that takes the whole machine down with it would be run for ever, once after each resume.
 _MAX_CRASHES = 5
+# So may one that takes every machine of a cluster down.
+_MAX_LOSSES = 10
 
 
 @dataclass(frozen=True)
@@ -31,7 +36,8 @@ class TrialResult:
     """How a trial ended, for the oracle, the journal and the terminal.
 
     Args:
-        status: `"completed"`, `"reused"`, `"infeasible"` or `"failed"`.
+        status: `"completed"`, `"reused"`, `"infeasible"`, `"failed"`, or `"stopped"`: with the search, which will
+            go on with it.
         reason: one line for a person; of a completed trial only where it was pruned.
         values: the hyperparameters that really ran, the three batch sizes included.
         metrics: the best epoch's, by name.
@@ -70,6 +76,7 @@ class TrialRunner:
         directory: of the search.
         executor: where processes start.
         profiler: knows what models cost.
+        places: which devices trials run on, one trial at a time on each.
         on_start: called with the trial's number, values and predicted peak when it begins to train.
         pruning: is told of each epoch and may say that the trial is hopeless; None trains all to their end.
     """
@@ -78,9 +85,10 @@ class TrialRunner:
         self,
         settings: SearchSettings,
         directory: SearchDirectory,
-        executor: LocalExecutor,
+        executor: Executor,
         profiler: Profiler,
         on_start: Callable[[int, Mapping[str, Any], int | None], None] = lambda number, values, peak: None,
+        places: Places | None = None,
         pruning: Pruning | None = None,
     ) -> None:
         self._settings = settings
@@ -91,11 +99,26 @@ class TrialRunner:
         self._pruning = pruning
         self._trainings: dict[str, Future[tuple[str, TrialResult]]] = {}
         self._lock = threading.Lock()
-        self._is_stopped = False
+        self._places = places
+        self._training: set[TaskDirectory] = set()  # whose processes run
+        self._is_stopping = False
+
+    def ask_to_stop(self, wait_seconds: float) -> None:
+        """Asks trials that train to end with their epoch and to save their state; waits until they have.
+
+        No other trial begins to train. Those that have not come to an end in time are left to `stop`.
+        """
+        with self._lock:
+            self._is_stopping = True
+            for directory in self._training:
+                directory.ask_to_stop()
+        deadline = time.monotonic() + wait_seconds
+        while self._training and time.monotonic() < deadline:
+            time.sleep(0.05)
 
     def stop(self) -> None:
-        """Ends all trials that run, at once; they will run again when the search is resumed."""
-        self._is_stopped = True
+        """Ends all trials that run, at once; they go on from their last epoch's checkpoint in a resumed search."""
+        self._is_stopping = True
         self._executor.close()
 
     def remember(self, trial_id: str, result: TrialResult) -> None:
@@ -117,8 +140,13 @@ class TrialRunner:
         """
         directory = self._directory.trial(trial_id)
         try:
-            return self._run(directory, trial_id, number, space, fit_overrides)
+            with contextlib.nullcontext() if self._places is None else self._places.lease():
+                return self._run(directory, trial_id, number, space, fit_overrides)
         except AccumtuneError as error:
+            if self._is_stopping:  # a probe that was ended with the search
+                return TrialResult("stopped", dict(space["values"]), reason=_STOPPED)
+            if isinstance(error, WorkerError):  # says nothing of this trial, and the next one would fare no better
+                raise
             reason = str(error).splitlines()[0]
             return TrialResult("failed", dict(space["values"]), reason=reason, traceback=str(error))
 
@@ -203,6 +231,7 @@ class TrialRunner:
         fit_overrides: Mapping[str, Any],
     ) -> TrialResult:
         journal = Journal(directory.journal_file)
+        losses = 0
         while True:
             profile = self._profiler.profile(space)
             peak = profile.predict_peak_memory(pair.micro_batch_size, pair.accumulation_steps)
@@ -228,9 +257,17 @@ class TrialRunner:
                 return TrialResult("failed", values, reason=reason, traceback=directory.log_tail())
             self._on_start(number, values, peak)
             outcome = self._start(directory, attempt, {**space, "values": values}, fit_overrides)
-            if self._is_stopped:
-                journal.append("stopped", attempt=attempt, why="the search was stopped")
-                return TrialResult("failed", values, reason="the search was stopped")
+            if outcome.status == "stopped" or (self._is_stopping and not outcome.is_completed):
+                journal.append("stopped", attempt=attempt, why=_STOPPED)
+                return TrialResult("stopped", values, reason=_STOPPED)
+            if outcome.status == "lost":
+                # Started anew by the search rather than by Ray: each start is an attempt, with epochs of its own.
+                journal.append("stopped", attempt=attempt, why=outcome.reason)
+                losses += 1
+                if losses < _MAX_LOSSES:
+                    continue
+                reason = f"it was lost {losses} times, the last time because {outcome.reason}"
+                return TrialResult("failed", values, reason=reason)
             if outcome.status != "out_of_memory":
                 return self._result(values, peak, profile.signature, pair, outcome)
             journal.append("stopped", attempt=attempt, why="out of memory")
@@ -260,22 +297,18 @@ class TrialRunner:
     def _start(
         self, directory: TaskDirectory, attempt: int, space: dict[str, Any], fit_overrides: Mapping[str, Any]
     ) -> Outcome:
-        """Trains as often as the search asks, each time in a process of its own."""
+        """Trains as often as the search asks, within the time that a trial has."""
         timeout_seconds = self._settings.trial_timeout_seconds
         started = time.monotonic()
-        reports: list[dict[str, Any]] = []
-        for execution in range(self._settings.executions_per_trial):
-            arguments = self._arguments(attempt, space, fit_overrides, execution, reports)
+
+        def run(execution: int, earlier: list[dict[str, Any]]) -> Outcome:
+            arguments = self._arguments(attempt, space, fit_overrides, execution, earlier)
             left = timeout_seconds
-            if timeout_seconds is not None and reports:  # what is left of the trial's time
+            if timeout_seconds is not None and earlier:
                 left = max(0.1, timeout_seconds - (time.monotonic() - started))
-            outcome = self._execute(directory, arguments, left)
-            if not outcome.is_completed:
-                return outcome
-            reports.append(outcome.result)
-            if outcome.result.get("pruned_after_epochs") is not None:
-                break
-        return replace(outcome, result=combined(reports))
+            return self._execute(directory, arguments, left)
+
+        return run_executions(run, self._settings.executions_per_trial)
 
     def _arguments(
         self,
@@ -283,7 +316,7 @@ class TrialRunner:
         space: dict[str, Any],
         fit_overrides: Mapping[str, Any],
         execution: int,
-        reports: list[dict[str, Any]],
+        earlier: list[dict[str, Any]],
     ) -> dict[str, Any]:
         arguments: dict[str, Any] = {
             "payload": str(self._directory.payload_file.resolve()),
@@ -292,7 +325,8 @@ class TrialRunner:
             "seed": self._settings.seed,
             "attempt": attempt,
             "execution": execution,
-            "best_value": reports[-1]["best_value"] if reports else None,
+            "executions": self._settings.executions_per_trial,
+            "earlier": earlier,
             "fit_overrides": dict(fit_overrides),
         }
         source = space["values"].get("tuner/trial_id")
@@ -301,17 +335,23 @@ class TrialRunner:
         return arguments
 
     def _execute(self, directory: TaskDirectory, arguments: dict[str, Any], timeout_seconds: float | None) -> Outcome:
-        directory.write_task("train", arguments)
         budget = self._settings.memory_budget_bytes
-        future = self._executor.submit(
-            directory,
-            memory_limit_environment(self._executor.backend, budget),
-            timeout_seconds,
-            is_memory_limited=budget is not None,
-        )
-        if self._pruning is None or arguments["execution"] > 0:
-            return future.result()
-        return watch(future, directory, self._pruning)
+        environment = memory_limit_environment(self._executor.backend, budget)
+        with self._lock:
+            if self._is_stopping:
+                return Outcome("stopped", reason=_STOPPED)
+            directory.write_task("train", arguments)
+            self._training.add(directory)
+        try:
+            future = self._executor.submit(
+                directory, environment, timeout_seconds, is_memory_limited=budget is not None
+            )
+            if self._pruning is None or arguments["execution"] > 0:
+                return future.result()
+            return watch(future, directory, self._pruning)
+        finally:
+            with self._lock:
+                self._training.discard(directory)
 
     def _result(
         self, values: dict[str, Any], predicted: int, signature: str, pair: Pair, outcome: Outcome
@@ -373,6 +413,7 @@ def _crashes(journal: Journal) -> int:
     return names.count("started") - names.count("stopped") - names.count("ended")
 
 
+_STOPPED = "the search was stopped"
 _PAIR = ("micro_batch_size", "accumulation_steps")
 
 

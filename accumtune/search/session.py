@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from typing import Any
 
@@ -21,6 +21,12 @@ from accumtune.trials.directory import SearchDirectory, TaskDirectory
 
 # An oracle that keeps proposing what was trained already is given other values after so many in a row.
 _MAX_REUSED_IN_A_ROW = 3
+# From Ctrl-C to the end of all trials; a person waits 10 s at most, and ending processes takes a moment.
+_STOPPING_SECONDS = 7.0
+
+
+class StoppedAtOnce(KeyboardInterrupt):
+    """A second Ctrl-C: nobody wants to wait."""
 
 
 class SearchSession:
@@ -64,29 +70,35 @@ class SearchSession:
         Raises:
             SearchFailedError: `max_consecutive_failed_trials` trials failed one after another.
             BudgetTooSmallError: no proposal fits in the budget at any micro-batch size.
+            KeyboardInterrupt: Ctrl-C, after the trials have saved their state and ended; `StoppedAtOnce` where it
+                came twice.
         """
         self._recover()
-        idle = [f"tuner{index}" for index in range(self._workers)]
         running: dict[Future[TrialResult], tuple[str, Any]] = {}
-        with ThreadPoolExecutor(self._workers, thread_name_prefix="accumtune-trial") as threads, self._stopping():
-            while True:
-                waits_for_others = False
-                while idle and not waits_for_others and not self._is_exhausted:
-                    trial = self._next_trial(idle[-1])
-                    if trial is not None and trial.status == TrialStatus.RUNNING:
-                        running[threads.submit(self._run_trial, trial)] = (idle.pop(), trial)
-                    else:  # STOPPED, or IDLE: waiting for the outcome of another trial
-                        waits_for_others = True
-                if not running:
-                    return
-                done, _ = wait(running, return_when=FIRST_COMPLETED)
-                for future in done:
-                    tuner_id, trial = running.pop(future)
-                    if self._end_trial(trial, future.result()):
-                        idle.append(tuner_id)
-                    else:  # the same trial once more, with other values
-                        running[threads.submit(self._run_trial, trial)] = (tuner_id, trial)
-                self._after_trial()
+        with ThreadPoolExecutor(self._workers, thread_name_prefix="accumtune-trial") as threads:
+            with self._stopping(running):
+                self._loop(threads, running)
+
+    def _loop(self, threads: ThreadPoolExecutor, running: dict[Future[TrialResult], tuple[str, Any]]) -> None:
+        idle = [f"tuner{index}" for index in range(self._workers)]
+        while True:
+            waits_for_others = False
+            while idle and not waits_for_others and not self._is_exhausted:
+                trial = self._next_trial(idle[-1])
+                if trial is not None and trial.status == TrialStatus.RUNNING:
+                    running[threads.submit(self._run_trial, trial)] = (idle.pop(), trial)
+                else:  # STOPPED, or IDLE: waiting for the outcome of another trial
+                    waits_for_others = True
+            if not running:
+                return
+            done, _ = wait(running, return_when=FIRST_COMPLETED)
+            for future in done:
+                tuner_id, trial = running.pop(future)
+                if self._end_trial(trial, future.result()):
+                    idle.append(tuner_id)
+                else:  # the same trial once more, with other values
+                    running[threads.submit(self._run_trial, trial)] = (tuner_id, trial)
+            self._after_trial()
 
     def _next_trial(self, tuner_id: str) -> Any:
         """The oracle's proposal; random values instead of one more that was trained already, None without any left."""
@@ -101,13 +113,30 @@ class SearchSession:
         return trial
 
     @contextlib.contextmanager
-    def _stopping(self) -> Iterator[None]:
-        """Whatever ends the search ends its trials too (Ctrl-C, an error): nobody would wait for them."""
+    def _stopping(self, running: Mapping[Future[TrialResult], tuple[str, Any]]) -> Iterator[None]:
+        """Whatever ends the search ends its trials too: nobody would wait for them."""
         try:
             yield
+        except KeyboardInterrupt:
+            try:
+                self._stop_politely(running)
+            except KeyboardInterrupt:
+                self._runner.stop()
+                raise StoppedAtOnce from None
+            raise
         except BaseException:
             self._runner.stop()
             raise
+
+    def _stop_politely(self, running: Mapping[Future[TrialResult], tuple[str, Any]]) -> None:
+        """Trials end with their epoch and their state saved, or are killed; one that completes counts."""
+        self._display.line("Stopping: trials that run save their state and end. Ctrl-C once more stops them at once.")
+        self._runner.ask_to_stop(_STOPPING_SECONDS)
+        self._runner.stop()
+        done, _ = wait(running, timeout=_STOPPING_SECONDS)
+        for future in done:
+            if future.exception() is None and future.result().status in ("completed", "reused"):
+                self._end_trial(running[future][1], future.result())
 
     def _run_trial(self, trial: Any) -> TrialResult:
         values = trial.hyperparameters.values
@@ -129,7 +158,9 @@ class SearchSession:
             if self._may_redraw() and oracles.replace_infeasible(self._oracle, trial) is not None:
                 self._record_proposal(result)
                 return False
-        self._write(self._directory.trial(trial.trial_id), trial.trial_id, number, result)
+        directory = self._directory.trial(trial.trial_id)
+        directory.checkpoint_file.unlink(missing_ok=True)
+        self._write(directory, trial.trial_id, number, result)
         batch = {name: result.values[name] for name in BATCH_HYPERPARAMETERS if name in result.values}
         oracles.tell_batch(self._oracle, trial, batch)
         if result.status in ("completed", "reused"):

@@ -30,14 +30,16 @@ from accumtune.search.pruning import Pruning
 from accumtune.search.registering import save_model_for_registry
 from accumtune.search.runner import SearchSettings, TrialRunner
 from accumtune.search.selection import Candidate, Choice, Policy, pareto_front, select
-from accumtune.search.session import SearchSession, shared_data
+from accumtune.search.session import SearchSession, StoppedAtOnce, shared_data
 from accumtune.search.verifying import predicted_choice, verified_choice
+from accumtune.search.workers import command_to_resume, open_executor, plan, refuse_chief_and_workers, resolve_pool
 from accumtune.tracking.journal import Journal, read_search, read_search_journal
 from accumtune.tracking.mlflow import Tracker
 from accumtune.tracking.records import SearchRecord
 from accumtune.trials.builder import ModelBuilder
+from accumtune.trials.devices import Places
 from accumtune.trials.directory import SearchDirectory, TaskDirectory, check_writable, clear_disk_errors
-from accumtune.trials.executors import LocalExecutor
+from accumtune.trials.executors import Executor
 from accumtune.trials.payload import dump_payload
 from accumtune.trials.profiling import Profiler, check_sizes, current_backend, finished
 
@@ -64,6 +66,11 @@ class Tuner(keras_tuner.Tuner):
             the smallest.
         trial_timeout_seconds: a trial that takes longer is stopped and counts as failed.
         workers: trials at once.
+        devices: what they run on, on this machine. `"auto"`: each worker gets a GPU of its own; more workers than
+            GPUs share them, if the device holds `memory_budget` for each; without GPUs workers divide the cores.
+            `"cpu"`, or a list of GPUs such as `[0, 1]`.
+        executor: where trials run: None for this machine, `"ray"` or the address of a Ray cluster, or any object
+            with `submit(function, *arguments) -> Future`, such as Dask's `client.get_executor()`.
         tracking_uri: MLflow's; None for `sqlite:///mlruns/mlflow.db`, False for no tracking.
         register_as: a name in MLflow's model registry for the best model, under the alias `best`.
         directory, project_name: where the search keeps its state; the same script run again goes on.
@@ -92,6 +99,8 @@ class Tuner(keras_tuner.Tuner):
         base_effective_batch_size: int | None = None,
         trial_timeout_seconds: float | None = None,
         workers: int = 1,
+        devices: str | Sequence[str | int] = "auto",
+        executor: Any = None,
         tracking_uri: str | None | Literal[False] = None,
         register_as: str | None = None,
         directory: str | os.PathLike[str] = "mlruns/searches",
@@ -114,14 +123,17 @@ class Tuner(keras_tuner.Tuner):
         (self.base_effective_batch_size,) = check_sizes("base_effective_batch_size", base)
         self.trial_timeout_seconds = trial_timeout_seconds
         (self.workers,) = check_sizes("workers", [workers])
+        refuse_chief_and_workers()
+        self._pool = resolve_pool(executor)
+        self._backend = current_backend()
+        self._places = plan(self.workers, devices, self._pool, self.memory_budget_bytes)
         self.tracking_uri = tracking_uri
         self.register_as = register_as
         self.batch_coupled_layers: list[str] = []
         self.search_over = search_over
         self._compiled_with = {"optimizer": optimizer, "loss": loss, "metrics": metrics}
-        self._backend = current_backend()
         memory_limit_environment(self._backend, self.memory_budget_bytes)  # refuses what no allocator can keep to
-        self._executor: LocalExecutor | None = None
+        self._executor: Executor | None = None
         self._tracker: Tracker | None = None
         self._fit_arguments: tuple[tuple[Any, ...], dict[str, Any]] | None = None
         folder = Path(directory) / project_name
@@ -217,23 +229,24 @@ class Tuner(keras_tuner.Tuner):
             dump_payload(payload, payload_file)
             self.save()  # Keras Tuner itself saves after the first trial: too late for a kill during that one
             self._begin(display, fit_args, fit_kwargs)
-            status, reason, best = "failed", "", None
+            status, reason, best, is_hurried = "failed", "", None, False
             try:
                 with display:
                     self._session(display).run()
                 best = self._try_best_config(may_run=True)
                 self._save_model(display, payload, best)
                 status = "finished"
-            except KeyboardInterrupt:
+            except KeyboardInterrupt as error:
+                is_hurried = isinstance(error, StoppedAtOnce)
                 status, reason = "interrupted", "stopped by the user (Ctrl-C)"
-                display.line("Interrupted. Completed trials are kept: run the same script again to go on.")
+                display.line(f"Interrupted; nothing is lost, run the same script again to go on: {command_to_resume()}")
                 raise
             except Exception as error:
                 reason = str(error)
                 raise
             finally:
                 self._close_executor()
-                self._end(display, status, reason, best)
+                self._end(display, status, reason, best, is_hurried)
 
     def _refuse_missing_validation(self, fit_kwargs: dict[str, Any]) -> None:
         name = self.oracle.objective.name
@@ -260,8 +273,9 @@ class Tuner(keras_tuner.Tuner):
         )
         profiler = self._profiler(display.probe)
         runner = TrialRunner(
-            settings, self._files, self._open_executor(), profiler, display.trial_started, self._pruning()
-        )
+            settings, self._files, self._open_executor(), profiler, display.trial_started,
+            places=Places(self._places), pruning=self._pruning(),
+        )  # fmt: skip
         return SearchSession(
             self.oracle,
             runner,
@@ -308,6 +322,9 @@ class Tuner(keras_tuner.Tuner):
             f'Search "{self.project_name}": {type(self).__name__}, {budget}, effective batches '
             f"{', '.join(map(str, self.effective_batch_sizes))}"
         )
+        if self.workers > 1:
+            places = ", ".join(dict.fromkeys(place.description for place in self._places if place.description))
+            display.line(f"{self.workers} trials at once" + (f": {places}" if places else ""))
         texts = advice(
             hyperparameters=[hp.name for hp in self.oracle.hyperparameters.space],
             effective_batch_sizes=self.effective_batch_sizes,
@@ -343,10 +360,20 @@ class Tuner(keras_tuner.Tuner):
             "data": {"name": self.project_name, **results.describe_data(fit_args, fit_kwargs)},
         }
 
-    def _end(self, display: Display, status: str, reason: str, best: tuple[Choice, TrainingConfig] | None) -> None:
+    def _end(
+        self,
+        display: Display,
+        status: str,
+        reason: str,
+        best: tuple[Choice, TrainingConfig] | None,
+        is_hurried: bool,
+    ) -> None:
         try:
             Journal(self._files.journal_file).append("search_ended", status=status, reason=reason)
             self.save()
+            if is_hurried:
+                self._tracker = None  # what MLflow lacks comes with the next session, or `accumtune sync`
+                return
             results.write_report(self._files, self.record(), best or self._try_best_config(may_run=False))
         finally:
             if self._tracker is not None:
@@ -368,9 +395,9 @@ class Tuner(keras_tuner.Tuner):
         except AccumtuneError as error:  # what the search has found does not depend on it
             display.line(f"The best model is not registered as {self.register_as!r}: {error}")
 
-    def _open_executor(self) -> LocalExecutor:
+    def _open_executor(self) -> Executor:
         if self._executor is None:
-            self._executor = LocalExecutor(self._backend)
+            self._executor = open_executor(self._pool, self._backend)
         return self._executor
 
     def _close_executor(self) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,6 +11,7 @@ from statistics import median
 from typing import Any
 
 import keras
+from keras_tuner.src.engine import tuner_utils  # it has no public name
 
 from accumtune.accumulation.callbacks import GradientNoiseScale
 from accumtune.errors import UnsendableDataError
@@ -65,22 +67,30 @@ def noise_scale_callbacks(callbacks: Sequence[Any], accumulation_steps: int) -> 
     return [] if accumulation_steps < 2 or has_one else [GradientNoiseScale()]
 
 
-class StopWhenAsked(keras.callbacks.Callback):
-    """Ends the training after an epoch at whose end the search has written the stop file.
+class StopWhenHopeless(keras.callbacks.Callback):
+    """Ends the training after an epoch at whose end the search has written the prune file.
 
     Attributes:
         epochs: after how many epochs it was stopped; None where it ran to its end.
     """
 
-    def __init__(self, stop_file: Path) -> None:
+    def __init__(self, prune_file: Path) -> None:
         super().__init__()
-        self._stop_file = stop_file
+        self._prune_file = prune_file
         self.epochs: int | None = None
 
     def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
-        if epoch + 1 < self.params["epochs"] and self._stop_file.exists():
+        if epoch + 1 < self.params["epochs"] and self._prune_file.exists():
             self.epochs = epoch + 1
             self.model.stop_training = True
+class SaveBestEpoch(tuner_utils.SaveBestEpoch):
+    """Keras Tuner's, that writes the file whole: a trial that is killed meanwhile keeps the best epoch before."""
+
+    def _save_model(self) -> None:
+        path = Path(self.filepath)
+        temporary = path.with_name(f"new.{path.name}")  # Keras wants the name to end as it does
+        self.model.save_weights(temporary)
+        os.replace(temporary, path)
 
 
 def copy_callbacks(callbacks: Sequence[Any] | None, trial_name: str, execution: int) -> list[Any]:

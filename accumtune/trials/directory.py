@@ -9,20 +9,27 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from accumtune.errors import SearchDirectoryError
 
 
-def write_atomically(path: Path, content: bytes | str) -> None:
-    """Writes a file so that a reader, or the next process after a kill, sees all of it or none of it."""
+@contextlib.contextmanager
+def atomic_file(path: Path) -> Iterator[BinaryIO]:
+    """A file to write, of which a reader, or the next process after a kill, sees all or nothing."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     with open(temporary, "wb") as file:
-        file.write(content.encode() if isinstance(content, str) else content)
+        yield file
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)
+
+
+def write_atomically(path: Path, content: bytes | str) -> None:
+    """Writes a file so that a reader, or the next process after a kill, sees all of it or none of it."""
+    with atomic_file(path) as file:
+        file.write(content.encode() if isinstance(content, str) else content)
 
 
 def check_writable(folder: Path) -> None:
@@ -86,9 +93,9 @@ class TaskDirectory:
         return self.path / "outcome.json"
 
     @property
-    def stop_file(self) -> Path:
-        """Written by the search to ask the child to stop after its present epoch."""
-        return self.path / "stop"
+    def prune_file(self) -> Path:
+        """Written by the search where the trial is hopeless: it ends after its present epoch, and has completed."""
+        return self.path / "prune"
 
     @property
     def log_file(self) -> Path:
@@ -110,11 +117,33 @@ class TaskDirectory:
         """Keras's build configuration, under Keras Tuner's own name."""
         return self.path / "build_config.json"
 
+    @property
+    def checkpoint_file(self) -> Path:
+        """Where an interrupted training goes on from (see `accumtune.trials.checkpoint`); gone when it has ended."""
+        return self.path / "continue.pkl"
+
+    @property
+    def stop_file(self) -> Path:
+        """While it exists, the task is asked to save its state at the end of its epoch and to end."""
+        return self.path / "stop"
+
+    def ask_to_stop(self, at_once: bool = False) -> None:
+        """Makes the stop file; `at_once` is for whoever watches over the process, not for the task itself."""
+        with contextlib.suppress(OSError):  # a directory that is gone has nothing to stop
+            write_atomically(self.stop_file, "at once" if at_once else "after this epoch")
+
+    def is_to_stop_at_once(self) -> bool:
+        try:
+            return self.stop_file.read_text() == "at once"
+        except OSError:
+            return False
+
     def write_task(self, name: str, arguments: dict[str, Any]) -> None:
         """Prepares the directory for a new process: the outcome of an earlier one is gone."""
         self.path.mkdir(parents=True, exist_ok=True)
         self.outcome_file.unlink(missing_ok=True)
         self.stop_file.unlink(missing_ok=True)
+        self.prune_file.unlink(missing_ok=True)
         write_atomically(self.task_file, json.dumps({"task": name, "arguments": arguments}))
 
     def read_task(self) -> tuple[str, dict[str, Any]]:

@@ -2,9 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from statistics import fmean, median
 from typing import Any
+
+from accumtune.trials.outcome import Outcome
+
+
+def run_executions(run: Callable[[int, list[dict[str, Any]]], Outcome], executions: int) -> Outcome:
+    """Trains as often as asked, each time in a process of its own: TensorFlow keeps the variables of a model that is
+    gone (keras-tuner #395).
+
+    Args:
+        run: trains once; given which execution it is and the reports of those before.
+        executions: at least 1. None follows one that did not complete or was pruned.
+    """
+    reports: list[dict[str, Any]] = []
+    for execution in range(executions):
+        outcome = run(execution, list(reports))
+        if not outcome.is_completed:
+            return outcome
+        reports.append(outcome.result)
+        if outcome.result.get("pruned_after_epochs") is not None:
+            break
+    return replace(outcome, result=combined(reports))
 
 
 def combined(reports: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

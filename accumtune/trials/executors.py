@@ -4,75 +4,42 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import socket
 import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Protocol
 
 from accumtune.errors import WorkerError
-from accumtune.memory.exhaustion import died_of_memory
+from accumtune.trials.devices import current_place
 from accumtune.trials.directory import TaskDirectory
+from accumtune.trials.outcome import Outcome, read_outcome
 
 _START_SECONDS = 300.0  # importing TensorFlow from a cold disk has taken more than a minute
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """How a task ended. Three endings stay distinct: a result, an exception in the child, no word from the child.
+class Executor(Protocol):
+    """What the search needs of a place where tasks run; see `LocalExecutor` for what the arguments mean."""
 
-    Args:
-        status: `"completed"`, `"out_of_memory"`, `"failed"` (an exception), `"killed"` (by a signal) or
-            `"timed_out"`.
-        result: what the task returned (JSON types).
-        reason: one line for a person; empty when completed.
-        traceback: of the exception in the child; for other endings the last lines of its log.
-        pid: the process that it was.
-        error: class and arguments of an `AccumtuneError` that the child raised.
-    """
+    backend: str
 
-    status: str
-    result: dict[str, Any] = field(default_factory=dict)
-    reason: str = ""
-    traceback: str = ""
-    pid: int | None = None
-    error: dict[str, Any] | None = None
+    def submit(
+        self,
+        directory: TaskDirectory,
+        environment: Mapping[str, str] | None = None,
+        timeout_seconds: float | None = None,
+        is_memory_limited: bool = False,
+    ) -> Future[Outcome]: ...
 
-    @property
-    def is_completed(self) -> bool:
-        return self.status == "completed"
+    def kill(self, directory: TaskDirectory) -> None: ...
 
-
-def read_outcome(
-    directory: TaskDirectory, exit_code: int, pid: int | None = None, is_memory_limited: bool = False
-) -> Outcome:
-    """What became of a task whose process has ended with `exit_code` (negative: by a signal)."""
-    written = directory.read_outcome()
-    if written is not None:
-        return Outcome(pid=pid, **written)
-    log_tail = directory.log_tail()
-    # A SIGKILL may be anybody's; what asked for the task decides what it takes it for.
-    if exit_code < 0 and exit_code != -signal.SIGKILL:
-        if died_of_memory(-exit_code, log_tail, is_limited=is_memory_limited):
-            reason = f"its process ran out of memory and ended by {signal.Signals(-exit_code).name}"
-            return Outcome("out_of_memory", reason=reason, traceback=log_tail, pid=pid)
-    if exit_code < 0:
-        name = signal.Signals(-exit_code).name
-        hint = " (the kernel does this when the machine runs out of memory)" if name == "SIGKILL" else ""
-        return Outcome("killed", reason=f"its process was killed by {name}{hint}", traceback=log_tail, pid=pid)
-    return Outcome(
-        "failed",
-        reason=f"its process ended with exit code {exit_code} and left no outcome",
-        traceback=log_tail,
-        pid=pid,
-    )
+    def close(self) -> None: ...
 
 
 class LocalExecutor:
@@ -102,8 +69,11 @@ class LocalExecutor:
         environment: Mapping[str, str] | None = None,
         timeout_seconds: float | None = None,
         is_memory_limited: bool = False,
+        *,
+        path: Sequence[str] | None = None,
+        cwd: str | None = None,
     ) -> Future[Outcome]:
-        """Starts the task that was written into `directory`.
+        """Starts the task that was written into `directory`, on the `current_place()` of the thread that calls.
 
         Args:
             directory: a directory with a task file.
@@ -111,6 +81,7 @@ class LocalExecutor:
             timeout_seconds: after this time the task is killed; its outcome is `"timed_out"`.
             is_memory_limited: whether the environment limits the allocator: then a crash is taken for the lack of
                 memory that it is (TensorFlow's oneDNN kernels use a buffer that they did not get).
+            path, cwd: where the child looks for modules, and where it runs; default: as this process.
 
         Returns:
             A future that always ends in an `Outcome`; `future.cancel()` has no effect on a task that runs, use
@@ -119,21 +90,25 @@ class LocalExecutor:
         future: Future[Outcome] = Future()
         future.set_running_or_notify_cancel()
         with self._lock:
+            if self._is_closing:
+                future.set_result(Outcome("killed", reason="the search was stopped"))
+                return future
             number = self._next_number
             self._next_number += 1
             self._tasks[number] = _Task(directory, future, is_memory_limited)
             request = {
                 "start": number,
                 "directory": str(directory.path.resolve()),
-                "environment": dict(environment or {}),
-                "path": sys.path,
-                "cwd": os.getcwd(),
+                "environment": {**(environment or {}), **current_place().environment},
+                "path": list(path or sys.path),
+                "cwd": cwd or os.getcwd(),
             }
             self._send(request)
+            task = self._tasks[number]
         if timeout_seconds is not None:
             timer = threading.Timer(timeout_seconds, self._time_out, (number, timeout_seconds))
             timer.daemon = True
-            self._tasks[number].timer = timer
+            task.timer = timer
             timer.start()
         return future
 
@@ -143,6 +118,10 @@ class LocalExecutor:
             for number, task in self._tasks.items():
                 if task.directory == directory:
                     self._send({"kill": number})
+
+    def is_alive(self) -> bool:
+        """Whether it can start tasks."""
+        return not self._is_closing and self._process.poll() is None
 
     def close(self) -> None:
         """Ends every task and the server; returns when they are gone."""

@@ -31,6 +31,8 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+from accumtune.trials.devices import apply_threads
+
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
@@ -166,6 +168,7 @@ def _settle_child(request: dict[str, Any]) -> None:
     tempfile.tempdir = None
     os.chdir(request["cwd"])
     sys.path[:] = request["path"]
+    apply_threads()
 
 
 def _die_with_parent() -> None:

@@ -12,7 +12,7 @@ import os
 import pickle
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import cloudpickle
 import numpy as np
@@ -33,12 +33,16 @@ class _Pickler(cloudpickle.Pickler):
         # A subclass of ndarray other than memmap means something to somebody: pickle it as it is.
         if type(obj) not in (np.ndarray, np.memmap) or obj.nbytes < _SMALLEST_MAPPED_BYTES or obj.dtype.hasobject:
             return None
-        return str(_store_array(obj, self._arrays_folder))
+        return _store_array(obj, self._arrays_folder).name
 
 
 class _Unpickler(pickle.Unpickler):
+    def __init__(self, file: BinaryIO, arrays_folder: Path) -> None:
+        super().__init__(file)
+        self._arrays_folder = arrays_folder
+
     def persistent_load(self, pid: Any) -> Any:
-        return np.load(pid, mmap_mode="r")
+        return np.load(self._arrays_folder / pid, mmap_mode="r")
 
 
 def dump_payload(payload: Mapping[str, Any], path: Path) -> None:
@@ -66,7 +70,8 @@ def dump_payload(payload: Mapping[str, Any], path: Path) -> None:
 def load_payload(path: Path) -> dict[str, Any]:
     """Reads what `dump_payload` wrote; large arrays come as read-only memory maps."""
     with open(path, "rb") as file:
-        return _Unpickler(file).load()
+        # Beside the payload, wherever that lies: it may have come from another machine.
+        return _Unpickler(file, path.parent / "arrays").load()
 
 
 def _store_array(array: np.ndarray, folder: Path) -> Path:

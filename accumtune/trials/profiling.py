@@ -19,8 +19,10 @@ from accumtune.memory.confirmation import MOST_FAILURES, MOST_TRIES, next_to_run
 from accumtune.memory.device import memory_limit_environment
 from accumtune.memory.profile import HEADROOM, LARGEST_EXTRAPOLATION, Measurement, Profile
 from accumtune.trials.builder import ModelBuilder
+from accumtune.trials.devices import current_place
 from accumtune.trials.directory import TaskDirectory, write_atomically
-from accumtune.trials.executors import LocalExecutor, Outcome
+from accumtune.trials.executors import Executor, LocalExecutor
+from accumtune.trials.outcome import Outcome
 from accumtune.trials.payload import dump_payload
 
 DEFAULT_MICRO_BATCH_SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
@@ -57,7 +59,7 @@ class Profiler:
 
     def __init__(
         self,
-        executor: LocalExecutor,
+        executor: Executor,
         payload_file: Path,
         scratch_folder: Path,
         profiles_folder: Path,
@@ -82,14 +84,15 @@ class Profiler:
     def inspect(self, hyperparameters: Mapping[str, Any]) -> ModelFacts:
         """Builds the model of these hyperparameters (Keras Tuner's configuration of them) and describes it."""
         values = {k: v for k, v in hyperparameters["values"].items() if k not in _BATCH_HYPERPARAMETERS}
-        key = json.dumps(values, sort_keys=True, default=repr)
-        with self._lock:
-            if key not in self._facts:
-                outcome = self._run("inspect", {"hyperparameters": dict(hyperparameters)}, None)
-                result = dict(finished(outcome, "The build function").result)
-                result["batch_coupled_layers"] = tuple(result["batch_coupled_layers"])
-                self._facts[key] = ModelFacts(**result)
-            return self._facts[key]
+        # Its device is among the facts: what was found on one type of device says nothing of another.
+        key = json.dumps([current_place().kind, values], sort_keys=True, default=repr)
+        facts = self._facts.get(key)
+        if facts is None:  # without the lock: nothing is timed, and other trials need not wait for it
+            outcome = self._run("inspect", {"hyperparameters": dict(hyperparameters)}, None)
+            result = dict(finished(outcome, "The build function").result)
+            result["batch_coupled_layers"] = tuple(result["batch_coupled_layers"])
+            facts = self._facts.setdefault(key, ModelFacts(**result))
+        return facts
 
     def profile(self, hyperparameters: Mapping[str, Any]) -> Profile:
         """What the model of these hyperparameters costs at every micro-batch size.
@@ -97,8 +100,8 @@ class Profiler:
         Raises:
             BuildError: the model could not be built or did not train.
         """
+        facts = self.inspect(hyperparameters)
         with self._lock:
-            facts = self.inspect(hyperparameters)
             profile = self._known(facts.signature) or Profile(
                 measurements=(),
                 device=facts.device,

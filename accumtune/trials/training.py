@@ -14,7 +14,9 @@ from accumtune.memory.device import memory_limit_environment
 from accumtune.trials.builder import ModelBuilder
 from accumtune.trials.data import feed_by_batches, first_samples, has_batches, is_tf_dataset, resolve
 from accumtune.trials.directory import TaskDirectory
-from accumtune.trials.executors import LocalExecutor, Outcome
+from accumtune.trials.executions import run_executions
+from accumtune.trials.executors import LocalExecutor
+from accumtune.trials.outcome import Outcome
 from accumtune.trials.payload import dump_payload
 from accumtune.trials.profiling import current_backend
 
@@ -99,11 +101,15 @@ def train_isolated(
             "attempt": 1,
             "executions": executions,
         }
-        directory.write_task("train", arguments)
         with LocalExecutor(current_backend()) as executor:
             environment = memory_limit_environment(executor.backend, memory_budget_bytes)
             is_limited = memory_budget_bytes is not None
-            return executor.submit(directory, environment, is_memory_limited=is_limited).result()
+
+            def run(execution: int, earlier: list[dict[str, Any]]) -> Outcome:
+                directory.write_task("train", {**arguments, "execution": execution, "earlier": earlier})
+                return executor.submit(directory, environment, is_memory_limited=is_limited).result()
+
+            return run_executions(run, executions)
 
 
 def ran_out_of_memory(outcome: Outcome) -> bool:

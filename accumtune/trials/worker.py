@@ -10,7 +10,6 @@ import functools
 import json
 import math
 import os
-import time
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -18,6 +17,7 @@ from typing import Any
 
 from accumtune.memory.budget import format_bytes
 from accumtune.trials.directory import TaskDirectory, write_atomically
+from accumtune.trials.outcome import StopRequested, Superseded
 from accumtune.trials.payload import load_payload
 
 
@@ -31,6 +31,10 @@ def run_task(path: Path) -> int:
     name, arguments = directory.read_task()
     try:
         result = _TASKS[name](directory, **arguments)
+    except StopRequested:
+        directory.write_outcome({"status": "stopped", "reason": "the search was stopped; its state is saved"})
+    except Superseded:
+        pass  # the outcome is another process's to write
     except Exception as error:
         directory.write_outcome(_describe(error))
     else:
@@ -109,10 +113,9 @@ def probe(
 ) -> dict[str, Any]:
     """Runs a few real updates at one micro-batch size and measures them."""
     from accumtune.memory import probe as probes
-    from accumtune.memory.device import open_device
 
     content = load_payload(Path(payload))
-    device = open_device(budget_bytes=memory_budget_bytes)
+    device = _open_device(memory_budget_bytes)
     model = content["hypermodel"].build_plain(_hyperparameters(hyperparameters))
     samples, is_pipeline = _samples(model, content)
 
@@ -143,7 +146,8 @@ def train(
     seed: int,
     attempt: int,
     execution: int = 0,
-    best_value: float | None = None,
+    executions: int = 1,
+    earlier: Sequence[dict[str, Any]] = (),
     fit_overrides: dict[str, Any] | None = None,
     initial_weights: str | None = None,
 ) -> dict[str, Any]:
@@ -156,42 +160,79 @@ def train(
         memory_budget_bytes: the allocator's limit.
         seed: of the first execution.
         attempt: how often the trial was begun, this time included.
-        execution: which of the trainings of this trial it is. Each has a process of its own, because TensorFlow keeps
-            the variables of a model that is gone (keras-tuner #395).
-        best_value: of the objective in earlier executions: the best epoch of all of them is kept, as in Keras Tuner.
+        execution: which of the `executions` trainings of this trial it is (see `accumtune.trials.executions`).
+        earlier: the reports of those before. The best epoch of all of them is kept, as in Keras Tuner.
         fit_overrides: arguments of `fit` that this trial alone has.
         initial_weights: of an earlier trial, to go on from.
     """
+    from accumtune.tracking.journal import Journal
+    from accumtune.trials.checkpoint import CannotContinue, Continuation
+
+    content = load_payload(Path(payload))
+    content["fit_kwargs"] = {**content["fit_kwargs"], **(fit_overrides or {}), "verbose": 0}
+    device = _open_device(memory_budget_bytes)
+    if execution == 0:
+        found = {"device": device.name, "memory_source": device.memory_source}
+        Journal(directory.journal_file).append("started", attempt=attempt, pid=os.getpid(), **found)
+    numbers = {name: value for name, value in content["fit_kwargs"].items() if isinstance(value, (int, float, str))}
+    same_training = {"values": hyperparameters["values"], "seed": seed, "executions": executions, "fit": numbers}
+
+    def continuation() -> Continuation:
+        return Continuation(directory, attempt, same_training, execution, earlier)
+
+    def execute(state: Continuation) -> dict[str, Any]:
+        return _execute(directory, content, hyperparameters, device, state, seed, initial_weights)
+
+    state = continuation()
+    if execution == 0:
+        state.repeat_epochs()
+    try:
+        return state.known_result() or execute(state)
+    except CannotContinue as error:
+        print(f"The saved state is not that of this model ({error}): the training begins anew.")
+        directory.checkpoint_file.unlink()
+        return execute(continuation())
+
+
+def _execute(
+    directory: TaskDirectory,
+    content: dict[str, Any],
+    hyperparameters: dict[str, Any],
+    device: Any,
+    state: Any,
+    seed: int,
+    initial_weights: str | None,
+) -> dict[str, Any]:
+    """One training, from where `state` says, and its report."""
     import keras
     from keras_tuner.src.engine import tuner_utils  # how Keras Tuner reads what fit() returns; it has no public name
 
-    from accumtune.memory.device import open_device
     from accumtune.memory.watching import watched
     from accumtune.tracking.journal import Journal
-    from accumtune.trials.callbacks import JournalWriter, StopWhenAsked, copy_callbacks, noise_scale_callbacks
+    from accumtune.trials.callbacks import (
+        JournalWriter,
+        SaveBestEpoch,
+        StopWhenHopeless,
+        copy_callbacks,
+        noise_scale_callbacks,
+    )
 
-    content = load_payload(Path(payload))
     hypermodel, objective = content["hypermodel"], content["objective"]
-    device = open_device(budget_bytes=memory_budget_bytes)
-    journal = Journal(directory.journal_file)
-    if execution == 0:
-        found = {"device": device.name, "memory_source": device.memory_source}
-        journal.append("started", attempt=attempt, pid=os.getpid(), **found)
-    save_best = tuner_utils.SaveBestEpoch(objective=objective, filepath=str(directory.weights_file))
-    if best_value is not None:
-        save_best.best_value = best_value
-    started = time.monotonic()
+    save_best = SaveBestEpoch(objective=objective, filepath=str(directory.weights_file))
+    if state.earlier and state.earlier[-1]["best_value"] is not None:
+        save_best.best_value = state.earlier[-1]["best_value"]
     # Every trial starts from the same seed, so that two trials differ by their hyperparameters alone.
-    keras.utils.set_random_seed(seed + execution)
+    keras.utils.set_random_seed(seed + state.execution)
     hp = _hyperparameters(hyperparameters)
     model = hypermodel.build(hp)
     if initial_weights is not None:
         _load_weights(model, Path(initial_weights))
-    writer = JournalWriter(journal, attempt=attempt, execution=execution)
-    stop = StopWhenAsked(directory.stop_file)
-    arguments = {**content["fit_kwargs"], **(fit_overrides or {}), "verbose": 0}
-    callbacks = copy_callbacks(arguments.pop("callbacks", None), directory.path.name, execution)
+    writer = JournalWriter(Journal(directory.journal_file), attempt=state.attempt, execution=state.execution)
+    stop = StopWhenHopeless(directory.prune_file)
+    arguments = dict(content["fit_kwargs"])
+    callbacks = copy_callbacks(arguments.pop("callbacks", None), directory.path.name, state.execution)
     callbacks += noise_scale_callbacks(callbacks, hyperparameters["values"].get("accumulation_steps", 1))
+    state.attach(model)
     device.reset_peak()
     with watched(device, functools.partial(_end_out_of_memory, directory, device.budget_bytes)):
         history = hypermodel.fit(
@@ -215,7 +256,7 @@ def train(
         "seconds_per_update": seconds_per_update,
         "throughput_samples_per_second": effective_batch_size / seconds_per_update if seconds_per_update else None,
         "updates": writer.updates,
-        "training_seconds": time.monotonic() - started,
+        "training_seconds": state.seconds,
         "precision_policy": keras.config.dtype_policy().name,
     }
 
@@ -254,6 +295,16 @@ def _samples(model: Any, content: dict[str, Any]) -> tuple[Callable[[int], Any],
         return data.first_samples(x, y, sample_weight, count=count, is_batched=is_batched)
 
     return first, data.is_pipeline(x)
+
+
+def _open_device(memory_budget_bytes: int | None) -> Any:
+    """The device of this process, limited; what the limit is to JAX depends on the GPU that is here."""
+    import keras
+
+    from accumtune.memory.device import memory_limit_environment, open_device
+
+    os.environ.update(memory_limit_environment(keras.backend.backend(), memory_budget_bytes))
+    return open_device(budget_bytes=memory_budget_bytes)
 
 
 def _hyperparameters(config: dict[str, Any]) -> Any:

@@ -1,0 +1,273 @@
+"""Which device and how many cores each of several trials gets, set in its environment before a framework starts.
+
+A `Place` is where one trial at a time may run. A search with N workers has N of them, and whoever runs a trial leases
+one: what is started in the meantime, probes included, runs there (`current_place`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import os
+import queue
+import shutil
+import subprocess
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from accumtune.errors import BudgetError, SearchError
+from accumtune.memory.budget import format_bytes
+
+MIB = 2**20
+# What CUDA and its libraries take of a GPU in each process, outside of every allocator: 300 to 600 MB.
+_CONTEXT_BYTES = 600 * MIB
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """A GPU as the driver lists it.
+
+    Args:
+        index: what `CUDA_VISIBLE_DEVICES` calls it.
+        name: its type, such as `"NVIDIA H100 80GB HBM3"`.
+        memory_bytes: all of its memory; None where nobody could tell.
+    """
+
+    index: str
+    name: str = ""
+    memory_bytes: int | None = None
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where one trial at a time runs.
+
+    Args:
+        kind: the type of its device; places of one kind share what was measured. "" where all are alike.
+        environment: variables of every process that runs there.
+        description: for people.
+    """
+
+    kind: str = ""
+    environment: Mapping[str, str] = field(default_factory=dict)
+    description: str = ""
+
+
+_place: contextvars.ContextVar[Place] = contextvars.ContextVar("accumtune_place", default=Place())  # noqa: B039
+
+
+def current_place() -> Place:
+    """The place that this thread has leased; one without any restriction where it has leased none."""
+    return _place.get()
+
+
+@contextlib.contextmanager
+def at_place(place: Place) -> Iterator[None]:
+    """Makes it the current place of this thread."""
+    token = _place.set(place)
+    try:
+        yield
+    finally:
+        _place.reset(token)
+
+
+class Places:
+    """Lends places to trials, each to one at a time.
+
+    Args:
+        places: as many as trials run at once.
+    """
+
+    def __init__(self, places: Sequence[Place]) -> None:
+        self._free: queue.SimpleQueue[Place] = queue.SimpleQueue()
+        for place in places:
+            self._free.put(place)
+
+    @contextlib.contextmanager
+    def lease(self) -> Iterator[Place]:
+        """Waits for a place that is free and makes it the thread's current one."""
+        place = self._free.get()
+        try:
+            with at_place(place):
+                yield place
+        finally:
+            self._free.put(place)
+
+
+def plan_places(
+    workers: int,
+    gpus: Sequence[Gpu],
+    *,
+    cores: int,
+    memory_bytes: int | None = None,
+    memory_budget_bytes: int | None = None,
+    without_gpus: bool = False,
+) -> list[Place]:
+    """Divides devices and cores among workers.
+
+    Args:
+        workers: trials at once.
+        gpus: what they may use; none means that they run on the CPU.
+        cores: of this machine, that this process may use.
+        memory_bytes: of this machine; None where nobody could tell.
+        memory_budget_bytes: of each trial.
+        without_gpus: hide the GPUs that there are.
+
+    Returns:
+        One place for each worker.
+
+    Raises:
+        BudgetError: several workers share a device that cannot hold their budgets.
+    """
+    hidden = {"CUDA_VISIBLE_DEVICES": "-1", "JAX_PLATFORMS": "cpu"} if without_gpus else {}
+    if not gpus:
+        if workers == 1:
+            return [Place(environment=hidden)]
+        _check_sharing("this machine", workers, memory_bytes, memory_budget_bytes, overhead_bytes=0)
+        share = _cores_each(cores, workers)
+        return [Place("", {**hidden, **threads_environment(share)}, f"CPU, {_count(share, 'core')}")] * workers
+    sharers = Counter(gpus[number % len(gpus)] for number in range(workers))
+    for gpu, count in sharers.items():
+        _check_sharing(f"GPU {gpu.index}", count, gpu.memory_bytes, memory_budget_bytes, _CONTEXT_BYTES)
+    threads = threads_environment(_cores_each(cores, workers)) if workers > 1 else {}
+    return [_gpu_place(gpus[number % len(gpus)], sharers, threads) for number in range(workers)]
+
+
+def _gpu_place(gpu: Gpu, sharers: Mapping[Gpu, int], threads: Mapping[str, str]) -> Place:
+    # The driver's numbers, not CUDA's own order, which puts the fastest first.
+    environment = {"CUDA_DEVICE_ORDER": "PCI_BUS_ID", "CUDA_VISIBLE_DEVICES": gpu.index, **threads}
+    shared = f" (shared by {sharers[gpu]})" if sharers[gpu] > 1 else ""
+    return Place(gpu.name, environment, f"GPU {gpu.index} {gpu.name}".rstrip() + shared)
+
+
+def _cores_each(cores: int, workers: int) -> int:
+    return max(1, cores // workers)
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
+def threads_environment(cores: int) -> dict[str, str]:
+    """What keeps TensorFlow, JAX and torch to a number of threads for computing."""
+    return {
+        "TF_NUM_INTRAOP_THREADS": str(cores),
+        "TF_NUM_INTEROP_THREADS": str(cores),
+        "NPROC": str(cores),  # XLA's CPU client sizes its thread pools by it
+        "OMP_NUM_THREADS": str(cores),  # torch (see `apply_threads`), oneDNN, NumPy's BLAS
+    }
+
+
+def _check_sharing(
+    device: str, workers: int, memory_bytes: int | None, budget_bytes: int | None, overhead_bytes: int
+) -> None:
+    """A budget is each trial's own: where several share a device, it must hold all of them."""
+    if workers == 1 or memory_bytes is None:
+        return
+    most = memory_bytes // workers - overhead_bytes
+    if budget_bytes is None and overhead_bytes:
+        raise BudgetError(
+            f"Received {workers} workers for {device} without a memory_budget: each trial could take all of it.",
+            "a memory budget where trials share a GPU, so that none runs out of memory because of another.",
+            f'memory_budget="{max(most, 0) // MIB}MiB" or less, or fewer workers.',
+        )
+    if budget_bytes is not None and budget_bytes > most:
+        extra = f" and {format_bytes(overhead_bytes)} for each process" if overhead_bytes else ""
+        raise BudgetError(
+            f"Received {workers} workers on {device} with {format_bytes(budget_bytes)} each (memory_budget is that of "
+            f"one trial), which has {format_bytes(memory_bytes)}.",
+            f"{workers} × memory_budget{extra} within the memory of the device.",
+            f'memory_budget="{max(most, 0) // MIB}MiB", or fewer workers.',
+        )
+
+
+def resolve_gpus(devices: str | Sequence[str | int | Gpu], visible: Sequence[Gpu]) -> list[Gpu]:
+    """The GPUs that a user means by `devices=`.
+
+    Args:
+        devices: `"auto"` (all that are visible), `"cpu"`, or a list of indices or UUIDs.
+        visible: those that there are.
+
+    Raises:
+        SearchError: a device that is not there.
+    """
+    if devices == "auto":
+        return list(visible)
+    if devices == "cpu":
+        return []
+    if isinstance(devices, str) or not devices:
+        raise _unknown_devices(devices, visible)
+    known = {gpu.index: gpu for gpu in visible}
+    found = [item if isinstance(item, Gpu) else known.get(str(item)) for item in devices]
+    if None in found:
+        raise _unknown_devices(devices, visible)
+    return [gpu for gpu in found if gpu is not None]
+
+
+def _unknown_devices(devices: object, visible: Sequence[Gpu]) -> SearchError:
+    listed = ", ".join(f"{gpu.index} ({gpu.name})" for gpu in visible) or "none"
+    return SearchError(
+        f"Received devices={devices!r}; GPUs that can be seen here: {listed}.",
+        '"auto", "cpu", or a list of GPUs such as devices=[0, 1].',
+        'leave devices out: "auto" gives each worker a GPU of its own.',
+    )
+
+
+def visible_gpus() -> list[Gpu]:
+    """The NVIDIA GPUs that this process may use, asked of the driver so that no framework takes a device."""
+    if shutil.which("nvidia-smi") is None:
+        return []
+    query = ["nvidia-smi", "--query-gpu=index,uuid,name,memory.total", "--format=csv,noheader,nounits"]
+    done = subprocess.run(query, capture_output=True, text=True, timeout=30)
+    if done.returncode:
+        return []
+    rows = [[part.strip() for part in line.split(",")] for line in done.stdout.splitlines() if line.count(",") == 3]
+    return _among_visible(rows, os.environ.get("CUDA_VISIBLE_DEVICES"))
+
+
+def _among_visible(rows: Sequence[Sequence[str]], variable: str | None) -> list[Gpu]:
+    """Rows of index, UUID, name and MiB; and what `CUDA_VISIBLE_DEVICES` says of them, where it is set."""
+    by_name: dict[str, Gpu] = {}
+    for index, uuid, name, mebibytes in rows:
+        memory_bytes = int(mebibytes) * MIB if mebibytes.isdigit() else None  # "[N/A]" on unified memory
+        by_name[index] = Gpu(index, name, memory_bytes)
+        by_name[uuid] = Gpu(uuid, name, memory_bytes)
+    if variable is None:
+        return [by_name[index] for index, *_ in rows]
+    found = []
+    for item in filter(None, (part.strip() for part in variable.split(","))):
+        matching = [name for name in by_name if name == item or (item.startswith("GPU-") and name.startswith(item))]
+        if not matching:  # as CUDA has it: what comes after an invalid one is not visible
+            break
+        found.append(by_name[matching[0]])
+    return found
+
+
+def usable_cores() -> int:
+    """The cores that this process may use."""
+    try:
+        return len(os.sched_getaffinity(0))
+    except AttributeError:  # not Linux
+        return os.cpu_count() or 1
+
+
+def machine_memory_bytes() -> int | None:
+    """What this machine, or the container that this process lives in, may hold."""
+    limits = []
+    try:
+        limits.append(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+        limits.append(int(Path("/sys/fs/cgroup/memory.max").read_text()))
+    except (OSError, ValueError):  # no such file, or "max"
+        pass
+    return min(limits, default=None)
+
+
+def apply_threads() -> None:
+    """In a child that was forked with torch imported: OpenMP has read its variable long ago."""
+    import sys
+
+    threads = os.environ.get("OMP_NUM_THREADS", "")
+    if "torch" in sys.modules and threads.isdigit():
+        sys.modules["torch"].set_num_threads(int(threads))

@@ -1,0 +1,70 @@
+"""How a task ended, as the search reads it."""
+
+from __future__ import annotations
+
+import signal
+from dataclasses import dataclass, field
+from typing import Any
+
+from accumtune.memory.exhaustion import died_of_memory
+from accumtune.trials.directory import TaskDirectory
+
+
+class StopRequested(BaseException):
+    """In a task: the search has asked for the end, and the state is saved. Nothing of the user's may handle it."""
+
+
+class Superseded(BaseException):
+    """In a task: the search has given this process up and written the task anew for another."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a task ended. Three endings stay distinct: a result, an exception in the child, no word from the child.
+
+    Args:
+        status: `"completed"`, `"out_of_memory"`, `"failed"` (an exception), `"killed"` (by a signal), `"timed_out"`,
+            `"stopped"` (it was asked to, and has saved its state) or `"lost"` (with its machine or its worker, of
+            which it says nothing: the same task may be started again).
+        result: what the task returned (JSON types).
+        reason: one line for a person; empty when completed.
+        traceback: of the exception in the child; for other endings the last lines of its log.
+        pid: the process that it was.
+        error: class and arguments of an `AccumtuneError` that the child raised.
+    """
+
+    status: str
+    result: dict[str, Any] = field(default_factory=dict)
+    reason: str = ""
+    traceback: str = ""
+    pid: int | None = None
+    error: dict[str, Any] | None = None
+
+    @property
+    def is_completed(self) -> bool:
+        return self.status == "completed"
+
+
+def read_outcome(
+    directory: TaskDirectory, exit_code: int, pid: int | None = None, is_memory_limited: bool = False
+) -> Outcome:
+    """What became of a task whose process has ended with `exit_code` (negative: by a signal)."""
+    written = directory.read_outcome()
+    if written is not None:
+        return Outcome(pid=pid, **written)
+    log_tail = directory.log_tail()
+    # A SIGKILL may be anybody's; what asked for the task decides what it takes it for.
+    if exit_code < 0 and exit_code != -signal.SIGKILL:
+        if died_of_memory(-exit_code, log_tail, is_limited=is_memory_limited):
+            reason = f"its process ran out of memory and ended by {signal.Signals(-exit_code).name}"
+            return Outcome("out_of_memory", reason=reason, traceback=log_tail, pid=pid)
+    if exit_code < 0:
+        name = signal.Signals(-exit_code).name
+        hint = " (the kernel does this when the machine runs out of memory)" if name == "SIGKILL" else ""
+        return Outcome("killed", reason=f"its process was killed by {name}{hint}", traceback=log_tail, pid=pid)
+    return Outcome(
+        "failed",
+        reason=f"its process ended with exit code {exit_code} and left no outcome",
+        traceback=log_tail,
+        pid=pid,
+    )
