@@ -97,7 +97,8 @@ class Cluster:
         self.cluster = Cluster(initialize_head=True, head_node_args={**NODE, "num_cpus": 0, "num_gpus": 0})
         self.nodes = [self.cluster.add_node(**NODE) for _ in range(NODES)]
         self.address = self.cluster.address
-        ray.init(address=self.address, log_to_driver=False)
+        # Ray tells of every node that is killed; here that is the point.
+        ray.init(address=self.address, log_to_driver=False, logging_level="critical")
 
     def add(self) -> None:
         self.nodes.append(self.cluster.add_node(**NODE))
