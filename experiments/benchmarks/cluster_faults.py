@@ -34,9 +34,9 @@ from typing import Any
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 
-TRIALS, EPOCHS, EPOCH_SECONDS, NODES = 10, 6, 1.0, 3
+TRIALS, EPOCHS, EPOCH_SECONDS, NODES = 20, 6, 1.0, 3
 KINDS = ("node killed", "worker killed", "search killed", "node lost", "node added")
-FAULTS_PER_SEARCH = 10
+FAULTS_PER_SEARCH = 15
 PATIENCE_SECONDS = 180.0
 NODE = {"num_cpus": 1, "num_gpus": 1, "object_store_memory": 80 * 2**20, "include_dashboard": False}
 
@@ -97,7 +97,8 @@ class Cluster:
         self.cluster = Cluster(initialize_head=True, head_node_args={**NODE, "num_cpus": 0, "num_gpus": 0})
         self.nodes = [self.cluster.add_node(**NODE) for _ in range(NODES)]
         self.address = self.cluster.address
-        ray.init(address=self.address, log_to_driver=False)
+        # Ray tells of every node that is killed; here that is the point.
+        ray.init(address=self.address, log_to_driver=False, logging_level="critical")
 
     def add(self) -> None:
         self.nodes.append(self.cluster.add_node(**NODE))
@@ -179,11 +180,13 @@ class Round:
 
     def strike(self, number: int, kind: str) -> Fault | None:
         """Breaks something while a trial trains; None where the search was over before."""
-        wait_for(lambda: self.running() or self.process.poll() is not None, PATIENCE_SECONDS)
-        time.sleep(self.chance.uniform(0.0, 2 * EPOCH_SECONDS))
-        before = self.running()
-        if not before or self.process.poll() is not None:
-            return None
+        before: dict[str, int] = {}
+        while not before:  # between two trials there may be none for a moment
+            wait_for(lambda: self.running() or self.process.poll() is not None, PATIENCE_SECONDS)
+            time.sleep(self.chance.uniform(0.0, 2 * EPOCH_SECONDS))
+            before = self.running()
+            if self.process.poll() is not None:
+                return None
         fault = Fault(number, self.number, kind, self.ended(), [])
         began = time.monotonic()
         victims = self.break_something(kind, before)
