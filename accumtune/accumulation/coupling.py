@@ -12,6 +12,9 @@ if TYPE_CHECKING:
     import keras
 
 
+_ALONG_SAMPLES = "works along the axis of the samples."
+
+
 @dataclass(frozen=True)
 class Coupling:
     """A layer or loss whose result depends on which samples share a micro-batch.
@@ -82,7 +85,7 @@ def _layer(layer: Any) -> Coupling | None:
         keras.layers.UnitNormalization,
     )
     if isinstance(layer, along_an_axis) and _has_samples(layer.axis):
-        return coupling("works along the axis of the samples.")
+        return coupling(_ALONG_SAMPLES)
     names = getattr(getattr(type(layer).call, "__code__", None), "co_names", ())
     if type(layer).__module__.startswith("keras."):
         return None
@@ -99,6 +102,10 @@ def _tried(layer: Any) -> Coupling | None:
         return None
     reason = why_layer_coupled(layer)
     return Coupling(layer.name, type(layer).__name__, reason) if reason else None
+
+
+def _axis_of(loss: Any) -> Any:
+    return getattr(loss, "axis", getattr(loss, "_fn_kwargs", {}).get("axis"))
 
 
 def _has_samples(axis: Any) -> bool:
@@ -142,8 +149,8 @@ def _loss(loss: Any) -> Coupling | None:
         reason = "compares the samples of a micro-batch with each other."
     elif function in (keras.losses.dice, keras.losses.tversky):
         reason = "is one ratio over the whole micro-batch, not a mean over samples."
-    elif getattr(function, "__module__", "").startswith("keras."):
-        reason = "works along the axis of the samples."
+    elif _has_samples(_axis_of(loss)):
+        reason = _ALONG_SAMPLES
     elif isinstance(loss, keras.losses.Loss) and type(loss).__call__ is not keras.losses.Loss.__call__:
         reason = "has its own __call__, which is exact only where it is a mean over samples."
     else:
@@ -157,10 +164,9 @@ def _is_per_sample(loss: Any, function: Any) -> bool:
     """Whether this is one of Keras's losses that give each sample a value of its own."""
     import keras
 
-    axis = getattr(loss, "axis", getattr(loss, "_fn_kwargs", {}).get("axis"))
-    if isinstance(loss, keras.losses.Circle) or _has_samples(axis):
+    if isinstance(loss, keras.losses.Circle) or _has_samples(_axis_of(loss)):
         return False
     if function in (keras.losses.dice, keras.losses.tversky):
-        return axis is not None
+        return _axis_of(loss) is not None
     is_stock_class = type(loss).__module__.startswith(("keras.", "builtins"))
     return is_stock_class and getattr(function, "__module__", type(loss).__module__).startswith("keras.")

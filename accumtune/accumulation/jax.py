@@ -143,8 +143,7 @@ class JaxTraining:
             gradient = gradient.astype(total.dtype)
             # float8 scales are not summed: their "gradient" is a new value
             added.append(gradient if getattr(variable, "overwrite_with_gradient", False) else total + gradient)
-        joined = [statistics.combined(one, other) for one, other in zip(moments_so_far, moments, strict=True)]
-        return logs, (added, joined), non_trainable, metrics
+        return logs, (added, statistics.combined(moments_so_far, moments)), non_trainable, metrics
 
     def _squared_norm_step(self, accumulators: Any) -> Any:
         pairs = zip(self.model.trainable_variables, accumulators, strict=True)
@@ -159,8 +158,7 @@ class JaxTraining:
         trainable, optimizer = self.model.optimizer.stateless_apply(optimizer, gradients, trainable)
         variables = self.model.non_trainable_variables
         with StatelessScope(state_mapping=list(zip(variables, non_trainable, strict=True))) as scope:
-            for layer, entry in zip(self._normalizations, moments, strict=True):
-                statistics.moved(layer, entry)
+            statistics.moved(self._normalizations, moments)
         non_trainable = [scope.get_current_value(variable) for variable in variables]
         return trainable, optimizer, non_trainable
 
@@ -183,9 +181,9 @@ class JaxTraining:
                     optimizer_variables=optimizer,
                 )
             losses.check_scalar(loss)
-            moments = notes.mine()
-            self._normalizations = [entry.layer for entry in moments]
-            return loss * jnp.asarray(share, loss.dtype), (extra, [entry.tensors() for entry in moments])
+            noted = notes.mine()
+            self._normalizations = [entry.layer for entry in noted]
+            return loss * jnp.asarray(share, loss.dtype), (extra, statistics.packed(noted))
 
         (_, (extra, moments)), gradients = jax.value_and_grad(objective, has_aux=True)(trainable)
         loss, y_pred, new_non_trainable, new_metrics = extra

@@ -74,10 +74,10 @@ def _four_samples(layer: Any) -> tuple[tuple, dict[str, Any]] | None:
     generator = np.random.default_rng(0)
 
     def array(shape: tuple[int | None, ...], dtype: str) -> Any:
-        shape = (4, *(8 if size is None else size for size in shape[1:]))
+        sizes = (4, *(8 if size is None else size for size in shape[1:]))
         if "float" in str(dtype):
-            return generator.uniform(0.1, 0.9, shape).astype("float32")
-        return generator.integers(0, 2, shape, "int32")
+            return generator.uniform(0.1, 0.9, sizes).astype("float32")
+        return generator.integers(0, 2, sizes, "int32")
 
     def drawn(leaf: Any) -> Any:
         return array(leaf.shape, leaf.dtype) if isinstance(leaf, KerasTensor) else leaf

@@ -12,28 +12,63 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 
 @dataclass
 class Moments:
-    """Samples of one normalization: their number (a scalar tensor), mean and sum of squared deviations."""
+    """Samples of one normalization: their number (a scalar tensor), and mean and variance of each channel."""
 
     layer: Any
     number: Any
     mean: Any
-    squares: Any
-
-    def tensors(self) -> tuple[Any, Any, Any]:
-        return self.number, self.mean, self.squares
+    variance: Any
 
 
-def combined(one: tuple[Any, Any, Any], other: tuple[Any, Any, Any]) -> tuple[Any, Any, Any]:
-    """The moments (number, mean, squares) of two groups of samples together."""
+# Numbers of samples, means and sums of squared deviations of all channels of all normalizations, one after the other:
+# a few operations on long vectors take the place of a few for each of dozens of layers.
+Packed = tuple[Any, Any, Any] | tuple[()]
+
+
+def packed(noted: list[Moments]) -> Packed:
+    """What the normalizations of a model noted, as three vectors."""
     from keras import ops
 
+    if not noted:
+        return ()
+    owner = np.repeat(np.arange(len(noted)), [entry.mean.shape[0] for entry in noted])
+    number = ops.take(ops.stack([entry.number for entry in noted]), owner)
+    mean = ops.concatenate([entry.mean for entry in noted])
+    return number, mean, ops.concatenate([entry.variance for entry in noted]) * number
+
+
+def combined(one: Packed, other: Packed) -> Packed:
+    """The moments of two groups of samples together."""
+    from keras import ops
+
+    if not one or not other:
+        return ()
     number = one[0] + other[0]
     part = ops.divide_no_nan(other[0], number)
     difference = other[1] - one[1]
     return number, one[1] + difference * part, one[2] + other[2] + difference * difference * one[0] * part
+
+
+def moved(layers: list[Any], moments: Packed) -> None:
+    """Moves the layers' statistics towards the moments of the window, as Keras does for one batch."""
+    from keras import ops
+
+    if not moments:
+        return
+    number, mean, squares = moments
+    variance = ops.divide_no_nan(squares, number)
+    start = 0
+    for layer in layers:
+        channels = slice(start, start + layer.moving_mean.shape[0])
+        start = channels.stop
+        for variable, value in ((layer.moving_mean, mean[channels]), (layer.moving_variance, variance[channels])):
+            moving = ops.cast(variable.value, value.dtype)
+            variable.assign(moving * layer.momentum + value * (1.0 - layer.momentum))
 
 
 class Notes:
@@ -82,25 +117,10 @@ def _noting(layer: Any, notes: Notes) -> Any:
 
     def call(inputs: Any, mask: Any) -> Any:
         mean, variance = type(layer)._moments(layer, inputs, mask)
-        if mask is None:
-            shape = ops.shape(inputs)
-            sizes = [shape[axis] for axis in layer._reduction_axes]
-            number = ops.cast(ops.prod(ops.convert_to_tensor(sizes, dtype="int32")), mean.dtype)
-        else:
-            per_entry = ops.cast(ops.size(inputs) / ops.size(mask) / inputs.shape[layer.axis], mean.dtype)
-            number = ops.sum(ops.cast(mask, mean.dtype)) * per_entry
-        notes.mine().append(Moments(layer, number, ops.stop_gradient(mean), ops.stop_gradient(variance) * number))
+        number = ops.cast(ops.size(inputs), mean.dtype) / inputs.shape[layer.axis]
+        if mask is not None:
+            number *= ops.mean(ops.cast(mask, mean.dtype))
+        notes.mine().append(Moments(layer, number, ops.stop_gradient(mean), ops.stop_gradient(variance)))
         return mean, variance
 
     return call
-
-
-def moved(layer: Any, moments: tuple[Any, Any, Any]) -> None:
-    """Moves a layer's statistics towards the moments of the window, as Keras does for one batch."""
-    from keras import ops
-
-    number, mean, squares = moments
-    variance = ops.divide_no_nan(squares, number)
-    for variable, value in ((layer.moving_mean, mean), (layer.moving_variance, variance)):
-        moving = ops.cast(variable.value, value.dtype)
-        variable.assign(moving * layer.momentum + value * (1.0 - layer.momentum))

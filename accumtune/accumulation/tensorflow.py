@@ -213,18 +213,17 @@ class TensorFlowTraining:
         for accumulator, gradient in zip(self._accumulators, gradients, strict=True):
             if gradient is not None:
                 accumulator.assign(tf.cast(tf.convert_to_tensor(gradient), accumulator.dtype))
-        moments = self._notes.mine()
-        self._normalizations = [entry.layer for entry in moments]
-        return logs, [entry.tensors() for entry in moments]
+        noted = self._notes.mine()
+        self._normalizations = [entry.layer for entry in noted]
+        return logs, statistics.packed(noted)
 
-    def _next_step(self, batch: Any, share: Any, scales: Any, metric_weight: Any, so_far: list[Any]) -> Any:
+    def _next_step(self, batch: Any, share: Any, scales: Any, metric_weight: Any, so_far: Any) -> Any:
         gradients, logs = self._gradients(batch, share, scales, metric_weight)
         weights = self.model.trainable_weights
         for weight, accumulator, gradient in zip(weights, self._accumulators, gradients, strict=True):
             if gradient is not None:
                 _add(weight, accumulator, gradient)
-        pairs = zip(so_far, self._notes.mine(), strict=True)
-        return logs, [statistics.combined(one, other.tensors()) for one, other in pairs]
+        return logs, statistics.combined(so_far, statistics.packed(self._notes.mine()))
 
     def _squared_norm_step(self) -> Any:
         """Of what has been summed up so far. `l2_loss` makes no squares of its own to sum."""
@@ -232,7 +231,7 @@ class TensorFlowTraining:
         sums = [total for weight, total in pairs if not getattr(weight, "overwrite_with_gradient", False)]
         return tf.add_n([2 * tf.nn.l2_loss(total) for total in sums])
 
-    def _update_step(self, moments: list[Any]) -> None:
+    def _update_step(self, moments: Any) -> None:
         sums = [
             accumulator.value() if has_gradient else None
             for accumulator, has_gradient in zip(self._accumulators, self._has_gradient, strict=True)
@@ -243,8 +242,7 @@ class TensorFlowTraining:
             None if total is None else tf.cast(total, weight.dtype) for weight, total in zip(weights, sums, strict=True)
         ]
         self._apply(gradients)
-        for layer, entry in zip(self._normalizations, moments, strict=True):
-            statistics.moved(layer, entry)
+        statistics.moved(self._normalizations, moments)
 
     def _predict(self, x: Any, training: bool) -> Any:
         return self.model(x, training=training) if self.model._call_has_training_arg else self.model(x)

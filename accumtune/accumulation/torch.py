@@ -20,6 +20,7 @@ class TorchTraining:
         self.model = model
         self.accumulation = accumulation
         self.has_mask: bool | None = None
+        self._normalizations: list[Any] = []
         self._part = torch.compile(self._backward) if model._should_torch_compile() else self._backward
 
     def __call__(self, data: Any) -> Any:
@@ -34,7 +35,8 @@ class TorchTraining:
     def _train(self, window: list[feeding.MicroBatch]) -> Any:
         model = self.model
         model.zero_grad()  # a window that was interrupted may have left gradients
-        moments: list[Any] = []
+        moments: Any = ()
+        self._normalizations = []
         batch = window[0].take()
         if len(window) == 1:
             logs = self._only(batch)
@@ -48,7 +50,7 @@ class TorchTraining:
                 batch = part.take() if index else batch
                 with statistics.recorded(model) as notes:
                     logs = self._part(batch, parts[index], scales[index])
-                moments = _joined(moments, notes.mine())
+                moments = self._joined(moments, notes.mine())
                 sums = _collected(model.trainable_weights, sums)
                 batch = None  # gone before the next one is taken
                 listener(index, functools.partial(_squared_norm, model.trainable_weights, sums))
@@ -113,7 +115,14 @@ class TorchTraining:
             if total is not None:
                 variable.value.grad = total.to(variable.value.dtype)
 
-    def _update(self, moments: list[Any]) -> None:
+    def _joined(self, so_far: Any, noted: list[Any]) -> Any:
+        with torch.no_grad():
+            if not self._normalizations:
+                self._normalizations = [entry.layer for entry in noted]
+                return statistics.packed(noted)
+            return statistics.combined(so_far, statistics.packed(noted))
+
+    def _update(self, moments: Any) -> None:
         model = self.model
         weights = model.trainable_weights[:]
         with torch.no_grad():
@@ -121,8 +130,7 @@ class TorchTraining:
                 model.optimizer.apply([weight.value.grad for weight in weights], weights)
             else:
                 warnings.warn("The model does not have any trainable weights.", stacklevel=2)
-            for entry in moments:
-                statistics.moved(entry.layer, entry.tensors())
+            statistics.moved(self._normalizations, moments)
         model.zero_grad()  # no accumulated gradient outlives its window
 
 
@@ -151,10 +159,3 @@ def _squared_norm(variables: list[Any], sums: list[Any]) -> Any:
     ]
     norms = torch._foreach_norm([total for _, total in pairs if total is not None])
     return torch.stack(norms).square().sum()
-
-
-def _joined(so_far: list[Any], noted: list[Any]) -> list[Any]:
-    if not so_far:
-        return list(noted)
-    pairs = zip(so_far, noted, strict=True)
-    return [statistics.Moments(one.layer, *statistics.combined(one.tensors(), other.tensors())) for one, other in pairs]

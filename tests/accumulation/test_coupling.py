@@ -36,6 +36,13 @@ class InBatchLoss(keras.losses.Loss):
         return in_batch(y_true, y_pred)
 
 
+class DerivedLoss(keras.losses.MeanSquaredError):
+    """Keras's in name, the user's in what it does."""
+
+    def call(self, y_true, y_pred):
+        return in_batch(y_true, y_pred)
+
+
 class AddsLoss(layers.Layer):
     def call(self, inputs):
         self.add_loss(ops.sum(inputs))
@@ -54,7 +61,16 @@ def test_what_is_exact_is_not_reported(loss):
 
 
 @pytest.mark.parametrize(
-    "loss", [in_batch, batch_sum, InBatchLoss(), keras.losses.Dice(), keras.losses.Tversky(), keras.losses.Circle()]
+    "loss",
+    [
+        in_batch,
+        batch_sum,
+        InBatchLoss(),
+        DerivedLoss(),
+        keras.losses.Dice(),
+        keras.losses.Tversky(),
+        keras.losses.Circle(),
+    ],
 )
 @holds("losses that compare samples, or are one ratio over the batch")
 def test_losses_that_look_at_the_whole_micro_batch(loss):

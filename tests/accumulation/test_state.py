@@ -16,15 +16,13 @@ def as_array(value):
 # BatchNormalization
 
 
-def normalizing(calls=1, mask=False, momentum=0.9):
+def normalizing(mask=False, momentum=0.9):
     """The statistics of the inputs, whatever the weights."""
 
     def build():
         inputs = keras.Input((5, 4) if mask else (4,))
         x = keras.layers.Masking()(inputs) if mask else inputs
-        layer = keras.layers.BatchNormalization(momentum=momentum)
-        for _ in range(calls):
-            x = layer(x)
+        x = keras.layers.BatchNormalization(momentum=momentum)(x)
         model = keras.Model(inputs, keras.layers.Dense(2)(x))
         model.compile(keras.optimizers.SGD(0.0), "mse")
         return model
@@ -45,6 +43,24 @@ def test_moving_statistics_are_those_of_the_effective_batch(momentum):
         ours = statistics(train(normalizing(momentum=momentum), data, **how))
         assert len(ours) == 2
         np.testing.assert_allclose(ours, plain, rtol=FLOAT64)
+
+
+def test_each_of_several_normalizations_gets_its_own_moments():
+    """Of different widths and momenta, one of them called twice; none in front of another."""
+
+    def build():
+        inputs = keras.Input((4,))
+        wide, narrow = (keras.layers.BatchNormalization(momentum=momentum) for momentum in (0.9, 0.5))
+        parts = [wide(inputs), narrow(inputs[:, :2]), narrow(inputs[:, 2:])]
+        model = keras.Model(inputs, keras.layers.Dense(2)(keras.layers.Concatenate()(parts)))
+        model.compile(keras.optimizers.SGD(0.0), "mse")
+        return model
+
+    data = {"x": numbers(SAMPLES, 4) * 3 + np.arange(4), "y": numbers(SAMPLES, 2)}
+    ours, plain = statistics(train(build, data, micro_batch_size=3)), statistics(train(build, data))
+    assert [array.shape for array in ours] == [(4,), (4,), (2,), (2,)]
+    for one, other in zip(ours, plain, strict=True):
+        np.testing.assert_allclose(one, other, rtol=FLOAT64)
 
 
 def test_averaging_variances_is_something_else():
