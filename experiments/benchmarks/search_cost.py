@@ -130,30 +130,33 @@ def main() -> None:
     arguments = parser.parse_args()
     tasks = [name for task in arguments.tasks for name in (MADE if task == "made" else [task])]
     seeds = list(range(arguments.seeds))
-    jobs = all_jobs(tasks, seeds)
-    with ProcessPoolExecutor(arguments.processes) as pool:
-        results = []
-        for result in pool.map(job, *zip(*jobs, strict=True)):
-            results.append(result)
-            done = f"{len(results)}/{len(jobs)}: {result['task']}, {result['side']} {result['tuner']}"
-            print(f"{done}, seed {result['seed']}, {result['took']:.0f} s", file=sys.stderr, flush=True)
-    runs = {key: result["run"] for key, result in zip(jobs, results, strict=True)}
-    rows, curves = [], []
+    found: dict[str, list[Any]] = {"rows": [], "curves": [], "searches": []}
     print(HEADER)
-    for task in tasks:
-        record = record_of(task)
-        for names in PAIRINGS:
-            stock = [runs[task, STOCK, names[0], seed] for seed in seeds]
-            ours = [runs[task, OURS, names[1], seed] for seed in seeds]
-            row = ratios(record, stock, ours)
-            rows.append({"task": task, "stock": names[0], "ours": names[1], **row})
-            curves.append((task, names, best_so_far(record, stock, stock), best_so_far(record, ours, stock)))
-            print(printed(task, names, row, len(seeds)), flush=True)
-    print_curves(curves)
-    print_summary(rows, len(seeds), {task: record_of(task).infeasible_share() for task in tasks})
-    if arguments.json:
-        searches = [result | {"run": dataclasses.asdict(result["run"])} for result in results]
-        arguments.json.write_text(json.dumps({"rows": rows, "curves": curves, "searches": searches}))
+    with ProcessPoolExecutor(arguments.processes) as pool:
+        for task in tasks:
+            search_task(task, seeds, pool, found)
+            if arguments.json:  # after each task: hours of searches are not lost with the last one
+                arguments.json.write_text(json.dumps(found))
+    print_curves(found["curves"])
+    print_summary(found["rows"], len(seeds), {task: record_of(task).infeasible_share() for task in tasks})
+
+
+def search_task(task: str, seeds: list[int], pool: ProcessPoolExecutor, found: dict[str, list[Any]]) -> None:
+    """Runs the searches of one task, prints its rows and adds them to what was found."""
+    jobs = all_jobs([task], seeds)
+    runs = {}
+    for key, result in zip(jobs, pool.map(job, *zip(*jobs, strict=True)), strict=True):
+        runs[key[1:]] = result["run"]
+        found["searches"].append(result | {"run": dataclasses.asdict(result["run"])})
+        print(f"{' '.join(map(str, key))}: {result['took']:.0f} s", file=sys.stderr, flush=True)
+    record = record_of(task)
+    for names in PAIRINGS:
+        stock = [runs[STOCK, names[0], seed] for seed in seeds]
+        ours = [runs[OURS, names[1], seed] for seed in seeds]
+        row = ratios(record, stock, ours)
+        found["rows"].append({"task": task, "stock": names[0], "ours": names[1], **row})
+        found["curves"].append((task, names, best_so_far(record, stock, stock), best_so_far(record, ours, stock)))
+        print(printed(task, names, row, len(seeds)), flush=True)
 
 
 def print_curves(curves: list[Any]) -> None:
