@@ -130,7 +130,8 @@ def _probe(options: argparse.Namespace) -> int:
     )
     largest = None if budget is None else costs.largest_micro_batch_size(budget, options.accumulation_steps)
     runs_at_all = any(measurement.is_feasible for measurement in costs.measurements)
-    sizes = _sizes(options, costs) if runs_at_all else []
+    answer_size = [] if largest is None else [largest]
+    sizes = sorted({*_sizes(options, costs), *answer_size}) if runs_at_all else []
     rows = [_row(costs, size, options.accumulation_steps, budget) for size in sizes]
     if options.plot and rows:
         from accumtune.memory.picture import draw_profile
