@@ -1,10 +1,11 @@
 """What Keras Tuner's oracles are given and told, whichever oracle it is.
 
-An oracle keeps its own class and algorithm; accumtune uses its public methods and works around three faults:
+An oracle keeps its own class and algorithm; accumtune uses its public methods and works around four faults:
 
 - it writes its state non-atomically, so a kill leaves a truncated file (see `accumtune.search.state`);
 - three failures in a row raise inside `end_trial`, which leaves the trial RUNNING and a lock held for ever: that
   limit is lifted inside the oracle and kept by the tuner;
+- it makes a metric to learn its direction, which takes the device (see `accumtune.search.directions`);
 - the pair that was measured rather than searched is written into a trial's values after the oracle has recorded
   them, so that its search for duplicates compares what it proposed.
 """
@@ -17,6 +18,7 @@ from typing import Any
 
 from keras_tuner.engine.trial import TrialStatus
 
+from accumtune.search.directions import metric_direction
 from accumtune.search.state import is_grid
 
 # Draws of random values before a space is taken to hold nothing (new, feasible); Keras Tuner's own limit is 20.
@@ -76,10 +78,20 @@ def tell_batch(oracle: Any, trial: Any, batch: Mapping[str, Any]) -> None:
 
 def end_completed(oracle: Any, trial: Any, metrics: dict[str, float], best_epoch: int) -> bool:
     """Tells the oracle a trial's metrics; False where the objective is NaN, which ends the trial as failed."""
+    _register(oracle, trial.trial_id, metrics)
     oracle.update_trial(trial.trial_id, metrics, step=best_epoch)
     trial.status = TrialStatus.COMPLETED
     _end(oracle, trial)
     return bool(oracle.trials[trial.trial_id].status == TrialStatus.COMPLETED)
+
+
+def _register(oracle: Any, trial_id: str, metrics: Mapping[str, float]) -> None:
+    """Tells Keras Tuner which way the other metrics go; it would make each of them on the device to find out."""
+    known = oracle.trials[trial_id].metrics
+    objectives = getattr(oracle.objective, "name_to_direction", {oracle.objective.name})
+    for name in metrics:
+        if name not in objectives and not known.exists(name) and (direction := metric_direction(name)):
+            known.register(name, direction=direction)
 
 
 def end_failed(oracle: Any, trial: Any, message: str) -> None:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import keras_tuner
 
+from accumtune.search.directions import with_direction
 from accumtune.search.tuner import Tuner
 
 if TYPE_CHECKING:
@@ -23,7 +24,8 @@ class RandomSearch(Tuner):
 
     def __init__(self, hypermodel: Any = None, objective: Any = None, max_trials: int = 10, **kwargs: Any) -> None:
         own = _take(kwargs, _ORACLE_ARGUMENTS)
-        oracle = keras_tuner.oracles.RandomSearchOracle(objective=objective, max_trials=max_trials, **own)
+        goal = with_direction(objective)
+        oracle = keras_tuner.oracles.RandomSearchOracle(objective=goal, max_trials=max_trials, **own)
         super().__init__(oracle, hypermodel, **kwargs)
 
 
@@ -36,7 +38,8 @@ class BayesianOptimization(Tuner):
 
     def __init__(self, hypermodel: Any = None, objective: Any = None, max_trials: int = 10, **kwargs: Any) -> None:
         own = _take(kwargs, (*_ORACLE_ARGUMENTS, "num_initial_points", "alpha", "beta"))
-        oracle = keras_tuner.oracles.BayesianOptimizationOracle(objective=objective, max_trials=max_trials, **own)
+        goal = with_direction(objective)
+        oracle = keras_tuner.oracles.BayesianOptimizationOracle(objective=goal, max_trials=max_trials, **own)
         super().__init__(oracle, hypermodel, **kwargs)
 
 
@@ -47,7 +50,7 @@ class GridSearch(Tuner):
         self, hypermodel: Any = None, objective: Any = None, max_trials: int | None = None, **kwargs: Any
     ) -> None:
         own = _take(kwargs, _ORACLE_ARGUMENTS)
-        oracle = keras_tuner.oracles.GridSearchOracle(objective=objective, max_trials=max_trials, **own)
+        oracle = keras_tuner.oracles.GridSearchOracle(objective=with_direction(objective), max_trials=max_trials, **own)
         super().__init__(oracle, hypermodel, **kwargs)
 
 
@@ -69,7 +72,7 @@ class Hyperband(Tuner):
     ) -> None:
         own = _take(kwargs, tuple(name for name in _ORACLE_ARGUMENTS if name != "max_trials"))
         oracle = keras_tuner.oracles.HyperbandOracle(
-            objective=objective,
+            objective=with_direction(objective),
             max_epochs=max_epochs,
             factor=factor,
             hyperband_iterations=hyperband_iterations,
@@ -115,7 +118,7 @@ class OptunaSearch(Tuner):
         from accumtune.search.optuna_oracle import OptunaOracle
 
         own = _take(kwargs, _ORACLE_ARGUMENTS)
-        oracle = OptunaOracle(sampler, objective=objective, max_trials=max_trials, **own)
+        oracle = OptunaOracle(sampler, objective=with_direction(objective), max_trials=max_trials, **own)
         self._pruner = pruner
         super().__init__(oracle, hypermodel, **kwargs)
 

@@ -1,0 +1,49 @@
+"""Whether more or less of a metric is better, without making the metric.
+
+Keras Tuner makes one to find out, and its variables take the device: in the process of the search, which is to leave a
+GPU to its trials. Here the class or function alone is shown to Keras Tuner's own rule.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import keras_tuner
+from keras_tuner.engine.metrics_tracking import infer_metric_direction
+
+
+def metric_direction(name: str) -> str | None:
+    """`"min"` or `"max"` for a metric or loss of Keras, under any of its names; None for others.
+
+    >>> metric_direction("val_accuracy"), metric_direction("mse"), metric_direction("my_metric")
+    ('max', 'min', None)
+    """
+    import keras
+
+    base = name.removeprefix("val_").removeprefix("weighted_")
+    if base in ("loss", "crossentropy", "ce"):
+        return "min"
+    if base == "acc":
+        return "max"
+    for module in (keras.metrics, keras.losses):
+        for known, value in vars(module).items():
+            if callable(value) and _plain(known) == _plain(base):
+                return infer_metric_direction(value)
+    try:
+        return infer_metric_direction(keras.losses.get(base))  # "mse" and other short names; losses have no variables
+    except ValueError:
+        return None
+
+
+def with_direction(objective: Any) -> Any:
+    """An objective, or a list of them, as Keras Tuner takes it: names of Keras's metrics with their direction."""
+    if isinstance(objective, list):
+        return [with_direction(each) for each in objective]
+    if not isinstance(objective, str):
+        return objective
+    direction = metric_direction(objective)
+    return objective if direction is None else keras_tuner.Objective(objective, direction)
+
+
+def _plain(name: str) -> str:
+    return name.replace("_", "").lower()
