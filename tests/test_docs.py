@@ -21,8 +21,6 @@ BLOCKS = [
     for page in sorted(DOCS.rglob("*.md"))
     for number, code in enumerate(BLOCK.findall(page.read_text()))
 ]
-# In the pages, not in the package yet.
-AWAITED = {"OptunaSearch", "GradientNoiseScale", "executor"}
 
 
 @pytest.mark.skipif(
@@ -62,7 +60,7 @@ def unknown_names(code):
 
 @pytest.mark.parametrize("code", BLOCKS)
 def test_code_in_the_documentation_uses_what_there_is(code):
-    assert not set(unknown_names(code)) - AWAITED
+    assert not set(unknown_names(code))
 
 
 def test_the_rule_would_notice_a_name_that_is_gone():
