@@ -214,7 +214,7 @@ class _Keeper(keras.callbacks.Callback):
 
 def _pass_over(arguments: Mapping[str, Any], epochs: int) -> None:
     """Winds a `tf.data.Dataset` forward: `shuffle` draws an order for each iterator, and an epoch makes one."""
-    data = arguments.get("x")
+    data: Any = arguments.get("x")
     if hasattr(data, "element_spec") and not arguments.get("steps_per_epoch"):
         for _ in range(epochs):
             iter(data)
