@@ -9,6 +9,7 @@ from dataclasses import replace
 
 import pytest
 
+from accumtune import cli
 from accumtune.cli import find_search, load_object
 from accumtune.errors import DataError, SearchDirectoryError
 
@@ -101,6 +102,23 @@ def test_export_prints_or_writes_a_configuration(call, config, tmp_path):
     for wrong in ("newer.json", "train.py", "no_such_experiment"):
         done = call("export", wrong)
         assert done.returncode == 2 and done.stdout == "" and "Fix:" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_data_as_scikit_learn_splits_them(tmp_path, monkeypatch):
+    (tmp_path / "splits.py").write_text(
+        "def four(): return ['x', 'x_val', 'y', 'y_val']\n"
+        "def pair(): return 'x', 'y'\n"
+        "def three(): return 1, 2, 3\n"
+        "def pipeline(): return 'a data set'\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert cli._load_data("splits:four") == ("x", "y") == cli._load_data("splits:pair")
+    assert cli._load_validation_data("splits:four") == ("x_val", "y_val")
+    assert cli._load_validation_data("splits:pair") is None
+    assert cli._load_data("splits:pipeline")[0]() == "a data set", "the function itself: its data cannot be sent"
+    with pytest.raises(DataError):
+        cli._load_data("splits:three")
 
 
 def test_addresses(tmp_path, monkeypatch):
