@@ -324,10 +324,10 @@ def load_object(address: str) -> Any:
 
 
 def _load_data(address: str) -> tuple[Any, Any]:
-    data = load_object(address)()
+    data = _loaded(address)
     if isinstance(data, tuple) and len(data) == 2:
         return data
-    if isinstance(data, tuple) and len(data) == 4:  # as scikit-learn's train_test_split returns them
+    if isinstance(data, tuple) and len(data) == 4:
         return data[0], data[2]
     if isinstance(data, tuple):
         raise DataError(f"{address} returned {len(data)} values.", "(x, y).", "return x and y.")
@@ -335,5 +335,11 @@ def _load_data(address: str) -> tuple[Any, Any]:
 
 
 def _load_validation_data(address: str) -> tuple[Any, Any] | None:
-    data = load_object(address)()
+    data = _loaded(address)
     return (data[1], data[3]) if isinstance(data, tuple) and len(data) == 4 else None
+
+
+def _loaded(address: str) -> Any:
+    data = load_object(address)()
+    # scikit-learn's train_test_split returns (x, x_val, y, y_val) as a list.
+    return tuple(data) if isinstance(data, list) and len(data) == 4 else data

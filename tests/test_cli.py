@@ -108,6 +108,23 @@ def test_export_prints_or_writes_a_configuration(call, config, tmp_path):
         assert done.returncode == 2 and done.stdout == "" and "Fix:" in done.stderr and "Traceback" not in done.stderr
 
 
+def test_data_as_scikit_learn_splits_them(tmp_path, monkeypatch):
+    (tmp_path / "splits.py").write_text(
+        "def four(): return ['x', 'x_val', 'y', 'y_val']\n"
+        "def pair(): return 'x', 'y'\n"
+        "def three(): return 1, 2, 3\n"
+        "def pipeline(): return 'a data set'\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert cli._load_data("splits:four") == ("x", "y") == cli._load_data("splits:pair")
+    assert cli._load_validation_data("splits:four") == ("x_val", "y_val")
+    assert cli._load_validation_data("splits:pair") is None
+    assert cli._load_data("splits:pipeline")[0]() == "a data set", "the function itself: its data cannot be sent"
+    with pytest.raises(DataError):
+        cli._load_data("splits:three")
+
+
 def test_addresses(tmp_path, monkeypatch):
     assert load_object("os:path.join") is os.path.join
     with pytest.raises(DataError):
