@@ -36,13 +36,20 @@ class GradientNoiseScale(keras.callbacks.Callback):
         super().__init__()
         self.value = math.nan
         self._meter = NoiseMeter()
+        # Plain values, in which a training that is interrupted finds what earlier epochs measured.
+        self._state: tuple[Any, ...] | None = None
 
     def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
-        self._meter = NoiseMeter()
+        self._meter, self._state = NoiseMeter(), None
         object.__setattr__(self.model, "_accumtune_noise_meter", self._meter)
+
+    def on_epoch_begin(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
+        if self._state is not None:
+            self._meter.take_up(*self._state)
 
     def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
         self.value = self._meter.end_epoch()
+        self._state = self._meter.state()
         if logs is not None:
             logs[NOISE_SCALE] = self.value
 

@@ -96,6 +96,15 @@ class NoiseMeter:
         self._epoch = []
         return noise_scale(estimates)
 
+    def state(self) -> tuple[int, list[tuple[float, float]]]:
+        """What the next epoch needs of those before, between two epochs."""
+        return self._micro_steps, list(self._recent)
+
+    def take_up(self, micro_steps: int, recent: Sequence[tuple[float, float]]) -> None:
+        """The state of another meter, to go on from."""
+        self._micro_steps = micro_steps
+        self._recent = deque(recent, maxlen=FEWEST_MEASUREMENTS)
+
     def _read(self, norms: Norms) -> None:
         estimates = norms.estimates()
         if estimates is not None:

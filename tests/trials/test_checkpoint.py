@@ -119,7 +119,7 @@ def assert_same(directory, whole, rel=1e-6):
     now, expected = curves(directory), curves(whole)
     assert [position[:2] for position in now] == [position[:2] for position in expected]
     for (*_, logs), (*_, wanted) in zip(now, expected, strict=True):
-        assert logs == pytest.approx(wanted, rel=rel)
+        assert logs == pytest.approx(wanted, rel=rel, nan_ok=True)  # a noise scale that cannot be told
 
 
 @pytest.mark.parametrize("how, status", [("kill", "killed"), ("stop", "stopped")])
