@@ -224,10 +224,13 @@ class _Keeper(keras.callbacks.Callback):
 
 
 def _pass_over(arguments: Mapping[str, Any], epochs: int) -> None:
-    """Winds a `tf.data.Dataset` forward: `shuffle` draws an order for each iterator, and an epoch makes one."""
+    """Winds a `tf.data.Dataset` forward: `shuffle` draws an order for each iterator that is made.
+
+    Keras makes one when an epoch begins and, where it knows the number of batches, another one when it has ended.
+    """
     data: Any = arguments.get("x")
     if hasattr(data, "element_spec") and not arguments.get("steps_per_epoch"):
-        for _ in range(epochs):
+        for _ in range(epochs * (2 if int(data.cardinality()) > 0 else 1)):
             iter(data)
 
 
