@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import socket
 from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Any
@@ -12,6 +13,7 @@ from accumtune.errors import SearchError, WorkerError
 from accumtune.trials.devices import Place, current_place, threads_environment
 
 _ACCELERATOR = "accelerator_type:"
+_CONNECT_SECONDS = 10.0
 
 
 class RayPool:
@@ -103,10 +105,11 @@ class RayPool:
         if self._ray.is_initialized():
             return
         try:
+            _check_answers(self._address)
             self._ray.init(
                 address=self._address, log_to_driver=False, logging_level="warning", runtime_env=self._runtime_env
             )
-        except (ConnectionError, ValueError, RuntimeError) as error:
+        except (OSError, ValueError, RuntimeError) as error:
             raise SearchError(
                 f"Received executor={self._address or 'ray'!r}, and Ray says: {error}",
                 "the address of a Ray cluster that runs.",
@@ -114,6 +117,13 @@ class RayPool:
                 'executor="HOST:6379", or "auto" on one of its machines.',
             ) from error
         self._is_ours = True
+
+
+def _check_answers(address: str | None) -> None:
+    """Raises OSError where nobody listens: Ray itself asks again for minutes."""
+    host, colon, port = (address or "").rpartition(":")
+    if colon and port.isdigit() and "/" not in host:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=_CONNECT_SECONDS).close()
 
 
 def _describe(kind: str) -> str:
