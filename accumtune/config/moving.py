@@ -30,6 +30,8 @@ def for_budget(config: TrainingConfig, budget: int | float | str, build_model: A
         build_model, x, y,
         micro_batch_sizes=divisors(_share(config)), memory_budget=budget_bytes,
         hyperparameters=config.hyperparameters,
+        # No micro-batch is larger than the effective batch, and of those the largest that fits is among the probes.
+        confirm_largest=False,
     )  # fmt: skip
     moved = fitted(config, profile, budget_bytes, profiling.current_backend())
     if moved.micro_batch_size != config.micro_batch_size and config.batch_coupled_layers:

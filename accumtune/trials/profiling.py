@@ -233,6 +233,7 @@ def profile(
     micro_batch_sizes: Sequence[int] | None = None,
     memory_budget: int | float | str | None = None,
     hyperparameters: Mapping[str, Any] | None = None,
+    confirm_largest: bool = True,
     on_probe: Callable[[str], None] = lambda line: None,
 ) -> Profile:
     """Finds out what a model costs: peak memory and throughput of every micro-batch size.
@@ -246,6 +247,7 @@ def profile(
         micro_batch_sizes: the sizes that matter; probes are chosen among them. Default: powers of two.
         memory_budget: `"2GiB"` or bytes; None measures without a limit.
         hyperparameters: values by name, for those of `build_model`; others take their defaults.
+        confirm_largest: with a budget, run the largest micro-batch of all that should fit, listed or not.
         on_probe: called with one line of text after each probe, to show progress.
 
     Returns:
@@ -284,7 +286,7 @@ def profile(
             )  # fmt: skip
             proposal: dict[str, Any] = {"space": [], "values": values}
             found = profiler.profile(proposal)
-            return found if budget_bytes is None else profiler.confirm(proposal, found)
+            return profiler.confirm(proposal, found) if confirm_largest and budget_bytes is not None else found
 
 
 def current_backend() -> str:
