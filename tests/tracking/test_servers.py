@@ -139,7 +139,7 @@ def wait_until_synced(uri, trial_id):
 def test_a_server_is_stopped_started_and_wiped_and_everything_arrives_once(made, served, empty_store):
     made.start()
     made.complete("00", 0)
-    tracker = Tracker(made.folder, served.address, interval_seconds=0.05, stop_seconds=30)
+    tracker = Tracker(made.folder, served.address, interval_seconds=0.05, stop_seconds=150)
     tracker.start()
     wait_until_synced(served.address, "00")
     served.stop()
