@@ -13,7 +13,7 @@ from accumtune.memory.profile import HEADROOM, LARGEST_EXTRAPOLATION, MIB, Profi
 ENOUGH = 0.95
 # What the allocator is expected to need beyond the prediction.
 _EXPECTED_WASTE = 0.03
-MOST_TRIES, MOST_FAILURES = 6, 2
+MOST_TRIES, MOST_FAILURES = 7, 3
 
 
 def next_to_run(profile: Profile, budget_bytes: int, accumulation_steps: int, largest_size: int) -> int | None:

@@ -39,6 +39,7 @@ def confirmed(budget_mib, static, slope, waste):
 @given(st.integers(5, 400), st.floats(0.5, 20), st.integers(50, 1000), st.floats(0, 0.08))
 @settings(max_examples=300)
 @example(static=100, slope=4.0, budget_mib=300, waste=0.0)
+@example(static=176, slope=1.0, budget_mib=275, waste=0.078125)  # two failures leave too wide a bracket
 def test_what_is_picked_runs_and_is_close_to_the_largest(static, slope, budget_mib, waste):
     profile, failures = confirmed(budget_mib, static, slope, waste)
     assert failures <= MOST_FAILURES
