@@ -98,7 +98,10 @@ def test_what_is_saved_loads_where_accumtune_is_not_installed(tmp_path):
         model.fit(x, np.zeros((3, 2)), verbose=0)
     """
     subprocess.run([sys.executable, "-c", textwrap.dedent(code)], check=True)
-    np.testing.assert_allclose(np.load(tmp_path / "y.npy"), model.predict(numbers(3, 4), verbose=0), rtol=1e-6)
+    # The other process has Keras's own promotion, which on JAX and torch computes parts of this in float32.
+    np.testing.assert_allclose(
+        np.load(tmp_path / "y.npy"), model.predict(numbers(3, 4), verbose=0), rtol=1e-5, atol=1e-6
+    )
 
 
 def test_copies_are_plain():
