@@ -149,7 +149,9 @@ def test_hyperband_promotes_only_what_has_ended_also_with_several_at_once(tmp_pa
             source = values["tuner/trial_id"]
             before = oracle.trials[source].hyperparameters.values
             assert source in oracle.start_order[:number] and oracle.trials[source].status == "COMPLETED"
-            # ("tuner/bracket" says nothing here: Keras Tuner writes the number of its newest bracket.)
+            # Keras Tuner writes the number of its newest bracket, so the epochs say which bracket it is: they differ.
+            assert before["tuner/bracket"] >= values["tuner/bracket"]
+            assert before["tuner/epochs"] == values["tuner/initial_epoch"] > 0
             assert before["tuner/round"] == values["tuner/round"] - 1
             sources.append(source)
     assert sources and len(sources) == len(set(sources))
