@@ -6,7 +6,7 @@ import equality
 import keras
 import numpy as np
 import pytest
-from conftest import set_precision
+from precision import set_precision
 
 from accumtune import GradientNoiseScale
 from accumtune.accumulation import accumulate
