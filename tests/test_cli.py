@@ -86,9 +86,9 @@ def test_verify_tells_a_pipeline_whether_to_go_on(call, config, tmp_path):
     assert done.returncode == 0, done.stderr
     told = json.loads(done.stdout)
     assert told["peak_memory_bytes"] < told["memory_budget_bytes"] == 16 * 2**20
-    replace(config, peak_memory_bytes=told["peak_memory_bytes"] + 4 * 2**20).save(tmp_path / "best_config.json")
+    replace(config, peak_memory_bytes=told["peak_memory_bytes"] // 2).save(tmp_path / "best_config.json")
     done = call(*arguments)
-    assert done.returncode == 1 and "less than promised" in done.stderr and done.stdout == ""
+    assert done.returncode == 1 and "more than promised" in done.stderr and done.stdout == ""
     done = call("verify", "no_such.json", "train:build_model", "--data", "train:load")
     assert done.returncode == 2 and "cannot be read" in done.stderr and "Traceback" not in done.stderr
 

@@ -8,7 +8,6 @@ from typing import Any
 
 from accumtune.config.production import builder_of, replayed_values
 from accumtune.config.value import TrainingConfig
-from accumtune.config.verification import is_near
 from accumtune.errors import ConfigError, VerificationError
 from accumtune.memory.budget import format_bytes
 
@@ -39,13 +38,10 @@ class Reproduction:
         return abs(self.value - self.promised_value)
 
     def holds(self, objective_tolerance: float = 1e-6, peak_tolerance: float = 0.1) -> bool:
-        """Whether the objective is off by no more than an absolute number, and the peak by no more than a share.
-
-        As in `TrainingConfig.verify`, less than 1 MiB of memory never counts.
-        """
+        """Whether the objective is off by no more than an absolute number, and the peak by no more than a share."""
         promised = self.promised_peak_memory_bytes
-        has_peak = promised is None or is_near(self.peak_memory_bytes, promised, peak_tolerance)
-        return self.difference <= objective_tolerance and has_peak
+        is_near = promised is None or abs(self.peak_memory_bytes - promised) <= peak_tolerance * promised
+        return self.difference <= objective_tolerance and is_near
 
     def __str__(self) -> str:
         peak = f"peak memory {format_bytes(self.peak_memory_bytes)}"

@@ -269,8 +269,7 @@ class TrainingConfig:
         Args:
             build_model: the build function or `keras_tuner.HyperModel`.
             x, y: training data, as for `accumtune.profile`.
-            peak_tolerance: the share by which the measured peak may differ from the promised one. Less than 1 MiB
-                never counts: budgets are kept in whole MiB.
+            peak_tolerance: the share by which the measured peak may differ from the promised one.
 
         Returns:
             What was measured and promised, and what differs between this machine and the search's.

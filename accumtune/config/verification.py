@@ -12,8 +12,6 @@ from accumtune.config.versions import installed_versions
 from accumtune.errors import VerificationError
 from accumtune.memory.budget import format_bytes
 
-MIB = 2**20
-
 
 @dataclass(frozen=True)
 class Verification:
@@ -94,7 +92,7 @@ def compared(
         raise VerificationError(
             f"{what} does not fit {within}{here}.{told}", f"a peak of {before}, as the search measured", fix
         )
-    if promised is not None and not is_near(peak, promised, peak_tolerance):
+    if promised is not None and abs(peak - promised) > promised * peak_tolerance:
         share = f"{100 * peak_tolerance:.0f} %"
         if peak < promised:
             fix = "look whether model and data are those of the search; what is smaller by design needs a new search."
@@ -114,15 +112,6 @@ def compared(
         device=device or "",
         differences=differences,
     )
-
-
-def is_near(peak_memory_bytes: float, promised_peak_memory_bytes: float, tolerance: float) -> bool:
-    """Whether a peak is the promised one, up to a share of it; differences below 1 MiB never count.
-
-    A budget is kept in whole MiB, and the peak of a model of half a MiB differs by 10 % from one run to the next.
-    """
-    difference = abs(peak_memory_bytes - promised_peak_memory_bytes)
-    return difference <= max(tolerance * promised_peak_memory_bytes, MIB)
 
 
 def _differences(config: TrainingConfig, device: str | None, backend: str) -> list[str]:

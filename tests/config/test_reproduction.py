@@ -20,9 +20,8 @@ import keras, numpy as np
 def build_model(hp):
     model = keras.Sequential([
         keras.Input((16,)),
-        keras.layers.Dense(hp.Choice("width", [512, 768]), activation="relu"),
+        keras.layers.Dense(hp.Choice("width", [128, 256]), activation="relu"),
         keras.layers.Dropout(0.2),
-        keras.layers.Dense(768, activation="relu"),  # large enough that what comes and goes in a step is below 3 %
         keras.layers.Dense(2),
     ])
     model.compile(
@@ -41,7 +40,7 @@ SEARCH = """
 import accumtune, train
 x, x_val, y, y_val = train.load()
 tuner = accumtune.RandomSearch(
-    train.build_model, "val_loss", max_trials=2, seed=11, memory_budget="64MiB", micro_batch_sizes=(16, 32),
+    train.build_model, "val_loss", max_trials=2, seed=11, memory_budget="16MiB", micro_batch_sizes=(16, 32),
     accumulation_steps=(2, 4), tracking_uri=False, project_name="small",
 )
 tuner.search(x, y, validation_data=(x_val, y_val), epochs=4, class_weight={0: 1.0, 1: 1.5}, verbose=0)
