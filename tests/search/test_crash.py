@@ -127,7 +127,7 @@ def session(folder, kind, trainings, workers=1):
     files = SearchDirectory(folder)
     display = Display("val_loss", oracle.max_trials, 0)
     runner = TrialRunner(settings, files, trainings, Profiles())
-    return oracle, SearchSession(oracle, runner, files, display, workers=workers, after_trial=oracle.save)
+    return oracle, SearchSession(oracle, runner, files, display, workers=workers)
 
 
 def told(folder):
