@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -51,6 +52,10 @@ class _WholeState:
     def end_trial(self: Any, *args: Any, **kwargs: Any) -> None:
         with _set(self, "_is_in_step"):
             super().end_trial(*args, **kwargs)  # type: ignore[misc]
+
+    def _check_consecutive_failures(self: Any) -> None:
+        if self.max_consecutive_failed_trials != math.inf:  # accumtune counts them: no walk through all trials
+            super()._check_consecutive_failures()  # type: ignore[misc]
 
     def _save_trial(self: Any, trial: Any) -> None:
         if not self._is_updating:  # it ends with the next call, and is saved then; the journal has its metrics
@@ -161,9 +166,9 @@ def repair_state_files(folder: Path) -> list[str]:
     has_begun = bool(trials) or (folder / "tuner0.json").exists()
     # The oracle first: a trial's space may have to come from it.
     if _is_broken(oracle) or (has_begun and not oracle.exists()):
-        earlier = _load(_previous(oracle))
-        complete = None if earlier is None else with_changes(earlier, oracle)
-        mended.append(_mend(folder, oracle, complete, "one save earlier"))
+        complete = with_changes(_load(_previous(oracle)), oracle)
+        is_whole = "hyperparameters" in complete
+        mended.append(_mend(folder, oracle, complete if is_whole else None, "one save earlier"))
     space = (_load(oracle) or {}).get("hyperparameters")
     for file in [*folder.glob("tuner*.json")]:
         if _is_broken(file):
@@ -244,8 +249,7 @@ def _set(oracle: Any, name: str) -> Iterator[None]:
         setattr(oracle, name, False)
 
 
-def _save(path: Path, state: Mapping[str, Any]) -> int:
-    """Writes a file whole, and returns its size in bytes."""
+def _save(path: Path, state: Mapping[str, Any]) -> None:
     content = json.dumps(state)
     if path.exists():
         temporary = path.with_name(f".{path.name}.{os.getpid()}.link")
@@ -255,7 +259,6 @@ def _save(path: Path, state: Mapping[str, Any]) -> int:
             os.link(path, temporary)
             os.replace(temporary, _previous(path))
     write_atomically(path, content)
-    return len(content)
 
 
 def _previous(path: Path) -> Path:

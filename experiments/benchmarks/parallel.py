@@ -191,7 +191,8 @@ def main() -> int:
                 f"{row['ideal_seconds']:>5.0f} s  {row['trials_seconds']:>5.1f} s  {row['efficiency']:.3f}   "
                 f"(the whole search, from its start to its report: {row['search_seconds']:.1f} s)\n"
                 f"  per trial: {row['fork_seconds']:.2f} s from its proposal to its process, "
-                f"{row['build_seconds']:.2f} s until it waits, {row['end_seconds']:.2f} s from then to the end in the journal, "
+                f"{row['build_seconds']:.2f} s until it waits, "
+                f"{row['end_seconds']:.2f} s from then to the end in the journal, "
                 f"{row['between_seconds']:.2f} s to the next one's proposal (a process that inspects its model)\n"
                 f"  CPU per trial: {row['training_process_cpu_seconds']:.2f} s until it waits, "
                 f"{row['own_cpu_seconds']:.2f} s in the search process\n",
