@@ -42,12 +42,18 @@ def _variables(model: Any) -> list[Any]:
 
 
 def values_of(model: Any) -> list[np.ndarray]:
+    """The variables of a model and of its optimizer, as they are now."""
     if hasattr(model, "jax_state_sync"):
         model.jax_state_sync()
     return [np.array(keras.ops.convert_to_numpy(variable)) for variable in _variables(model)]
 
 
 def give_back_values(model: Any, values: Sequence[np.ndarray]) -> None:
+    """Assigns what `values_of` gave.
+
+    Raises:
+        CannotContinue: it was another model's.
+    """
     variables = _variables(model)
     if [tuple(variable.shape) for variable in variables] != [value.shape for value in values]:
         raise CannotContinue("variables of other shapes")
@@ -56,6 +62,7 @@ def give_back_values(model: Any, values: Sequence[np.ndarray]) -> None:
 
 
 def random_state() -> dict[str, Any]:
+    """Of all generators that a training may draw from without a seed of its own."""
     state: dict[str, Any] = {"python": random.getstate(), "numpy": np.random.get_state()}
     generator = _keras_generator()
     if generator is not None:
@@ -68,6 +75,7 @@ def random_state() -> dict[str, Any]:
 
 
 def give_back_random_state(state: Mapping[str, Any]) -> None:
+    """Sets the generators to what `random_state` gave."""
     random.setstate(state["python"])
     np.random.set_state(state["numpy"])
     generator = _keras_generator()
