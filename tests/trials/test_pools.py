@@ -192,8 +192,8 @@ class Waits(keras.callbacks.Callback):
         time.sleep(self.seconds)
 
 
-def trained_elsewhere(folder, seen, seconds, storage=None):
-    """A training on workers that see nothing of the search's folder; the first one dies in its fourth epoch."""
+def training_in(folder, seen, seconds):
+    """The directory of a training, and what writes its task."""
     directory, payload = TaskDirectory(folder / "search" / "trial_7"), folder / "search" / "data" / "payload.pkl"
     content = {
         "hypermodel": AccumulationHyperModel(build), "objective": keras_tuner.Objective("val_loss", "min"),
@@ -201,40 +201,44 @@ def trained_elsewhere(folder, seen, seconds, storage=None):
         "fit_kwargs": {"epochs": EPOCHS, "validation_data": (X, Y), "callbacks": [Waits(str(seen), seconds)]},
     }  # fmt: skip
     dump_payload(content, payload)
+    values = {"effective_batch_size": 8, "micro_batch_size": 4, "accumulation_steps": 2}
     arguments = {
-        "payload": str(payload), "memory_budget_bytes": None, "seed": 5, "attempt": 1,
-        "hyperparameters": {
-            "space": [], "values": {"effective_batch_size": 8, "micro_batch_size": 4, "accumulation_steps": 2},
-        },
+        "payload": str(payload), "memory_budget_bytes": None, "seed": 5,
+        "hyperparameters": {"space": [], "values": values},
     }  # fmt: skip
-    outcomes = []
-    for attempt in (1, 2):
-        directory.write_task("train", {**arguments, "attempt": attempt})
-        with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-            elsewhere = Elsewhere(pool)
-            elsewhere.storage = storage
-            future = PoolExecutor(elsewhere, "tensorflow").submit(directory)
-            if attempt == 1 and seconds:
-                deadline = time.monotonic() + 120
-                while not (seen.exists() and seen.read_text().count("\n") > 3) and time.monotonic() < deadline:
-                    time.sleep(0.05)
-                (worker,) = pool._processes.values()
-                worker.kill()
-            outcomes.append(future.result(timeout=120))
-        if outcomes[-1].is_completed:
-            break
-    return directory, outcomes
+    return directory, lambda attempt: directory.write_task("train", {**arguments, "attempt": attempt})
 
 
-def test_with_a_storage_url_a_trial_goes_on_where_the_lost_machine_was(tmp_path):
-    whole, (undisturbed,) = trained_elsewhere(tmp_path / "whole", tmp_path / "seen_whole", 0)
-    seen, store = tmp_path / "seen", tmp_path / "store"
-    directory, (lost, outcome) = trained_elsewhere(tmp_path / "broken", seen, 1.5, f"file://{store}")
-    assert lost.status == "lost" and outcome.is_completed, outcome
+def trained_twice(folder, seen, threads, storage=None):
+    """A training on a worker that dies in its fourth epoch, then on another; neither sees the search's folder."""
+    directory, write = training_in(folder, seen, 1.1)
+    write(1)
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        elsewhere = Elsewhere(pool)
+        elsewhere.storage = storage
+        future = PoolExecutor(elsewhere, "tensorflow").submit(directory)
+        deadline = time.monotonic() + 120
+        while not (seen.exists() and seen.read_text().count("\n") > 3) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        (worker,) = pool._processes.values()
+        worker.kill()
+        assert future.result(timeout=60).status == "lost"
+    write(2)
+    other = Elsewhere(threads)
+    other.storage = storage
+    outcome = PoolExecutor(other, "tensorflow").submit(directory).result(timeout=120)
+    assert outcome.is_completed, outcome
     begun = [line.split() for line in seen.read_text().splitlines()]
-    first, second = dict.fromkeys(pid for pid, _ in begun)
-    again = [int(epoch) for pid, epoch in begun if pid == second]
-    assert again[0] > 0 and again[-1] == EPOCHS - 1  # without the URL it would begin with its first epoch
+    return directory, outcome, [int(epoch) for pid, epoch in begun if pid == begun[-1][0]]
+
+
+def test_with_a_storage_url_a_trial_goes_on_where_the_lost_machine_was(tmp_path, threads):
+    whole, write = training_in(tmp_path / "whole", tmp_path / "seen_whole", 0)
+    write(1)
+    undisturbed = PoolExecutor(Elsewhere(threads), "tensorflow").submit(whole).result(timeout=120)
+    store = tmp_path / "store"
+    directory, outcome, again = trained_twice(tmp_path / "broken", tmp_path / "seen", threads, f"file://{store}")
+    assert again[0] > 0 and again[-1] == EPOCHS - 1
     assert outcome.result["metrics"] == pytest.approx(undisturbed.result["metrics"], rel=1e-6)
     losses = [[epoch.logs["val_loss"] for epoch in read_trial(task.path).epochs] for task in (directory, whole)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-6) and len(losses[0]) == EPOCHS
@@ -242,12 +246,9 @@ def test_with_a_storage_url_a_trial_goes_on_where_the_lost_machine_was(tmp_path)
     assert not [path for path in store.rglob("*") if path.is_file()]  # nothing is left there
 
 
-def test_without_a_storage_url_it_begins_anew(tmp_path):
-    seen = tmp_path / "seen"
-    _, (lost, outcome) = trained_elsewhere(tmp_path / "broken", seen, 1.5)
-    begun = [line.split() for line in seen.read_text().splitlines()]
-    assert lost.status == "lost" and outcome.is_completed
-    assert [int(epoch) for pid, epoch in begun if pid == begun[-1][0]] == list(range(EPOCHS))
+def test_without_a_storage_url_it_begins_anew(tmp_path, threads):
+    *_, again = trained_twice(tmp_path / "broken", tmp_path / "seen", threads)
+    assert again == list(range(EPOCHS))
 
 
 def test_a_storage_that_cannot_be_used_is_named_at_once(tmp_path, threads):
