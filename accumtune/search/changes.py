@@ -72,7 +72,7 @@ def with_changes(state: Mapping[str, Any] | None, path: Path) -> dict[str, Any]:
     Returns:
         The state and the number of the last change in it.
     """
-    complete = {_NUMBER: 0} if state is None else copy.deepcopy(dict(state))
+    complete: dict[str, Any] = {_NUMBER: 0} if state is None else copy.deepcopy(dict(state))
     if _NUMBER not in complete:
         return complete
     for name in _SETS & complete.keys():

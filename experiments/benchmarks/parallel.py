@@ -2,14 +2,14 @@
 
 Two tables. In the first, real trials in processes of their own wait instead of computing (two cores would be the
 limit otherwise): the time from the first trial's start to the last one's end against waiting alone, divided by the
-workers. They wait for 20 seconds; a trial of a real search takes from ten seconds to hours, and what it costs to start
-and end one does not depend on that. Where that time goes is told per trial. It is computing, so the table is worth
-something only on a machine that does nothing else: eight processes start on two cores.
+workers. They wait for a minute; a trial of a real search takes from ten seconds to hours, and what it costs to start
+and end one does not depend on that. Where that time goes is told per trial. It is computing and the disk, so `--seconds
+20` is for a machine that does nothing else: eight workers have two cores to start their processes on.
 
 In the second, an executor that answers at once leaves the search process with nothing but its own work, whose CPU time
 per trial is taken in quarters of a search: it should neither grow with the trials that were nor with the workers.
 
-    python experiments/benchmarks/parallel.py [--workers 8] [--trials 64] [--seconds 20] [--quick] [--json PATH]
+    python experiments/benchmarks/parallel.py [--workers 8] [--trials 64] [--seconds 60] [--quick] [--json PATH]
 """
 
 from __future__ import annotations
@@ -173,7 +173,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--workers", type=int, default=8)
     parser.add_argument("--trials", type=int, default=64)
-    parser.add_argument("--seconds", type=float, default=20.0, help="that each trial waits")
+    parser.add_argument("--seconds", type=float, default=60.0, help="that each trial waits")
     parser.add_argument("--only", choices=("efficiency", "own"), default=None)
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--json", metavar="PATH", default=None)
