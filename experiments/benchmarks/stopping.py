@@ -1,8 +1,9 @@
 """What it takes to stop, and to be ready for it: Ctrl-C, and the checkpoints that trials go on from.
 
 Two tables. In the first a search gets Ctrl-C while its trials run, with short epochs and with epochs that nobody waits
-for, once and twice: how long until its children are gone and until it has written its report (the second time it
-writes none) and is gone itself, and whether it says how to go on. In the second the state
+for, once and twice: how long until its children are gone, until it says how to go on, and until its own process has
+ended. The last is a report and what MLflow lacks (the second time neither), and then Python taking down TensorFlow.
+In the second the state
 of a training is written at the end of its epochs as in a trial: its size (the parameters and Adam's two slots), what
 writing takes, at how many ends of an epoch it is written, and the share of the training's time that this is.
 
@@ -80,16 +81,19 @@ def ctrl_c(root: Path, seconds: float, times: int, workers: int) -> dict[str, An
             time.sleep(0.5)
         process.send_signal(signal.SIGINT)
     last = time.monotonic()
-    while any(map(is_alive, pids[1:])):
+    seen: dict[str, float] = {}
+    while "ended" not in seen:
+        now = {
+            "children": not any(map(is_alive, pids[1:])),
+            "told": "to go on: " in log.read_text(),
+            "ended": process.poll() is not None,
+        }
+        seen |= {name: time.monotonic() - last for name, is_so in now.items() if is_so and name not in seen}
         time.sleep(0.02)
-    children_gone = time.monotonic() - last
-    process.wait()
-    ended = time.monotonic()
     saved = sum((trial.folder / "continue.pkl").exists() for trial in running)
     return {
-        "epoch_seconds": seconds, "times": times, "processes": len(pids), "children_seconds": children_gone,
-        "search_seconds": ended - last, "saved": saved, "trials": len(running),
-        "says_how": "to go on: " in log.read_text(),
+        "epoch_seconds": seconds, "times": times, "children": len(pids) - 1, "saved": saved, "trials": len(running),
+        **{f"{name}_seconds": seen.get(name) for name in ("children", "told", "ended")},
     }  # fmt: skip
 
 
@@ -158,14 +162,14 @@ def main() -> int:
     states: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory(prefix="accumtune-stopping-") as root:
         if options.only != "checkpoints":
-            print("  epoch  Ctrl-C  children  gone after  search ended after  states saved  says how to go on")
+            print("  epoch  Ctrl-C  children  gone after  says how to go on after  ended after  states saved")
             for seconds, times in ((1.0, 1), (600.0, 1), (1.0, 2), (600.0, 2)):
                 row = ctrl_c(Path(root), seconds, times, options.workers)
                 stops.append(row)
                 print(
-                    f"{seconds:>5.0f} s  {'once' if times == 1 else 'twice':>6}  {row['processes'] - 1:>8}  "
-                    f"{row['children_seconds']:>8.1f} s  {row['search_seconds']:>16.1f} s  {row['saved']:>7} of "
-                    f"{row['trials']}  {'yes' if row['says_how'] else 'NO':>17}",
+                    f"{seconds:>5.0f} s  {'once' if times == 1 else 'twice':>6}  {row['children']:>8}  "
+                    f"{row['children_seconds']:>8.1f} s  {row['told_seconds']:>21.1f} s  {row['ended_seconds']:>9.1f} s  "
+                    f"{row['saved']:>7} of {row['trials']}",
                     flush=True,
                 )
         if options.only != "ctrl_c":
@@ -180,7 +184,7 @@ def main() -> int:
                 )
     if options.json:
         Path(options.json).write_text(json.dumps({"ctrl_c": stops, "checkpoints": states}, indent=2))
-    good = all(row["children_seconds"] <= MOST_SECONDS and row["says_how"] for row in stops)
+    good = all(max(row["children_seconds"], row["told_seconds"]) <= MOST_SECONDS for row in stops)
     return 0 if good and all(row["share"] <= MOST_SHARE for row in states) else 1
 
 
