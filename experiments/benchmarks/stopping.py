@@ -2,10 +2,9 @@
 
 Two tables. In the first a search gets Ctrl-C while its trials run, with short epochs and with epochs that nobody waits
 for, once and twice: how long until its children are gone, until it says how to go on, and until its own process has
-ended. The last is a report and what MLflow lacks (the second time neither), and then Python taking down TensorFlow.
-In the second the state
-of a training is written at the end of its epochs as in a trial: its size (the parameters and Adam's two slots), what
-writing takes, at how many ends of an epoch it is written, and the share of the training's time that this is.
+ended. The last is a report and what MLflow lacks (the second time neither), and then Python taking down TensorFlow. In
+the second the state of a training is written at the end of its epochs as in a trial: its size (the parameters and
+Adam's two slots), what writing takes, at how many ends of an epoch it is written, and the share of the training's time.
 
     python experiments/benchmarks/stopping.py [--workers 4] [--only ctrl_c|checkpoints] [--json PATH]
 """
@@ -168,8 +167,8 @@ def main() -> int:
                 stops.append(row)
                 print(
                     f"{seconds:>5.0f} s  {'once' if times == 1 else 'twice':>6}  {row['children']:>8}  "
-                    f"{row['children_seconds']:>8.1f} s  {row['told_seconds']:>21.1f} s  {row['ended_seconds']:>9.1f} s  "
-                    f"{row['saved']:>7} of {row['trials']}",
+                    f"{row['children_seconds']:>8.1f} s  {row['told_seconds']:>21.1f} s  "
+                    f"{row['ended_seconds']:>9.1f} s  {row['saved']:>7} of {row['trials']}",
                     flush=True,
                 )
         if options.only != "ctrl_c":
