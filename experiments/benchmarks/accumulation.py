@@ -1,6 +1,10 @@
 """What exact accumulation costs: throughput and peak memory beside Keras's own accumulation and two limits.
 
     python experiments/benchmarks/accumulation.py [--quick] [--backends tensorflow tensorflow+xla jax torch]
+        [--workloads mlp cnn transformer mobilenet lstm] [--clock wall|cpu] [--results FOLDER]
+
+With `--results`, each configuration (a backend and a workload) leaves a JSON file there, is not measured again while
+that file exists: a long table can be made in pieces.
 
 Ways to train at the same effective batch, each in a process of its own (`accumulation_ways.py`):
 
@@ -39,6 +43,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 WAYS = ("ours", "keras", "full", "limit")
+BACKENDS = ("tensorflow", "tensorflow+xla", "jax", "torch")
 WORKLOADS = ("mlp", "cnn", "transformer", "mobilenet", "lstm")
 QUICK = ("mlp", "cnn")
 MIB = 2**20
@@ -62,6 +67,7 @@ class Child:
                 "PYTHONPATH": str(Path(__file__).parents[2]),
             }
             | environment,
+            preexec_fn=on_one_core if clock == "cpu" else None,
             text=True,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -78,6 +84,12 @@ class Child:
             raise SystemExit(f"{self.name} ended with {self.process.wait()}.")
         seconds, peak = json.loads(answer)
         return seconds, peak
+
+
+def on_one_core() -> None:
+    """Frameworks make as many threads as they find cores; those that wait for others spin, which is time of the CPU."""
+    cores = sorted(os.sched_getaffinity(0))
+    os.sched_setaffinity(0, {cores[os.getpid() % len(cores)]})
 
 
 @contextlib.contextmanager
@@ -153,9 +165,24 @@ def summary(rows: list[dict]) -> dict[str, float]:
     }
 
 
+def found_or_measured(name: str, workload: str, arguments: argparse.Namespace) -> dict:
+    """The row of a configuration, from its file where there is one."""
+    file = arguments.results and arguments.results / f"{name}-{workload}.json"
+    if file and file.exists():
+        return json.loads(file.read_text())
+    backend, _, xla = name.partition("+")
+    jit = bool(xla) or backend == "jax"
+    rounds = 2 if arguments.quick else arguments.rounds
+    row = measure(backend, jit, workload, rounds, arguments.windows, arguments.clock)
+    if file:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(row, indent=2) + "\n")
+    return row
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--backends", nargs="*", default=["tensorflow", "tensorflow+xla"])
+    parser.add_argument("--backends", nargs="*", choices=BACKENDS, default=["tensorflow", "tensorflow+xla"])
     parser.add_argument("--workloads", nargs="*", choices=WORKLOADS)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--windows", type=int, default=5, help="windows per round; the first is not timed")
@@ -163,22 +190,17 @@ def main() -> None:
     parser.add_argument(
         "--clock", choices=("wall", "cpu"), default="wall", help="cpu: seconds of all threads, on a busy machine"
     )
-    parser.add_argument("--json", type=Path, help="where to write the figures")
+    parser.add_argument("--results", type=Path, help="a folder of JSON files, one per configuration")
     arguments = parser.parse_args()
     workloads = arguments.workloads or (QUICK if arguments.quick else WORKLOADS)
-    rounds = 2 if arguments.quick else arguments.rounds
     print(header())
     rows = []
     for name in arguments.backends:
-        backend, _, xla = name.partition("+")
         for workload in workloads:
-            jit = bool(xla) or backend == "jax"
-            rows.append(measure(backend, jit, workload, rounds, arguments.windows, arguments.clock))
+            rows.append(found_or_measured(name, workload, arguments))
             print(printed(rows[-1]), flush=True)
-    for name, value in summary(rows).items():
-        print(f"{name:<40}{value:5.2f}")
-    if arguments.json:
-        arguments.json.write_text(json.dumps({"rows": rows, "summary": summary(rows)}, indent=2))
+    for label, value in summary(rows).items():
+        print(f"{label:<40}{value:5.2f}")
 
 
 if __name__ == "__main__":
