@@ -74,16 +74,30 @@ class Child:
             stderr=subprocess.DEVNULL,
         )
 
-    def train(self, windows: int) -> tuple[float, int]:
-        """Seconds per window, and the peak so far in bytes."""
-        assert self.process.stdin and self.process.stdout
+    def begin(self, windows: int) -> None:
+        assert self.process.stdin
         self.process.stdin.write(f"{windows}\n")
         self.process.stdin.flush()
+
+    def end(self) -> tuple[float, int]:
+        """Seconds per window, and the peak so far in bytes."""
+        assert self.process.stdout
         answer = self.process.stdout.readline()
         if not answer:
             raise SystemExit(f"{self.name} ended with {self.process.wait()}.")
         seconds, peak = json.loads(answer)
         return seconds, peak
+
+    def train(self, windows: int) -> tuple[float, int]:
+        self.begin(windows)
+        return self.end()
+
+
+def train_together(processes: dict[str, Child], windows: int) -> dict[str, int]:
+    """All at once, where nothing is timed: compiling, and peaks. Gives the peaks."""
+    for child in processes.values():
+        child.begin(windows)
+    return {way: child.end()[1] for way, child in processes.items()}
 
 
 def on_one_core() -> None:
@@ -109,17 +123,15 @@ def measure(backend: str, jit: bool, workload: str, rounds: int, windows: int, c
     seconds: dict[str, list[float]] = {way: [] for way in WAYS}
     peaks: dict[str, int] = {}
     with children(backend, WAYS, workload, jit, clock) as processes:
-        for child in processes.values():
-            child.train(2)  # compiles
+        train_together(processes, 2)  # compiles
         for _ in range(rounds):
             for way, child in processes.items():
                 taken, peaks[way] = child.train(windows)
                 seconds[way].append(taken)
     alone = ("floor",) if backend == "tensorflow" else (*WAYS[:3], "floor")
-    for way in alone:
-        with children(backend, (way,), workload, jit, clock, **FREED_AT_ONCE) as processes:
-            processes[way].train(2)
-            peaks[way] = processes[way].train(2)[1]
+    with children(backend, alone, workload, jit, clock, **FREED_AT_ONCE) as processes:
+        train_together(processes, 2)
+        peaks |= train_together(processes, 2)
     speed_to = {
         way: statistics.median(other / ours for ours, other in zip(seconds["ours"], seconds[way], strict=True))
         for way in WAYS

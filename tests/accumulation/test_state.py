@@ -16,15 +16,15 @@ def as_array(value):
 # BatchNormalization
 
 
-def normalizing(mask=False, momentum=0.9):
+def normalizing(mask=False, momentum=0.9, synchronized=False, learning_rate=0.0):
     """The statistics of the inputs, whatever the weights."""
 
     def build():
         inputs = keras.Input((5, 4) if mask else (4,))
         x = keras.layers.Masking()(inputs) if mask else inputs
-        x = keras.layers.BatchNormalization(momentum=momentum)(x)
+        x = keras.layers.BatchNormalization(momentum=momentum, synchronized=synchronized)(x)
         model = keras.Model(inputs, keras.layers.Dense(2)(x))
-        model.compile(keras.optimizers.SGD(0.0), "mse")
+        model.compile(keras.optimizers.SGD(learning_rate), "mse")
         return model
 
     return build
@@ -91,6 +91,12 @@ def test_a_frozen_normalization_keeps_its_statistics():
 
     ours = train(build, regression(), micro_batch_size=3)
     np.testing.assert_array_equal(statistics(ours), [np.zeros(4), np.ones(4)])
+
+
+@pytest.mark.skipif(BACKEND == "tensorflow", reason="Keras has it there, see test_replicas.py")
+def test_synchronized_normalization_is_refused_as_keras_refuses_it():
+    with pytest.raises(NotImplementedError, match="synchronized"):
+        train(normalizing(synchronized=True), regression(), micro_batch_size=3)
 
 
 # Dropout
