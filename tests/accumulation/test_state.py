@@ -93,12 +93,6 @@ def test_a_frozen_normalization_keeps_its_statistics():
     np.testing.assert_array_equal(statistics(ours), [np.zeros(4), np.ones(4)])
 
 
-@pytest.mark.skipif(BACKEND == "tensorflow", reason="Keras has it there, see test_replicas.py")
-def test_synchronized_normalization_is_refused_as_keras_refuses_it():
-    with pytest.raises(NotImplementedError, match="synchronized"):
-        train(normalizing(synchronized=True), regression(), micro_batch_size=3)
-
-
 # Dropout
 
 
