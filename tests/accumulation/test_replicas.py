@@ -51,8 +51,10 @@ NORMALIZING = """
     import keras, numpy as np
     keras.config.set_floatx("float64")
     from equality import as_array, assert_same_training, numbers, train
+    from precision import let_keras_compute_in_float64
     from test_state import normalizing, statistics
 
+    let_keras_compute_in_float64(dict.__setitem__)
     samples = {samples}
     data = {{"x": numbers(samples, 4) * 3 + 50, "y": numbers(samples, 2, seed=1)}}
 
