@@ -4,7 +4,7 @@
         [--workloads mlp cnn transformer mobilenet lstm] [--clock wall|cpu] [--results FOLDER]
 
 With `--results`, each configuration (a backend and a workload) leaves a JSON file there, is not measured again while
-that file exists: a long table can be made in pieces.
+that file exists: a long table can be made in pieces. `accumulation_records/` is such a folder.
 
 Ways to train at the same effective batch, each in a process of its own (`accumulation_ways.py`):
 
