@@ -30,7 +30,7 @@ def add(commands: Any) -> None:
 
 def run(options: argparse.Namespace) -> int:
     from accumtune.memory.machine import device_memory
-    from accumtune.trials.profiling import profile
+    from accumtune.trials.costs import profile
 
     device = device_memory()
     budget = None if options.memory_budget is None else parse_budget(options.memory_budget)
@@ -69,7 +69,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _sizes(options: argparse.Namespace, costs: Profile) -> list[int]:
-    from accumtune.trials.profiling import DEFAULT_MICRO_BATCH_SIZES
+    from accumtune.trials.costs import DEFAULT_MICRO_BATCH_SIZES
 
     probed = {measurement.micro_batch_size for measurement in costs.measurements}
     return sorted(probed | set(options.micro_batch_sizes or DEFAULT_MICRO_BATCH_SIZES))
