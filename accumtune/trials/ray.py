@@ -62,7 +62,7 @@ class RayPool:
             max_retries=0,
         )
         reference = task.remote(*arguments)
-        future = reference.future()
+        future: Any = reference.future()
         future.accumtune_reference = reference
         return future
 
