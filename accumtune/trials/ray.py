@@ -62,8 +62,8 @@ class RayPool:
             max_retries=0,
         )
         reference = task.remote(*arguments)
-        future: Any = reference.future()
-        future.accumtune_reference = reference
+        future: Future[Any] = reference.future()
+        future.accumtune_reference = reference  # type: ignore[attr-defined]
         return future
 
     @functools.cache  # noqa: B019  Ray keeps a copy of each function that it is given
