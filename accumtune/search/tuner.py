@@ -37,7 +37,7 @@ from accumtune.tracking.records import SearchRecord
 from accumtune.trials.builder import ModelBuilder
 from accumtune.trials.devices import Places
 from accumtune.trials.directory import SearchDirectory, check_writable, clear_disk_errors
-from accumtune.trials.profiling import check_sizes, current_backend
+from accumtune.trials.profiling import Profiler, check_sizes, current_backend
 
 SearchOver = Literal["auto", "effective_batch_size", "pairs"]
 
@@ -225,9 +225,10 @@ class Tuner(keras_tuner.Tuner):
             status, reason, best, is_hurried = "failed", "", None, False
             try:
                 with display:
+                    profiler = self._processes.profiler(display.probe)
                     if not is_first:
-                        self._warn_of_an_edited_model(display)
-                    self._session(display).run()
+                        self._warn_of_an_edited_model(display, profiler)
+                    self._session(display, profiler).run()
                 best = self._chronicle.try_best(self._runs)
                 self._save_model(display, best)
                 status = "finished"
@@ -243,7 +244,7 @@ class Tuner(keras_tuner.Tuner):
                 self._processes.close()
                 self._end(display, status, reason, best, is_hurried)
 
-    def _session(self, display: Display) -> SearchSession:
+    def _session(self, display: Display, profiler: Profiler) -> SearchSession:
         settings = SearchSettings(
             memory_budget_bytes=self.memory_budget_bytes,
             micro_batch_sizes=self.micro_batch_sizes,
@@ -254,7 +255,6 @@ class Tuner(keras_tuner.Tuner):
             objective_name=self.oracle.objective.name,
             trial_timeout_seconds=self.trial_timeout_seconds,
         )
-        profiler = self._processes.profiler(display.probe)
         runner = TrialRunner(
             settings, self._files, self._processes.executor(), profiler, display.trial_started,
             places=Places(self._places), pruning=self._pruning(),
@@ -306,10 +306,12 @@ class Tuner(keras_tuner.Tuner):
         self._chronicle.start_tracking()
         return is_first
 
-    def _warn_of_an_edited_model(self, display: Display) -> None:
+    def _warn_of_an_edited_model(self, display: Display, profiler: Profiler) -> None:
         if not self._processes.is_local:  # another machine has another device
             return
-        text = edited_model_warning(self.record().trials, self._space_of, self._processes.profiler().inspect)
+        # After a kill the journals may know a trial that the oracle does not.
+        known = [trial for trial in self.record().trials if trial.trial_id in self.oracle.trials]
+        text = edited_model_warning(known, self._space_of, profiler.inspect)
         self._chronicle.advise([] if text is None else [text], display.line)
 
     def _space_of(self, trial_id: str) -> dict[str, Any]:
