@@ -12,7 +12,7 @@ import accumtune
 from accumtune.commands.options import add_command
 from accumtune.commands.searches import SEARCHES
 
-_BRIEF = ("--trials", "5", "--epochs", "3")
+_PROJECT = "demo"
 
 
 def add(commands: Any) -> None:
@@ -21,14 +21,15 @@ def add(commands: Any) -> None:
         "It trains a small network on this machine, prints what it found, and how to browse it in MLflow. "
         "`accumtune best`, `candidates` and `ui` then have something to show.",
     )  # fmt: skip
-    command.add_argument("--whole", action="store_true", help="12 trials of 12 epochs, as in the README: three minutes")
+    command.add_argument("--trials", type=int, default=5, help="default: 5; the README's example has 12")
+    command.add_argument("--epochs", type=int, default=3, help="default: 3; the README's example has 12")
     command.add_argument("--overwrite", action="store_true", help="begin anew instead of going on")
 
 
 def run(options: argparse.Namespace) -> int:
-    project = "demo_whole" if options.whole else "demo"
-    arguments = [] if options.whole else [*_BRIEF]
-    arguments += ["--project-name", project, "--config", f"{SEARCHES}/{project}/best_config.json"]
+    config = f"{SEARCHES}/{_PROJECT}/best_config.json"
+    arguments = ["--project-name", _PROJECT, "--config", config]
+    arguments += ["--trials", str(options.trials), "--epochs", str(options.epochs)]
     arguments += ["--overwrite"] if options.overwrite else []
     return subprocess.call([sys.executable, str(script()), *arguments])
 
