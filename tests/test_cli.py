@@ -244,4 +244,4 @@ def test_the_demo_is_the_digits_search(monkeypatch):
     monkeypatch.setattr(demo.subprocess, "call", lambda command: started.append(command) or 3)
     assert cli.main(["demo", "--overwrite"]) == 3, "its exit code is passed on"
     (command,) = started
-    assert os.path.basename(command[1]) == "digits.py" and "--overwrite" in command
+    assert os.path.basename(command[2]) == "digits.py" and "--overwrite" in command

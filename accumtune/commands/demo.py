@@ -31,7 +31,8 @@ def run(options: argparse.Namespace) -> int:
     arguments = ["--project-name", _PROJECT, "--config", config]
     arguments += ["--trials", str(options.trials), "--epochs", str(options.epochs)]
     arguments += ["--overwrite"] if options.overwrite else []
-    return subprocess.call([sys.executable, str(script()), *arguments])
+    # -P: beside the copy in the wheel lie modules that are to be imported as accumtune's alone.
+    return subprocess.call([sys.executable, "-P", str(script()), *arguments])
 
 
 def script() -> Path:
