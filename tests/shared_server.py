@@ -1,15 +1,12 @@
-"""Searches that start their processes from one fork server."""
+"""Many users of one fork server."""
 
 from concurrent.futures import Future
 
-import pytest
-
-from accumtune.search import processes
 from accumtune.trials.outcome import Outcome
 
 
 class SharedServer:
-    """A search's own executor, over a server that other searches use too: closing it ends this search's tasks."""
+    """An executor of one's own, over a server that others use too: closing it ends one's own tasks."""
 
     def __init__(self, server):
         self.backend = server.backend
@@ -27,26 +24,15 @@ class SharedServer:
         self._tasks.append((directory, future))
         return future
 
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exception):
+        self.close()
+
     def close(self):
         self._is_closed = True
         for directory, future in self._tasks:
             if not future.done():
                 self.kill(directory)
                 future.result()
-
-
-@pytest.fixture(scope="module")
-def one_fork_server(executor):
-    """For modules with many searches: each search's own server would import the framework again.
-
-    How a search ends its server and what that takes along is tested in scripts, which are processes of their own, and
-    in tests/trials.
-    """
-    open_executor = processes.open_executor
-
-    def shared(pool, backend):
-        return SharedServer(executor) if pool is None else open_executor(pool, backend)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(processes, "open_executor", shared)
-        yield
