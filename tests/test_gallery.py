@@ -2,6 +2,7 @@
 
 import gzip
 import os
+import re
 import subprocess
 import sys
 
@@ -52,6 +53,9 @@ def test_the_gallery_is_described_and_its_scripts_are_short():
     for script in (*SCRIPTS, "digits.py"):
         assert f"python experiments/{script}" in described, f"{script} is not in experiments/README.md"
         assert len((EXPERIMENTS / script).read_text().splitlines()) < 150
+    pictures = re.findall(r"!\[.+\]\((pictures/.+)\)", described)
+    assert len(pictures) == len(SCRIPTS)
+    assert all((EXPERIMENTS / picture).stat().st_size < 100_000 for picture in pictures)
 
 
 def test_the_gpu_benchmark_says_so_where_there_is_no_gpu(tmp_path):
