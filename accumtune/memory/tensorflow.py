@@ -24,7 +24,7 @@ class TensorFlowDevice(Device):
         self._key = name.split()[0]
 
     def _info(self) -> dict[str, int]:
-        return tf.config.experimental.get_memory_info(self._key)
+        return dict(tf.config.experimental.get_memory_info(self._key))
 
     def current_memory_bytes(self) -> int:
         return int(self._info()["current"])

@@ -235,9 +235,10 @@ def _trial_state(file: Path, space: Mapping[str, Any] | None) -> dict[str, Any] 
 
 def _space_of_task(folder: Path) -> Mapping[str, Any] | None:
     try:
-        return TaskDirectory(folder).read_task()[1]["hyperparameters"]
+        space: Mapping[str, Any] = TaskDirectory(folder).read_task()[1]["hyperparameters"]
     except (OSError, ValueError, KeyError, TypeError):
         return None
+    return space
 
 
 @contextlib.contextmanager

@@ -66,8 +66,8 @@ class RayPool:
             max_retries=0,
         )
         reference = task.remote(*arguments)
-        future = reference.future()
-        future.accumtune_reference = reference
+        future: Future[Any] = reference.future()
+        future.accumtune_reference = reference  # type: ignore[attr-defined]
         return future
 
     @functools.cache  # noqa: B019  Ray keeps a copy of each function that it is given

@@ -19,6 +19,7 @@ from accumtune import errors
 from accumtune.tracking.journal import Journal, read_search
 
 X, Y = data()
+pytestmark = pytest.mark.usefixtures("one_fork_server")
 
 
 def make(tmp_path, kind=accumtune.RandomSearch, build=build_plain, **kwargs):
