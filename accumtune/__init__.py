@@ -12,7 +12,7 @@ _HOMES = {
     "accumulate": "accumtune.accumulation",
     "batch_coupled_layers": "accumtune.accumulation",
     "GradientNoiseScale": "accumtune.accumulation.callbacks",
-    "profile": "accumtune.trials.profiling",
+    "profile": "accumtune.trials.costs",
     "RandomSearch": "accumtune.search.tuners",
     "BayesianOptimization": "accumtune.search.tuners",
     "Hyperband": "accumtune.search.tuners",
@@ -59,7 +59,7 @@ if TYPE_CHECKING:
     from accumtune.search.tuners import Hyperband as Hyperband
     from accumtune.search.tuners import OptunaSearch as OptunaSearch
     from accumtune.search.tuners import RandomSearch as RandomSearch
-    from accumtune.trials.profiling import profile as profile
+    from accumtune.trials.costs import profile as profile
 
 
 def __getattr__(name: str) -> Any:

@@ -53,6 +53,7 @@ def main():
     parser.add_argument("--epochs", type=int, default=12)
     parser.add_argument("--memory-budget", default="8MiB")
     parser.add_argument("--directory", default="mlruns/searches")
+    parser.add_argument("--project-name", default="digits")
     parser.add_argument("--tracking-uri", default=None)
     parser.add_argument("--config", default="best_config.json", help="where to save the best configuration")
     parser.add_argument("--register-as", default=None, help="a name in MLflow's registry for the best model")
@@ -71,7 +72,7 @@ def main():
         tracking_uri=options.tracking_uri,
         register_as=options.register_as,
         directory=options.directory,
-        project_name="digits",
+        project_name=options.project_name,
         overwrite=options.overwrite,
     )
     tuner.search(x_train, y_train, validation_data=(x_val, y_val), epochs=options.epochs)
@@ -81,7 +82,7 @@ def main():
     config = tuner.get_best_config(policy="quality", tolerance=0.01)
     config.save(options.config)
     print(f"\n{config}\nWhy: {config.reason}")
-    print(f"Saved to {options.config}; train with it: python experiments/production.py {options.config}")
+    print(f"Saved to {options.config}, for accumtune.load_config; experiments/production.py trains with it")
     print(f"\nBrowse the search: {tuner.ui_command}\nthen open {tuner.ui_address}")
 
 

@@ -2,7 +2,7 @@
 
 Its memory is parameters, optimizer slots and gradients: nearly the same for a batch of 1 and of 1024. A smaller
 micro-batch saves next to nothing and costs speed. The search finds the best batch all the same; the table at the end
-shows what the pairs that make it would need.
+shows what the pairs that make a larger one would need.
 
     python experiments/tabular.py [--trials 6] [--epochs 6] [--samples 4096] [--memory-budget 192MiB]
 """
@@ -16,6 +16,7 @@ import accumtune
 from accumtune.memory.budget import format_bytes
 
 COLUMNS = 16
+EFFECTIVE = 256  # rows per update, in the table at the end
 
 
 def build_model(hp):
@@ -38,17 +39,15 @@ def load_data(samples):
     )
 
 
-def print_costs(profile, effective_batch_size):
-    """Peak memory and speed of every pair of powers of two that makes the effective batch."""
-    print(f"\nEffective batch {effective_batch_size} of the best model, one step and several:")
+def print_costs(profile):
+    """Peak memory and speed of pairs that make one effective batch."""
+    print(f"\nEffective batch {EFFECTIVE} of the best model, in one step and in several:")
     print(f"{'micro-batch':>11} {'steps':>6} {'peak memory':>12} {'samples/s':>10}")
     rows = {}
-    micro = effective_batch_size
-    while micro >= 1 and effective_batch_size % micro == 0:
-        steps = effective_batch_size // micro
+    for micro in (256, 64, 16, 4, 1):
+        steps = EFFECTIVE // micro
         rows[micro] = profile.predict_peak_memory(micro, steps), profile.predict_throughput(micro, steps)
         print(f"{micro:>11} {steps:>6} {format_bytes(rows[micro][0]):>12} {rows[micro][1]:>10,.0f}")
-        micro //= 4
     return rows
 
 
@@ -71,14 +70,14 @@ def main():
     profile = accumtune.profile(
         build_model, x_train, y_train, micro_batch_sizes=(1, 16, 256), hyperparameters=config.hyperparameters
     )
-    rows = print_costs(profile, config.effective_batch_size)
-    (whole_bytes, whole_speed), (small_bytes, small_speed) = rows[max(rows)], rows[min(rows)]
+    rows = print_costs(profile)
+    (whole_bytes, whole_speed), (small_bytes, small_speed) = rows[256], rows[1]
     change = f"{format_bytes(small_bytes)} instead of {format_bytes(whole_bytes)}"
-    slower = f"{whole_speed / small_speed:.0f} times slower"
+    slower = f"trains {whole_speed / small_speed:.0f} times slower"
     if small_bytes > 0.9 * whole_bytes:
-        print(f"Accumulation does not help here: {min(rows)} at a time needs {change}, and trains {slower}.")
+        print(f"Accumulation does not help here: one row at a time needs {change}, and {slower}.")
     else:
-        print(f"Here accumulation helps: {min(rows)} at a time needs {change}, and trains {slower}.")
+        print(f"Here accumulation helps: one row at a time needs {change}, but {slower}.")
 
 
 if __name__ == "__main__":

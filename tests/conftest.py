@@ -23,3 +23,27 @@ def executor():
 
     with LocalExecutor(os.environ["KERAS_BACKEND"]) as executor:
         yield executor
+
+
+@pytest.fixture(scope="module")
+def one_fork_server(executor):
+    """For modules with many searches, profiles or verifications: a server for each would import the framework again.
+
+    How a search ends its server and what that takes along is tested in scripts, which are processes of their own, and
+    in tests/trials.
+    """
+    from shared_server import SharedServer
+
+    from accumtune.search import processes
+    from accumtune.trials import costs, training
+
+    open_executor = processes.open_executor
+
+    def shared(pool, backend):
+        return SharedServer(executor) if pool is None else open_executor(pool, backend)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(processes, "open_executor", shared)
+        patch.setattr(costs, "LocalExecutor", lambda backend: SharedServer(executor))
+        patch.setattr(training, "LocalExecutor", lambda backend: SharedServer(executor))
+        yield

@@ -11,8 +11,11 @@ from dataclasses import replace
 import pytest
 
 from accumtune import cli
-from accumtune.cli import find_search, load_object
-from accumtune.errors import DataError, SearchDirectoryError
+from accumtune.commands import demo, ui
+from accumtune.commands.addresses import load_data, load_object, load_validation_data
+from accumtune.commands.options import functions_here
+from accumtune.commands.searches import find_search
+from accumtune.errors import DataError, SearchDirectoryError, TrackingError
 
 MODULE = """
 import keras, numpy as np
@@ -108,21 +111,28 @@ def test_export_prints_or_writes_a_configuration(call, config, tmp_path):
         assert done.returncode == 2 and done.stdout == "" and "Fix:" in done.stderr and "Traceback" not in done.stderr
 
 
-def test_data_as_scikit_learn_splits_them(tmp_path, monkeypatch):
+def test_data_as_scikit_learn_and_keras_split_them(tmp_path, monkeypatch):
     (tmp_path / "splits.py").write_text(
         "def four(): return ['x', 'x_val', 'y', 'y_val']\n"
         "def pair(): return 'x', 'y'\n"
         "def three(): return 1, 2, 3\n"
         "def pipeline(): return 'a data set'\n"
+        "def keras_datasets(): return ('train', [0, 1, 2, 3, 4]), ('ab', [0, 1])\n"
+        "def two_inputs_two_outputs(): return ('abc', 'def'), ('ghi', 'jkl')\n"
     )
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
-    assert cli._load_data("splits:four") == ("x", "y") == cli._load_data("splits:pair")
-    assert cli._load_validation_data("splits:four") == ("x_val", "y_val")
-    assert cli._load_validation_data("splits:pair") is None
-    assert cli._load_data("splits:pipeline")[0]() == "a data set", "the function itself: its data cannot be sent"
+    assert load_data("splits:four") == ("x", "y") == load_data("splits:pair")
+    assert load_validation_data("splits:four") == ("x_val", "y_val")
+    assert load_validation_data("splits:pair") is None
+    assert load_data("splits:pipeline")[0]() == "a data set", "the function itself: its data cannot be sent"
+    assert load_data("splits:keras_datasets") == ("train", [0, 1, 2, 3, 4])
+    assert load_validation_data("splits:keras_datasets") == ("ab", [0, 1])
+    pairs = ("abc", "def"), ("ghi", "jkl")
+    assert load_data("splits:two_inputs_two_outputs") == pairs, "as many rows everywhere: x and y of one data set"
+    assert load_validation_data("splits:two_inputs_two_outputs") is None
     with pytest.raises(DataError):
-        cli._load_data("splits:three")
+        load_data("splits:three")
 
 
 def test_addresses(tmp_path, monkeypatch):
@@ -154,14 +164,84 @@ def test_ui_of_a_search_on_a_server_needs_no_command(tmp_path, capsys, monkeypat
         tracking_uri = "postgresql://me:hunter2@host/mlflow"
         ui_command = staticmethod(lambda port: f"mlflow ui --port {port}")
 
-    monkeypatch.setattr(cli.subprocess, "call", lambda command, env: started.append((command, env)) or 0)
-    monkeypatch.setattr(cli, "_tracker", lambda options: Served)
+    monkeypatch.setattr(ui.subprocess, "call", lambda command, env: started.append((command, env)) or 0)
+    monkeypatch.setattr(ui, "tracker_of", lambda options: Served)
     assert cli.main(["ui"]) == 0 and started == []
     assert capsys.readouterr().out == "Open http://127.0.0.1:1/#/experiments/1/runs\n"
-    monkeypatch.setattr(cli, "_tracker", lambda options: Local)
+    monkeypatch.setattr(ui, "tracker_of", lambda options: Local)
     assert cli.main(["ui", "--print"]) == 0 and started == []
+    capsys.readouterr()
+    assert cli.main(["ui", "--json", "--port", "5017"]) == 0 and started == []
+    told = json.loads(capsys.readouterr().out)
+    assert told == {"command": "mlflow ui --port 5017", "address": Local.ui_address(5017)}
     assert cli.main(["ui", "--port", "5017"]) == 0
     (command, environment), printed = started[0], capsys.readouterr().out
     assert command[-3:] == ["ui", "--port", "5017"] and "then open http" in printed
     assert environment["MLFLOW_BACKEND_STORE_URI"] == Local.tracking_uri, "with its password, which no one else sees"
     assert "hunter2" not in " ".join(command) + printed
+
+
+def test_the_help_has_every_command_and_the_exit_codes(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["--help"])
+    page = capsys.readouterr().out
+    names = [command.__name__.rpartition(".")[2] for command in cli._COMMANDS]
+    assert {"demo", "probe", "best", "ui", "export", "verify", "sync"} <= set(names)
+    for words in (*(f"\n    {name}" for name in names), "exit codes:", "register-python-argcomplete"):
+        assert words in page
+    for name in names:
+        with pytest.raises(SystemExit):
+            cli.main([name, "--help"])
+        assert "exit codes:" in capsys.readouterr().out
+
+
+def test_everything_that_prints_a_table_prints_json(capsys):
+    for name in ("probe", "candidates", "best", "ui", "verify", "sync"):
+        with pytest.raises(SystemExit):
+            cli.main([name, "--help"])
+        assert "--json" in capsys.readouterr().out, name
+
+
+def test_exit_code_1_where_mlflow_did_not_take_what_a_search_has(monkeypatch, capsys):
+    def refuse(options):
+        raise TrackingError("Received no answer.", "a store", "mend it.")
+
+    monkeypatch.setattr("accumtune.commands.sync.tracker_of", refuse)
+    assert cli.main(["sync"]) == 1 and "Received no answer." in capsys.readouterr().err
+
+
+def complete(folder, line):
+    """What the shell is offered where a line ends; argcomplete writes it to the descriptor 8."""
+    script = "import sys; sys.argv[0] = 'accumtune'; from accumtune.cli import main; main()"
+    environment = {**os.environ, "_ARGCOMPLETE": "1", "_ARGCOMPLETE_IFS": "\n", "_ARGCOMPLETE_SHELL": "bash",
+                   "COMP_LINE": line, "COMP_POINT": str(len(line)), "COMP_TYPE": "9",
+                   "_ARGCOMPLETE_STDOUT_FILENAME": str(folder / "offered")}  # fmt: skip
+    subprocess.run([sys.executable, "-c", script], cwd=folder, env=environment, timeout=60)
+    return [word.strip() for word in (folder / "offered").read_text().split("\n")]
+
+
+def test_tab_completes_commands_options_searches_and_functions(tmp_path):
+    (tmp_path / "mlruns" / "searches" / "mine").mkdir(parents=True)
+    (tmp_path / "mlruns" / "searches" / "mine" / "search.jsonl").touch()
+    (tmp_path / "train.py").write_text("raise SystemExit('it runs nothing')\ndef build_model(hp): ...")
+    assert complete(tmp_path, "accumtune ver") == ["verify"]
+    assert complete(tmp_path, "accumtune best --policy thr") == ["throughput"]
+    assert complete(tmp_path, "accumtune best ml") == ["mlruns/searches/mine"]
+    assert "build_model" in complete(tmp_path, "accumtune probe train:")[0]
+
+
+def test_functions_are_found_without_running_their_files(tmp_path, monkeypatch):
+    (tmp_path / "train.py").write_text("raise SystemExit\ndef build_model(hp): ...\ndef load(): ...")
+    (tmp_path / "broken.py").write_text("def (")
+    monkeypatch.chdir(tmp_path)
+    assert list(functions_here()) == ["train:build_model", "train:load"]
+    assert list(functions_here("other")) == []
+
+
+def test_the_demo_is_the_digits_search(monkeypatch):
+    """tests/test_release.py runs it from the wheel."""
+    started = []
+    monkeypatch.setattr(demo.subprocess, "call", lambda command: started.append(command) or 3)
+    assert cli.main(["demo", "--overwrite"]) == 3, "its exit code is passed on"
+    (command,) = started
+    assert os.path.basename(command[2]) == "digits.py" and "--overwrite" in command

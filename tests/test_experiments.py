@@ -63,7 +63,7 @@ def test_the_same_command_again_trains_nothing_and_doubles_nothing(digits):
 
     folder, _ = digits
     before = {trial.trial_id: trial.ended_at for trial in read_search(folder / "mlruns/searches/digits").trials}
-    run_experiment(folder, *DIGITS)
+    assert "not the model that trial" not in run_experiment(folder, *DIGITS), "nobody has edited it"
     after = {trial.trial_id: trial.ended_at for trial in read_search(folder / "mlruns/searches/digits").trials}
     assert before == after
     client = mlflow.MlflowClient(tracking_uri=f"sqlite:///{folder}/mlruns/mlflow.db")
@@ -114,7 +114,10 @@ def test_the_command_line_finds_the_search(digits):
     for arguments, words in (
         (["best"], "Why:"),
         (["best", "--json"], '"effective_batch_size"'),
+        (["candidates"], "micro × steps"),
+        (["candidates", "--json"], '"is_on_pareto_front": true'),
         (["ui", "--print"], "viewStateShareKey"),
+        (["ui", "--json"], '"address": "http'),
         (["sync"], "Everything is in MLflow"),
     ):
         done = subprocess.run(

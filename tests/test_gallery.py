@@ -2,6 +2,7 @@
 
 import gzip
 import os
+import re
 import subprocess
 import sys
 
@@ -19,10 +20,14 @@ SCRIPTS = {
 }
 
 
-@pytest.fixture
-def keras_home(tmp_path, monkeypatch):
-    """Fashion-MNIST's files as Keras keeps them, with noise for pictures: nothing is downloaded."""
-    folder = tmp_path / "keras_home" / "datasets" / "fashion-mnist"
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory):
+    """One folder for all: an MLflow store, which takes seconds to make, and Fashion-MNIST's files as Keras keeps them.
+
+    With noise for pictures: nothing is downloaded.
+    """
+    shared = tmp_path_factory.mktemp("gallery")
+    folder = shared / "datasets" / "fashion-mnist"
     folder.mkdir(parents=True)
     random = np.random.default_rng(0)
     for prefix in ("train", "t10k"):
@@ -30,14 +35,15 @@ def keras_home(tmp_path, monkeypatch):
         pictures = random.integers(0, 256, (64, 28, 28), "uint8").tobytes()
         (folder / f"{prefix}-labels-idx1-ubyte.gz").write_bytes(gzip.compress(bytes(8) + labels))
         (folder / f"{prefix}-images-idx3-ubyte.gz").write_bytes(gzip.compress(bytes(16) + pictures))
-    monkeypatch.setenv("KERAS_HOME", str(tmp_path / "keras_home"))
+    return shared
 
 
 @pytest.mark.parametrize("script, words", SCRIPTS.items())
-def test_a_search_of_the_gallery_runs_and_says_what_it_found(script, words, tmp_path, keras_home):
+def test_a_search_of_the_gallery_runs_and_says_what_it_found(script, words, tmp_path, shared, monkeypatch):
+    monkeypatch.setenv("KERAS_HOME", str(shared))
     if script == "fine_tuning.py":
         pytest.importorskip("keras_hub", reason="pip install keras-hub, for the fine-tuning search alone")
-    output = run_experiment(tmp_path, script, *TINY, "--tracking-uri", f"sqlite:///{tmp_path}/mlflow.db")
+    output = run_experiment(tmp_path, script, *TINY, "--tracking-uri", f"sqlite:///{shared}/mlflow.db")
     assert "[1/1]   → val_loss" in output and "Why:" in output and words in output
     assert list(tmp_path.glob("mlruns/searches/*/best_config.json"))
 
@@ -47,6 +53,9 @@ def test_the_gallery_is_described_and_its_scripts_are_short():
     for script in (*SCRIPTS, "digits.py"):
         assert f"python experiments/{script}" in described, f"{script} is not in experiments/README.md"
         assert len((EXPERIMENTS / script).read_text().splitlines()) < 150
+    pictures = re.findall(r"!\[.+\]\((pictures/.+)\)", described)
+    assert len(pictures) == len(SCRIPTS)
+    assert all((EXPERIMENTS / picture).stat().st_size < 100_000 for picture in pictures)
 
 
 def test_the_gpu_benchmark_says_so_where_there_is_no_gpu(tmp_path):

@@ -22,6 +22,7 @@ FLOORS = [
     {"trials"},
     {"config"},
     {"search"},
+    {"commands"},
     {"cli"},
 ]
 

@@ -1,7 +1,7 @@
 """What is released: a wheel and an sdist that run without the repository, with one version and a licence in them."""
 
+import json
 import os
-import shutil
 import subprocess
 import sys
 import tarfile
@@ -9,7 +9,6 @@ import zipfile
 from pathlib import Path
 
 import pytest
-from running import DIGITS, EXPERIMENTS
 
 import accumtune
 
@@ -54,7 +53,7 @@ def test_the_wheel_has_what_runs_and_the_licence(released):
         names = archive.namelist()
         (licence,) = [name for name in names if "dist-info/licenses" in name]
         assert "Apache License" in archive.read(licence).decode()
-    for name in ("py.typed", "config/training_config.schema.json", "tracking/pareto.html"):
+    for name in ("py.typed", "demo.py", "config/training_config.schema.json", "tracking/pareto.html"):
         assert f"accumtune/{name}" in names
     outside = [name for name in names if not name.startswith(("accumtune/", "accumtune-"))]
     assert not outside and not [name for name in names if name.startswith("accumtune/docs/")]
@@ -68,13 +67,18 @@ def test_the_sdist_has_the_tests_and_the_documentation(released):
     assert not [name for name in names if name.startswith("mlruns/") and name != "mlruns/README.md"]
 
 
-def test_the_first_experiment_runs_without_the_repository(elsewhere):
+def test_the_demo_runs_without_the_repository(elsewhere):
     folder, environment = elsewhere
     where = run(sys.executable, "-c", "import accumtune; print(accumtune.__file__)", cwd=folder, env=environment)
     assert where.startswith(environment["PYTHONPATH"])
-    shutil.copy(EXPERIMENTS / "digits.py", folder)
-    script, *options = DIGITS
-    output = run(sys.executable, script, *options, "--trials", "1", "--epochs", "1", cwd=folder, env=environment)
-    assert "[1/1]   → val_loss" in output and (folder / "best_config.json").exists()
-    command = "import sys; from accumtune.cli import main; sys.exit(main(['best', '--json']))"
-    assert '"micro_batch_size"' in run(sys.executable, "-c", command, cwd=folder, env=environment)
+
+    def accumtune_command(*arguments):
+        command = "import sys; from accumtune.cli import main; sys.exit(main())"
+        return run(sys.executable, "-c", command, *arguments, cwd=folder, env=environment)
+
+    output = accumtune_command("demo", "--trials", "1", "--epochs", "1")
+    assert "[1/1]   → val_loss" in output and "Why:" in output and "then open http" in output
+    assert '"micro_batch_size"' in accumtune_command("best", "--json")
+    found = json.loads(accumtune_command("candidates", "--json"))
+    assert sum(candidate["is_trained"] for candidate in found) == 1
+    assert any(candidate["is_on_pareto_front"] for candidate in found)

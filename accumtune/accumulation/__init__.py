@@ -49,7 +49,9 @@ def accumulate(
     batches and depends on their size.)
 
     With `tf.distribute.MirroredStrategy` or `keras.distribution.DataParallel`, a micro-batch is what one device
-    holds: the effective batch is micro_batch_size * accumulation_steps * devices.
+    holds: the effective batch is micro_batch_size * accumulation_steps * devices, and BatchNormalization's moving
+    statistics are those of all devices together. (`synchronized=True` also normalizes over the devices; plain
+    Keras without it keeps what one device saw.)
 
     Micro-batches whose shapes differ (sequences padded to different lengths) are weighted by what their loss values
     number, so each token counts the same.

@@ -1,7 +1,8 @@
 """BatchNormalization's moving statistics: those of the whole window, the momentum applied once per update.
 
-Averaging the micro-batches' variances would leave out the variance between them. Two groups of samples combine as
-in Chan, Golub and LeVeque, "Updating formulae and a pairwise algorithm for computing sample variances" (1979).
+Averaging the variances of micro-batches or replicas would leave out the variance between them. Two groups of samples
+combine as in Chan, Golub and LeVeque, "Updating formulae and a pairwise algorithm for computing sample variances"
+(1979).
 """
 
 from __future__ import annotations
@@ -54,6 +55,23 @@ def combined(one: Packed, other: Packed) -> Packed:
     return number, one[1] + difference * part, one[2] + other[2] + difference * difference * one[0] * part
 
 
+def over_replicas(moments: Packed, summed: Any) -> Packed:
+    """The moments of what all replicas saw, on each of them.
+
+    Args:
+        summed: gives a list of this replica's tensors added up over all replicas.
+    """
+    from keras import ops
+
+    if not moments:
+        return ()
+    number, mean, squares = moments
+    total, weighted = summed([number, number * mean])
+    together = ops.divide_no_nan(weighted, total)
+    (squares,) = summed([squares + number * ops.square(mean - together)])
+    return total, together, squares
+
+
 def moved(layers: list[Any], moments: Packed) -> None:
     """Moves the layers' statistics towards the moments of the window, as Keras does for one batch."""
     from keras import ops
@@ -68,7 +86,8 @@ def moved(layers: list[Any], moments: Packed) -> None:
         start = channels.stop
         for variable, value in ((layer.moving_mean, mean[channels]), (layer.moving_variance, variance[channels])):
             moving = ops.cast(variable.value, value.dtype)
-            variable.assign(moving * layer.momentum + value * (1.0 - layer.momentum))
+            # The class's assign: that of the variable does nothing where moments are still recorded.
+            type(variable).assign(variable, moving * layer.momentum + value * (1.0 - layer.momentum))
 
 
 class Notes:
@@ -82,23 +101,33 @@ class Notes:
 
 
 @contextlib.contextmanager
-def recorded(model: Any) -> Iterator[Notes]:
+def recorded(model: Any, may_be_empty: bool = False) -> Iterator[Notes]:
     """While open, batch normalizations leave their moving statistics as they are and note their moments instead.
 
     There is one entry per normalization, in the order of the calls.
+
+    Args:
+        may_be_empty: whether a micro-batch may have no samples, as that of a replica with fewer than the others.
     """
     layers = [layer for layer in model._flatten_layers() if _keeps_statistics(layer)]
+    moving = [variable for layer in layers for variable in (layer.moving_mean, layer.moving_variance)]
     notes = Notes()
-    momenta = [layer.momentum for layer in layers]
     for layer in layers:
-        object.__setattr__(layer, "momentum", 1.0)  # moving * 1 + batch * 0: Keras's own update changes nothing
-        object.__setattr__(layer, "_moments", _noting(layer, notes))
+        object.__setattr__(layer, "_moments", _noting(layer, notes, may_be_empty))
+    for variable in moving:
+        # Nothing takes what Keras would assign, so a graph does not even compute it.
+        object.__setattr__(variable, "assign", _assign_nothing)
     try:
         yield notes
     finally:
-        for layer, momentum in zip(layers, momenta, strict=True):
-            object.__setattr__(layer, "momentum", momentum)
-            del layer.__dict__["_moments"]
+        for layer in layers:
+            object.__delattr__(layer, "_moments")
+        for variable in moving:
+            object.__delattr__(variable, "assign")
+
+
+def _assign_nothing(value: Any) -> Any:
+    return value
 
 
 def _keeps_statistics(layer: Any) -> bool:
@@ -106,13 +135,14 @@ def _keeps_statistics(layer: Any) -> bool:
 
     return (
         isinstance(layer, keras.layers.BatchNormalization)
+        and layer.built
         and layer.trainable
         and not getattr(layer, "renorm", False)
         and hasattr(type(layer), "_moments")
     )
 
 
-def _noting(layer: Any, notes: Notes) -> Any:
+def _noting(layer: Any, notes: Notes, may_be_empty: bool) -> Any:
     from keras import ops
 
     def call(inputs: Any, mask: Any) -> Any:
@@ -120,6 +150,8 @@ def _noting(layer: Any, notes: Notes) -> Any:
         number = ops.cast(ops.size(inputs), mean.dtype) / inputs.shape[layer.axis]
         if mask is not None:
             number *= ops.mean(ops.cast(mask, mean.dtype))
+        if may_be_empty:  # the mean of nothing is NaN, and so would be the gradients of all replicas
+            mean, variance = (ops.where(number > 0, value, ops.zeros_like(value)) for value in (mean, variance))
         notes.mine().append(Moments(layer, number, ops.stop_gradient(mean), ops.stop_gradient(variance)))
         return mean, variance
 

@@ -8,28 +8,21 @@ its own, without accumulators. A `tf.while_loop` in one graph was 1.5 times slow
 from __future__ import annotations
 
 import contextlib
-import functools
 import itertools
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import tensorflow as tf
 from keras import tree
 from keras.src.losses.loss import unscale_loss_for_distribution
 
-from accumtune.accumulation import building, feeding, losses, noise_scale, statistics
+from accumtune.accumulation import building, feeding, losses, noise_scale, statistics, sums, tensors
 from accumtune.accumulation.replicas import Replicas
 from accumtune.accumulation.window import Accumulation, factors, shares
 
 # For each micro-step, a micro-batch per replica.
 Window = list[tuple[feeding.MicroBatch, ...]]
-
-# Each replica adds up its own; they are put together at the update.
-_PER_REPLICA = {
-    "synchronization": tf.VariableSynchronization.ON_READ,
-    "aggregation": tf.VariableAggregation.SUM,
-}
 
 
 class TensorFlowTraining:
@@ -49,7 +42,7 @@ class TensorFlowTraining:
         self._normalizations: list[Any] = []
         self._has_gradient: list[bool] = []
         self._notes = statistics.Notes()
-        self._only = self._compiled(self._only_step, around=self._updating)
+        self._only = self._compiled(self._only_step, around=self._whole_window)
         self._first = self._compiled(self._first_step, around=self._recording)
         self._next = self._compiled(self._next_step, around=self._recording)
         self._update = self._compiled(self._update_step, around=self._updating)
@@ -59,7 +52,7 @@ class TensorFlowTraining:
 
     def __call__(self, iterator: Any) -> Any:
         """Runs `steps_per_execution` windows; returns the logs. Raises StopIteration where there is no data."""
-        is_sized = _has_static_batch(iterator)
+        is_sized = tensors.has_static_batch(iterator)
         logs = None
         for _ in range(self.model.steps_per_execution):
             window = self._window(iterator)
@@ -76,11 +69,13 @@ class TensorFlowTraining:
         size = self.accumulation.micro_batch_size
         for batch in iterator:
             columns = [
-                feeding.micro_batches(tree.map_structure(_tensor, part), size, self.model._accumtune_rows, _cut)
+                feeding.micro_batches(
+                    tree.map_structure(tensors.as_tensor, part), size, self.model._accumtune_rows, tensors.cut
+                )
                 for part in self.replicas.parts(batch)
             ]
             # Replicas that got fewer samples have empty micro-batches at the end.
-            steps += itertools.zip_longest(*columns, fillvalue=_empty(columns[0]) if len(columns) > 1 else None)
+            steps += itertools.zip_longest(*columns, fillvalue=tensors.empty(columns[0]) if len(columns) > 1 else None)
             if size is not None or len(steps) == self.accumulation.accumulation_steps:
                 break
         return steps
@@ -94,7 +89,7 @@ class TensorFlowTraining:
             return self._only(first[0], *parts[0])
         if not self._accumulators:
             with self.replicas.scope():
-                self._accumulators = [_accumulator(variable) for variable in self.model.trainable_weights]
+                self._accumulators = [sums.accumulator(variable) for variable in self.model.trainable_weights]
         scales = self._factors(window, first, parts)
         if len(window) == 1:  # replicas may hold unequal parts of it
             share, _, weight = parts[0]
@@ -119,14 +114,14 @@ class TensorFlowTraining:
     def _parts(self, window: Window, is_sized: bool) -> list[Any]:
         """Share, factors of 1 and the weight in logged losses, for each micro-step."""
         join, number = self.replicas.join, self.replicas.number
-        ones = join([_vector([1.0] * len(losses.flat_losses(self.model)))] * number)
+        ones = join([tensors.vector([1.0] * len(losses.flat_losses(self.model)))] * number)
         total = sum(part.samples for step in window for part in step)
         parts = []
         for step in window:
             samples = [part.samples for part in step]
             # Keras divides a mean by the number of replicas, whatever they hold; this multiplies by it again.
-            share = [_scalar(number * size / total if total else 0.0) for size in samples]
-            weight = [_scalar(size if is_sized else number * size / total) for size in samples]
+            share = [tensors.scalar(number * size / total if total else 0.0) for size in samples]
+            weight = [tensors.scalar(size if is_sized else number * size / total) for size in samples]
             parts.append((join(share), ones, join(weight)))
         return parts
 
@@ -143,7 +138,7 @@ class TensorFlowTraining:
             rows = self._counted(compiled, window, samples)
         else:
             columns = [factors(samples) if losses.is_sum(loss) else [1.0] * len(samples) for loss in compiled]
-            rows = [_vector(row) for row in zip(*columns, strict=True)]
+            rows = [tensors.vector(row) for row in zip(*columns, strict=True)]
         number = self.replicas.number
         is_sum = tf.constant([losses.is_sum(loss) for loss in compiled])
         rows = [tf.where(is_sum, row / number, row) for row in rows] if number > 1 else rows
@@ -168,7 +163,7 @@ class TensorFlowTraining:
         relative = tf.math.divide_no_nan(counts, tf.reduce_sum(counts, axis=0))
         is_sum = tf.constant([losses.is_sum(loss) for loss in compiled])
         relative = tf.where(is_sum, tf.ones_like(relative), relative)
-        return tf.unstack(tf.math.divide_no_nan(relative, _vector(shares(samples))[:, None]))
+        return tf.unstack(tf.math.divide_no_nan(relative, tensors.vector(shares(samples))[:, None]))
 
     def _count_step(self, batch: Any) -> Any:
         x, y, sample_weight = batch
@@ -189,7 +184,7 @@ class TensorFlowTraining:
 
     @contextlib.contextmanager
     def _recording(self) -> Iterator[None]:
-        with statistics.recorded(self.model) as self._notes:
+        with statistics.recorded(self.model, may_be_empty=self.replicas.number > 1) as self._notes:
             yield
 
     @contextlib.contextmanager
@@ -197,14 +192,22 @@ class TensorFlowTraining:
         optimizer = getattr(self.model.optimizer, "inner_optimizer", self.model.optimizer)
         with (
             self.replicas.summed_already(optimizer),
-            _one_variable_after_the_other(optimizer, self.replicas.number),
+            sums.one_variable_after_the_other(optimizer, self.replicas.number),
         ):
+            yield
+
+    @contextlib.contextmanager
+    def _whole_window(self) -> Iterator[None]:
+        """One micro-batch is an update; but of several replicas, each has seen a part of the window alone."""
+        with self._updating(), self._recording() if self.replicas.number > 1 else contextlib.nullcontext():
             yield
 
     def _only_step(self, batch: Any, share: Any, scales: Any, metric_weight: Any) -> Any:
         gradients, logs = self._gradients(batch, share, scales, metric_weight)
         dense = [None if gradient is None else tf.convert_to_tensor(gradient) for gradient in gradients]
         self._apply(self.replicas.summed(dense))
+        if self.replicas.number > 1:
+            self._move(self._noted())
         return logs
 
     def _first_step(self, batch: Any, share: Any, scales: Any, metric_weight: Any) -> Any:
@@ -213,35 +216,45 @@ class TensorFlowTraining:
         for accumulator, gradient in zip(self._accumulators, gradients, strict=True):
             if gradient is not None:
                 accumulator.assign(tf.cast(tf.convert_to_tensor(gradient), accumulator.dtype))
-        noted = self._notes.mine()
-        self._normalizations = [entry.layer for entry in noted]
-        return logs, statistics.packed(noted)
+        return logs, self._noted()
 
     def _next_step(self, batch: Any, share: Any, scales: Any, metric_weight: Any, so_far: Any) -> Any:
         gradients, logs = self._gradients(batch, share, scales, metric_weight)
         weights = self.model.trainable_weights
         for weight, accumulator, gradient in zip(weights, self._accumulators, gradients, strict=True):
             if gradient is not None:
-                _add(weight, accumulator, gradient)
-        return logs, statistics.combined(so_far, statistics.packed(self._notes.mine()))
+                sums.add(weight, accumulator, gradient)
+        return logs, statistics.combined(so_far, self._noted())
 
     def _squared_norm_step(self) -> Any:
         """Of what has been summed up so far. `l2_loss` makes no squares of its own to sum."""
         pairs = zip(self.model.trainable_weights, self._accumulators, strict=True)
-        sums = [total for weight, total in pairs if not getattr(weight, "overwrite_with_gradient", False)]
-        return tf.add_n([2 * tf.nn.l2_loss(total) for total in sums])
+        totals = [total for weight, total in pairs if not getattr(weight, "overwrite_with_gradient", False)]
+        return tf.add_n([2 * tf.nn.l2_loss(total) for total in totals])
 
     def _update_step(self, moments: Any) -> None:
-        sums = [
+        totals = [
             accumulator.value() if has_gradient else None
             for accumulator, has_gradient in zip(self._accumulators, self._has_gradient, strict=True)
         ]
         weights = self.model.trainable_weights
-        sums = self.replicas.summed(sums)
+        totals = self.replicas.summed(totals)
         gradients = [
-            None if total is None else tf.cast(total, weight.dtype) for weight, total in zip(weights, sums, strict=True)
+            None if total is None else tf.cast(total, weight.dtype)
+            for weight, total in zip(weights, totals, strict=True)
         ]
         self._apply(gradients)
+        self._move(moments)
+
+    def _noted(self) -> statistics.Packed:
+        """The moments of the micro-batch that this replica has just seen."""
+        noted = self._notes.mine()
+        self._normalizations = [entry.layer for entry in noted]
+        return statistics.packed(noted)
+
+    def _move(self, moments: statistics.Packed) -> None:
+        if self.replicas.number > 1:
+            moments = statistics.over_replicas(moments, self.replicas.summed)
         statistics.moved(self._normalizations, moments)
 
     def _predict(self, x: Any, training: bool) -> Any:
@@ -271,86 +284,3 @@ class TensorFlowTraining:
             warnings.warn("The model does not have any trainable weights.", stacklevel=2)
             return
         self.model.optimizer.apply_gradients(zip(gradients, self.model.trainable_weights, strict=True))
-
-
-def _has_static_batch(iterator: Any) -> bool:
-    """Whether plain Keras would know the samples of a batch while tracing, and weigh the logged losses by them."""
-    spec = getattr(iterator, "element_spec", None)
-    if spec is None:
-        return True
-    shape = getattr(tree.flatten(spec)[0], "shape", None)
-    return shape is not None and shape[:1].is_fully_defined()
-
-
-def _tensor(leaf: Any) -> Any:
-    if leaf is None or isinstance(leaf, tf.experimental.Optional):
-        return None
-    return leaf if isinstance(leaf, (tf.Tensor, tf.RaggedTensor, tf.SparseTensor)) else tf.convert_to_tensor(leaf)
-
-
-def _cut(leaf: Any, part: slice) -> Any:
-    if isinstance(leaf, tf.SparseTensor):
-        start = [part.start] + [0] * (len(leaf.shape) - 1)
-        return tf.sparse.slice(leaf, start, [part.stop - part.start, *leaf.shape[1:]])
-    if isinstance(leaf, tf.RaggedTensor):
-        return leaf[part]
-    with tf.device(leaf.device):  # else a slice of host memory would be made, whole window and all, on the GPU
-        return leaf[part]
-
-
-def _empty(column: list[feeding.MicroBatch]) -> feeding.MicroBatch:
-    """A micro-batch without samples, for replicas that have fewer than others in the last batch of an epoch."""
-    return feeding.MicroBatch(0, lambda: feeding.part_of(column[0].take(), slice(0, 0), _cut))
-
-
-def _vector(values: Sequence[float]) -> Any:
-    return _constant(tuple(values))
-
-
-def _scalar(value: float) -> Any:
-    return _constant(float(value))
-
-
-@functools.lru_cache(maxsize=4096)
-def _constant(value: Any) -> Any:
-    """Windows are alike, and making a tensor takes as long as a small layer."""
-    with tf.init_scope():
-        return tf.constant(value, tf.float64, shape=[len(value)] if isinstance(value, tuple) else [])
-
-
-def _accumulator(variable: Any) -> Any:
-    dtype = tf.float64 if variable.dtype == "float64" else tf.float32
-    return tf.Variable(tf.zeros(variable.shape, dtype), trainable=False, name="accumulated_gradient", **_PER_REPLICA)
-
-
-@contextlib.contextmanager
-def _one_variable_after_the_other(optimizer: Any, replicas: int) -> Iterator[None]:
-    """Chains the updates of the variables: else TensorFlow begins all at once, with the temporary values of all."""
-    if replicas > 1:  # the updates of several devices cannot be told apart here
-        yield
-        return
-    own = optimizer.update_step
-    before: list[Any] = []
-
-    def update_step(gradient: Any, variable: Any, learning_rate: Any) -> None:
-        graph = tf.compat.v1.get_default_graph()
-        first = len(graph.get_operations())
-        with tf.control_dependencies([op for op in before if op.graph is graph]):  # tf.cond has graphs of its own
-            own(gradient, variable, learning_rate)
-        before[:] = [op for op in graph.get_operations()[first:] if "Assign" in op.type]
-
-    object.__setattr__(optimizer, "update_step", update_step)
-    try:
-        yield
-    finally:
-        object.__delattr__(optimizer, "update_step")
-
-
-def _add(weight: Any, accumulator: Any, gradient: Any) -> None:
-    if getattr(weight, "overwrite_with_gradient", False):  # not a gradient but a new value (float8 scales)
-        accumulator.assign(tf.cast(gradient, accumulator.dtype))
-    elif isinstance(gradient, tf.IndexedSlices):
-        values = tf.cast(gradient.values, accumulator.dtype)
-        accumulator.scatter_add(tf.IndexedSlices(values, gradient.indices, gradient.dense_shape))
-    else:
-        accumulator.assign_add(tf.cast(gradient, accumulator.dtype))

@@ -46,7 +46,7 @@ def _has_batches(pipeline: Any, data_shapes: Any) -> bool:
             "a dataset of which can be told whether its elements are samples or batches.",
             "say it: config.dataset(ds, is_batched=True), or False.",
         )
-    return rank == len(searched)
+    return bool(rank == len(searched))
 
 
 def _first(tree: Any) -> Any:

@@ -23,17 +23,18 @@ FREE_MEMORY_SHARE = 0.9
 
 def for_budget(config: TrainingConfig, budget: int | float | str, build_model: Any, x: Any, y: Any) -> TrainingConfig:
     """See `TrainingConfig.for_budget`."""
-    from accumtune.trials import profiling
+    from accumtune.trials import costs
+    from accumtune.trials.profiling import current_backend
 
     budget_bytes = parse_budget(budget)
-    profile = profiling.profile(
+    profile = costs.profile(
         build_model, x, y,
         micro_batch_sizes=divisors(_share(config)), memory_budget=budget_bytes,
         hyperparameters=config.hyperparameters,
         # No micro-batch is larger than the effective batch, and of those the largest that fits is among the probes.
         confirm_largest=False,
     )  # fmt: skip
-    moved = fitted(config, profile, budget_bytes, profiling.current_backend())
+    moved = fitted(config, profile, budget_bytes, current_backend())
     if moved.micro_batch_size != config.micro_batch_size and config.batch_coupled_layers:
         warnings.warn(
             f"The samples of a micro-batch meet in {', '.join(config.batch_coupled_layers)}: with micro-batches of "

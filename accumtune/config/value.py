@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from accumtune.config import validation
-from accumtune.memory.budget import format_bytes
+from accumtune.config.migrations import SCHEMA_VERSION
+from accumtune.config.text import described, plain
 from accumtune.tracking.uris import without_credentials
 
 if TYPE_CHECKING:
@@ -92,10 +93,10 @@ class TrainingConfig:
     policy: str | None = None
     reason: str | None = None
     source: Mapping[str, str | None] = field(default_factory=dict, hash=False)
-    schema_version: int = validation.SCHEMA_VERSION
+    schema_version: int = SCHEMA_VERSION
 
     def __post_init__(self) -> None:
-        values = {item.name: _plain(getattr(self, item.name)) for item in fields(self)}
+        values = {item.name: plain(getattr(self, item.name)) for item in fields(self)}
         for name in _BYTES:
             if isinstance(values[name], float) and math.isfinite(values[name]):
                 values[name] = int(values[name])
@@ -311,31 +312,4 @@ class TrainingConfig:
         return {k: v for k, v in self.hyperparameters.items() if k not in validation.BATCH_HYPERPARAMETERS}
 
     def __repr__(self) -> str:
-        batch = f"{self.effective_batch_size} = {self.micro_batch_size} × {self.accumulation_steps}"
-        if self.replicas > 1:
-            batch += f" × {self.replicas} replicas"
-        parts = [f"effective batch {batch}"] + [f"{name}={_short(it)}" for name, it in self.own_hyperparameters.items()]
-        if self.peak_memory_bytes is not None:
-            budget = "" if self.memory_budget_bytes is None else f" of {format_bytes(self.memory_budget_bytes)}"
-            parts.append(f"peak {format_bytes(self.peak_memory_bytes)}{budget}")
-        if self.throughput_samples_per_second is not None:
-            parts.append(f"{self.throughput_samples_per_second:,.0f} samples/s")
-        if self.objective.get("value") is not None:
-            parts.append(f"{self.objective.get('name', 'objective')} {self.objective['value']:.4g}")
-        if self.device is not None:
-            parts.append(f"on {self.device}")
-        return f"TrainingConfig({', '.join(parts)})"
-
-
-def _short(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else repr(value)
-
-
-def _plain(value: Any) -> Any:
-    """Copies, with NumPy's scalars and arrays as Python's and tuples as lists: what JSON would give back."""
-    if isinstance(value, Mapping):
-        return {str(name): _plain(item) for name, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
-    convert = getattr(value, "tolist", None) or getattr(value, "item", None)
-    return convert() if callable(convert) else value
+        return f"TrainingConfig({', '.join(described(self))})"

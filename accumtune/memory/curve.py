@@ -57,7 +57,7 @@ class Curve:
         self.doubt = 0.0 if _is_straight(self._x, self._y) else max(0.0, float(steepest) - self.slope)
 
     def at(self, x: float) -> float:
-        beyond = max(0.0, x - self._x[-1])
+        beyond = max(0.0, x - float(self._x[-1]))
         return float(np.interp(x, self._x, self._y)) + self.slope * beyond
 
 

@@ -146,4 +146,5 @@ def open_device(backend: str | None = None, budget_bytes: int | None = None) -> 
             '"tensorflow", "jax" or "torch"',
             "choose another Keras backend.",
         )
-    return importlib.import_module(f"accumtune.memory.{backend}").open_device(budget_bytes)
+    device: Device = importlib.import_module(f"accumtune.memory.{backend}").open_device(budget_bytes)
+    return device

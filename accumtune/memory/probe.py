@@ -117,7 +117,7 @@ def _train(
             callbacks=[clock],
             verbose=0,
         )
-    timed = sorted(clock.seconds[1:])
+    timed: list[float] = sorted(clock.seconds[1:])
     return timed[len(timed) // 2]
 
 

@@ -18,12 +18,12 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import numpy as np
-from scipy.optimize import nnls
 
 from accumtune.errors import BudgetError, BudgetTooSmallError
 from accumtune.memory.budget import format_bytes, parse_budget
-from accumtune.memory.curve import Curve, curves_of, last_slope
+from accumtune.memory.curve import Curve, curves_of
 from accumtune.memory.measurement import Measurement
+from accumtune.memory.seconds import fit_seconds
 
 __all__ = ["Measurement", "Profile"]
 
@@ -206,7 +206,7 @@ class Profile:
 
     def predict_throughput(self, micro_batch_size: int, accumulation_steps: int = 1) -> float:
         """Samples per second: an update takes `accumulation_steps * s(micro_batch_size) + u` seconds."""
-        seconds_per_update, micro_step = _fit_seconds(self.measurements)
+        seconds_per_update, micro_step = fit_seconds(self.measurements)
         seconds = accumulation_steps * micro_step.at(micro_batch_size) + seconds_per_update
         return micro_batch_size * accumulation_steps / max(seconds, 1e-9)
 
@@ -302,26 +302,3 @@ def _key(measurement: Measurement) -> tuple[int, int, bool]:
 def _group(accumulation_steps: int) -> int:
     """1 has no accumulators; with more, every further micro-step is like the second."""
     return min(accumulation_steps, 2)
-
-
-def _fit_seconds(measurements: Sequence[Measurement]) -> tuple[float, Curve]:
-    """Least squares in relative error: one time per measured micro-batch size, and one for the update."""
-    points = [
-        (m.micro_batch_size, m.accumulation_steps, m.seconds_per_update)
-        for m in measurements
-        if m.seconds_per_update is not None
-    ]
-    if not points:
-        raise BudgetTooSmallError(
-            "Received a profile without timings: no probe ran to its end.",
-            "at least one micro-batch size that ran.",
-            "probe a smaller micro-batch, or under a larger budget.",
-        )
-    sizes = sorted({size for size, _, _ in points})
-    rows = np.zeros((len(points), len(sizes) + 1))
-    for row, (size, steps, seconds) in zip(rows, points, strict=True):
-        row[sizes.index(size)] = steps / seconds
-        row[-1] = 1.0 / seconds
-    solution, _ = nnls(rows, np.ones(len(points)))
-    times = dict(zip(sizes, solution[:-1], strict=True))
-    return float(solution[-1]), Curve(times, last_slope(times) if len(times) > 1 else None)

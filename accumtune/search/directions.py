@@ -28,11 +28,16 @@ def metric_direction(name: str) -> str | None:
     for module in (keras.metrics, keras.losses):
         for known, value in vars(module).items():
             if callable(value) and _plain(known) == _plain(base):
-                return infer_metric_direction(value)
+                return _direction_of(value)
     try:
-        return infer_metric_direction(keras.losses.get(base))  # "mse" and other short names; losses have no variables
+        return _direction_of(keras.losses.get(base))  # "mse" and other short names; losses have no variables
     except ValueError:
         return None
+
+
+def _direction_of(metric: Any) -> str | None:
+    direction: str | None = infer_metric_direction(metric)
+    return direction
 
 
 def with_direction(objective: Any) -> Any:

@@ -105,7 +105,8 @@ class Display:
             self.line(f"[{self._count(number)}]   → {result.status}: {result.reason}")
 
     def _count(self, number: int) -> str:
-        return f"{number}/{self.progress.max_trials}" if self.progress.max_trials else str(number)
+        # Proposals that were reused or do not fit have numbers too: the last of them may be above what counts.
+        return f"{number}/{self.progress.max_trials}" if number <= (self.progress.max_trials or 0) else str(number)
 
     def _view(self) -> Any:
         """The live view: how far it is, and what runs."""

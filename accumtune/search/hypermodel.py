@@ -12,8 +12,9 @@ from accumtune.errors import BudgetTooSmallError
 from accumtune.memory.budget import format_bytes, parse_budget
 from accumtune.search.feasibility import Pair, realise
 from accumtune.trials.builder import ModelBuilder
+from accumtune.trials.costs import profile
 from accumtune.trials.data import feed_by_batches
-from accumtune.trials.profiling import check_sizes, profile
+from accumtune.trials.profiling import check_sizes
 
 DEFAULT_MICRO_BATCH_SIZES = (8, 16, 32, 64, 128)
 DEFAULT_ACCUMULATION_STEPS = (1, 2, 4, 8, 16)

@@ -111,7 +111,8 @@ class OptunaOracle(keras_tuner.Oracle):
                 if score is not None:
                     study.tell(trial_id, values, score)
         study.drop(trial_id)
-        return self._random_values()
+        random_values: dict[str, Any] | None = self._random_values()
+        return random_values
 
     def _default_sampler(self) -> Any:
         """A new one each time: what it proposes depends on the trials and the seed, not on this process."""

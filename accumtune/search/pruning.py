@@ -15,7 +15,7 @@ from accumtune.search.optuna_study import new_study
 from accumtune.tracking.journal import read_trial
 from accumtune.tracking.records import TrialRecord
 from accumtune.trials.directory import TaskDirectory
-from accumtune.trials.executors import Outcome
+from accumtune.trials.outcome import Outcome
 
 _INTERVAL_SECONDS = 0.1
 

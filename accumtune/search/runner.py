@@ -6,18 +6,18 @@ import contextlib
 import threading
 import time
 from collections.abc import Callable, Mapping
-from concurrent.futures import Future
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from accumtune.errors import AccumtuneError, WorkerError
 from accumtune.memory.budget import format_bytes
 from accumtune.memory.device import memory_limit_environment
 from accumtune.memory.profile import Measurement, Profile
+from accumtune.search.claims import Claims
 from accumtune.search.feasibility import Pair, next_smaller, realise, training_key
-from accumtune.search.pruning import Pruning, pruned_reason, watch
+from accumtune.search.pruning import Pruning, watch
+from accumtune.search.trial_result import TrialResult, completed_result, judged
 from accumtune.tracking.journal import Journal, read_trial
-from accumtune.tracking.records import TrialRecord
 from accumtune.trials.devices import Places
 from accumtune.trials.directory import SearchDirectory, TaskDirectory
 from accumtune.trials.executions import run_executions
@@ -29,29 +29,6 @@ from accumtune.trials.profiling import Profiler, out_of_memory
 _MAX_CRASHES = 5
 # So may one that takes every machine of a cluster down.
 _MAX_LOSSES = 10
-
-
-@dataclass(frozen=True)
-class TrialResult:
-    """How a trial ended, for the oracle, the journal and the terminal.
-
-    Args:
-        status: `"completed"`, `"reused"`, `"infeasible"`, `"failed"`, or `"stopped"`: with the search, which will
-            go on with it.
-        reason: one line for a person; of a completed trial only where it was pruned.
-        values: the hyperparameters that really ran, the three batch sizes included.
-        metrics: the best epoch's, by name.
-    """
-
-    status: str
-    values: Mapping[str, Any]
-    reason: str = ""
-    traceback: str = ""
-    metrics: Mapping[str, float] = field(default_factory=dict)
-    best_epoch: int = 0
-    predicted_peak_memory_bytes: float | None = None
-    report: Mapping[str, Any] = field(default_factory=dict)
-    reused_from: str | None = None
 
 
 @dataclass(frozen=True)
@@ -97,7 +74,7 @@ class TrialRunner:
         self._profiler = profiler
         self._on_start = on_start
         self._pruning = pruning
-        self._trainings: dict[str, Future[tuple[str, TrialResult]]] = {}
+        self._claims = Claims()
         self._lock = threading.Lock()
         self._places = places
         self._training: set[TaskDirectory] = set()  # whose processes run
@@ -123,9 +100,7 @@ class TrialRunner:
 
     def remember(self, trial_id: str, result: TrialResult) -> None:
         """A training of an earlier session that need not be done again."""
-        future: Future[tuple[str, TrialResult]] = Future()
-        future.set_result((trial_id, result))
-        self._trainings[training_key(result.values, self._settings.is_batch_coupled)] = future
+        self._claims.remember(training_key(result.values, self._settings.is_batch_coupled), (trial_id, result))
 
     def run(
         self, trial_id: str, number: int, space: Mapping[str, Any], fit_overrides: Mapping[str, Any]
@@ -175,7 +150,7 @@ class TrialRunner:
             return TrialResult("infeasible", values, reason=_why_infeasible(profile, values, budget))
         values |= pair.as_hyperparameters()
         key = training_key(values, self._settings.is_batch_coupled)
-        earlier = self._claim(key)
+        earlier = self._claims.claim(key)
         if isinstance(earlier, tuple):
             source, result = earlier
             reason = f"the same training as trial {source}"
@@ -185,9 +160,9 @@ class TrialRunner:
         try:
             result = self._train(directory, trial_id, number, {**space, "values": values}, pair, fit_overrides)
         except BaseException as error:
-            self._release(key, earlier, None)
+            self._claims.release(key, earlier, None)
             raise error
-        self._release(key, earlier, (trial_id, result) if result.status == "completed" else None)
+        self._claims.release(key, earlier, (trial_id, result) if result.status == "completed" else None)
         return result
 
     def _ended_before(self, directory: TaskDirectory, values: Mapping[str, Any]) -> TrialResult | None:
@@ -197,29 +172,6 @@ class TrialRunner:
         proposed = {name: value for name, value in values.items() if name not in _PAIR}
         same = all(record.hyperparameters.get(name) == value for name, value in proposed.items())
         return completed_result(record) if record.status == "completed" and same else None
-
-    def _claim(self, key: str) -> tuple[str, TrialResult] | Future[tuple[str, TrialResult]]:
-        """The finished training of this key, waiting for it if it runs; or a claim to do it."""
-        while True:
-            with self._lock:
-                known = self._trainings.get(key)
-                if known is None:
-                    claim: Future[tuple[str, TrialResult]] = Future()
-                    self._trainings[key] = claim
-                    return claim
-            try:
-                return known.result()
-            except _NotTrained:
-                continue  # whoever had claimed it failed: this trial tries for itself
-
-    def _release(self, key: str, claim: Any, outcome: tuple[str, TrialResult] | None) -> None:
-        with self._lock:
-            if outcome is None:
-                del self._trainings[key]
-        if outcome is None:
-            claim.set_exception(_NotTrained())
-        else:
-            claim.set_result(outcome)
 
     def _train(
         self,
@@ -368,43 +320,8 @@ class TrialRunner:
             memory_limit_bytes=self._settings.memory_budget_bytes,
         )
         self._profiler.learn(signature, measurement)
-        name = self._settings.objective_name
-        value = report["metrics"].get(name)
-        result = TrialResult(
-            "completed", values, metrics=report["metrics"], best_epoch=report["best_epoch"],
-            predicted_peak_memory_bytes=predicted, report=report, reason=_pruned(report),
-        )  # fmt: skip
-        if value is not None and value != value:
-            reason = f"{name} was NaN in every epoch: the training diverged (a smaller learning rate may help)"
-            return replace(result, status="failed", reason=reason)
-        budget = self._settings.memory_budget_bytes
-        if budget is not None and report["peak_memory_bytes"] > budget:
-            # Where the backend has no allocator limit on this device, the process is measured instead.
-            reason = (
-                f"it took {format_bytes(report['peak_memory_bytes'])}, more than the budget of {format_bytes(budget)}"
-            )
-            return replace(result, status="infeasible", reason=reason)
-        return result
-
-
-def completed_result(record: TrialRecord) -> TrialResult:
-    """The result of a completed trial, from its journal."""
-    names = ("peak_memory_bytes", "throughput_samples_per_second", "memory_source", "device", "updates",
-             "training_seconds", "precision_policy")  # fmt: skip
-    return TrialResult(
-        "completed",
-        dict(record.hyperparameters),
-        reason=record.reason,
-        metrics=dict(record.metrics),
-        best_epoch=record.best_epoch or 0,
-        predicted_peak_memory_bytes=record.predicted_peak_memory_bytes,
-        report={name: getattr(record, name) for name in names},
-    )
-
-
-def _pruned(report: Mapping[str, Any]) -> str:
-    epochs = report.get("pruned_after_epochs")
-    return "" if epochs is None else pruned_reason(epochs)
+        settings = self._settings
+        return judged(values, predicted, report, settings.objective_name, settings.memory_budget_bytes)
 
 
 def _crashes(journal: Journal) -> int:
@@ -417,12 +334,8 @@ _STOPPED = "the search was stopped"
 _PAIR = ("micro_batch_size", "accumulation_steps")
 
 
-class _NotTrained(Exception):
-    """The trial that was to do a training has failed."""
-
-
 def _batch_of(result: TrialResult) -> dict[str, Any]:
-    return {name: result.values[name] for name in ("micro_batch_size", "accumulation_steps")}
+    return {name: result.values[name] for name in _PAIR}
 
 
 def _why_infeasible(profile: Profile, values: Mapping[str, Any], budget: int | None) -> str:

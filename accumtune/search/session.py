@@ -15,7 +15,8 @@ from accumtune.memory.budget import format_bytes
 from accumtune.search import oracles
 from accumtune.search.display import Display
 from accumtune.search.feasibility import BATCH_HYPERPARAMETERS
-from accumtune.search.runner import TrialResult, TrialRunner, completed_result
+from accumtune.search.runner import TrialRunner
+from accumtune.search.trial_result import TrialResult, completed_result
 from accumtune.tracking.journal import Journal, read_search, read_trial
 from accumtune.trials.directory import SearchDirectory, TaskDirectory
 

@@ -1,6 +1,7 @@
 """Keras Tuner's files of a search: written whole, put in order after a kill, and repaired where they are damaged.
 
     oracle.json, tuner0.json, trial_<id>/trial.json     under Keras Tuner's own names
+    oracle.changes.jsonl                                what the oracle came to know since (`accumtune.search.changes`)
     .<name>.previous                                    the same file, one save earlier
     <name>.broken                                       what could not be read, kept for whoever wants to look
 
@@ -12,14 +13,16 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from keras_tuner.engine.trial import Trial, TrialStatus
 
 from accumtune.errors import SearchDirectoryError
+from accumtune.search.changes import ChangingState, with_changes
 from accumtune.tracking.journal import read_search_journal, read_trial
 from accumtune.trials.directory import TaskDirectory, write_atomically
 
@@ -27,13 +30,42 @@ from accumtune.trials.directory import TaskDirectory, write_atomically
 class _WholeState:
     """Mixed into an oracle's class: the same files and contents as Keras Tuner writes, but whole and consistent."""
 
+    _file: ChangingState | None = None
+    _is_in_step = _is_updating = False
+
     def save(self: Any) -> None:
-        _save(Path(self._get_oracle_fname()), self.get_state())
+        if self._file is None:  # its folder is told to it after it was made
+            self._file = ChangingState(Path(self._get_oracle_fname()), _save)
+        if self._is_in_step:
+            self._file.save_changes(self.get_state())
+        else:
+            self._file.save_whole(self.get_state())
+
+    def create_trial(self: Any, tuner_id: str) -> Any:
+        with _set(self, "_is_in_step"):
+            return super().create_trial(tuner_id)  # type: ignore[misc]
+
+    def update_trial(self: Any, *args: Any, **kwargs: Any) -> Any:
+        with _set(self, "_is_updating"):
+            return super().update_trial(*args, **kwargs)  # type: ignore[misc]
+
+    def end_trial(self: Any, *args: Any, **kwargs: Any) -> None:
+        with _set(self, "_is_in_step"):
+            super().end_trial(*args, **kwargs)  # type: ignore[misc]
+
+    def _check_consecutive_failures(self: Any) -> None:
+        if self.max_consecutive_failed_trials != math.inf:  # accumtune counts them: no walk through all trials
+            super()._check_consecutive_failures()  # type: ignore[misc]
 
     def _save_trial(self: Any, trial: Any) -> None:
-        _save(Path(self._get_trial_dir(trial.trial_id)) / "trial.json", trial.get_state())
+        if not self._is_updating:  # it ends with the next call, and is saved then; the journal has its metrics
+            _save(Path(self._get_trial_dir(trial.trial_id)) / "trial.json", trial.get_state())
 
     def reload(self: Any) -> None:
+        path = Path(self._get_oracle_fname())
+        state = _load(path)
+        if state is not None and (complete := with_changes(state, path)) != state:
+            _save(path, complete)
         super().reload()  # type: ignore[misc]
         # The oracle is saved while a trial that has just ended is still among those that run.
         ended = set(self.end_order)
@@ -134,7 +166,9 @@ def repair_state_files(folder: Path) -> list[str]:
     has_begun = bool(trials) or (folder / "tuner0.json").exists()
     # The oracle first: a trial's space may have to come from it.
     if _is_broken(oracle) or (has_begun and not oracle.exists()):
-        mended.append(_mend(folder, oracle, _load(_previous(oracle)), "one save earlier"))
+        complete = with_changes(_load(_previous(oracle)), oracle)
+        is_whole = "hyperparameters" in complete
+        mended.append(_mend(folder, oracle, complete if is_whole else None, "one save earlier"))
     space = (_load(oracle) or {}).get("hyperparameters")
     for file in [*folder.glob("tuner*.json")]:
         if _is_broken(file):
@@ -201,9 +235,19 @@ def _trial_state(file: Path, space: Mapping[str, Any] | None) -> dict[str, Any] 
 
 def _space_of_task(folder: Path) -> Mapping[str, Any] | None:
     try:
-        return TaskDirectory(folder).read_task()[1]["hyperparameters"]
+        space: Mapping[str, Any] = TaskDirectory(folder).read_task()[1]["hyperparameters"]
     except (OSError, ValueError, KeyError, TypeError):
         return None
+    return space
+
+
+@contextlib.contextmanager
+def _set(oracle: Any, name: str) -> Iterator[None]:
+    setattr(oracle, name, True)
+    try:
+        yield
+    finally:
+        setattr(oracle, name, False)
 
 
 def _save(path: Path, state: Mapping[str, Any]) -> None:

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
-import shutil
-import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,34 +11,33 @@ import keras_tuner
 
 from accumtune.config import TrainingConfig
 from accumtune.config.production import installed_versions
-from accumtune.errors import AccumtuneError, BatchSizeError, BuildError, NoResultError, SearchError
+from accumtune.errors import AccumtuneError
 from accumtune.memory.budget import format_bytes, parse_budget
 from accumtune.memory.device import memory_limit_environment
 from accumtune.search import carried, results, state
 from accumtune.search.advice import advice
+from accumtune.search.checks import check_choice, refuse_batch_size, refuse_missing_validation
+from accumtune.search.chronicle import Best, Chronicle
 from accumtune.search.display import Display
+from accumtune.search.edited import edited_model_warning
 from accumtune.search.feasibility import effective_batch_sizes
 from accumtune.search.hypermodel import (
     DEFAULT_ACCUMULATION_STEPS,
     DEFAULT_MICRO_BATCH_SIZES,
     AccumulationHyperModel,
 )
+from accumtune.search.processes import SearchProcesses
 from accumtune.search.pruning import Pruning
 from accumtune.search.registering import save_model_for_registry
 from accumtune.search.runner import SearchSettings, TrialRunner
-from accumtune.search.selection import Candidate, Choice, Policy, pareto_front, select
-from accumtune.search.session import SearchSession, StoppedAtOnce, shared_data
-from accumtune.search.verifying import predicted_choice, verified_choice
-from accumtune.search.workers import command_to_resume, open_executor, plan, refuse_chief_and_workers, resolve_pool
-from accumtune.tracking.journal import Journal, read_search, read_search_journal
-from accumtune.tracking.mlflow import Tracker
+from accumtune.search.selection import Candidate, Policy
+from accumtune.search.session import SearchSession, StoppedAtOnce
+from accumtune.search.workers import command_to_resume, plan, refuse_chief_and_workers, resolve_pool
 from accumtune.tracking.records import SearchRecord
 from accumtune.trials.builder import ModelBuilder
 from accumtune.trials.devices import Places
-from accumtune.trials.directory import SearchDirectory, TaskDirectory, check_writable, clear_disk_errors
-from accumtune.trials.executors import Executor
-from accumtune.trials.payload import dump_payload
-from accumtune.trials.profiling import Profiler, check_sizes, current_backend, finished
+from accumtune.trials.directory import SearchDirectory, check_writable, clear_disk_errors
+from accumtune.trials.profiling import Profiler, check_sizes, current_backend
 
 SearchOver = Literal["auto", "effective_batch_size", "pairs"]
 
@@ -112,8 +108,8 @@ class Tuner(keras_tuner.Tuner):
         metrics: Any = None,
         **kwargs: Any,
     ) -> None:
-        _check_choice("search_over", search_over, ("auto", "effective_batch_size", "pairs"))
-        _check_choice("learning_rate_scaling", learning_rate_scaling, (None, "linear", "sqrt"))
+        check_choice("search_over", search_over, ("auto", "effective_batch_size", "pairs"))
+        check_choice("learning_rate_scaling", learning_rate_scaling, (None, "linear", "sqrt"))
         self.memory_budget_bytes = None if memory_budget is None else parse_budget(memory_budget)
         self.micro_batch_sizes = check_sizes("micro_batch_sizes", micro_batch_sizes)
         self.accumulation_steps = check_sizes("accumulation_steps", accumulation_steps)
@@ -124,20 +120,26 @@ class Tuner(keras_tuner.Tuner):
         self.trial_timeout_seconds = trial_timeout_seconds
         (self.workers,) = check_sizes("workers", [workers])
         refuse_chief_and_workers()
-        self._pool = resolve_pool(executor)
+        pool = resolve_pool(executor)
         self._backend = current_backend()
-        self._places = plan(self.workers, devices, self._pool, self.memory_budget_bytes)
+        self._places = plan(self.workers, devices, pool, self.memory_budget_bytes)
         self.tracking_uri = tracking_uri
         self.register_as = register_as
         self.batch_coupled_layers: list[str] = []
         self.search_over = search_over
         self._compiled_with = {"optimizer": optimizer, "loss": loss, "metrics": metrics}
         memory_limit_environment(self._backend, self.memory_budget_bytes)  # refuses what no allocator can keep to
-        self._executor: Executor | None = None
-        self._tracker: Tracker | None = None
         self._fit_arguments: tuple[tuple[Any, ...], dict[str, Any]] | None = None
         folder = Path(directory) / project_name
         self._files = SearchDirectory(folder)
+        self._processes = SearchProcesses(
+            self._files,
+            pool,
+            self._backend,
+            memory_budget_bytes=self.memory_budget_bytes,
+            micro_batch_sizes=self.micro_batch_sizes,
+        )
+        self._chronicle = Chronicle(self._files, oracle.objective, tracking_uri)
         self._mended: list[str] = []
         if not overwrite:
             self._mended = state.repair_state_files(folder)
@@ -168,24 +170,17 @@ class Tuner(keras_tuner.Tuner):
                 **kwargs,
             )
         except BaseException:
-            self._close_executor()
+            self._processes.close()
             raise
 
     # The space, discovered in a child
 
     def _populate_initial_space(self) -> None:
-        payload_file = self._files.payload_file
-        space = self.oracle.hyperparameters
-        dump_payload({"hypermodel": self.hypermodel, "hyperparameters": space.copy()}, payload_file)
-        directory = TaskDirectory(self._files.scratch_folder / "discover")
-        directory.write_task("discover", {"payload": str(payload_file.resolve())})
-        environment = memory_limit_environment(self._backend, None)
-        outcome = finished(self._open_executor().submit(directory, environment).result(), "The build function")
-        shutil.rmtree(directory.path, ignore_errors=True)
-        self.batch_coupled_layers = outcome.result["batch_coupled_layers"]
+        discovered = self._processes.discover(self.hypermodel, self.oracle.hyperparameters.copy())
+        self.batch_coupled_layers = discovered["batch_coupled_layers"]
         if self.search_over == "auto":
             self.search_over = "pairs" if self.batch_coupled_layers else "effective_batch_size"
-        found = keras_tuner.HyperParameters.from_config(outcome.result["hyperparameters"])
+        found = keras_tuner.HyperParameters.from_config(discovered["hyperparameters"])
         self._declare_batch_hyperparameters()
         self.oracle.update_space(found)
 
@@ -214,8 +209,8 @@ class Tuner(keras_tuner.Tuner):
             BudgetTooSmallError: no proposal fits the budget, not even with micro-batch 1.
             SearchFailedError: `max_consecutive_failed_trials` trials failed one after another.
         """
-        _refuse_batch_size(fit_kwargs)
-        self._refuse_missing_validation(fit_kwargs)
+        refuse_batch_size(fit_kwargs)
+        refuse_missing_validation(self.oracle.objective.name, self.hypermodel.hypermodel, fit_kwargs)
         verbose = fit_kwargs.pop("verbose", 1)
         self.oracle.verbose = 0  # accumtune prints its own lines
         objective = self.oracle.objective
@@ -223,18 +218,19 @@ class Tuner(keras_tuner.Tuner):
             objective.name, self.oracle.max_trials, 1 if verbose == "auto" else int(verbose),
             direction=objective.direction, workers=self.workers,
         )  # fmt: skip
-        payload = self._payload(fit_args, fit_kwargs)
         self._fit_arguments = (fit_args, fit_kwargs)
-        with clear_disk_errors(self._files.path), shared_data(self._files) as payload_file:
-            dump_payload(payload, payload_file)
+        with clear_disk_errors(self._files.path), self._processes.sharing(self._payload()):
             self.save()  # Keras Tuner itself saves after the first trial: too late for a kill during that one
-            self._begin(display, fit_args, fit_kwargs)
+            is_first = self._begin(display)
             status, reason, best, is_hurried = "failed", "", None, False
             try:
                 with display:
-                    self._session(display).run()
-                best = self._try_best_config(may_run=True)
-                self._save_model(display, payload, best)
+                    profiler = self._processes.profiler(display.probe)
+                    if not is_first:
+                        self._warn_of_an_edited_model(display, profiler)
+                    self._session(display, profiler).run()
+                best = self._chronicle.try_best(self._runs)
+                self._save_model(display, best)
                 status = "finished"
             except KeyboardInterrupt as error:
                 is_hurried = isinstance(error, StoppedAtOnce)
@@ -245,22 +241,10 @@ class Tuner(keras_tuner.Tuner):
                 reason = str(error)
                 raise
             finally:
-                self._close_executor()
+                self._processes.close()
                 self._end(display, status, reason, best, is_hurried)
 
-    def _refuse_missing_validation(self, fit_kwargs: dict[str, Any]) -> None:
-        name = self.oracle.objective.name
-        has_validation = bool(fit_kwargs.get("validation_split")) or fit_kwargs.get("validation_data") is not None
-        # A HyperModel with a fit of its own may validate in its own way.
-        fit = getattr(type(self.hypermodel.hypermodel), "fit", keras_tuner.HyperModel.fit)
-        if name.startswith("val_") and not has_validation and fit is keras_tuner.HyperModel.fit:
-            raise SearchError(
-                f"Received the objective {name!r}, and search() without validation_data.",
-                "validation data, for an objective that is measured on them.",
-                "tuner.search(x, y, validation_data=(x_val, y_val), ...), or validation_split=0.2.",
-            )
-
-    def _session(self, display: Display) -> SearchSession:
+    def _session(self, display: Display, profiler: Profiler) -> SearchSession:
         settings = SearchSettings(
             memory_budget_bytes=self.memory_budget_bytes,
             micro_batch_sizes=self.micro_batch_sizes,
@@ -271,9 +255,8 @@ class Tuner(keras_tuner.Tuner):
             objective_name=self.oracle.objective.name,
             trial_timeout_seconds=self.trial_timeout_seconds,
         )
-        profiler = self._profiler(display.probe)
         runner = TrialRunner(
-            settings, self._files, self._open_executor(), profiler, display.trial_started,
+            settings, self._files, self._processes.executor(), profiler, display.trial_started,
             places=Places(self._places), pruning=self._pruning(),
         )  # fmt: skip
         return SearchSession(
@@ -285,8 +268,9 @@ class Tuner(keras_tuner.Tuner):
             memory_budget_bytes=self.memory_budget_bytes,
         )
 
-    def _payload(self, fit_args: Any, fit_kwargs: dict[str, Any]) -> dict[str, Any]:
+    def _payload(self) -> dict[str, Any]:
         """What the processes of trials and probes get."""
+        fit_args, fit_kwargs = self._fit_arguments or ((), {})
         return {
             "hypermodel": self.hypermodel,
             "objective": self.oracle.objective,
@@ -294,27 +278,13 @@ class Tuner(keras_tuner.Tuner):
             "fit_kwargs": fit_kwargs,
         }
 
-    def _profiler(self, on_probe: Callable[[str], None]) -> Profiler:
-        return Profiler(
-            self._open_executor(),
-            self._files.payload_file,
-            self._files.scratch_folder,
-            self._files.profiles_folder,
-            memory_budget_bytes=self.memory_budget_bytes,
-            micro_batch_sizes=self.micro_batch_sizes,
-            on_probe=on_probe,
-        )
-
     def _pruning(self) -> Pruning | None:
         """What stops hopeless trials; `OptunaSearch` has it."""
         return None
 
-    def _begin(self, display: Display, fit_args: Any, fit_kwargs: Any) -> None:
-        journal = Journal(self._files.journal_file)
-        if any(event["event"] == "search_started" for event in journal.events()):
-            journal.append("search_resumed")
-        else:
-            journal.append("search_started", search_id=uuid.uuid4().hex, **self._description(fit_args, fit_kwargs))
+    def _begin(self, display: Display) -> bool:
+        """Writes down and tells what begins; whether it is the search's first session."""
+        is_first = self._chronicle.begin(self._description)
         for text in self._mended:
             display.line(text)
         budget = "no memory budget" if self.memory_budget_bytes is None else format_bytes(self.memory_budget_bytes)
@@ -332,16 +302,24 @@ class Tuner(keras_tuner.Tuner):
             batch_coupled_layers=self.batch_coupled_layers,
             searches_pairs=self.search_over == "pairs",
         )
-        given = read_search_journal(self._files.path).advice
-        for text in (text for text in texts if text not in given):  # a resumed search does not say it again
-            journal.append("advice", text=text)
-            display.line(text)
-        if self.tracking_uri is not False:
-            self._tracker = Tracker(self._files.path, self.tracking_uri)
-            self._tracker.start()
+        self._chronicle.advise(texts, display.line)
+        self._chronicle.start_tracking()
+        return is_first
 
-    def _description(self, fit_args: Any, fit_kwargs: Any) -> dict[str, Any]:
+    def _warn_of_an_edited_model(self, display: Display, profiler: Profiler) -> None:
+        if not self._processes.is_local:  # another machine has another device
+            return
+        # After a kill the journals may know a trial that the oracle does not.
+        known = [trial for trial in self.record().trials if trial.trial_id in self.oracle.trials]
+        text = edited_model_warning(known, self._space_of, profiler.inspect)
+        self._chronicle.advise([] if text is None else [text], display.line)
+
+    def _space_of(self, trial_id: str) -> dict[str, Any]:
+        return dict(self.oracle.get_trial(trial_id).hyperparameters.get_config())
+
+    def _description(self) -> dict[str, Any]:
         objective = self.oracle.objective
+        fit_args, fit_kwargs = self._fit_arguments or ((), {})
         return {
             "name": self.project_name,
             "objective": {"name": objective.name, "direction": objective.direction},
@@ -360,50 +338,32 @@ class Tuner(keras_tuner.Tuner):
             "data": {"name": self.project_name, **results.describe_data(fit_args, fit_kwargs)},
         }
 
-    def _end(
-        self,
-        display: Display,
-        status: str,
-        reason: str,
-        best: tuple[Choice, TrainingConfig] | None,
-        is_hurried: bool,
-    ) -> None:
+    def _end(self, display: Display, status: str, reason: str, best: Best | None, is_hurried: bool) -> None:
         try:
-            Journal(self._files.journal_file).append("search_ended", status=status, reason=reason)
+            self._chronicle.end(status, reason)
             self.save()
             if is_hurried:
-                self._tracker = None  # what MLflow lacks comes with the next session, or `accumtune sync`
+                self._chronicle.tracker = None  # what MLflow lacks comes with the next session, or `accumtune sync`
                 return
-            results.write_report(self._files, self.record(), best or self._try_best_config(may_run=False))
+            self._chronicle.write_report(best)
         finally:
-            if self._tracker is not None:
-                message = self._tracker.stop()
-                if message:
-                    display.line(message)
+            message = self._chronicle.stop_tracking()
+            if message:
+                display.line(message)
         if self.ui_address:
             command = f"\n  once this runs: {self.ui_command}" if self.ui_command else ""
             display.line(f"Browse it: {self.ui_address}{command}")
 
-    def _save_model(
-        self, display: Display, payload: dict[str, Any], best: tuple[Choice, TrainingConfig] | None
-    ) -> None:
+    def _save_model(self, display: Display, best: Best | None) -> None:
         if best is None or not self.register_as or self.tracking_uri is False:
             return
         trial_id = best[0].candidate.trial_id
         try:
-            save_model_for_registry(self._files, self._open_executor(), payload, trial_id, self.register_as)
+            save_model_for_registry(
+                self._files, self._processes.executor(), self._payload(), trial_id, self.register_as
+            )
         except AccumtuneError as error:  # what the search has found does not depend on it
             display.line(f"The best model is not registered as {self.register_as!r}: {error}")
-
-    def _open_executor(self) -> Executor:
-        if self._executor is None:
-            self._executor = open_executor(self._pool, self._backend)
-        return self._executor
-
-    def _close_executor(self) -> None:
-        if self._executor is not None:
-            self._executor.close()
-            self._executor = None
 
     # Keras Tuner's state
 
@@ -423,18 +383,18 @@ class Tuner(keras_tuner.Tuner):
 
     def record(self) -> SearchRecord:
         """The search as its journals tell it, trials included."""
-        return read_search(self._files.path)
+        return self._chronicle.record()
 
     def candidates(self) -> list[Candidate]:
         """Every trained configuration within the budget, and the other micro-batches of its effective batch.
 
         Those are marked `is_trained=False`: same training, with predicted memory and speed.
         """
-        return results.candidates(self.record(), self._files.profiles_folder)
+        return self._chronicle.candidates()
 
     def pareto_front(self) -> list[Candidate]:
         """The candidates that no other beats in objective, peak memory and throughput, best objective first."""
-        return pareto_front(self.candidates(), self.oracle.objective.direction)
+        return self._chronicle.pareto_front()
 
     def get_best_config(self, policy: Policy = "quality", tolerance: float = 0.01) -> TrainingConfig:
         """The configuration to train with.
@@ -453,58 +413,16 @@ class Tuner(keras_tuner.Tuner):
         Raises:
             NoResultError: no trial has completed within the budget.
         """
-        return self._config_of(self._choose(policy, tolerance))
-
-    def _choose(self, policy: Policy, tolerance: float, may_run: bool = True) -> Choice:
-        objective = self.oracle.objective
-
-        def choose(found: Sequence[Candidate]) -> Choice:
-            return select(found, policy, tolerance, objective.direction, objective_name=objective.name)
-
-        if self._fit_arguments is None or not may_run:
-            return predicted_choice(choose(self.candidates()))
-        return verified_choice(self.candidates, choose, self._runs)
+        runs = None if self._fit_arguments is None else self._runs
+        return self._chronicle.config(self._chronicle.choose(policy, tolerance, runs))
 
     def _runs(self, candidate: Candidate) -> bool:
-        """Whether a configuration that was not trained runs within the budget; its profile learns what that took."""
-        fit_args, fit_kwargs = self._fit_arguments or ((), {})
         signature = next(it.signature for it in self.record().trials if it.trial_id == candidate.trial_id) or ""
-        space = self.oracle.get_trial(candidate.trial_id).hyperparameters.get_config()
-        was_open = self._executor is not None
-        with contextlib.ExitStack() as stack:
-            if not self._files.payload_file.exists():  # the search is over, and its data are off the disk
-                payload_file = stack.enter_context(shared_data(self._files))
-                dump_payload(self._payload(fit_args, fit_kwargs), payload_file)
-            if not was_open:
-                stack.callback(self._close_executor)
-            try:
-                measurement = self._profiler(lambda text: None).measure(
-                    {**space, "values": dict(candidate.hyperparameters)},
-                    signature,
-                    candidate.micro_batch_size,
-                    candidate.accumulation_steps,
-                )
-            except BuildError:  # it did not train, for whatever reason: the next best may
-                return False
-        budget, peak = self.memory_budget_bytes, measurement.peak_memory_bytes
-        return peak is not None and (budget is None or peak <= budget)
-
-    def _config_of(self, choice: Choice) -> TrainingConfig:
-        return results.training_config(self.record(), choice, self._run_id(), self.tracking_uri)
-
-    def _try_best_config(self, may_run: bool) -> tuple[Choice, TrainingConfig] | None:
-        try:
-            choice = self._choose("quality", 0.01, may_run)
-        except NoResultError:
-            return None
-        return choice, self._config_of(choice)
-
-    def _run_id(self) -> str | None:
-        return None if self._tracker is None else self._tracker.parent_run_id
+        return self._processes.runs(candidate, self._space_of(candidate.trial_id), signature, self._payload())
 
     def results_summary(self, num_trials: int = 10) -> None:
         """Prints the candidates, best first; the Pareto front is marked."""
-        print(results.summary(self.record(), self.candidates(), num_trials))
+        print(self._chronicle.summary(num_trials))
 
     def get_best_hyperparameters(self, num_trials: int = 1) -> list[Any]:
         """Keras Tuner's, without its padding by failed trials."""
@@ -524,24 +442,9 @@ class Tuner(keras_tuner.Tuner):
     @property
     def ui_command(self) -> str:
         """The command that opens this search in the MLflow UI."""
-        return "" if self._tracker is None else self._tracker.ui_command()
+        return "" if self._chronicle.tracker is None else self._chronicle.tracker.ui_command()
 
     @property
     def ui_address(self) -> str:
         """Where the UI shows this search, once the command runs."""
-        return "" if self._tracker is None else self._tracker.ui_address()
-
-
-def _check_choice(name: str, value: Any, known: Sequence[Any]) -> None:
-    if value not in known:
-        listed = ", ".join(repr(choice) for choice in known)
-        raise BatchSizeError(f"Received {name}={value!r}.", f"one of {listed}.", f"leave {name} out for the default.")
-
-
-def _refuse_batch_size(fit_kwargs: dict[str, Any]) -> None:
-    if "batch_size" in fit_kwargs:
-        raise SearchError(
-            f"Received batch_size={fit_kwargs['batch_size']} in search().",
-            "no batch_size: the effective batch is what the search finds.",
-            "to fix it, give the tuner micro_batch_sizes=(32,) and accumulation_steps=(8,), for example.",
-        )
+        return "" if self._chronicle.tracker is None else self._chronicle.tracker.ui_address()

@@ -10,7 +10,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Literal
+from typing import Literal, cast
 
 from accumtune.errors import AccumtuneError, TrackingError
 from accumtune.tracking import browsing
@@ -204,12 +204,12 @@ class Tracker:
             temporary.write_text(json.dumps(content, indent=2))
             os.replace(temporary, self.folder / CACHE_FILE)
 
-    def _known(self, name: str) -> str | None:
+    def _known(self, name: Literal["parent_run_id", "experiment_id", "view_key"]) -> str | None:
         """From the store, or as long as it has not been asked, from the last time that it was."""
         if self._replay is None:
             return None
         if self._replay.parent_run_id is not None:
-            return getattr(self._replay, name)
+            return cast(str | None, getattr(self._replay, name))
         cache = self._cache()
         is_same = cache.get("tracking_uri") == without_credentials(self.tracking_uri or "")
         return cache.get(name) if is_same else None

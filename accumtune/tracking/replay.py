@@ -188,7 +188,7 @@ class Replay:
     @staticmethod
     def _best_trial_id(report: Path) -> str | None:
         try:
-            return json.loads((report / CONFIG_FILE).read_text())["source"]["trial_id"]
+            return str(json.loads((report / CONFIG_FILE).read_text())["source"]["trial_id"])
         except (OSError, ValueError, KeyError, TypeError):
             return None
 

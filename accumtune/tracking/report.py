@@ -20,6 +20,7 @@ from accumtune.tracking.records import SearchRecord
 from accumtune.tracking.runs import STATUSES
 from accumtune.tracking.tables import (
     CandidateLike,
+    candidate_cells,
     candidates_csv,
     candidates_table,
     escaped,
@@ -161,16 +162,7 @@ def _runners_up(
         "|---|---:|---:|---:|---:|---:|---|",
     ]
     for item in shown:
-        mark = "" if item.is_trained else "~"
-        cells = [
-            "●" if is_among(item, front) else "",
-            number(item.objective),
-            str(item.effective_batch_size),
-            f"{item.micro_batch_size} × {item.accumulation_steps}",
-            mark + size(item.peak_memory_bytes),
-            mark + speed(item.throughput_samples_per_second),
-            own_hyperparameters(item.hyperparameters),
-        ]
+        cells = ["●" if is_among(item, front) else "", *candidate_cells(item)]
         lines.append("| " + " | ".join(cells) + " |")
     legend = "● on the Pareto front: nothing else is at least as good in all of quality, memory and speed."
     if any(not item.is_trained for item in shown):

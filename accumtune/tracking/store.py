@@ -90,7 +90,7 @@ class Store:
         found = self.client.get_experiment_by_name(name)
         if found is None:
             try:
-                return self.client.create_experiment(name, artifact_location=self._artifact_location())
+                return str(self.client.create_experiment(name, artifact_location=self._artifact_location()))
             except MlflowException:
                 # Another search was faster.
                 found = self.client.get_experiment_by_name(name)
@@ -98,7 +98,7 @@ class Store:
                     raise
         if found.lifecycle_stage == "deleted":
             self.client.restore_experiment(found.experiment_id)
-        return found.experiment_id
+        return str(found.experiment_id)
 
     def _artifact_location(self) -> str | None:
         if self._database is not None:

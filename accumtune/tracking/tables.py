@@ -65,17 +65,7 @@ def candidates_table(candidates: Iterable[CandidateLike], front: Sequence[Candid
     header = ["", "objective", "effective", "micro × steps", "peak", "samples/s", "hyperparameters", "trial"]
     rows = [header]
     for item in ordered(candidates, direction):
-        mark = "" if item.is_trained else "~"
-        rows.append([
-            "*" if is_among(item, front) else "",
-            number(item.objective),
-            str(item.effective_batch_size),
-            f"{item.micro_batch_size} × {item.accumulation_steps}",
-            mark + size(item.peak_memory_bytes),
-            mark + speed(item.throughput_samples_per_second),
-            own_hyperparameters(item.hyperparameters),
-            item.trial_id,
-        ])  # fmt: skip
+        rows.append(["*" if is_among(item, front) else "", *candidate_cells(item), item.trial_id])
     widths = [max(len(row[column]) for row in rows) for column in range(len(header))]
     # Text to the left, numbers to the right.
     lines = []
@@ -85,6 +75,19 @@ def candidates_table(candidates: Iterable[CandidateLike], front: Sequence[Candid
         lines.append("  ".join(cells).rstrip())
     lines.insert(1, "  ".join("─" * width for width in widths))
     return "\n".join(lines)
+
+
+def candidate_cells(item: CandidateLike) -> list[str]:
+    """Objective, effective batch, pair, peak, speed and own hyperparameters of a candidate, for a table."""
+    mark = "" if item.is_trained else "~"
+    return [
+        number(item.objective),
+        str(item.effective_batch_size),
+        f"{item.micro_batch_size} × {item.accumulation_steps}",
+        mark + size(item.peak_memory_bytes),
+        mark + speed(item.throughput_samples_per_second),
+        own_hyperparameters(item.hyperparameters),
+    ]
 
 
 def ordered(candidates: Iterable[CandidateLike], direction: str) -> list[CandidateLike]:

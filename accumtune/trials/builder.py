@@ -81,9 +81,9 @@ class ModelBuilder:
         effective = hp.values.get("effective_batch_size")
         if effective is None or self.base_effective_batch_size is None:
             return 1.0
-        ratio = effective / self.base_effective_batch_size
+        ratio = float(effective / self.base_effective_batch_size)
         # Goyal et al. 2017 (linear, SGD); Krizhevsky 2014 and Malladi et al. 2022 (square root, adaptive methods).
-        return ratio if self.learning_rate_scaling == "linear" else ratio**0.5
+        return ratio if self.learning_rate_scaling == "linear" else float(ratio**0.5)
 
 
 def scale_learning_rate(optimizer: Any, factor: float) -> None:

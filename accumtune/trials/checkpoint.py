@@ -22,27 +22,30 @@ import hashlib
 import json
 import os
 import pickle
-import random
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import keras
-import numpy as np
 
 from accumtune.tracking.journal import Journal
 from accumtune.trials.directory import TaskDirectory, atomic_file
 from accumtune.trials.outcome import StopRequested, Superseded
+from accumtune.trials.training_state import (
+    CallbackMemory,
+    CannotContinue,
+    give_back_random_state,
+    give_back_values,
+    random_state,
+    values_of,
+)
 
 # An epoch's end is written when this time has passed since the last one, and twenty times what writing took: short
-# epochs cost nothing, and large models at most a twentieth of their time.
+# epochs cost nothing, and large models at most a twentieth of their time. In `experiments/benchmarks/stopping.py` that
+# was 1 % of epochs of 0.5 s (a small model), and 4 % of epochs of 5 s (50 MB of parameters, 150 MB of state).
 _LEAST_SECONDS_BETWEEN = 2.0
 _WRITING_SECONDS_TIMES = 20.0
-_FORMAT = 1
-
-
-class CannotContinue(Exception):
-    """The saved state is not that of the model which was built now."""
+_FORMAT = 2
 
 
 class Continuation:
@@ -80,7 +83,7 @@ class Continuation:
         self._began = self._last_saved = time.monotonic()
         self._writing_seconds = 0.0
         self._fits: list[dict[str, Any]] = []
-        self._memories: dict[int, _Memory] = {}
+        self._memories: dict[int, CallbackMemory] = {}
         self.execution = execution
         self.earlier = list(earlier)
         state = self._state_of_this_execution()
@@ -103,14 +106,9 @@ class Continuation:
         """
         if self._saved is None:
             return
-        earlier = self._epochs(self._saved["attempt"])[: self._saved["epochs"]]
-        if len(earlier) < self._saved["epochs"]:
-            self._saved, self.seconds_before = None, 0.0  # a journal that is gone
-            self._directory.checkpoint_file.unlink()
-            return
         position = {name: self._saved[name] for name in ("execution", "epoch")}
         self._journal.append("continued", attempt=self.attempt, **position, from_attempt=self._saved["attempt"])
-        for event in earlier:
+        for event in self._saved["epochs"]:
             self._journal.append(**{**event, "attempt": self.attempt})
 
     def attach(self, model: Any) -> None:
@@ -145,15 +143,15 @@ class Continuation:
             return self._saved
         return None
 
-    def memory_of(self, callback: Any) -> _Memory:
+    def memory_of(self, callback: Any) -> CallbackMemory:
         """Counted from the first fit that has it: a best value may be older than the fit that is interrupted."""
-        return self._memories.setdefault(id(callback), _Memory(callback))
+        return self._memories.setdefault(id(callback), CallbackMemory(callback))
 
     def taken_up(self) -> None:
         """The state was given back: what comes now is new."""
         self._saved = None
 
-    def epoch_ended(self, epoch: int, model: Any, callbacks: Sequence[_Memory]) -> None:
+    def epoch_ended(self, epoch: int, model: Any, callbacks: Sequence[CallbackMemory]) -> None:
         """Saves what is due, and ends the training where that is asked for.
 
         Raises:
@@ -172,12 +170,13 @@ class Continuation:
         if is_asked:
             raise StopRequested
 
-    def _save(self, epoch: int, model: Any, callbacks: Sequence[_Memory]) -> None:
+    def _save(self, epoch: int, model: Any, callbacks: Sequence[CallbackMemory]) -> None:
         state = {
             "format": _FORMAT,
             "key": self._key,
             "attempt": self.attempt,
-            "epochs": len(self._epochs(self.attempt)),
+            # With it, because the journal may be on a machine that is gone.
+            "epochs": self._epochs(),
             "seconds": self.seconds,
             "results": self.earlier,
             "execution": self.execution,
@@ -185,16 +184,16 @@ class Continuation:
             "fit": len(self._fits),
             "epoch": epoch,
             "is_ended": bool(model.stop_training),
-            "variables": _values(model),
-            "random": _random_state(),
+            "variables": values_of(model),
+            "random": random_state(),
             "callbacks": [memory.state() for memory in callbacks],
         }
         with atomic_file(self._directory.checkpoint_file) as file:
             pickle.dump(state, file, protocol=pickle.HIGHEST_PROTOCOL)
 
-    def _epochs(self, attempt: int) -> list[dict[str, Any]]:
+    def _epochs(self) -> list[dict[str, Any]]:
         events = self._journal.events()
-        return [event for event in events if event["event"] == "epoch" and event.get("attempt") == attempt]
+        return [event for event in events if event["event"] == "epoch" and event.get("attempt") == self.attempt]
 
 
 class _Keeper(keras.callbacks.Callback):
@@ -205,18 +204,18 @@ class _Keeper(keras.callbacks.Callback):
         self._continuation = continuation
         self._others = others
         self._saved = saved
-        self._memories: list[_Memory] = []
+        self._memories: list[CallbackMemory] = []
 
     def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
         self._memories = [self._continuation.memory_of(callback) for callback in self._others]
         if self._saved is None:
             return
-        _give_back_values(self.model, self._saved["variables"])
+        give_back_values(self.model, self._saved["variables"])
         if len(self._saved["callbacks"]) != len(self._others):
             raise CannotContinue("another number of callbacks")
         for callback, state in zip(self._others, self._saved["callbacks"], strict=True):
             vars(callback).update(state)
-        _give_back_random_state(self._saved["random"])
+        give_back_random_state(self._saved["random"])
         self._continuation.taken_up()
 
     def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
@@ -232,25 +231,6 @@ def _pass_over(arguments: Mapping[str, Any], epochs: int) -> None:
     if hasattr(data, "element_spec") and not arguments.get("steps_per_epoch"):
         for _ in range(epochs * (2 if int(data.cardinality()) > 0 else 1)):
             iter(data)
-
-
-class _Memory:
-    """What a callback has come to remember since training began: numbers, texts, arrays, and what is made of them.
-
-    What has not changed (a path, a patience) is its constructor's to say, here and in the process that goes on.
-    """
-
-    def __init__(self, callback: Any) -> None:
-        self._callback = callback
-        self._at_first = {name: pickle.dumps(value) for name, value in self._plain().items()}
-
-    def state(self) -> dict[str, Any]:
-        plain = self._plain().items()
-        return {name: value for name, value in plain if self._at_first.get(name) != pickle.dumps(value)}
-
-    def _plain(self) -> dict[str, Any]:
-        items = vars(self._callback).items()
-        return {name: value for name, value in items if name not in ("params", "_model") and _is_plain(value)}
 
 
 def _load(directory: TaskDirectory, key: str) -> dict[str, Any] | None:
@@ -272,77 +252,6 @@ def _identity(directory: TaskDirectory) -> tuple[int, int] | None:
     except OSError:
         return None
     return status.st_ino, status.st_mtime_ns
-
-
-def _variables(model: Any) -> list[Any]:
-    optimizer = model.optimizer
-    if not optimizer.built:
-        optimizer.build(model.trainable_variables)
-    return [*model.variables, *optimizer.variables]
-
-
-def _values(model: Any) -> list[np.ndarray]:
-    if hasattr(model, "jax_state_sync"):
-        model.jax_state_sync()
-    return [np.array(keras.ops.convert_to_numpy(variable)) for variable in _variables(model)]
-
-
-def _give_back_values(model: Any, values: Sequence[np.ndarray]) -> None:
-    variables = _variables(model)
-    if [tuple(variable.shape) for variable in variables] != [value.shape for value in values]:
-        raise CannotContinue("variables of other shapes")
-    for variable, value in zip(variables, values, strict=True):
-        variable.assign(value)
-
-
-def _random_state() -> dict[str, Any]:
-    state: dict[str, Any] = {"python": random.getstate(), "numpy": np.random.get_state()}
-    generator = _keras_generator()
-    if generator is not None:
-        state["keras"] = np.array(keras.ops.convert_to_numpy(generator.state))
-    if keras.backend.backend() == "torch":
-        import torch
-
-        state["torch"] = torch.get_rng_state().numpy()
-    return state
-
-
-def _give_back_random_state(state: Mapping[str, Any]) -> None:
-    random.setstate(state["python"])
-    np.random.set_state(state["numpy"])
-    generator = _keras_generator()
-    if generator is not None and "keras" in state:
-        generator.state.assign(state["keras"])
-    if "torch" in state:
-        import torch
-
-        torch.set_rng_state(torch.from_numpy(state["torch"]))
-
-
-def _keras_generator() -> Any:
-    """The generator of random operations that were given no seed, where one has run; it has no public name."""
-    from keras.src.backend.common import global_state
-    from keras.src.random.seed_generator import GLOBAL_SEED_GENERATOR
-
-    return global_state.get_global_attribute(GLOBAL_SEED_GENERATOR)
-
-
-def _is_plain(value: Any) -> bool:
-    if value is None or isinstance(value, (bool, int, float, complex, str, bytes, np.ndarray, np.generic)):
-        return True
-    if type(value) in (list, tuple, set):
-        return all(map(_is_plain, value))
-    if type(value) is dict:
-        return all(map(_is_plain, value)) and all(map(_is_plain, value.values()))
-    # A function by its name: `EarlyStopping` finds its comparison at the first epoch, and turns a sign with it.
-    return callable(value) and _is_importable(value)
-
-
-def _is_importable(value: Any) -> bool:
-    try:
-        return isinstance(value, type(_is_importable)) and pickle.loads(pickle.dumps(value)) is value
-    except Exception:  # a function inside a function, a lambda
-        return False
 
 
 def _history(model: Any, saved: Mapping[str, Any]) -> Any:

@@ -186,7 +186,8 @@ def _collect(batches: Iterator[Any], count: int) -> Samples:
             "at least one sample.",
             "look at what the function or the data set yields; an iterator that was read before is empty.",
         )
-    return _join(collected)
+    joined: tuple[Any, Any, Any] = _join(collected)
+    return joined
 
 
 def _join(trees: list[Any]) -> Any:

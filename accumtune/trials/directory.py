@@ -155,9 +155,10 @@ class TaskDirectory:
 
     def read_outcome(self) -> dict[str, Any] | None:
         try:
-            return json.loads(self.outcome_file.read_text())
+            outcome: dict[str, Any] = json.loads(self.outcome_file.read_text())
         except FileNotFoundError:
             return None
+        return outcome
 
     def log_tail(self, lines: int = 20) -> str:
         """The last lines that the child printed."""

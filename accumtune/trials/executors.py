@@ -248,7 +248,8 @@ def _preload(backend: str) -> str:
     if backend == "tensorflow":
         # Keras Tuner imports it in every trial.
         modules.append("tensorboard.plugins.hparams.api")
-    return ",".join([*modules, "accumtune.trials.worker"])
+    ours = ("trials.worker", "trials.signature", "trials.fitting", "trials.checkpoint", "trials.callbacks")
+    return ",".join([*modules, *(f"accumtune.{name}" for name in (*ours, f"memory.{backend}", "memory.watching"))])
 
 
 def _python_path() -> str:

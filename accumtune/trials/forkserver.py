@@ -57,8 +57,9 @@ class _Server:
             self._reap()
             if connection in readable and not self._receive():
                 break
-        for pid, (_, directory) in self._children.items():
+        for pid in self._children:
             _kill_group(pid)
+        for pid, (_, directory) in self._children.items():
             os.waitpid(pid, 0)
             shutil.rmtree(_temporary_folder(directory), ignore_errors=True)
 
@@ -191,6 +192,10 @@ def main() -> None:
         except ImportError:
             traceback.print_exc()  # the task that needs it says so with its own traceback
     _Server(connection).serve()
+    # No interpreter shutdown: with a framework it takes seconds, for which whoever has pressed Ctrl-C would wait.
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
 
 
 if __name__ == "__main__":

@@ -71,7 +71,7 @@ def load_payload(path: Path) -> dict[str, Any]:
     """Reads what `dump_payload` wrote; large arrays come as read-only memory maps."""
     with open(path, "rb") as file:
         # Beside the payload, wherever that lies: it may have come from another machine.
-        return _Unpickler(file, path.parent / "arrays").load()
+        return dict(_Unpickler(file, path.parent / "arrays").load())
 
 
 def _store_array(array: np.ndarray, folder: Path) -> Path:

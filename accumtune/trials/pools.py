@@ -2,7 +2,7 @@
 
 The storage of the search need not be seen by the workers. Where they see the task's directory they use it, and a trial
 that is interrupted goes on from its last checkpoint; where they do not, its files travel with the task, and what it has
-left comes back with its outcome.
+left comes back with its outcome. Checkpoints are then kept where the pool's `storage` says, if it does.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from accumtune.trials.devices import Place, at_place, current_place
 from accumtune.trials.directory import TaskDirectory
 from accumtune.trials.outcome import Outcome
 from accumtune.trials.remote import Files, Reply, Request, read_folder, run_here, write_folder
+from accumtune.trials.storage import TaskStorage, check_storage, task_url
 
 _MAX_LOSSES = 10
 _STOPPED = Outcome("killed", reason="the search was stopped")
@@ -33,13 +34,19 @@ class PoolExecutor:
     Args:
         pool: has `submit(function, *arguments) -> concurrent.futures.Future`. What else it may have: `share(value)`,
             for an argument of many tasks; `kill(future)`; `is_loss(error)`, whether a task's end says something of
-            the worker alone; `close()`.
+            the worker alone; `close_connection()`; `storage`, a URL that fsspec can write to from every machine.
         backend: the Keras backend of the tasks.
+
+    Raises:
+        SearchError: the pool's storage cannot be written to.
     """
 
     def __init__(self, pool: Any, backend: str) -> None:
         self.backend = backend
         self._pool = pool
+        self._storage: str | None = getattr(pool, "storage", None)
+        if self._storage is not None:
+            check_storage(self._storage)
         self._lock = threading.Lock()
         self._tasks: dict[Future[Outcome], _Task] = {}
         self._payloads: dict[tuple[str, int], Any] = {}
@@ -68,6 +75,7 @@ class PoolExecutor:
             is_memory_limited,
             tuple(sys.path),
             os.getcwd(),
+            None if self._storage is None else task_url(self._storage, directory),
         )
         future: Future[Outcome] = Future()
         future.set_running_or_notify_cancel()
@@ -158,6 +166,8 @@ class PoolExecutor:
             self._is_shared = False  # that worker does not see the storage: from now on all get the files
             return None
         _keep(task.directory, reply.files)
+        if task.request.storage_url and reply.outcome.status != "stopped" and not self._is_closing:
+            TaskStorage(task.request.storage_url).forget()  # nobody will go on with it
         return reply.outcome
 
     def _may_send_again(self, task: _Task) -> bool:

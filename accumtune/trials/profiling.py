@@ -6,7 +6,6 @@ import itertools
 import json
 import os
 import shutil
-import tempfile
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -14,18 +13,15 @@ from pathlib import Path
 from typing import Any
 
 from accumtune import errors
-from accumtune.memory.budget import format_bytes, parse_budget
+from accumtune.memory.budget import format_bytes
 from accumtune.memory.confirmation import MOST_FAILURES, MOST_TRIES, next_to_run
 from accumtune.memory.device import memory_limit_environment
 from accumtune.memory.profile import HEADROOM, LARGEST_EXTRAPOLATION, Measurement, Profile
-from accumtune.trials.builder import ModelBuilder
 from accumtune.trials.devices import current_place
 from accumtune.trials.directory import TaskDirectory, write_atomically
-from accumtune.trials.executors import Executor, LocalExecutor
+from accumtune.trials.executors import Executor
 from accumtune.trials.outcome import Outcome
-from accumtune.trials.payload import dump_payload
 
-DEFAULT_MICRO_BATCH_SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 # Memory knows only two cases, without and with an accumulator; of a longer window the bytes are known.
 _PROBED_ACCUMULATION_STEPS = (1, 2)
 _BATCH_HYPERPARAMETERS = ("effective_batch_size", "micro_batch_size", "accumulation_steps")
@@ -77,6 +73,9 @@ class Profiler:
         self._on_probe = on_probe
         self._facts: dict[str, ModelFacts] = {}
         self._profiles: dict[str, Profile] = {}
+        # By kind of place. To open a CPU takes TensorFlow 0.3 to 1.5 s of the kernel's time and half a GB (a table of
+        # the region that it reserves), more than all else that an inspection does.
+        self._cpus: dict[str, str] = {}
         self._numbers = itertools.count()
         # One at a time: two trials with one signature must not both probe it, and probes that are timed want quiet.
         self._lock = threading.RLock()
@@ -88,8 +87,10 @@ class Profiler:
         key = json.dumps([current_place().kind, values], sort_keys=True, default=repr)
         facts = self._facts.get(key)
         if facts is None:  # without the lock: nothing is timed, and other trials need not wait for it
-            outcome = self._run("inspect", {"hyperparameters": dict(hyperparameters)}, None)
-            result = dict(finished(outcome, "The build function").result)
+            arguments = {"hyperparameters": dict(hyperparameters), "device_name": self._cpus.get(current_place().kind)}
+            result = dict(finished(self._run("inspect", arguments, None), "The build function").result)
+            if result["device"].startswith("CPU"):
+                self._cpus[current_place().kind] = result["device"]
             result["batch_coupled_layers"] = tuple(result["batch_coupled_layers"])
             facts = self._facts.setdefault(key, ModelFacts(**result))
         return facts
@@ -222,71 +223,6 @@ class Profiler:
 
     def _file(self, signature: str) -> Path:
         return self._profiles_folder / f"{signature}.json"
-
-
-def profile(
-    build_model: Any,
-    x: Any,
-    y: Any = None,
-    *,
-    sample_weight: Any = None,
-    micro_batch_sizes: Sequence[int] | None = None,
-    memory_budget: int | float | str | None = None,
-    hyperparameters: Mapping[str, Any] | None = None,
-    confirm_largest: bool = True,
-    on_probe: Callable[[str], None] = lambda line: None,
-) -> Profile:
-    """Finds out what a model costs: peak memory and throughput of every micro-batch size.
-
-    A few real updates run at a few sizes, each size in a process of its own under the budget; the rest is predicted.
-
-    Args:
-        build_model: a Keras Tuner build function or `keras_tuner.HyperModel`.
-        x, y, sample_weight: training data: arrays (also dicts and tuples of arrays), a `keras.utils.PyDataset`, or
-            a function without arguments that returns one of these or a `tf.data.Dataset`.
-        micro_batch_sizes: the sizes that matter; probes are chosen among them. Default: powers of two.
-        memory_budget: `"2GiB"` or bytes; None measures without a limit.
-        hyperparameters: values by name, for those of `build_model`; others take their defaults.
-        confirm_largest: with a budget, run the largest micro-batch of all that should fit, listed or not.
-        on_probe: called with one line of text after each probe, to show progress.
-
-    Returns:
-        A `Profile`: `predict_peak_memory(...)` in bytes, `predict_throughput(...)` in samples per second,
-        `largest_micro_batch_size(...)`.
-
-    Raises:
-        BudgetError: the budget cannot be read.
-        BatchSizeError: sizes below 1.
-        BuildError: the model could not be built or did not train; the message has the traceback.
-        UnsendableDataError: the data cannot be sent to another process.
-
-    Example:
-
-    >>> profile = accumtune.profile(build_model, x, y, memory_budget="2GiB")  # doctest: +SKIP
-    >>> profile.largest_micro_batch_size("2GiB", accumulation_steps=2)  # doctest: +SKIP
-    96
-    """
-    budget_bytes = None if memory_budget is None else parse_budget(memory_budget)
-    sizes = check_sizes("micro_batch_sizes", micro_batch_sizes or DEFAULT_MICRO_BATCH_SIZES)
-    values = (
-        dict(getattr(hyperparameters, "values", None) or {})
-        if not isinstance(hyperparameters, Mapping)
-        else dict(hyperparameters)
-    )
-    with tempfile.TemporaryDirectory(prefix="accumtune-profile-") as folder:
-        root = Path(folder)
-        payload_file = root / "data" / "payload.pkl"
-        builder = build_model if hasattr(build_model, "build_plain") else ModelBuilder(build_model)
-        arguments = {"x": x, "y": y, "sample_weight": sample_weight}
-        dump_payload({"hypermodel": builder, "fit_args": (), "fit_kwargs": arguments}, payload_file)
-        with LocalExecutor(current_backend()) as executor:
-            profiler = Profiler(
-                executor, payload_file, root / "scratch", root / "profiles",
-                memory_budget_bytes=budget_bytes, micro_batch_sizes=sizes, on_probe=on_probe,
-            )  # fmt: skip
-            proposal: dict[str, Any] = {"space": [], "values": values}
-            found = profiler.profile(proposal)
-            return profiler.confirm(proposal, found) if confirm_largest and budget_bytes is not None else found
 
 
 def current_backend() -> str:

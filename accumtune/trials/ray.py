@@ -25,6 +25,8 @@ class RayPool:
         num_cpus: cores of each trial.
         num_gpus: GPUs of each trial, `0.5` where two share one; None for 1 where the cluster has GPUs.
         runtime_env: what Ray prepares on each machine, such as `{"pip": [...]}`.
+        storage: where trials keep their checkpoints if the machines do not share the search's folder: a URL of fsspec
+            such as `"s3://bucket/searches"`. Without it, a trial whose machine dies begins anew there.
 
     Raises:
         SearchError: Ray is not installed, or there is no cluster at this address.
@@ -41,8 +43,10 @@ class RayPool:
         num_cpus: int = 1,
         num_gpus: float | None = None,
         runtime_env: dict[str, Any] | None = None,
+        storage: str | None = None,
     ) -> None:
         self._ray = _import_ray()
+        self.storage = storage
         self._address = address
         self._runtime_env = runtime_env
         self._is_ours = False
@@ -62,8 +66,8 @@ class RayPool:
             max_retries=0,
         )
         reference = task.remote(*arguments)
-        future = reference.future()
-        future.accumtune_reference = reference
+        future: Future[Any] = reference.future()
+        future.accumtune_reference = reference  # type: ignore[attr-defined]
         return future
 
     @functools.cache  # noqa: B019  Ray keeps a copy of each function that it is given

@@ -77,7 +77,7 @@ class RebatchedDataset(keras.utils.PyDataset):
         self._batch_size = batch_size
         self._inner_batch_size = _rows(dataset[0])
         last = dataset.num_batches - 1
-        self._samples = last * self._inner_batch_size + _rows(dataset[last])
+        self._samples: int = last * self._inner_batch_size + _rows(dataset[last])
 
     def __len__(self) -> int:
         return math.ceil(self._samples / self._batch_size)

@@ -22,6 +22,7 @@ from pathlib import Path
 from accumtune.trials.directory import TaskDirectory, write_atomically
 from accumtune.trials.executors import LocalExecutor
 from accumtune.trials.outcome import Outcome
+from accumtune.trials.storage import TaskStorage
 
 _WATCH_SECONDS = 0.25
 # What the executor has said to this process about its devices; a fork server that is older than that must be told.
@@ -37,6 +38,7 @@ class Request:
         directory: where the task lies, if the worker can see it.
         task: the content of its task file, which tells whether it does.
         environment, timeout_seconds, is_memory_limited, path, cwd: as for `LocalExecutor.submit`.
+        storage_url: where a worker that does not see the directory keeps what another could go on from.
     """
 
     backend: str
@@ -47,6 +49,7 @@ class Request:
     is_memory_limited: bool
     path: tuple[str, ...]
     cwd: str
+    storage_url: str | None = None
 
 
 @dataclass(frozen=True)
@@ -86,7 +89,10 @@ def run_here(request: Request, payload: Mapping[str, bytes] | None = None, files
         return Reply(None)
     with tempfile.TemporaryDirectory(prefix="accumtune-task-") as folder:
         directory = _unpack(request, payload, files, Path(folder))
-        outcome = _run(request, directory)
+        storage = None if request.storage_url is None else TaskStorage(request.storage_url)
+        if storage is not None:
+            storage.fetch(directory)
+        outcome = _run(request, directory, storage)
         return Reply(outcome, _pack_results(directory, files))
 
 
@@ -109,7 +115,7 @@ def _is_here(directory: TaskDirectory, task: str) -> bool:
         return False
 
 
-def _run(request: Request, directory: TaskDirectory) -> Outcome:
+def _run(request: Request, directory: TaskDirectory, storage: TaskStorage | None = None) -> Outcome:
     executor = _local_executor(request.backend)
     devices = {name: os.environ[name] for name in _DEVICE_VARIABLES if name in os.environ}
     future = executor.submit(
@@ -121,18 +127,22 @@ def _run(request: Request, directory: TaskDirectory) -> Outcome:
         cwd=request.cwd if Path(request.cwd).is_dir() else os.getcwd(),
     )
     try:
-        return _watch(future, executor, directory)
+        return _watch(future, executor, directory, storage)
     except BaseException:  # Ray's cancellation, Ctrl-C: nobody will ask for the outcome
         executor.kill(directory)
         raise
 
 
-def _watch(future: Future[Outcome], executor: LocalExecutor, directory: TaskDirectory) -> Outcome:
+def _watch(
+    future: Future[Outcome], executor: LocalExecutor, directory: TaskDirectory, storage: TaskStorage | None
+) -> Outcome:
     parent = multiprocessing.parent_process()
     while True:
         try:
             return future.result(timeout=_WATCH_SECONDS)
         except FutureTimeoutError:
+            if storage is not None:
+                storage.keep(directory)
             # A process pool's workers outlive a search that is killed, for as long as they are busy.
             if directory.is_to_stop_at_once() or (parent is not None and not parent.is_alive()):
                 executor.kill(directory)

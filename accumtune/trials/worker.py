@@ -6,17 +6,13 @@ has made, and by nothing else; the search process never builds a model.
 
 from __future__ import annotations
 
-import functools
-import json
-import math
 import os
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from accumtune.memory.budget import format_bytes
-from accumtune.trials.directory import TaskDirectory, write_atomically
+from accumtune.trials.directory import TaskDirectory
 from accumtune.trials.outcome import StopRequested, Superseded
 from accumtune.trials.payload import load_payload
 
@@ -91,16 +87,25 @@ def discover(directory: TaskDirectory, payload: str) -> dict[str, Any]:
     return {"hyperparameters": oracle.hyperparameters.get_config(), "batch_coupled_layers": list(coupled)}
 
 
-def inspect(directory: TaskDirectory, payload: str, hyperparameters: dict[str, Any]) -> dict[str, Any]:
-    """Builds the model of one set of hyperparameters and says what decides its memory."""
+def inspect(
+    directory: TaskDirectory, payload: str, hyperparameters: dict[str, Any], device_name: str | None = None
+) -> dict[str, Any]:
+    """Builds the model of one set of hyperparameters and says what decides its memory.
+
+    Args:
+        directory: the task's.
+        payload: the file with hypermodel and data.
+        hyperparameters: Keras Tuner's configuration of them.
+        device_name: where it is known to be a CPU, which then need not be opened.
+    """
     from accumtune.memory.device import open_device
     from accumtune.trials.signature import describe_model
 
     content = load_payload(Path(payload))
-    device = open_device()
+    device_name = device_name or open_device().name
     model = content["hypermodel"].build_plain(_hyperparameters(hyperparameters))
     samples, is_pipeline = _samples(model, content)
-    return describe_model(model, samples(1), device.name, hyperparameters["values"], is_pipeline=is_pipeline)
+    return describe_model(model, samples(1), device_name, hyperparameters["values"], is_pipeline=is_pipeline)
 
 
 def probe(
@@ -166,7 +171,9 @@ def train(
         initial_weights: of an earlier trial, to go on from.
     """
     from accumtune.tracking.journal import Journal
-    from accumtune.trials.checkpoint import CannotContinue, Continuation
+    from accumtune.trials.checkpoint import Continuation
+    from accumtune.trials.fitting import execute
+    from accumtune.trials.training_state import CannotContinue
 
     content = load_payload(Path(payload))
     content["fit_kwargs"] = {**content["fit_kwargs"], **(fit_overrides or {}), "verbose": 0}
@@ -180,93 +187,18 @@ def train(
     def continuation() -> Continuation:
         return Continuation(directory, attempt, same_training, execution, earlier)
 
-    def execute(state: Continuation) -> dict[str, Any]:
-        return _execute(directory, content, hyperparameters, device, state, seed, initial_weights)
+    def run(state: Continuation) -> dict[str, Any]:
+        return execute(directory, content, _hyperparameters(hyperparameters), device, state, seed, initial_weights)
 
     state = continuation()
     if execution == 0:
         state.repeat_epochs()
     try:
-        return state.known_result() or execute(state)
+        return state.known_result() or run(state)
     except CannotContinue as error:
         print(f"The saved state is not that of this model ({error}): the training begins anew.")
         directory.checkpoint_file.unlink()
-        return execute(continuation())
-
-
-def _execute(
-    directory: TaskDirectory,
-    content: dict[str, Any],
-    hyperparameters: dict[str, Any],
-    device: Any,
-    state: Any,
-    seed: int,
-    initial_weights: str | None,
-) -> dict[str, Any]:
-    """One training, from where `state` says, and its report."""
-    import keras
-    from keras_tuner.src.engine import tuner_utils  # how Keras Tuner reads what fit() returns; it has no public name
-
-    from accumtune.memory.watching import watched
-    from accumtune.tracking.journal import Journal
-    from accumtune.trials.callbacks import (
-        JournalWriter,
-        SaveBestEpoch,
-        StopWhenHopeless,
-        copy_callbacks,
-        noise_scale_callbacks,
-    )
-
-    hypermodel, objective = content["hypermodel"], content["objective"]
-    save_best = SaveBestEpoch(objective=objective, filepath=str(directory.weights_file))
-    if state.earlier and state.earlier[-1]["best_value"] is not None:
-        save_best.best_value = state.earlier[-1]["best_value"]
-    # Every trial starts from the same seed, so that two trials differ by their hyperparameters alone.
-    keras.utils.set_random_seed(seed + state.execution)
-    hp = _hyperparameters(hyperparameters)
-    model = hypermodel.build(hp)
-    if initial_weights is not None:
-        _load_weights(model, Path(initial_weights))
-    writer = JournalWriter(Journal(directory.journal_file), attempt=state.attempt, execution=state.execution)
-    stop = StopWhenHopeless(directory.prune_file)
-    arguments = dict(content["fit_kwargs"])
-    callbacks = copy_callbacks(arguments.pop("callbacks", None), directory.path.name, state.execution)
-    callbacks += noise_scale_callbacks(callbacks, hyperparameters["values"].get("accumulation_steps", 1))
-    state.attach(model)
-    device.reset_peak()
-    with watched(device, functools.partial(_end_out_of_memory, directory, device.budget_bytes)):
-        history = hypermodel.fit(
-            hp, model, *content["fit_args"], **arguments, callbacks=[*callbacks, writer, save_best, stop]
-        )
-    peak = device.peak_memory_bytes()
-    tuner_utils.validate_trial_results(history, objective, "HyperModel.fit()")
-    _save_build_config(model, directory)
-    effective_batch_size = hyperparameters["values"].get("effective_batch_size", 0)
-    seconds_per_update = writer.seconds_per_update
-    # A list, as Keras Tuner makes it of a trial's executions.
-    metrics = tuner_utils.convert_to_metrics_dict([history], objective)
-    return {
-        "metrics": {name: float(value) for name, value in metrics.items()},
-        "best_epoch": int(tuner_utils.get_best_step([history], objective)),
-        "best_value": save_best.best_value if math.isfinite(save_best.best_value) else None,
-        "pruned_after_epochs": stop.epochs,
-        "peak_memory_bytes": int(peak),
-        "memory_source": device.memory_source,
-        "device": device.name,
-        "seconds_per_update": seconds_per_update,
-        "throughput_samples_per_second": effective_batch_size / seconds_per_update if seconds_per_update else None,
-        "updates": writer.updates,
-        "training_seconds": state.seconds,
-        "precision_policy": keras.config.dtype_policy().name,
-    }
-
-
-def _end_out_of_memory(directory: TaskDirectory, budget_bytes: int | None) -> None:
-    """Ends a process that its framework cannot limit, with the outcome that it would have had under a limit."""
-    directory.write_outcome(
-        {"status": "out_of_memory", "reason": f"it held more than its budget of {format_bytes(budget_bytes or 0)}"}
-    )
-    os._exit(0)
+        return run(continuation())
 
 
 def call(directory: TaskDirectory, payload: str) -> dict[str, Any]:
@@ -311,17 +243,3 @@ def _hyperparameters(config: dict[str, Any]) -> Any:
     import keras_tuner
 
     return keras_tuner.HyperParameters.from_config(config)
-
-
-def _load_weights(model: Any, weights_file: Path) -> None:
-    if not model.built:
-        model.build_from_config(json.loads(TaskDirectory(weights_file.parent).build_config_file.read_text()))
-    # Without its slots the optimizer would begin anew: Keras passes over what is not there yet.
-    if not model.optimizer.built:
-        model.optimizer.build(model.trainable_variables)
-    model.load_weights(weights_file)
-
-
-def _save_build_config(model: Any, directory: TaskDirectory) -> None:
-    """Keras Tuner reads it in `load_model`, to make the variables of a model that is built by its first call."""
-    write_atomically(directory.build_config_file, json.dumps(model.get_build_config()))

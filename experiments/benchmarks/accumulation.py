@@ -1,6 +1,10 @@
 """What exact accumulation costs: throughput and peak memory beside Keras's own accumulation and two limits.
 
     python experiments/benchmarks/accumulation.py [--quick] [--backends tensorflow tensorflow+xla jax torch]
+        [--workloads mlp cnn transformer mobilenet lstm] [--clock wall|cpu] [--results FOLDER]
+
+With `--results`, each configuration (a backend and a workload) leaves a JSON file there, is not measured again while
+that file exists: a long table can be made in pieces. `accumulation_records/` is such a folder.
 
 Ways to train at the same effective batch, each in a process of its own (`accumulation_ways.py`):
 
@@ -14,15 +18,26 @@ Ways to train at the same effective batch, each in a process of its own (`accumu
 The processes of a configuration take turns, a few windows each, so that a ratio compares neighbours in time; the
 table has medians of the ratios over the rounds. A window is timed inside `fit`, from the end of the first to the end
 of the last one, its logs on the host. Peak memory is the allocator's on TensorFlow (BFC on a CPU too) and on GPUs;
-for JAX and torch on a CPU it is the growth of the resident set over the bare framework, in processes of their own in
-which freed memory goes back to the system.
+for JAX and torch on a CPU it is the growth of the resident set over the bare framework. Peaks are those of processes of
+their own, on all cores, in which freed memory goes back to the system.
 
-What designs gave on TensorFlow, CPU (throughput against Keras's own): a `tf.while_loop` over micro-batches 0.65
-(CNN) and never ending with XLA; separate calls with zeroed accumulators and a divided copy at the update 0.99 (MLP),
-1.12 of Keras's peak memory. Here: first and further micro-steps and the update compiled apart, sums in place; the
-updates of the variables one after the other took the MLP's peak from 331 to 286 MiB (Keras's own: 301). Then arrays
-fed by row numbers, a micro-batch at a time: an input pipeline costs 3 to 5 ms per window and up to 25 ms for the
-first, and holds two windows.
+What designs gave on TensorFlow, CPU:
+
+    design                                                               workload     to Keras's own (speed, peak)
+    a tf.while_loop over micro-batches                                   cnn          0.65; with XLA it never ended
+    separate calls, zeroed accumulators, a divided copy at the update    mlp          0.99, 1.12
+    first, further micro-steps and update compiled apart, sums in place  mlp          not noted, 1.10 (331 of 301 MiB)
+    the updates of the variables one after the other                     mlp          not noted, 0.95 (286 of 301 MiB)
+    arrays fed by row numbers, a micro-batch at a time                   mlp          1.02, 0.93
+
+(An input pipeline costs 3 to 5 ms per window and up to 25 ms for the first, and holds two windows.) What the moments
+of MobileNetV2's 52 normalizations cost, CPU time of a window in one process, median of 6 rounds of 3, each ± 5 %:
+
+    moments of each layer as three vectors, Keras's assignment times 0   437 ms
+    the same, Keras's assignment left out of the graph (as it is now)    446 ms
+    no moments at all (moving statistics as Keras has them)              431 ms
+    Keras's own accumulation                                             457 ms
+    the limit                                                            432 ms
 """
 
 from __future__ import annotations
@@ -39,6 +54,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 WAYS = ("ours", "keras", "full", "limit")
+BACKENDS = ("tensorflow", "tensorflow+xla", "jax", "torch")
 WORKLOADS = ("mlp", "cnn", "transformer", "mobilenet", "lstm")
 QUICK = ("mlp", "cnn")
 MIB = 2**20
@@ -62,22 +78,43 @@ class Child:
                 "PYTHONPATH": str(Path(__file__).parents[2]),
             }
             | environment,
+            preexec_fn=on_one_core if clock == "cpu" else None,
             text=True,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
         )
 
-    def train(self, windows: int) -> tuple[float, int]:
-        """Seconds per window, and the peak so far in bytes."""
-        assert self.process.stdin and self.process.stdout
+    def begin(self, windows: int) -> None:
+        assert self.process.stdin
         self.process.stdin.write(f"{windows}\n")
         self.process.stdin.flush()
+
+    def end(self) -> tuple[float, int]:
+        """Seconds per window, and the peak so far in bytes."""
+        assert self.process.stdout
         answer = self.process.stdout.readline()
         if not answer:
             raise SystemExit(f"{self.name} ended with {self.process.wait()}.")
         seconds, peak = json.loads(answer)
         return seconds, peak
+
+    def train(self, windows: int) -> tuple[float, int]:
+        self.begin(windows)
+        return self.end()
+
+
+def train_together(processes: dict[str, Child], windows: int) -> dict[str, int]:
+    """All at once, where nothing is timed: compiling, and peaks. Gives the peaks."""
+    for child in processes.values():
+        child.begin(windows)
+    return {way: child.end()[1] for way, child in processes.items()}
+
+
+def on_one_core() -> None:
+    """Frameworks make as many threads as they find cores; those that wait for others spin, which is time of the CPU."""
+    cores = sorted(os.sched_getaffinity(0))
+    os.sched_setaffinity(0, {cores[os.getpid() % len(cores)]})
 
 
 @contextlib.contextmanager
@@ -97,17 +134,15 @@ def measure(backend: str, jit: bool, workload: str, rounds: int, windows: int, c
     seconds: dict[str, list[float]] = {way: [] for way in WAYS}
     peaks: dict[str, int] = {}
     with children(backend, WAYS, workload, jit, clock) as processes:
-        for child in processes.values():
-            child.train(2)  # compiles
+        train_together(processes, 2)  # compiles
         for _ in range(rounds):
             for way, child in processes.items():
                 taken, peaks[way] = child.train(windows)
                 seconds[way].append(taken)
-    alone = ("floor",) if backend == "tensorflow" else (*WAYS[:3], "floor")
-    for way in alone:
-        with children(backend, (way,), workload, jit, clock, **FREED_AT_ONCE) as processes:
-            processes[way].train(2)
-            peaks[way] = processes[way].train(2)[1]
+    # On all cores: what is alive at once depends on the number of threads.
+    with children(backend, (*WAYS[:3], "floor"), workload, jit, "wall", **FREED_AT_ONCE) as processes:
+        train_together(processes, 2)
+        peaks |= train_together(processes, 2)
     speed_to = {
         way: statistics.median(other / ours for ours, other in zip(seconds["ours"], seconds[way], strict=True))
         for way in WAYS
@@ -153,9 +188,24 @@ def summary(rows: list[dict]) -> dict[str, float]:
     }
 
 
+def found_or_measured(name: str, workload: str, arguments: argparse.Namespace) -> dict:
+    """The row of a configuration, from its file where there is one."""
+    file = arguments.results and arguments.results / f"{name}-{workload}.json"
+    if file and file.exists():
+        return json.loads(file.read_text())
+    backend, _, xla = name.partition("+")
+    jit = bool(xla) or backend == "jax"
+    rounds = 2 if arguments.quick else arguments.rounds
+    row = measure(backend, jit, workload, rounds, arguments.windows, arguments.clock)
+    if file:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(row, indent=2) + "\n")
+    return row
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--backends", nargs="*", default=["tensorflow", "tensorflow+xla"])
+    parser.add_argument("--backends", nargs="*", choices=BACKENDS, default=["tensorflow", "tensorflow+xla"])
     parser.add_argument("--workloads", nargs="*", choices=WORKLOADS)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--windows", type=int, default=5, help="windows per round; the first is not timed")
@@ -163,22 +213,17 @@ def main() -> None:
     parser.add_argument(
         "--clock", choices=("wall", "cpu"), default="wall", help="cpu: seconds of all threads, on a busy machine"
     )
-    parser.add_argument("--json", type=Path, help="where to write the figures")
+    parser.add_argument("--results", type=Path, help="a folder of JSON files, one per configuration")
     arguments = parser.parse_args()
     workloads = arguments.workloads or (QUICK if arguments.quick else WORKLOADS)
-    rounds = 2 if arguments.quick else arguments.rounds
     print(header())
     rows = []
     for name in arguments.backends:
-        backend, _, xla = name.partition("+")
         for workload in workloads:
-            jit = bool(xla) or backend == "jax"
-            rows.append(measure(backend, jit, workload, rounds, arguments.windows, arguments.clock))
+            rows.append(found_or_measured(name, workload, arguments))
             print(printed(rows[-1]), flush=True)
-    for name, value in summary(rows).items():
-        print(f"{name:<40}{value:5.2f}")
-    if arguments.json:
-        arguments.json.write_text(json.dumps({"rows": rows, "summary": summary(rows)}, indent=2))
+    for label, value in summary(rows).items():
+        print(f"{label:<40}{value:5.2f}")
 
 
 if __name__ == "__main__":

@@ -8,8 +8,10 @@ per window after the first, and the peak of memory so far in bytes.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import json
+import os
 import sys
 import time
 from collections.abc import Callable
@@ -240,8 +242,17 @@ def forget_the_peak() -> None:
     Path("/proc/self/clear_refs").write_text("5")
 
 
+def use_all_cores() -> None:
+    """Where this was started on one core: few threads are made, which may then run wherever there is room."""
+    keras.ops.ones(1)  # the backend makes its threads
+    for thread in os.listdir("/proc/self/task"):
+        with contextlib.suppress(ProcessLookupError):  # it has ended
+            os.sched_setaffinity(int(thread), range(os.cpu_count() or 1))
+
+
 def main() -> None:
     way, workload, jit, clock = sys.argv[1:]
+    use_all_cores()
     base = resident("VmRSS")  # the framework is not the training's memory
     run = way_to_train(way, workload, bool(int(jit)), CLOCKS[clock])
     for number, line in enumerate(sys.stdin):

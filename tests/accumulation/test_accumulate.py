@@ -85,6 +85,7 @@ def test_what_is_saved_loads_where_accumtune_is_not_installed(tmp_path):
     model = accumulate(dense(optimizer=lambda: keras.optimizers.Adam(0.01))(), 3)
     model.fit(**regression(), batch_size=8, verbose=0)
     model.save(tmp_path / "model.keras")
+    model.save_weights(tmp_path / "model.weights.h5")
     np.save(tmp_path / "x.npy", numbers(3, 4))
     code = f"""
         import sys
@@ -97,6 +98,9 @@ def test_what_is_saved_loads_where_accumtune_is_not_installed(tmp_path):
         x = np.load(r"{tmp_path / "x.npy"}")
         np.save(r"{tmp_path / "y.npy"}", model.predict(x, verbose=0))
         assert int(keras.ops.convert_to_numpy(model.optimizer.iterations)) == 3
+        copy = keras.models.clone_model(model)
+        copy.load_weights(r"{tmp_path / "model.weights.h5"}")
+        np.testing.assert_array_equal(copy.predict(x, verbose=0), np.load(r"{tmp_path / "y.npy"}"))
         model.fit(x, np.zeros((3, 2)), verbose=0)
     """
     subprocess.run([sys.executable, "-c", textwrap.dedent(code)], check=True)

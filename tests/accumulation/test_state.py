@@ -16,15 +16,15 @@ def as_array(value):
 # BatchNormalization
 
 
-def normalizing(mask=False, momentum=0.9):
+def normalizing(mask=False, momentum=0.9, synchronized=False, learning_rate=0.0):
     """The statistics of the inputs, whatever the weights."""
 
     def build():
         inputs = keras.Input((5, 4) if mask else (4,))
         x = keras.layers.Masking()(inputs) if mask else inputs
-        x = keras.layers.BatchNormalization(momentum=momentum)(x)
+        x = keras.layers.BatchNormalization(momentum=momentum, synchronized=synchronized)(x)
         model = keras.Model(inputs, keras.layers.Dense(2)(x))
-        model.compile(keras.optimizers.SGD(0.0), "mse")
+        model.compile(keras.optimizers.SGD(learning_rate), "mse")
         return model
 
     return build

@@ -277,12 +277,15 @@ class CountsTraces(keras.layers.Layer):
 
 
 @pytest.mark.skipif(BACKEND == "torch", reason="torch runs eagerly")
-def test_nothing_is_traced_again_for_the_ragged_window_of_each_epoch():
+@pytest.mark.parametrize(
+    ("how", "batch_size"), [({"micro_batch_size": 3}, EFFECTIVE), ({"accumulation_steps": 2}, EFFECTIVE // 2)]
+)
+def test_nothing_is_traced_again_for_the_ragged_window_of_each_epoch(how, batch_size):
     CountsTraces.traces = 0
-    model = accumulate(dense(layers=[CountsTraces()])(), 3)
-    model.fit(**regression(), batch_size=EFFECTIVE, epochs=1, verbose=0)
+    model = accumulate(dense(layers=[CountsTraces()])(), **how)
+    model.fit(**regression(), batch_size=batch_size, epochs=1, verbose=0)
     after_one = CountsTraces.traces
-    model.fit(**regression(), batch_size=EFFECTIVE, epochs=3, verbose=0)
+    model.fit(**regression(), batch_size=batch_size, epochs=3, verbose=0)
     assert CountsTraces.traces == after_one
     assert after_one <= 8
 

@@ -41,9 +41,9 @@ def test_a_budget_in_which_nothing_fits():
 
 
 def test_a_change_of_micro_batch_is_told_where_it_changes_the_training(monkeypatch):
-    from accumtune.trials import profiling
+    from accumtune.trials import costs
 
-    monkeypatch.setattr(profiling, "profile", lambda *args, **kwargs: profile_of())
+    monkeypatch.setattr(costs, "profile", lambda *args, **kwargs: profile_of())
     coupled = config_of(batch_coupled_layers=["BatchNormalization (bn)"])
     with pytest.warns(UserWarning, match="BatchNormalization .bn.: with micro-batches of 16 instead of 8"):
         coupled.for_budget(32 * MIB, None, None)
@@ -53,11 +53,11 @@ def test_a_change_of_micro_batch_is_told_where_it_changes_the_training(monkeypat
 
 
 def test_the_device_at_hand_is_a_budget(monkeypatch):
-    from accumtune.trials import device, profiling
+    from accumtune.trials import costs, device
 
     asked = {}
     monkeypatch.setattr(device, "free_device_memory_bytes", lambda: 100 * MIB)
-    monkeypatch.setattr(profiling, "profile", lambda *args, **kwargs: asked.update(kwargs) or profile_of(device="GPU"))
+    monkeypatch.setattr(costs, "profile", lambda *args, **kwargs: asked.update(kwargs) or profile_of(device="GPU"))
     moved = config_of().for_device(None, None)
     assert asked["memory_budget"] == moved.memory_budget_bytes == 90 * MIB and moved.device == "GPU"
 

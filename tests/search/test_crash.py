@@ -127,7 +127,7 @@ def session(folder, kind, trainings, workers=1):
     files = SearchDirectory(folder)
     display = Display("val_loss", oracle.max_trials, 0)
     runner = TrialRunner(settings, files, trainings, Profiles())
-    return oracle, SearchSession(oracle, runner, files, display, workers=workers, after_trial=oracle.save)
+    return oracle, SearchSession(oracle, runner, files, display, workers=workers)
 
 
 def told(folder):
@@ -193,8 +193,8 @@ def test_a_truncated_file_is_repaired_and_nothing_is_trained_again(name, kind, t
 def test_what_cannot_be_repaired_is_named(tmp_path):
     folder = tmp_path / "s"
     session(folder, "random", Trainings())[1].run()
-    for file in (folder / "oracle.json", folder / ".oracle.json.previous"):
-        file.write_text("{")
+    for name in ("oracle.json", ".oracle.json.previous", "oracle.changes.jsonl"):
+        (folder / name).write_text("{")
     with pytest.raises(SearchDirectoryError, match="oracle.json.*cannot be read"):
         state.repair_state_files(folder)
     assert (folder / "oracle.json").read_text() == "{"

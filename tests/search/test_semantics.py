@@ -13,6 +13,7 @@ import accumtune
 from accumtune.tracking.journal import Journal
 
 X, Y = data()
+pytestmark = pytest.mark.usefixtures("one_fork_server")
 COMMON = {
     "memory_budget": "16MiB", "micro_batch_sizes": (4, 8), "accumulation_steps": (1, 2), "tracking_uri": False,
     "project_name": "search",
@@ -98,14 +99,20 @@ def build_unscaled(hp):
     return dense(width=hp.Choice("width", [4, 8]))
 
 
-def test_advice_is_given_once_also_when_the_search_is_resumed(tmp_path, capsys):
-    for trials in (1, 2):
+def build_unscaled_and_deeper(hp):
+    return dense(width=hp.Choice("width", [4, 8]), layers=(keras.layers.Dense(4),))
+
+
+def test_advice_is_given_once_also_when_the_search_is_resumed_with_an_edited_model(tmp_path, capsys):
+    for trials, build in ((1, build_unscaled), (2, build_unscaled_and_deeper)):
         tuner = accumtune.RandomSearch(
-            build_unscaled, objective="val_loss", max_trials=trials, seed=1, directory=tmp_path, **COMMON
+            build, objective="val_loss", max_trials=trials, seed=1, directory=tmp_path, **COMMON
         )
         tuner.search(X, Y, validation_data=(X, Y), epochs=1, verbose=2)
-    assert capsys.readouterr().out.count("learning rate is neither tuned nor scaled") == 1
-    assert len(tuner.record().advice) == 1
+    printed = capsys.readouterr().out
+    assert printed.count("learning rate is neither tuned nor scaled") == 1
+    assert printed.count("This is not the model that trial") == 1 and "overwrite=True" in printed
+    assert len(tuner.record().advice) == 2
 
 
 def build_momentum(hp):

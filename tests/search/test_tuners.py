@@ -19,6 +19,7 @@ from accumtune import errors
 from accumtune.tracking.journal import Journal, read_search
 
 X, Y = data()
+pytestmark = pytest.mark.usefixtures("one_fork_server")
 
 
 def make(tmp_path, kind=accumtune.RandomSearch, build=build_plain, **kwargs):
@@ -354,7 +355,8 @@ def test_pipelines_from_functions_are_cut_to_the_effective_batch(tmp_path):
 
 def test_a_corrupt_search_directory_is_named_and_nothing_is_lost(tmp_path):
     search(make(tmp_path, max_trials=1))
-    for name in ("oracle.json", ".oracle.json.previous"):  # from the second, the first would be repaired
+    # From one of the others, the first would be repaired.
+    for name in ("oracle.json", ".oracle.json.previous", "oracle.changes.jsonl"):
         file = tmp_path / "search" / name
         file.write_text(file.read_text()[:40])
     with pytest.raises(errors.SearchDirectoryError, match="oracle.json") as caught:

@@ -64,7 +64,7 @@ def test_without_data_the_choice_says_that_it_has_not_run():
     assert "predicted" not in predicted_choice(select(world.candidates[:1])).reason
 
 
-def test_a_search_runs_its_winner_once_and_keeps_what_that_took(tmp_path):
+def test_a_search_runs_its_winner_once_and_keeps_what_that_took(tmp_path, one_fork_server):
     from models import build_fixed, data
 
     x, y = data()
@@ -89,7 +89,7 @@ def test_a_search_runs_its_winner_once_and_keeps_what_that_took(tmp_path):
     assert not (tmp_path / "search" / "data").exists()
 
     started = []
-    tuner._open_executor = lambda: started.append(1)
+    tuner._processes.executor = lambda: started.append(1)
     assert tuner.get_best_config(policy=untrained) == config and not started
     again = make()  # another process, which has no data but the same profile
     assert again.get_best_config(policy=untrained).peak_memory_bytes == config.peak_memory_bytes

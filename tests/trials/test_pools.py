@@ -6,20 +6,22 @@ import os
 import time
 from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 
+import keras
 import keras_tuner
 import numpy as np
 import pytest
 from test_checkpoint import EPOCHS, X, Y, build
 from test_executors import wait_until_gone
 
-from accumtune.errors import WorkerError
+from accumtune.errors import SearchError, WorkerError
 from accumtune.search.hypermodel import AccumulationHyperModel
 from accumtune.tracking.journal import Journal, read_trial
 from accumtune.trials import pools
 from accumtune.trials.devices import Place, at_place
-from accumtune.trials.directory import TaskDirectory
+from accumtune.trials.directory import TaskDirectory, write_atomically
 from accumtune.trials.payload import dump_payload
 from accumtune.trials.pools import PoolExecutor
+from accumtune.trials.storage import TaskStorage
 
 
 def written(folder, function, *arguments):
@@ -175,3 +177,103 @@ def test_a_probe_that_is_lost_is_sent_again(threads, tmp_path):
 
     outcome = PoolExecutor(Unlucky(), "tensorflow").submit(written(tmp_path, look, np.ones(3))).result(timeout=60)
     assert outcome.is_completed and outcome.result["value"][3] == 3.0
+
+
+class Waits(keras.callbacks.Callback):
+    """Each epoch takes a while, and says that it has begun."""
+
+    def __init__(self, path, seconds):
+        super().__init__()
+        self.path, self.seconds = path, seconds
+
+    def on_epoch_begin(self, epoch, logs=None):
+        with open(self.path, "a") as file:
+            file.write(f"{os.getpid()} {epoch}\n")
+        time.sleep(self.seconds)
+
+
+def training_in(folder, seen, seconds):
+    """The directory of a training, and what writes its task."""
+    directory, payload = TaskDirectory(folder / "search" / "trial_7"), folder / "search" / "data" / "payload.pkl"
+    content = {
+        "hypermodel": AccumulationHyperModel(build), "objective": keras_tuner.Objective("val_loss", "min"),
+        "fit_args": (X, Y),
+        "fit_kwargs": {"epochs": EPOCHS, "validation_data": (X, Y), "callbacks": [Waits(str(seen), seconds)]},
+    }  # fmt: skip
+    dump_payload(content, payload)
+    values = {"effective_batch_size": 8, "micro_batch_size": 4, "accumulation_steps": 2}
+    arguments = {
+        "payload": str(payload), "memory_budget_bytes": None, "seed": 5,
+        "hyperparameters": {"space": [], "values": values},
+    }  # fmt: skip
+    return directory, lambda attempt: directory.write_task("train", {**arguments, "attempt": attempt})
+
+
+def trained_twice(folder, seen, threads, storage=None):
+    """A training on a worker that dies in its fourth epoch, then on another; neither sees the search's folder."""
+    directory, write = training_in(folder, seen, 1.1)
+    write(1)
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        elsewhere = Elsewhere(pool)
+        elsewhere.storage = storage
+        future = PoolExecutor(elsewhere, "tensorflow").submit(directory)
+        deadline = time.monotonic() + 120
+        while not (seen.exists() and seen.read_text().count("\n") > 3) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        (worker,) = pool._processes.values()
+        worker.kill()
+        assert future.result(timeout=60).status == "lost"
+    write(2)
+    other = Elsewhere(threads)
+    other.storage = storage
+    outcome = PoolExecutor(other, "tensorflow").submit(directory).result(timeout=120)
+    assert outcome.is_completed, outcome
+    begun = [line.split() for line in seen.read_text().splitlines()]
+    return directory, outcome, [int(epoch) for pid, epoch in begun if pid == begun[-1][0]]
+
+
+def test_with_a_storage_url_a_trial_goes_on_where_the_lost_machine_was(tmp_path, threads):
+    whole, write = training_in(tmp_path / "whole", tmp_path / "seen_whole", 0)
+    write(1)
+    undisturbed = PoolExecutor(Elsewhere(threads), "tensorflow").submit(whole).result(timeout=120)
+    store = tmp_path / "store"
+    directory, outcome, again = trained_twice(tmp_path / "broken", tmp_path / "seen", threads, f"file://{store}")
+    assert again[0] > 0 and again[-1] == EPOCHS - 1
+    assert outcome.result["metrics"] == pytest.approx(undisturbed.result["metrics"], rel=1e-6)
+    losses = [[epoch.logs["val_loss"] for epoch in read_trial(task.path).epochs] for task in (directory, whole)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6) and len(losses[0]) == EPOCHS
+    assert directory.weights_file.stat().st_size
+    assert not [path for path in store.rglob("*") if path.is_file()]  # nothing is left there
+
+
+def test_without_a_storage_url_it_begins_anew(tmp_path, threads):
+    *_, again = trained_twice(tmp_path / "broken", tmp_path / "seen", threads)
+    assert again == list(range(EPOCHS))
+
+
+def test_a_storage_that_cannot_be_used_is_named_at_once(tmp_path, threads):
+    (tmp_path / "file").write_text("no folder")
+    for url, error in ((f"file://{tmp_path}/file/x", SearchError), ("nonsense://bucket", WorkerError)):
+        elsewhere = Elsewhere(threads)
+        elsewhere.storage = url
+        with pytest.raises(error, match="storage="):
+            PoolExecutor(elsewhere, "tensorflow")
+
+
+def test_storage_of_any_kind_of_fsspec(tmp_path):
+    storage = TaskStorage("memory://bucket/search/trial_1")
+    directory, other = TaskDirectory(tmp_path / "here"), TaskDirectory(tmp_path / "there")
+    storage.fetch(other)  # nothing there
+    assert not other.checkpoint_file.exists()
+    write_atomically(directory.checkpoint_file, b"first")
+    storage.keep(directory)
+    write_atomically(directory.checkpoint_file, b"second")
+    write_atomically(directory.weights_file, b"weights")
+    storage.keep(directory)
+    storage.fetch(other)
+    assert (other.checkpoint_file.read_bytes(), other.weights_file.read_bytes()) == (b"second", b"weights")
+    storage.forget()
+    storage.forget()
+    third = TaskDirectory(tmp_path / "third")
+    storage.fetch(third)
+    assert not third.path.exists()

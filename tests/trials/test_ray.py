@@ -1,6 +1,8 @@
 """Trials on a Ray cluster of several nodes, all of them on this machine. `.ci/run` installs Ray and runs this file."""
 
 import os
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -64,9 +66,7 @@ def test_each_trial_has_a_process_a_gpu_and_a_type_of_device(pool, tmp_path):
     assert len(pids) == 2
 
 
-def test_a_worker_and_a_node_that_are_killed_lose_their_task_and_leave_no_process(
-    pool, cluster, tmp_path, monkeypatch
-):
+def test_a_worker_and_a_node_that_are_killed_lose_their_task_and_leave_no_process(pool, cluster, tmp_path, monkeypatch):
     monkeypatch.setattr(pools, "_MAX_LOSSES", 1)  # as a training, which is not just sent again
     executor = PoolExecutor(pool, "tensorflow")
     for victim in ("worker", "node"):
@@ -105,6 +105,28 @@ def test_a_search_on_a_cluster(cluster, tmp_path):
     assert [trial.status for trial in trials] == ["completed"] * 4
     assert all(len(trial.epochs) == 2 and trial.peak_memory_bytes < 16 * 2**20 for trial in trials)
     assert not ray.is_initialized()  # what the search has joined it has left
+
+
+def test_the_lines_of_the_readme_for_several_machines(cluster, tmp_path, monkeypatch):
+    text = (Path(__file__).parents[2] / "README.md").read_text()
+    (lines,) = [block for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if 'executor="ray"' in block]
+    for there, here in (("/shared/searches", str(tmp_path)), ("max_trials=60", "max_trials=3"), ("16GiB", "16MiB")):
+        assert there in lines
+        lines = lines.replace(there, here)
+    monkeypatch.setenv("RAY_ADDRESS", cluster.address)  # as on a machine of the cluster
+    monkeypatch.chdir(tmp_path)
+    names = {"accumtune": accumtune, "build_model": build}
+    exec(lines, names)
+    x = np.ones((64, 6), "float32")
+    names["tuner"].search(x, x[:, :1], validation_data=(x, x[:, :1]), epochs=2, verbose=0)
+    assert [trial.status for trial in names["tuner"].record().trials] == ["completed"] * 3
+
+
+def test_a_cluster_without_a_shared_disk_keeps_checkpoints_at_its_url(cluster, tmp_path):
+    pool = RayPool(cluster.address, storage=f"file://{tmp_path}/store")
+    assert PoolExecutor(pool, "tensorflow")._storage == pool.storage
+    assert (tmp_path / "store").is_dir()
+    pool.close_connection()
 
 
 def test_an_address_without_a_cluster_says_so():

@@ -1,0 +1,40 @@
+"""`accumtune candidates`: what a search has found, as a table."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from dataclasses import asdict
+from typing import Any
+
+from accumtune.commands.options import add_command, add_json, add_search, print_json
+from accumtune.commands.searches import find_search, read_candidates
+
+
+def add(commands: Any) -> None:
+    command = add_command(
+        commands, "candidates", "what a search has found, as a table", run,
+        "Every configuration with what it achieves and costs, the best first; * marks the Pareto front. It works while "
+        "the search runs. Exit code 1: there is nothing yet.",
+    )  # fmt: skip
+    add_search(command)
+    command.add_argument("--limit", type=int, default=None, metavar="N", help="trained ones to show; default: all")
+    add_json(command, "print JSON instead of a table, untrained candidates included")
+
+
+def run(options: argparse.Namespace) -> int:
+    from accumtune.search import results
+    from accumtune.search.selection import pareto_front
+
+    record, found = read_candidates(find_search(options.search))
+    if options.json:
+        front = pareto_front(found, record.objective_direction)
+        print_json([{**_plain(asdict(it)), "is_on_pareto_front": it in front} for it in found])
+    else:
+        print(results.summary(record, found, limit=options.limit or len(found)))
+    return 0 if found else 1
+
+
+def _plain(values: dict[str, Any]) -> dict[str, Any]:
+    """JSON knows no NaN."""
+    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}

@@ -1,0 +1,42 @@
+"""`accumtune demo`: the first search, with nothing to write."""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import accumtune
+from accumtune.commands.options import add_command
+from accumtune.commands.searches import SEARCHES
+
+_PROJECT = "demo"
+
+
+def add(commands: Any) -> None:
+    command = add_command(
+        commands, "demo", "a search on scikit-learn's digits under 8 MiB, in about a minute", run,
+        "It trains a small network on this machine, prints what it found, and how to browse it in MLflow. "
+        "`accumtune best`, `candidates` and `ui` then have something to show.",
+    )  # fmt: skip
+    command.add_argument("--trials", type=int, default=5, help="default: 5; the README's example has 12")
+    command.add_argument("--epochs", type=int, default=3, help="default: 3; the README's example has 12")
+    command.add_argument("--overwrite", action="store_true", help="begin anew instead of going on")
+
+
+def run(options: argparse.Namespace) -> int:
+    config = f"{SEARCHES}/{_PROJECT}/best_config.json"
+    arguments = ["--project-name", _PROJECT, "--config", config]
+    arguments += ["--trials", str(options.trials), "--epochs", str(options.epochs)]
+    arguments += ["--overwrite"] if options.overwrite else []
+    # -P: beside the copy in the wheel lie modules that are to be imported as accumtune's alone.
+    return subprocess.call([sys.executable, "-P", str(script()), *arguments])
+
+
+def script() -> Path:
+    """The digits search: of the repository, or the copy that pyproject.toml puts into the wheel."""
+    package = Path(accumtune.__file__).parent
+    packaged = package / "demo.py"
+    return packaged if packaged.exists() else package.parent / "experiments" / "digits.py"

@@ -1,0 +1,90 @@
+"""What several commands share: how one is declared, options that mean the same everywhere, and their completion."""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import json
+import textwrap
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from accumtune.commands.searches import all_searches
+
+EXIT_CODES = """\
+exit codes:
+  0  fine
+  1  the answer is no: nothing fits, a search without a result, a configuration that does not hold here, values that
+     MLflow did not take
+  2  wrong usage or input, with the reason on the standard error"""
+
+
+def add_command(
+    commands: Any, name: str, summary: str, run: Callable[[argparse.Namespace], int], more: str = ""
+) -> argparse.ArgumentParser:
+    """Declares a command.
+
+    Args:
+        commands: what `add_subparsers` returned.
+        summary: one line, for the list of commands.
+        run: does it and returns the exit code.
+        more: what else its own help says.
+    """
+    command: argparse.ArgumentParser = commands.add_parser(
+        name,
+        help=summary,
+        description=f"{summary[0].upper()}{summary[1:]}." + (f"\n\n{textwrap.fill(more, 100)}" if more else ""),
+        epilog=EXIT_CODES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    command.set_defaults(run=run)
+    return command
+
+
+def add_search(command: argparse.ArgumentParser) -> None:
+    search: Any = command.add_argument(
+        "search", nargs="?", default=None, help="a search's directory; default: the newest in mlruns/searches"
+    )
+    search.completer = lambda **_: [str(folder) for folder in all_searches()]
+
+
+def add_policy(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--policy", default="quality", choices=("quality", "memory", "throughput", "balanced"))
+    command.add_argument("--tolerance", type=float, default=0.01, help="share of the objective that counts as noise")
+
+
+def add_tracking_uri(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--tracking-uri", default=None, help="MLflow's; default: the search's own")
+
+
+def add_json(command: argparse.ArgumentParser, what: str = "print JSON instead of text") -> None:
+    command.add_argument("--json", action="store_true", help=what)
+
+
+def add_model_and_data(command: argparse.ArgumentParser) -> None:
+    build_model: Any = command.add_argument(
+        "build_model", metavar="MODULE:build_model", help="a Keras Tuner build function: train:build_model in train.py"
+    )
+    data: Any = command.add_argument(
+        "--data", required=True, metavar="MODULE:load",
+        help="a function that returns (x, y), (x, x_val, y, y_val) as scikit-learn's train_test_split, "
+        "((x, y), (x_test, y_test)) as keras.datasets, or a data set",
+    )  # fmt: skip
+    build_model.completer = data.completer = functions_here
+
+
+def print_json(values: Any) -> None:
+    print(json.dumps(values, indent=2))
+
+
+def functions_here(prefix: str = "", **_: Any) -> Iterator[str]:
+    """`MODULE:name` of the functions in this folder's files, which are read and not run."""
+    for file in sorted(Path().glob("*.py")):
+        if not file.stem.startswith(prefix.partition(":")[0][: len(file.stem)]):
+            continue
+        try:
+            tree = ast.parse(file.read_bytes())
+        except (OSError, SyntaxError, ValueError):
+            continue
+        yield from (f"{file.stem}:{node.name}" for node in tree.body if isinstance(node, ast.FunctionDef))

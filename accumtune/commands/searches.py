@@ -1,0 +1,80 @@
+"""Which search a command is about, and what is read from its directory."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from accumtune.errors import SearchDirectoryError
+
+if TYPE_CHECKING:
+    from accumtune.config import TrainingConfig
+    from accumtune.search.selection import Candidate
+    from accumtune.tracking.mlflow import Tracker
+    from accumtune.tracking.records import SearchRecord
+
+SEARCHES = "mlruns/searches"
+
+
+def all_searches(folder: str = SEARCHES) -> list[Path]:
+    """The directories of the searches in a folder, the newest first."""
+    journals = Path(folder).glob("*/search.jsonl")
+    return [file.parent for file in sorted(journals, key=os.path.getmtime, reverse=True)]
+
+
+def find_search(path: str | None, searches: str = SEARCHES) -> Path:
+    """The directory of a search: the given one, or the newest in the default place.
+
+    Raises:
+        SearchDirectoryError: there is none.
+    """
+    found = all_searches(searches) if path is None else [Path(path)] if is_search(path) else []
+    if found:
+        return found[0]
+    raise SearchDirectoryError(
+        f"Received {path or searches!r}, which holds no search.",
+        "a directory with a search.jsonl, such as mlruns/searches/<project_name>.",
+        "run a search first, or give its directory.",
+    )
+
+
+def is_search(path: str) -> bool:
+    return (Path(path) / "search.jsonl").exists()
+
+
+def read_candidates(folder: Path) -> tuple[SearchRecord, list[Candidate]]:
+    """A search as its journals tell it, and its candidates."""
+    from accumtune.search import results
+    from accumtune.tracking.journal import read_search
+    from accumtune.trials.directory import SearchDirectory
+
+    files = SearchDirectory(folder)
+    record = read_search(files.path)
+    return record, results.candidates(record, files.profiles_folder)
+
+
+def choose(folder: Path, options: argparse.Namespace) -> tuple[SearchRecord, list[Candidate], TrainingConfig]:
+    """A search, its candidates, and the configuration of the one that `--policy` chooses.
+
+    Raises:
+        NoResultError: there is no candidate.
+    """
+    from accumtune.search import results
+    from accumtune.search.selection import select
+    from accumtune.tracking.mlflow import read_cache
+
+    record, found = read_candidates(folder)
+    tracked = read_cache(folder)
+    choice = select(found, options.policy, options.tolerance, record.objective_direction)
+    run_id, tracking_uri = tracked.get("parent_run_id"), tracked.get("tracking_uri")
+    return record, found, results.training_config(record, choice, run_id, tracking_uri)
+
+
+def tracker_of(options: argparse.Namespace) -> Tracker:
+    """MLflow, as the search has it or as `--tracking-uri` says."""
+    from accumtune.tracking.mlflow import Tracker, read_cache
+
+    folder = find_search(options.search)
+    return Tracker(folder, options.tracking_uri or read_cache(folder).get("tracking_uri"))

@@ -1,0 +1,29 @@
+"""`accumtune sync`: brings a search's journals into MLflow."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from accumtune.commands.options import add_command, add_json, add_search, add_tracking_uri, print_json
+from accumtune.commands.searches import tracker_of
+
+
+def add(commands: Any) -> None:
+    command = add_command(
+        commands, "sync", "bring a search's journals into MLflow, after it was unreachable", run,
+        "Each value comes once, however often this runs. Exit code 1: MLflow did not take them.",
+    )  # fmt: skip
+    add_search(command)
+    add_tracking_uri(command)
+    add_json(command)
+
+
+def run(options: argparse.Namespace) -> int:
+    tracker = tracker_of(options)
+    tracker.sync()
+    if options.json:
+        print_json({"run_id": tracker.parent_run_id, "experiment_id": tracker.experiment_id})
+    else:
+        print(f"Everything is in MLflow: run {tracker.parent_run_id}")
+    return 0

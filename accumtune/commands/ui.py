@@ -1,0 +1,43 @@
+"""`accumtune ui`: opens a search in the MLflow UI."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+from typing import Any
+
+from accumtune.commands.options import add_command, add_json, add_search, add_tracking_uri, print_json
+from accumtune.commands.searches import tracker_of
+
+
+def add(commands: Any) -> None:
+    command = add_command(commands, "ui", "open a search in the MLflow UI", run, "Ctrl-C ends it.")
+    add_search(command)
+    add_tracking_uri(command)
+    command.add_argument("--port", type=int, default=None, help="default: 5000, or a free one where that is taken")
+    command.add_argument("--print", action="store_true", help="print the command and the address, start nothing")
+    add_json(command, "print them as JSON, start nothing")
+
+
+def run(options: argparse.Namespace) -> int:
+    from accumtune.tracking.browsing import free_port
+
+    tracker = tracker_of(options)
+    tracker.sync()
+    port = options.port or free_port()
+    command, address = tracker.ui_command(port), tracker.ui_address(port)
+    if options.json:
+        print_json({"command": command or None, "address": address})
+        return 0
+    print(f"{command}\nthen open {address}" if command else f"Open {address}", flush=True)
+    if options.print or not command:
+        return 0
+    # The address, which may hold a password, by the environment: everyone can read a command line.
+    environment = {**os.environ, "MLFLOW_BACKEND_STORE_URI": str(tracker.tracking_uri)}
+    ui = [sys.executable, "-m", "mlflow", "ui", "--port", str(port)]
+    try:
+        return subprocess.call(ui, env=environment)
+    except KeyboardInterrupt:  # the user's way to end it
+        return 0

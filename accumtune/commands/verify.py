@@ -1,0 +1,50 @@
+"""`accumtune verify`: whether a configuration holds on this machine."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import asdict
+from typing import Any
+
+from accumtune.commands.addresses import load_data, load_object, load_validation_data
+from accumtune.commands.options import add_command, add_json, add_model_and_data, add_tracking_uri, print_json
+
+
+def add(commands: Any) -> None:
+    command = add_command(
+        commands, "verify", "whether a configuration holds on this machine", run,
+        "A few updates run under its budget, and their peak memory is compared with the promised one. "
+        "Exit code 1: it does not hold.",
+    )  # fmt: skip
+    command.add_argument(
+        "config", help="a path, runs:/RUN_ID/best_config.json, models:/NAME@best, an experiment's name"
+    )
+    add_model_and_data(command)
+    command.add_argument(
+        "--peak-tolerance", type=float, default=0.1, help="share by which peak memory may differ; default: 0.1"
+    )
+    command.add_argument(
+        "--whole", action="store_true",
+        help="train the winning trial again, and compare its objective too; load returns validation data then",
+    )  # fmt: skip
+    command.add_argument("--objective-tolerance", type=float, default=1e-6, help="with --whole; default: 1e-6")
+    add_json(command)
+    add_tracking_uri(command)
+
+
+def run(options: argparse.Namespace) -> int:
+    from accumtune.config import load_config
+
+    config = load_config(options.config, tracking_uri=options.tracking_uri)
+    build_model, (x, y) = load_object(options.build_model), load_data(options.data)
+    if not options.whole:
+        told: Any = config.verify(build_model, x, y, peak_tolerance=options.peak_tolerance)
+        holds = True
+    else:
+        told = config.reproduce(build_model, x, y, validation_data=load_validation_data(options.data))
+        holds = told.holds(options.objective_tolerance, options.peak_tolerance)
+    if options.json:
+        print_json(asdict(told))
+    else:
+        print(told)
+    return 0 if holds else 1

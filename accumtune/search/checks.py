@@ -1,0 +1,52 @@
+"""What `Tuner` and `search` refuse before anything runs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import keras_tuner
+
+from accumtune.errors import BatchSizeError, SearchError
+
+
+def check_choice(name: str, value: Any, known: Sequence[Any]) -> None:
+    """Refuses what is none of the known values.
+
+    Raises:
+        BatchSizeError: the value is another one.
+    """
+    if value not in known:
+        listed = ", ".join(repr(choice) for choice in known)
+        raise BatchSizeError(f"Received {name}={value!r}.", f"one of {listed}.", f"leave {name} out for the default.")
+
+
+def refuse_batch_size(fit_kwargs: Mapping[str, Any]) -> None:
+    """Refuses a batch size in `search`.
+
+    Raises:
+        SearchError: there is one.
+    """
+    if "batch_size" in fit_kwargs:
+        raise SearchError(
+            f"Received batch_size={fit_kwargs['batch_size']} in search().",
+            "no batch_size: the effective batch is what the search finds.",
+            "to fix it, give the tuner micro_batch_sizes=(32,) and accumulation_steps=(8,), for example.",
+        )
+
+
+def refuse_missing_validation(objective_name: str, hypermodel: Any, fit_kwargs: Mapping[str, Any]) -> None:
+    """Refuses an objective that nothing will measure.
+
+    Raises:
+        SearchError: it is one of validation, and there are no validation data.
+    """
+    has_validation = bool(fit_kwargs.get("validation_split")) or fit_kwargs.get("validation_data") is not None
+    # A HyperModel with a fit of its own may validate in its own way.
+    fit = getattr(type(hypermodel), "fit", keras_tuner.HyperModel.fit)
+    if objective_name.startswith("val_") and not has_validation and fit is keras_tuner.HyperModel.fit:
+        raise SearchError(
+            f"Received the objective {objective_name!r}, and search() without validation_data.",
+            "validation data, for an objective that is measured on them.",
+            "tuner.search(x, y, validation_data=(x_val, y_val), ...), or validation_split=0.2.",
+        )

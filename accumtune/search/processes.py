@@ -1,0 +1,125 @@
+"""The processes of a search that are no trials: what discovers its space, probes its models and runs its winner."""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+from accumtune.errors import BuildError
+from accumtune.memory.device import memory_limit_environment
+from accumtune.memory.profile import Measurement
+from accumtune.search.selection import Candidate
+from accumtune.search.session import shared_data
+from accumtune.search.workers import open_executor
+from accumtune.trials.directory import SearchDirectory, TaskDirectory
+from accumtune.trials.executors import Executor
+from accumtune.trials.payload import dump_payload
+from accumtune.trials.profiling import Profiler, finished
+
+
+class SearchProcesses:
+    """Starts them; the executor is opened when it is first needed, and trials start from it too.
+
+    Args:
+        files: the search's.
+        pool: where they run; None for this machine.
+        backend: Keras's.
+        memory_budget_bytes: what probes run under.
+        micro_batch_sizes: those that matter to the search.
+    """
+
+    def __init__(
+        self,
+        files: SearchDirectory,
+        pool: Any,
+        backend: str,
+        *,
+        memory_budget_bytes: int | None,
+        micro_batch_sizes: Sequence[int],
+    ) -> None:
+        self._files = files
+        self._pool = pool
+        self._backend = backend
+        self._memory_budget_bytes = memory_budget_bytes
+        self._micro_batch_sizes = tuple(micro_batch_sizes)
+        self._executor: Executor | None = None
+
+    @property
+    def is_local(self) -> bool:
+        return self._pool is None
+
+    def executor(self) -> Executor:
+        if self._executor is None:
+            self._executor = open_executor(self._pool, self._backend)
+        return self._executor
+
+    def close(self) -> None:
+        if self._executor is not None:
+            self._executor.close()
+            self._executor = None
+
+    def discover(self, hypermodel: Any, space: Any) -> dict[str, Any]:
+        """Builds the model once: which hyperparameters it asks for, and what couples its samples.
+
+        Raises:
+            BuildError: the build function raised or returned something else than a compiled model.
+        """
+        dump_payload({"hypermodel": hypermodel, "hyperparameters": space}, self._files.payload_file)
+        directory = TaskDirectory(self._files.scratch_folder / "discover")
+        directory.write_task("discover", {"payload": str(self._files.payload_file.resolve())})
+        environment = memory_limit_environment(self._backend, None)
+        outcome = finished(self.executor().submit(directory, environment).result(), "The build function")
+        shutil.rmtree(directory.path, ignore_errors=True)
+        return dict(outcome.result)
+
+    @contextlib.contextmanager
+    def sharing(self, payload: Mapping[str, Any]) -> Iterator[None]:
+        """While this lasts, processes find the hypermodel and the data on the disk."""
+        with shared_data(self._files) as payload_file:
+            dump_payload(payload, payload_file)
+            yield
+
+    def profiler(self, on_probe: Callable[[str], None] = lambda line: None) -> Profiler:
+        return Profiler(
+            self.executor(),
+            self._files.payload_file,
+            self._files.scratch_folder,
+            self._files.profiles_folder,
+            memory_budget_bytes=self._memory_budget_bytes,
+            micro_batch_sizes=self._micro_batch_sizes,
+            on_probe=on_probe,
+        )
+
+    def runs(
+        self, candidate: Candidate, space: Mapping[str, Any], signature: str, payload: Mapping[str, Any]
+    ) -> bool:
+        """Whether a configuration that was not trained runs within the budget; its profile learns what that took.
+
+        Args:
+            candidate: the configuration.
+            space: of its trial, as Keras Tuner has it.
+            signature: of its trial's model.
+            payload: what trials get, for when the search is over and its data are off the disk.
+        """
+        was_open = self._executor is not None
+        with contextlib.ExitStack() as stack:
+            if not self._files.payload_file.exists():
+                stack.enter_context(self.sharing(payload))
+            if not was_open:
+                stack.callback(self.close)
+            try:
+                measurement = self.profiler().measure(
+                    {**space, "values": dict(candidate.hyperparameters)},
+                    signature,
+                    candidate.micro_batch_size,
+                    candidate.accumulation_steps,
+                )
+            except BuildError:  # it did not train, for whatever reason: the next best may
+                return False
+        return self._is_within_budget(measurement)
+
+    def _is_within_budget(self, measurement: Measurement) -> bool:
+        peak, budget = measurement.peak_memory_bytes, self._memory_budget_bytes
+        return peak is not None and (budget is None or peak <= budget)

@@ -1,0 +1,113 @@
+"""What a training is at the end of an epoch, apart from how far it has come: variables, generators, callbacks."""
+
+from __future__ import annotations
+
+import pickle
+import random
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import keras
+import numpy as np
+
+
+class CannotContinue(Exception):
+    """The saved state is not that of the model which was built now."""
+
+
+class CallbackMemory:
+    """What a callback has come to remember since training began: numbers, texts, arrays, and what is made of them.
+
+    What has not changed (a path, a patience) is its constructor's to say, here and in the process that goes on.
+    """
+
+    def __init__(self, callback: Any) -> None:
+        self._callback = callback
+        self._at_first = {name: pickle.dumps(value) for name, value in self._plain().items()}
+
+    def state(self) -> dict[str, Any]:
+        plain = self._plain().items()
+        return {name: value for name, value in plain if self._at_first.get(name) != pickle.dumps(value)}
+
+    def _plain(self) -> dict[str, Any]:
+        items = vars(self._callback).items()
+        return {name: value for name, value in items if name not in ("params", "_model") and _is_plain(value)}
+
+
+def _variables(model: Any) -> list[Any]:
+    optimizer = model.optimizer
+    if not optimizer.built:
+        optimizer.build(model.trainable_variables)
+    return [*model.variables, *optimizer.variables]
+
+
+def values_of(model: Any) -> list[np.ndarray]:
+    """The variables of a model and of its optimizer, as they are now."""
+    if hasattr(model, "jax_state_sync"):
+        model.jax_state_sync()
+    return [np.array(keras.ops.convert_to_numpy(variable)) for variable in _variables(model)]
+
+
+def give_back_values(model: Any, values: Sequence[np.ndarray]) -> None:
+    """Assigns what `values_of` gave.
+
+    Raises:
+        CannotContinue: it was another model's.
+    """
+    variables = _variables(model)
+    if [tuple(variable.shape) for variable in variables] != [value.shape for value in values]:
+        raise CannotContinue("variables of other shapes")
+    for variable, value in zip(variables, values, strict=True):
+        variable.assign(value)
+
+
+def random_state() -> dict[str, Any]:
+    """Of all generators that a training may draw from without a seed of its own."""
+    state: dict[str, Any] = {"python": random.getstate(), "numpy": np.random.get_state()}
+    generator = _keras_generator()
+    if generator is not None:
+        state["keras"] = np.array(keras.ops.convert_to_numpy(generator.state))
+    if keras.backend.backend() == "torch":
+        import torch
+
+        state["torch"] = torch.get_rng_state().numpy()
+    return state
+
+
+def give_back_random_state(state: Mapping[str, Any]) -> None:
+    """Sets the generators to what `random_state` gave."""
+    random.setstate(state["python"])
+    np.random.set_state(state["numpy"])
+    generator = _keras_generator()
+    if generator is not None and "keras" in state:
+        generator.state.assign(state["keras"])
+    if "torch" in state:
+        import torch
+
+        torch.set_rng_state(torch.from_numpy(state["torch"]))
+
+
+def _keras_generator() -> Any:
+    """The generator of random operations that were given no seed, where one has run; it has no public name."""
+    from keras.src.backend.common import global_state
+    from keras.src.random.seed_generator import GLOBAL_SEED_GENERATOR
+
+    return global_state.get_global_attribute(GLOBAL_SEED_GENERATOR)
+
+
+def _is_plain(value: Any) -> bool:
+    if value is None or isinstance(value, (bool, int, float, complex, str, bytes, np.ndarray, np.generic)):
+        return True
+    if type(value) in (list, tuple, set):
+        return all(map(_is_plain, value))
+    if type(value) is dict:
+        return all(map(_is_plain, value)) and all(map(_is_plain, value.values()))
+    # A function by its name: `EarlyStopping` finds its comparison at the first epoch, and turns a sign with it.
+    return callable(value) and _is_importable(value)
+
+
+def _is_importable(value: Any) -> bool:
+    try:
+        return isinstance(value, type(_is_importable)) and pickle.loads(pickle.dumps(value)) is value
+    except Exception:  # a function inside a function, a lambda
+        return False

@@ -1,0 +1,38 @@
+"""Many users of one fork server."""
+
+from concurrent.futures import Future
+
+from accumtune.trials.outcome import Outcome
+
+
+class SharedServer:
+    """An executor of one's own, over a server that others use too: closing it ends one's own tasks."""
+
+    def __init__(self, server):
+        self.backend = server.backend
+        self.kill = server.kill
+        self._server = server
+        self._tasks = []
+        self._is_closed = False
+
+    def submit(self, directory, *args, **kwargs):
+        if self._is_closed:
+            ended = Future()
+            ended.set_result(Outcome("killed", reason="the search was stopped"))
+            return ended
+        future = self._server.submit(directory, *args, **kwargs)
+        self._tasks.append((directory, future))
+        return future
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exception):
+        self.close()
+
+    def close(self):
+        self._is_closed = True
+        for directory, future in self._tasks:
+            if not future.done():
+                self.kill(directory)
+                future.result()
