@@ -40,20 +40,26 @@ def test_known_allocation_gives_known_peak_on_tensorflow(value_in_child):
 @tensorflow_only
 def test_a_small_tensor_leaves_a_large_free_chunk_whole(value_in_child):
     def is_gap_left(has_shelf):
+        import numpy as np
         import tensorflow as tf
 
         from accumtune.memory import tensorflow
 
-        tensorflow.SHELF = tensorflow.SHELF if has_shelf else ()
-        tensorflow.open_device(64 * 2**20)
-        large, _wall = tf.zeros([2**18]), tf.zeros([1])
-        gap = large.numpy().ctypes.data
-        del large
-        _small = tf.zeros([100])
-        return tf.zeros([2**18]).numpy().ctypes.data == gap
+        def address(tensor):
+            return np.asarray(memoryview(tensor)).ctypes.data  # without a copy
 
-    assert value_in_child(is_gap_left, True, budget_bytes=64 * MIB)
-    assert not value_in_child(is_gap_left, False, budget_bytes=64 * MIB), "without the shelf it is cut up"
+        tensorflow.SHELF = tensorflow.SHELF if has_shelf else ()
+        device = tensorflow.open_device(64 * 2**20)
+        large = tf.zeros([2**18])
+        gap = address(large)
+        del large
+        small = [tf.zeros([1000]) for _ in range(10)]
+        held = device.current_memory_bytes()
+        return [address(tf.zeros([2**18])) == gap, len(small) * 4096 <= held < 2**16]
+
+    assert value_in_child(is_gap_left, True, budget_bytes=64 * MIB) == [True, True]
+    # The negative control: it is cut up.
+    assert value_in_child(is_gap_left, False, budget_bytes=64 * MIB) == [False, True]
 
 
 @tensorflow_only
