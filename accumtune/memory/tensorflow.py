@@ -31,6 +31,7 @@ SHELF = ((256, 128), (1024, 64), (4096, 32), (16384, 16), (65536, 12), (262144, 
 SHELF_SHARE = 1 / 8
 # Of a process without a limit; what does not fit there gets further regions.
 LARGEST_REGION_BYTES = 2048 * MIB
+FIRST_REGION_BYTES = 2 * MIB
 
 
 class TensorFlowDevice(Device):
@@ -87,12 +88,12 @@ def open_device(budget_bytes: int | None) -> Device:
 def _reserve(budget_bytes: int | None) -> None:
     """Makes the allocator take its memory as one region, as it does on a GPU, instead of 2, 4, 8 ... MiB as needed.
 
-    It must be the first operation: before the first region there is room for the whole budget in one. Pages that
-    nobody touches take no memory.
+    Pages that nobody touches take no memory. What asks for a region needs memory itself, hence TensorFlow's first one
+    is there before; to ask for more than is left would be refused, after 10 s.
     """
     total = machine_memory().total_bytes
     # The allocator's own table takes a thirty-second of a region, in real memory.
-    wanted = min(total // 2, LARGEST_REGION_BYTES) if budget_bytes is None else budget_bytes
+    wanted = min(total // 2, LARGEST_REGION_BYTES) if budget_bytes is None else budget_bytes - FIRST_REGION_BYTES
     if wanted > total or _is_overcommit_refused():
         return
     with contextlib.suppress(tf.errors.ResourceExhaustedError):
