@@ -110,7 +110,8 @@ def _shelf(budget_bytes: int | None) -> list[tf.Tensor]:
         What keeps the chunks apart.
     """
     room = math.inf if budget_bytes is None else budget_bytes * SHELF_SHARE
-    kept, chunks = [], []
+    kept: list[tf.Tensor] = []
+    chunks = []
     for chunk_bytes, count in SHELF:
         for _ in range(count):
             room -= chunk_bytes
