@@ -64,7 +64,8 @@ class _WholeState:
     def reload(self: Any) -> None:
         path = Path(self._get_oracle_fname())
         state = _load(path)
-        if state is not None and (complete := with_changes(state, path)) != state:
+        complete = with_changes(state, path)
+        if complete != state and "hyperparameters" in complete:  # without, there is neither file nor changes
             _save(path, complete)
         super().reload()  # type: ignore[misc]
         # The oracle is saved while a trial that has just ended is still among those that run.

@@ -23,6 +23,8 @@ from accumtune.trials.profiling import current_backend
 # Peaks differ from update to update (operations run at the same time in another order): that many updates are needed
 # to see the highest, unless they are slow.
 _STEADY_UPDATES, _LEAST_UPDATES, _PATIENCE_SECONDS = 20, 5, 5.0
+# TensorFlow has the next batches in memory while it evaluates one.
+_VALIDATION_BATCHES = 8
 
 
 @dataclass(frozen=True)
@@ -49,13 +51,14 @@ class FixedHyperModel:
 
 @dataclass(frozen=True)
 class FirstUpdates(FixedHyperModel):
-    """The same for a few updates, and one validation on a micro-batch: what a trial needs at most, in short."""
+    """The same for a few updates, and a validation on a few micro-batches: what a trial needs at most, in short."""
 
     def fit(self, hp: Any, model: Any, *args: Any, **kwargs: Any) -> Any:
         feed_by_batches(model, self.effective_batch_size, self.micro_batch_size)
         x, y, sample_weight = resolve(kwargs.pop("x"), kwargs.pop("y"), kwargs.pop("sample_weight", None))
         is_batched = not is_tf_dataset(x) or has_batches(model, x)
-        validation_data = first_samples(x, y, sample_weight, count=self.micro_batch_size, is_batched=is_batched)
+        count = _VALIDATION_BATCHES * self.micro_batch_size
+        validation_data = first_samples(x, y, sample_weight, count=count, is_batched=is_batched)
         callbacks = [*kwargs.pop("callbacks", ()), _stop_when_steady()]
         arguments = {"sample_weight": sample_weight, "validation_data": validation_data, "callbacks": callbacks}
         return model.fit(x, y, **arguments, epochs=10**6, verbose=0)

@@ -15,11 +15,13 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from typing import Any
+from unittest.mock import patch
 
 import keras_tuner
 from search_cost_tasks import OURS, STOCK, Record
 
 import accumtune
+from accumtune.search import processes
 from accumtune.search.selection import select
 from accumtune.search.tuner import Tuner
 from accumtune.tracking.journal import Journal
@@ -145,7 +147,7 @@ class RecordedExecutor:
         self.record.space.declare(hp)
         return Outcome("completed", {"hyperparameters": hp.get_config(), "batch_coupled_layers": []})
 
-    def inspect(self, directory: Any, payload: str, hyperparameters: Any) -> Outcome:
+    def inspect(self, directory: Any, payload: str, hyperparameters: Any, **others: Any) -> Outcome:
         self.run.spend(self.record.start_seconds[OURS])
         facts = {
             "signature": f"width_{hyperparameters['values']['width']}", "device": "CPU", "static_bytes": 0,
@@ -226,9 +228,6 @@ def ours(
     executor = RecordedExecutor(record, run, rate_of)
 
     class Replayed(tuner_class):  # type: ignore[valid-type, misc]
-        def _open_executor(self) -> Any:
-            return executor
-
         def _pruning(self) -> Any:
             executor.pruning = super()._pruning()
             return executor.pruning
@@ -237,7 +236,8 @@ def ours(
             """No report: its pictures take longer than the search."""
 
     space = record.space
-    with tempfile.TemporaryDirectory() as folder:
+    recorded = patch.object(processes, "open_executor", lambda pool, backend: executor)
+    with recorded, tempfile.TemporaryDirectory() as folder:
         tuner = Replayed(
             space.declare, objective="val_loss", max_trials=record.max_trials, seed=seed, directory=folder,
             memory_budget=record.memory_budget_bytes, micro_batch_sizes=space.micro_batch_sizes,

@@ -21,6 +21,7 @@ import tempfile
 import time
 from concurrent.futures import Future
 from pathlib import Path
+from unittest.mock import patch
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
@@ -28,6 +29,7 @@ import keras
 import numpy as np
 
 import accumtune
+from accumtune.search import processes
 from accumtune.tracking.journal import Journal
 from accumtune.trials import worker
 from accumtune.trials.executors import Outcome
@@ -92,17 +94,9 @@ class FreeExecutor:
         }  # fmt: skip
 
 
-class Free:
-    """Mixed into a tuner: it starts no processes."""
-
-    def _open_executor(self):
-        if self._executor is None:
-            self._executor = FreeExecutor(self._backend)
-        return self._executor
-
-
-def free(kind):
-    return type(kind.__name__, (Free, kind), {})
+def no_processes():
+    """Within this, a search starts none."""
+    return patch.object(processes, "open_executor", lambda pool, backend: FreeExecutor(backend))
 
 
 def data():
@@ -112,7 +106,7 @@ def data():
 
 def many(kind: str, trials: int, tracking: bool, folder: Path, profile: bool) -> dict[str, object]:
     """Wall and CPU time of each trial of a long search, from one proposal to the next."""
-    tuner = free(getattr(accumtune, kind))(
+    tuner = getattr(accumtune, kind)(
         build_model, objective="val_loss", max_trials=trials, seed=1, memory_budget="64MiB",
         tracking_uri=f"sqlite:///{folder}/mlflow.db" if tracking else False, directory=folder, project_name="scale",
     )  # fmt: skip
@@ -177,7 +171,7 @@ def main() -> None:
     print("| tracking | wall first | wall last | ratio          | CPU first | CPU last | ratio          |")
     print("|----------|------------|-----------|----------------|-----------|----------|----------------|")
     for name in arguments.tracking:
-        with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):  # MLflow's artifacts go there, too
+        with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder), no_processes():
             run = many(arguments.tuner, arguments.trials, name == "on", Path(folder), arguments.profile)
         found["scale"].append(run)
         cells = []
