@@ -265,7 +265,9 @@ class TrainingConfig:
         return moving.for_replicas(self, replicas)
 
     def verify(self, build_model: Any, x: Any, y: Any = None, *, peak_tolerance: float = 0.1) -> Verification:
-        """Trains a few updates here as a trial would, in a process of its own under the budget, and compares.
+        """Trains here as a trial would, for two epochs or five seconds, and compares.
+
+        It runs in a process of its own, under the budget.
 
         Args:
             build_model: the build function or `keras_tuner.HyperModel`.

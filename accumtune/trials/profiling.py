@@ -73,9 +73,6 @@ class Profiler:
         self._on_probe = on_probe
         self._facts: dict[str, ModelFacts] = {}
         self._profiles: dict[str, Profile] = {}
-        # By kind of place. To open a CPU takes TensorFlow 0.3 to 1.5 s of the kernel's time and half a GB (a table of
-        # the region that it reserves), more than all else that an inspection does.
-        self._cpus: dict[str, str] = {}
         self._numbers = itertools.count()
         # One at a time: two trials with one signature must not both probe it, and probes that are timed want quiet.
         self._lock = threading.RLock()
@@ -87,10 +84,8 @@ class Profiler:
         key = json.dumps([current_place().kind, values], sort_keys=True, default=repr)
         facts = self._facts.get(key)
         if facts is None:  # without the lock: nothing is timed, and other trials need not wait for it
-            arguments = {"hyperparameters": dict(hyperparameters), "device_name": self._cpus.get(current_place().kind)}
-            result = dict(finished(self._run("inspect", arguments, None), "The build function").result)
-            if result["device"].startswith("CPU"):
-                self._cpus[current_place().kind] = result["device"]
+            outcome = self._run("inspect", {"hyperparameters": dict(hyperparameters)}, None)
+            result = dict(finished(outcome, "The build function").result)
             result["batch_coupled_layers"] = tuple(result["batch_coupled_layers"])
             facts = self._facts.setdefault(key, ModelFacts(**result))
         return facts

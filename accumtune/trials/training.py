@@ -20,11 +20,9 @@ from accumtune.trials.outcome import Outcome
 from accumtune.trials.payload import dump_payload
 from accumtune.trials.profiling import current_backend
 
-# Peaks differ from update to update (operations run at the same time in another order): that many updates are needed
-# to see the highest, unless they are slow.
-_STEADY_UPDATES, _LEAST_UPDATES, _PATIENCE_SECONDS = 20, 5, 5.0
-# TensorFlow has the next batches in memory while it evaluates one.
-_VALIDATION_BATCHES = 8
+# Peaks differ from update to update (operations run at the same time in another order), and an epoch begins while the
+# one before is still in memory: so many of both are needed to see the highest, unless they are slow.
+_STEADY_UPDATES, _STEADY_EPOCHS, _LEAST_UPDATES, _PATIENCE_SECONDS = 20, 2, 5, 5.0
 
 
 @dataclass(frozen=True)
@@ -51,14 +49,13 @@ class FixedHyperModel:
 
 @dataclass(frozen=True)
 class FirstUpdates(FixedHyperModel):
-    """The same for a few updates, and a validation on a few micro-batches: what a trial needs at most, in short."""
+    """The same for two epochs or five seconds, validated on a micro-batch: what a trial needs, in short."""
 
     def fit(self, hp: Any, model: Any, *args: Any, **kwargs: Any) -> Any:
         feed_by_batches(model, self.effective_batch_size, self.micro_batch_size)
         x, y, sample_weight = resolve(kwargs.pop("x"), kwargs.pop("y"), kwargs.pop("sample_weight", None))
         is_batched = not is_tf_dataset(x) or has_batches(model, x)
-        count = _VALIDATION_BATCHES * self.micro_batch_size
-        validation_data = first_samples(x, y, sample_weight, count=count, is_batched=is_batched)
+        validation_data = first_samples(x, y, sample_weight, count=self.micro_batch_size, is_batched=is_batched)
         callbacks = [*kwargs.pop("callbacks", ()), _stop_when_steady()]
         arguments = {"sample_weight": sample_weight, "validation_data": validation_data, "callbacks": callbacks}
         return model.fit(x, y, **arguments, epochs=10**6, verbose=0)
@@ -124,14 +121,18 @@ def _stop_when_steady() -> Any:
     import keras
 
     class StopWhenSteady(keras.callbacks.Callback):
-        updates = 0
+        updates = epochs = 0
         started = 0.0
 
         def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
             self.updates += 1
             self.started = self.started or time.monotonic()  # after the first update: that one compiles
             is_slow = time.monotonic() - self.started > _PATIENCE_SECONDS
-            if self.updates >= (_LEAST_UPDATES if is_slow else _STEADY_UPDATES):
+            is_steady = self.updates >= _STEADY_UPDATES and self.epochs >= _STEADY_EPOCHS
+            if is_steady or (is_slow and self.updates >= _LEAST_UPDATES):
                 self.model.stop_training = True
+
+        def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
+            self.epochs += 1
 
     return StopWhenSteady()

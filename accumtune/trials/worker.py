@@ -87,25 +87,16 @@ def discover(directory: TaskDirectory, payload: str) -> dict[str, Any]:
     return {"hyperparameters": oracle.hyperparameters.get_config(), "batch_coupled_layers": list(coupled)}
 
 
-def inspect(
-    directory: TaskDirectory, payload: str, hyperparameters: dict[str, Any], device_name: str | None = None
-) -> dict[str, Any]:
-    """Builds the model of one set of hyperparameters and says what decides its memory.
-
-    Args:
-        directory: the task's.
-        payload: the file with hypermodel and data.
-        hyperparameters: Keras Tuner's configuration of them.
-        device_name: where it is known to be a CPU, which then need not be opened.
-    """
+def inspect(directory: TaskDirectory, payload: str, hyperparameters: dict[str, Any]) -> dict[str, Any]:
+    """Builds the model of one set of hyperparameters and says what decides its memory."""
     from accumtune.memory.device import open_device
     from accumtune.trials.signature import describe_model
 
     content = load_payload(Path(payload))
-    device_name = device_name or open_device().name
+    device = open_device()
     model = content["hypermodel"].build_plain(_hyperparameters(hyperparameters))
     samples, is_pipeline = _samples(model, content)
-    return describe_model(model, samples(1), device_name, hyperparameters["values"], is_pipeline=is_pipeline)
+    return describe_model(model, samples(1), device.name, hyperparameters["values"], is_pipeline=is_pipeline)
 
 
 def probe(

@@ -147,7 +147,7 @@ class RecordedExecutor:
         self.record.space.declare(hp)
         return Outcome("completed", {"hyperparameters": hp.get_config(), "batch_coupled_layers": []})
 
-    def inspect(self, directory: Any, payload: str, hyperparameters: Any, **others: Any) -> Outcome:
+    def inspect(self, directory: Any, payload: str, hyperparameters: Any) -> Outcome:
         self.run.spend(self.record.start_seconds[OURS])
         facts = {
             "signature": f"width_{hyperparameters['values']['width']}", "device": "CPU", "static_bytes": 0,
