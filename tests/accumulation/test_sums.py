@@ -1,0 +1,53 @@
+"""An update on TensorFlow holds the temporary values of one assignment at a time."""
+
+import contextlib
+import os
+
+import keras
+import numpy as np
+import pytest
+
+if os.environ["KERAS_BACKEND"] != "tensorflow":
+    pytest.skip("TensorFlow's graphs", allow_module_level=True)
+
+
+def chained_assignments(optimizer, around):
+    """For each assignment of an update but the first: whether its value waits for the assignment before it."""
+    import tensorflow as tf
+
+    variables = [keras.Variable(np.ones((3, 2))), keras.Variable(np.ones(4))]
+    optimizer.build(variables)
+
+    @tf.function
+    def update(gradients):
+        with around(optimizer):
+            optimizer.apply(gradients, variables)
+
+    graph = update.get_concrete_function([tf.ones(variable.shape, tf.float64) for variable in variables]).graph
+    held = {variable.value.handle.ref() for variable in [*optimizer.variables[2:], *variables]}  # no counter, no rate
+    captured = {inside.ref() for outside, inside in graph.captures if outside.ref() in held}
+    assigned = [op for op in graph.get_operations() if "Assign" in op.type and op.inputs[0].ref() in captured]
+    return [before in ancestors(after.inputs[1].op) for before, after in zip(assigned, assigned[1:], strict=False)]
+
+
+def ancestors(op):
+    found, open_ends = set(), [op]
+    while open_ends:
+        one = open_ends.pop()
+        if one not in found:
+            found.add(one)
+            open_ends += [*one.control_inputs, *(tensor.op for tensor in one.inputs)]
+    return found
+
+
+@pytest.mark.parametrize("name", ["Adam", "AdamW", "RMSprop", "Adafactor", "SGD"])
+def test_an_assignment_begins_where_the_one_before_has_ended(name):
+    from accumtune.accumulation.sums import one_variable_after_the_other
+
+    def make():
+        return keras.optimizers.SGD(0.1, momentum=0.9) if name == "SGD" else getattr(keras.optimizers, name)(0.1)
+
+    chained = chained_assignments(make(), lambda optimizer: one_variable_after_the_other(optimizer, 1))
+    assert len(chained) >= 3 and all(chained)
+    # The negative control: on its own, TensorFlow may do them all at once.
+    assert not all(chained_assignments(make(), lambda optimizer: contextlib.nullcontext()))
