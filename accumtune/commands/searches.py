@@ -78,3 +78,15 @@ def tracker_of(options: argparse.Namespace) -> Tracker:
 
     folder = find_search(options.search)
     return Tracker(folder, options.tracking_uri or read_cache(folder).get("tracking_uri"))
+
+
+def end_abandoned(folder: Path) -> None:
+    """Writes down that a search which was killed has ended; run again, it goes on all the same."""
+    from accumtune.tracking.journal import Journal, read_search_journal
+    from accumtune.trials.directory import SearchDirectory
+    from accumtune.trials.lock import abandoned
+
+    with abandoned(folder) as was_killed:
+        if was_killed and not read_search_journal(folder).is_ended:
+            reason = "its process was killed; the same script, run again, goes on"
+            Journal(SearchDirectory(folder).journal_file).append("search_ended", status="interrupted", reason=reason)

@@ -6,13 +6,14 @@ import argparse
 from typing import Any
 
 from accumtune.commands.options import add_command, add_json, add_search, add_tracking_uri, print_json
-from accumtune.commands.searches import tracker_of
+from accumtune.commands.searches import end_abandoned, tracker_of
 
 
 def add(commands: Any) -> None:
     command = add_command(
         commands, "sync", "bring a search's journals into MLflow, after it was unreachable", run,
-        "Each value comes once, however often this runs. Exit code 1: MLflow did not take them.",
+        "Each value comes once, however often this runs; a search that was killed is said to have ended. "
+        "Exit code 1: MLflow did not take them.",
     )  # fmt: skip
     add_search(command)
     add_tracking_uri(command)
@@ -21,6 +22,7 @@ def add(commands: Any) -> None:
 
 def run(options: argparse.Namespace) -> int:
     tracker = tracker_of(options)
+    end_abandoned(tracker.folder)
     tracker.sync()
     if options.json:
         print_json({"run_id": tracker.parent_run_id, "experiment_id": tracker.experiment_id})

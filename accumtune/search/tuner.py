@@ -37,6 +37,7 @@ from accumtune.tracking.records import SearchRecord
 from accumtune.trials.builder import ModelBuilder
 from accumtune.trials.devices import Places
 from accumtune.trials.directory import SearchDirectory, check_writable, clear_disk_errors
+from accumtune.trials.lock import only_search, refuse_held
 from accumtune.trials.profiling import Profiler, check_sizes, current_backend
 
 SearchOver = Literal["auto", "effective_batch_size", "pairs"]
@@ -141,7 +142,9 @@ class Tuner(keras_tuner.Tuner):
         )
         self._chronicle = Chronicle(self._files, oracle.objective, tracking_uri)
         self._mended: list[str] = []
-        if not overwrite:
+        if overwrite:
+            refuse_held(folder)
+        else:
             self._mended = state.repair_state_files(folder)
         builder = ModelBuilder(
             hypermodel,
@@ -208,6 +211,7 @@ class Tuner(keras_tuner.Tuner):
             UnsendableDataError: data or callbacks that cannot be sent to another process.
             BudgetTooSmallError: no proposal fits the budget, not even with micro-batch 1.
             SearchFailedError: `max_consecutive_failed_trials` trials failed one after another.
+            SearchDirectoryError: another process searches in this directory, or it cannot be written to.
         """
         refuse_batch_size(fit_kwargs)
         refuse_missing_validation(self.oracle.objective.name, self.hypermodel.hypermodel, fit_kwargs)
@@ -219,7 +223,8 @@ class Tuner(keras_tuner.Tuner):
             direction=objective.direction, workers=self.workers,
         )  # fmt: skip
         self._fit_arguments = (fit_args, fit_kwargs)
-        with clear_disk_errors(self._files.path), self._processes.sharing(self._payload()):
+        folder = self._files.path
+        with clear_disk_errors(folder), only_search(folder), self._processes.sharing(self._payload()):
             self.save()  # Keras Tuner itself saves after the first trial: too late for a kill during that one
             is_first = self._begin(display)
             status, reason, best, is_hurried = "failed", "", None, False

@@ -289,6 +289,9 @@ def test_ctrl_c_ends_the_trials_at_once_and_the_search_can_go_on(tmp_path):
     while time.monotonic() < deadline and not any(t.epochs for t in read_search(tmp_path / "search").trials):
         time.sleep(0.05)
     (trial,) = read_search(tmp_path / "search").trials
+    for begin in (lambda: search(make(tmp_path)), lambda: make(tmp_path, overwrite=True)):
+        with pytest.raises(errors.SearchDirectoryError, match=f"running already, in process {process.pid} "):
+            begin()
     process.send_signal(signal.SIGINT)
     try:
         output, _ = process.communicate(timeout=60)
