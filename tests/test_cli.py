@@ -202,6 +202,20 @@ def test_everything_that_prints_a_table_prints_json(capsys):
         assert "--json" in capsys.readouterr().out, name
 
 
+def test_reading_a_search_does_not_wait_for_a_framework(tmp_path):
+    (tmp_path / "mlruns/searches/small").mkdir(parents=True)
+    journal = [{"event": "search_started", "search_id": "0" * 32, "name": "small"}, {"event": "search_ended"}]
+    lines = "".join(json.dumps(event | {"time": 0.0}) + "\n" for event in journal)
+    (tmp_path / "mlruns/searches/small/search.jsonl").write_text(lines)
+    script = """
+import sys
+from accumtune.cli import main
+print(main(["candidates"]), sorted({"tensorflow", "keras", "mlflow"} & set(sys.modules)))
+"""
+    done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert done.stdout.endswith("1 []\n"), done.stdout + done.stderr  # 1: there are no candidates
+
+
 def test_exit_code_1_where_mlflow_did_not_take_what_a_search_has(monkeypatch, capsys):
     def refuse(options):
         raise TrackingError("Received no answer.", "a store", "mend it.")

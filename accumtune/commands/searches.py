@@ -67,7 +67,9 @@ def choose(folder: Path, options: argparse.Namespace) -> tuple[SearchRecord, lis
 
     record, found = read_candidates(folder)
     tracked = read_cache(folder)
-    choice = select(found, options.policy, options.tolerance, record.objective_direction)
+    choice = select(
+        found, options.policy, options.tolerance, record.objective_direction, objective_name=record.objective_name
+    )
     run_id, tracking_uri = tracked.get("parent_run_id"), tracked.get("tracking_uri")
     return record, found, results.training_config(record, choice, run_id, tracking_uri)
 

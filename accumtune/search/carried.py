@@ -6,8 +6,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import keras_tuner
-
 from accumtune.tracking.records import TrialRecord
 from accumtune.trials.directory import TaskDirectory
 
@@ -30,6 +28,8 @@ def describe_fit(fit_kwargs: Mapping[str, Any], hypermodel: Any, compiled_with: 
     Returns:
         `options`, as a configuration's `fit_options`, and `not_carried`, sentences.
     """
+    import keras_tuner  # takes seconds, for which whoever only reads a search should not wait
+
     options = {name: fit_kwargs[name] for name, usual in _CARRIED.items() if fit_kwargs.get(name, usual) != usual}
     if "class_weight" in options:
         options["class_weight"] = {str(int(key)): float(value) for key, value in options["class_weight"].items()}
