@@ -196,7 +196,7 @@ def test_the_help_has_every_command_and_the_exit_codes(capsys):
 
 
 def test_everything_that_prints_a_table_prints_json(capsys):
-    for name in ("probe", "candidates", "best", "ui", "verify", "sync"):
+    for name in ("demo", "probe", "candidates", "best", "ui", "verify", "sync"):
         with pytest.raises(SystemExit):
             cli.main([name, "--help"])
         assert "--json" in capsys.readouterr().out, name

@@ -9,6 +9,7 @@ import pytest
 from running import DIGITS, EXPERIMENTS, run_experiment
 
 import accumtune
+from accumtune.errors import ConfigError
 from accumtune.tracking.journal import read_search
 
 
@@ -94,8 +95,10 @@ def test_production_trains_with_the_result_and_leaves_a_plain_keras_model(digits
     assert not (folder / "production" / "job").exists()
 
 
-def test_the_registered_model_is_a_warm_start(digits, monkeypatch):
+def test_the_registered_model_is_a_warm_start(digits, monkeypatch, tmp_path):
     """On another machine: the search's folder is not there, the registry is."""
+    import mlflow
+
     folder, _ = digits
     monkeypatch.syspath_prepend(str(EXPERIMENTS))
     from digits import build_model, load_data
@@ -103,10 +106,21 @@ def test_the_registered_model_is_a_warm_start(digits, monkeypatch):
     uri = f"sqlite:///{folder}/mlruns/mlflow.db"
     config = accumtune.load_config("models:/digits@best", tracking_uri=uri)
     elsewhere = replace(config, trial={**config.trial, "weights": None})
-    model = elsewhere.load_weights(config.build(build_model), tracking_uri=uri)
+    farther = replace(elsewhere, source={**config.source, "tracking_uri": f"sqlite:///{folder}/gone.db"})
+    monkeypatch.chdir(tmp_path)  # no mlruns/ here
     _, x_val, _, y_val = load_data()
-    loss = model.evaluate(x_val, y_val, verbose=0, return_dict=True)["loss"]
-    assert loss == pytest.approx(config.objective["value"], abs=1e-5)
+
+    def loss_of(model):
+        return model.evaluate(x_val, y_val, verbose=0, return_dict=True)["loss"]
+
+    expected = pytest.approx(config.objective["value"], abs=1e-5)
+    assert config.source["tracking_uri"] == uri
+    assert loss_of(elsewhere.load_weights(config.build(build_model))) == expected, "the store it came from"
+    assert loss_of(farther.load_weights(config.build(build_model), tracking_uri=uri)) == expected, "the store given"
+    with pytest.raises(ConfigError, match="no registered model is known"):
+        farther.load_weights(config.build(build_model))
+    monkeypatch.setattr(mlflow.tracking._tracking_service.utils, "_tracking_uri", uri)
+    assert loss_of(farther.load_weights(config.build(build_model))) == expected, "the store that MLflow is set to"
 
 
 def test_the_command_line_finds_the_search(digits):

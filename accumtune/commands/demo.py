@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import accumtune
-from accumtune.commands.options import add_command
+from accumtune.commands.options import add_command, add_json
 from accumtune.commands.searches import SEARCHES
 
 _PROJECT = "demo"
@@ -24,6 +24,7 @@ def add(commands: Any) -> None:
     command.add_argument("--trials", type=int, default=5, help="default: 5; the README's example has 12")
     command.add_argument("--epochs", type=int, default=3, help="default: 3; the README's example has 12")
     command.add_argument("--overwrite", action="store_true", help="begin anew instead of going on")
+    add_json(command, "print the configuration alone, as JSON")
 
 
 def run(options: argparse.Namespace) -> int:
@@ -32,7 +33,13 @@ def run(options: argparse.Namespace) -> int:
     arguments += ["--trials", str(options.trials), "--epochs", str(options.epochs)]
     arguments += ["--overwrite"] if options.overwrite else []
     # -P: beside the copy in the wheel lie modules that are to be imported as accumtune's alone.
-    return subprocess.call([sys.executable, "-P", str(script()), *arguments])
+    command = [sys.executable, "-P", str(script()), *arguments]
+    if not options.json:
+        return subprocess.call(command)
+    code = subprocess.call(command, stdout=sys.stderr)  # what is not asked for
+    if code == 0:
+        print(Path(config).read_text())
+    return code
 
 
 def script() -> Path:

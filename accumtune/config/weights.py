@@ -12,7 +12,7 @@ from accumtune.config.sources import open_store, store_uris
 from accumtune.config.value import TrainingConfig
 from accumtune.errors import ConfigError
 from accumtune.tracking.journal import SEARCH_JOURNAL, read_search_journal
-from accumtune.tracking.uris import redacted
+from accumtune.tracking.uris import redacted, sqlite_path
 
 _EXPECTED = "the weights of the trial that the configuration is of"
 _FIX = (
@@ -79,10 +79,17 @@ def _registered(config: TrainingConfig, tracking_uri: str | None, folder: str) -
     return file
 
 
+def _recorded_store(config: TrainingConfig) -> str | None:
+    """The store that the search was tracked in, unless it is a database file that another machine has."""
+    uri = config.source.get("tracking_uri")
+    path = sqlite_path(uri) if uri else None
+    return uri if path is None or path.exists() else None
+
+
 def _downloaded(config: TrainingConfig, tracking_uri: str | None, folder: str) -> Path | None:
     """The registered model of the search's run, which is the trial's, as Keras has saved it."""
     run_id, trial_id = config.source.get("run_id"), config.source.get("trial_id")
-    for uri in store_uris(tracking_uri or config.source.get("tracking_uri")) if run_id else ():
+    for uri in store_uris(tracking_uri or _recorded_store(config)) if run_id else ():
         client = open_store(uri)
         for version in client.search_model_versions(f"run_id = '{run_id}'"):
             if version.tags.get("accumtune.trial_id") == trial_id:
