@@ -106,7 +106,7 @@ def test_the_printed_address_shows_the_trials_with_their_columns(digits, server,
         "micro_batch_size", "accumulation_steps", "effective_batch_size", "peak_memory_mib",
         "throughput_samples_per_second", "best_val_loss",
     )  # fmt: skip
-    words = (*columns, "trial 1:", "trial 2:", "trial 3:")
+    words = (*columns, "trial 0:", "trial 1:", "trial 2:")
     page = look(printed_address(digits, server), tmp_path, *words)
     assert [word for word in words if word not in page] == []
 

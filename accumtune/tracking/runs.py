@@ -162,13 +162,14 @@ def clean_name(name: str) -> str:
 
 
 def _trial_name(trial: TrialRecord) -> str:
+    """As the search's table calls it."""
+    label = f"infeasible {trial.number}" if trial.status == "infeasible" else f"trial {trial.trial_id}"
     if not trial.effective_batch_size:
-        return f"trial {trial.trial_id}"
-    label = "infeasible" if trial.status == "infeasible" else "trial"
+        return label
     batch = f"{trial.effective_batch_size}"
     if trial.micro_batch_size and trial.accumulation_steps:
         batch += f" = {trial.micro_batch_size} × {trial.accumulation_steps}"
-    return f"{label} {trial.number}: {batch}"
+    return f"{label}: {batch}"
 
 
 def _trial_tags(trial: TrialRecord, search: SearchRecord) -> dict[str, str]:

@@ -83,7 +83,7 @@ def test_every_trial_has_its_run(finished, uri):
     runs = sync(finished, uri)
     assert set(runs.by_id) == {"parent", "00", "01", "02", "03", "infeasible_0000"}
     run = runs["00"]
-    assert run.info.run_name == "trial 0: 64 = 16 × 4" and run.info.status == "FINISHED"
+    assert run.info.run_name == "trial 00: 64 = 16 × 4" and run.info.status == "FINISHED"
     assert run.data.params == {
         "learning_rate": "0.01", "width": "32",
         "effective_batch_size": "64", "micro_batch_size": "16", "accumulation_steps": "4",
