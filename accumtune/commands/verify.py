@@ -13,7 +13,7 @@ from accumtune.commands.options import add_command, add_json, add_model_and_data
 def add(commands: Any) -> None:
     command = add_command(
         commands, "verify", "whether a configuration holds on this machine", run,
-        "It trains for two epochs or five seconds under its budget, and its peak memory is compared with the promise. "
+        "It trains for two epochs and 200 updates, or five seconds, under its budget, and compares its peak. "
         "Exit code 1: it does not hold.",
     )  # fmt: skip
     command.add_argument(

@@ -36,6 +36,7 @@ def load():
     y = (x[:, 0] * x[:, 1] > 0).astype("int32")
     return x[:250], x[250:], y[:250], y[250:]
 """
+# 240 updates: a peak is the highest of all of them, and the first 16 may all stay a tenth below it.
 SEARCH = """
 import accumtune, train
 x, x_val, y, y_val = train.load()
@@ -43,7 +44,7 @@ tuner = accumtune.RandomSearch(
     train.build_model, "val_loss", max_trials=2, seed=11, memory_budget="16MiB", micro_batch_sizes=(16, 32),
     accumulation_steps=(2, 4), tracking_uri=False, project_name="small",
 )
-tuner.search(x, y, validation_data=(x_val, y_val), epochs=4, class_weight={0: 1.0, 1: 1.5}, verbose=0)
+tuner.search(x, y, validation_data=(x_val, y_val), epochs=60, class_weight={0: 1.0, 1: 1.5}, verbose=0)
 tuner.get_best_config(lambda candidates: min((c for c in candidates if c.is_trained), key=lambda c: c.objective)).save(
     "best_config.json"
 )
@@ -131,7 +132,7 @@ def test_weights_of_the_best_trial_are_a_warm_start(search, fresh):
 def test_another_micro_batch_promises_the_trial_of_its_effective_batch(search):
     config = accumtune.load_config(search / "memory.json")
     assert config.trial["micro_batch_size"] in (16, 32) and config.trial["executions"] == 1
-    assert config.trial["best_epoch"] in range(4) and config.trial["peak_memory_bytes"] > 0
+    assert config.trial["best_epoch"] in range(60) and config.trial["peak_memory_bytes"] > 0
 
 
 def test_weights_that_are_nowhere(search, tmp_path, monkeypatch):
