@@ -63,15 +63,12 @@ def choose(folder: Path, options: argparse.Namespace) -> tuple[SearchRecord, lis
     """
     from accumtune.search import results
     from accumtune.search.selection import select
-    from accumtune.tracking.mlflow import read_cache
 
     record, found = read_candidates(folder)
-    tracked = read_cache(folder)
     choice = select(
         found, options.policy, options.tolerance, record.objective_direction, objective_name=record.objective_name
     )
-    run_id, tracking_uri = tracked.get("parent_run_id"), tracked.get("tracking_uri")
-    return record, found, results.training_config(record, choice, run_id, tracking_uri)
+    return record, found, results.training_config(record, choice)
 
 
 def tracker_of(options: argparse.Namespace) -> Tracker:
@@ -84,11 +81,10 @@ def tracker_of(options: argparse.Namespace) -> Tracker:
 
 def end_abandoned(folder: Path) -> None:
     """Writes down that a search which was killed has ended; run again, it goes on all the same."""
-    from accumtune.tracking.journal import Journal, read_search_journal
-    from accumtune.trials.directory import SearchDirectory
-    from accumtune.trials.lock import abandoned
+    from accumtune.tracking.journal import SEARCH_JOURNAL, Journal, read_search_journal
+    from accumtune.tracking.lock import abandoned
 
     with abandoned(folder) as was_killed:
         if was_killed and not read_search_journal(folder).is_ended:
             reason = "its process was killed; the same script, run again, goes on"
-            Journal(SearchDirectory(folder).journal_file).append("search_ended", status="interrupted", reason=reason)
+            Journal(folder / SEARCH_JOURNAL).append("search_ended", status="interrupted", reason=reason)

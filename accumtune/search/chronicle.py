@@ -12,7 +12,7 @@ from accumtune.search import results
 from accumtune.search.selection import Candidate, Choice, Policy, pareto_front, select
 from accumtune.search.verifying import predicted_choice, verified_choice
 from accumtune.tracking.journal import Journal, read_search, read_search_journal
-from accumtune.tracking.mlflow import Tracker, read_cache
+from accumtune.tracking.mlflow import Tracker
 from accumtune.tracking.records import SearchRecord
 from accumtune.trials.directory import SearchDirectory
 
@@ -100,9 +100,7 @@ class Chronicle:
         return verified_choice(self.candidates, choose, runs)
 
     def config(self, choice: Choice) -> TrainingConfig:
-        tracked = read_cache(self._files.path)
-        run_id = tracked.get("parent_run_id") if self.tracker is None else self.tracker.parent_run_id
-        return results.training_config(self.record(), choice, run_id, tracked.get("tracking_uri"))
+        return results.training_config(self.record(), choice)
 
     def try_best(self, runs: Callable[[Candidate], bool] | None) -> Best | None:
         """The best and its configuration, None where there is nothing to choose from."""

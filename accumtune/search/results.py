@@ -17,6 +17,7 @@ from accumtune.search.feasibility import Pair, effective_batch_sizes, feasible_p
 from accumtune.search.selection import Candidate, Choice, pareto_front
 from accumtune.tracking import report
 from accumtune.tracking.digest import data_digest
+from accumtune.tracking.mlflow import read_cache
 from accumtune.tracking.noise import noise_scale_of
 from accumtune.tracking.records import SearchRecord, TrialRecord
 from accumtune.trials.data import input_arguments, is_data_function
@@ -50,9 +51,9 @@ def load_profile(profiles_folder: Path, signature: str | None) -> Profile | None
         return None
 
 
-def training_config(record: SearchRecord, choice: Choice, run_id: str | None, tracking_uri: Any) -> TrainingConfig:
+def training_config(record: SearchRecord, choice: Choice) -> TrainingConfig:
     """What production imports, from the candidate that was chosen."""
-    candidate = choice.candidate
+    candidate, tracked = choice.candidate, read_cache(record.folder)
     trial = next(trial for trial in record.trials if trial.trial_id == candidate.trial_id)
     return TrainingConfig(
         micro_batch_size=candidate.micro_batch_size,
@@ -85,10 +86,10 @@ def training_config(record: SearchRecord, choice: Choice, run_id: str | None, tr
         reason=choice.reason,
         source={
             "experiment": record.name,
-            "run_id": run_id,
+            "run_id": tracked.get("parent_run_id"),
             "search_id": record.search_id,
             "trial_id": candidate.trial_id,
-            "tracking_uri": tracking_uri if isinstance(tracking_uri, str) else None,
+            "tracking_uri": tracked.get("tracking_uri"),
         },
     )
 

@@ -33,11 +33,11 @@ from accumtune.search.runner import SearchSettings, TrialRunner
 from accumtune.search.selection import Candidate, Policy
 from accumtune.search.session import SearchSession, StoppedAtOnce
 from accumtune.search.workers import command_to_resume, plan, refuse_chief_and_workers, resolve_pool
+from accumtune.tracking.lock import only_search, refuse_held
 from accumtune.tracking.records import SearchRecord
 from accumtune.trials.builder import ModelBuilder
 from accumtune.trials.devices import Places
 from accumtune.trials.directory import SearchDirectory, check_writable, clear_disk_errors
-from accumtune.trials.lock import only_search, refuse_held
 from accumtune.trials.profiling import Profiler, check_sizes, current_backend
 
 SearchOver = Literal["auto", "effective_batch_size", "pairs"]

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from accumtune.errors import TrackingError
 from accumtune.tracking import registry, runs, view
 from accumtune.tracking.journal import TRIAL_JOURNAL, read_search_journal, read_trial, trial_folders
+from accumtune.tracking.lock import try_lock
 from accumtune.tracking.reaching import Pulse
 from accumtune.tracking.records import SearchRecord, TrialRecord
 from accumtune.tracking.store import PARENT, RunState, Store
@@ -198,7 +198,7 @@ def _locked(path: Path, wait_seconds: float) -> Iterator[None]:
     """One process at a time, so that the search and `accumtune sync` do not both make a run."""
     end = time.monotonic() + wait_seconds
     with open(path, "a") as file:
-        while not _try_lock(file):
+        while not try_lock(file.fileno()):
             if time.monotonic() > end:
                 raise TrackingError(
                     f"Another process is bringing {path.parent} into MLflow at this moment.",
@@ -207,14 +207,6 @@ def _locked(path: Path, wait_seconds: float) -> Iterator[None]:
                 )
             time.sleep(_LOCK_INTERVAL_SECONDS)
         yield
-
-
-def _try_lock(file: IO[str]) -> bool:
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        return False
-    return True
 
 
 def _files(folder: Path) -> list[Path]:

@@ -8,7 +8,7 @@
   rather than computes: the wall time of computing trials differs by a fifth from one time to the next, and of 1 %
   nothing could be said. What the tracker computes, which would slow down trials that compute, stands beside it.
 
-    python experiments/benchmarks/tracking.py [--parts replay sustained searches] [--rounds 3] [--quick] [--json PATH]
+    python experiments/benchmarks/tracking.py [--parts replay sustained searches] [--rounds 2] [--quick] [--json PATH]
 """
 
 from __future__ import annotations

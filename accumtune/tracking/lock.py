@@ -23,7 +23,7 @@ def only_search(folder: Path) -> Iterator[None]:
         SearchDirectoryError: another search holds it.
     """
     with open(folder / LOCK_FILE, "a+") as file:
-        if not _try_lock(file.fileno()):
+        if not try_lock(file.fileno()):
             raise _is_held(folder, _holder(folder))
         file.truncate(0)
         file.write(json.dumps({"pid": os.getpid(), "host": socket.gethostname()}))
@@ -37,7 +37,7 @@ def only_search(folder: Path) -> Iterator[None]:
 def refuse_held(folder: Path) -> None:
     """Raises SearchDirectoryError where a search holds the directory."""
     with contextlib.suppress(FileNotFoundError), open(folder / LOCK_FILE) as file:
-        if not _try_lock(file.fileno()):
+        if not try_lock(file.fileno()):
             raise _is_held(folder, _holder(folder))
 
 
@@ -53,10 +53,11 @@ def abandoned(folder: Path) -> Iterator[bool]:
         yield False
         return
     with file:
-        yield _try_lock(file.fileno()) and _holder(folder).get("host") == socket.gethostname()
+        yield try_lock(file.fileno()) and _holder(folder).get("host") == socket.gethostname()
 
 
-def _try_lock(descriptor: int) -> bool:
+def try_lock(descriptor: int) -> bool:
+    """Whether an open file is this process's alone now, until it is closed."""
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

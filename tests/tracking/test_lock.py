@@ -10,12 +10,12 @@ import pytest
 from accumtune.commands.searches import end_abandoned
 from accumtune.errors import SearchDirectoryError
 from accumtune.tracking.journal import Journal, read_search_journal
-from accumtune.trials.lock import LOCK_FILE, abandoned, only_search, refuse_held
+from accumtune.tracking.lock import LOCK_FILE, abandoned, only_search, refuse_held
 
 HOLDER = """
 import sys
 from pathlib import Path
-from accumtune.trials.lock import only_search
+from accumtune.tracking.lock import only_search
 with only_search(Path(sys.argv[1])):
     print("holds", flush=True)
     sys.stdin.read()
