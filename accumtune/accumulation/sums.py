@@ -14,6 +14,9 @@ _PER_REPLICA = {
     "aggregation": tf.VariableAggregation.SUM,
 }
 
+# A sum of fewer numbers is lost among the small chunks of memory wherever it lies.
+SMALL = 2048
+
 # How an optimizer of Keras changes its variables.
 _ASSIGNMENTS = ("assign", "assign_add", "assign_sub")
 
@@ -79,6 +82,28 @@ def _replaced(optimizer: Any, methods: dict[str, Any]) -> Iterator[None]:
     finally:
         for name in methods:
             object.__delattr__(optimizer, name)
+
+
+def put(total: Any, gradient: Any, *, in_place: bool) -> None:
+    """Makes a gradient the sum, `in_place` in the sum's own memory.
+
+    An assignment takes the gradient's memory instead, which lies between activations: the sums come to lie in
+    the middle of what the next forward pass needs in one piece. TensorFlow's allocator hands out the pieces that are
+    left with up to half of each wasted: the peak of a CNN was 15 % higher, and another one in each process.
+    """
+    gradient = tf.cast(tf.convert_to_tensor(gradient), total.dtype)
+    rank = gradient.shape.rank
+    if not rank or total.shape.num_elements() < SMALL or not in_place:
+        total.assign(gradient)
+        return
+    everything = {"begin_mask": 2**rank - 1, "end_mask": 2**rank - 1}
+    nothing = {"ellipsis_mask": 0, "new_axis_mask": 0, "shrink_axis_mask": 0}
+    zeros, ones = [0] * rank, [1] * rank
+    tf.raw_ops.ResourceStridedSliceAssign(
+        ref=total.handle, begin=zeros, end=zeros, strides=ones, value=gradient, **everything, **nothing
+    )
+    # It expects to be called again, and would have each reading copy the variable.
+    tf.raw_ops.DisableCopyOnRead(resource=total.handle)
 
 
 def add(weight: Any, total: Any, gradient: Any) -> None:

@@ -1,6 +1,6 @@
 """One train function on TensorFlow: a Python loop over compiled micro-steps, and one compiled update.
 
-Three functions are compiled: the first micro-step of a window (its gradients become the accumulators), every further
+Three functions are compiled: the first micro-step of a window (its gradients are put into the accumulators), every further
 one (its gradients are added in place as they appear) and the update. A window of one micro-batch has a function of
 its own, without accumulators. A `tf.while_loop` in one graph was 1.5 times slower on a CPU and never ended with XLA.
 """
@@ -213,9 +213,10 @@ class TensorFlowTraining:
     def _first_step(self, batch: Any, share: Any, scales: Any, metric_weight: Any) -> Any:
         gradients, logs = self._gradients(batch, share, scales, metric_weight)
         self._has_gradient = [gradient is not None for gradient in gradients]
+        in_place = self.replicas.number == 1 and not self.model.jit_compile  # XLA lays out memory by itself
         for accumulator, gradient in zip(self._accumulators, gradients, strict=True):
             if gradient is not None:
-                accumulator.assign(tf.cast(tf.convert_to_tensor(gradient), accumulator.dtype))
+                sums.put(accumulator, gradient, in_place=in_place)
         return logs, self._noted()
 
     def _next_step(self, batch: Any, share: Any, scales: Any, metric_weight: Any, so_far: Any) -> Any:
