@@ -1,4 +1,4 @@
-"""An update on TensorFlow holds the temporary values of one assignment at a time."""
+"""Memory on TensorFlow: an update holds the values of one assignment at a time, and the sums stay where they are."""
 
 import contextlib
 import os
@@ -51,3 +51,36 @@ def test_an_assignment_begins_where_the_one_before_has_ended(name):
     assert len(chained) >= 3 and all(chained)
     # The negative control: on its own, TensorFlow may do them all at once.
     assert not all(chained_assignments(make(), lambda optimizer: contextlib.nullcontext()))
+
+
+def addresses_after_windows(windows=4):
+    """Where the large accumulators of a small network lie after each of a few windows."""
+    import accumtune
+
+    keras.utils.set_random_seed(0)
+    model = keras.Sequential([keras.Input((64,)), keras.layers.Dense(128), keras.layers.Dense(1)])
+    model.compile("adam", "mse")
+    accumtune.accumulate(model, micro_batch_size=8)
+    found = []
+
+    class Look(keras.callbacks.Callback):
+        def on_train_batch_end(self, batch, logs=None):
+            large = [total for total in self.model.train_function._accumulators if total.shape.num_elements() > 4096]
+            # Through the buffer protocol: `numpy()` makes a copy, which lies elsewhere.
+            found.append([np.asarray(memoryview(total.read_value())).ctypes.data for total in large])
+
+    x = np.random.default_rng(0).normal(size=(24 * windows, 64))
+    model.fit(x, x[:, :1], batch_size=24, verbose=0, callbacks=[Look()])
+    return found
+
+
+def test_accumulators_stay_where_they_are(monkeypatch):
+    from accumtune.accumulation import sums
+
+    found = addresses_after_windows()
+    assert found[0] and all(addresses == found[0] for addresses in found)
+    # The negative control: taken over, the gradients' memory is another one in each window.
+    own = sums.put
+    monkeypatch.setattr(sums, "put", lambda total, gradient, in_place: own(total, gradient, in_place=False))
+    found = addresses_after_windows()
+    assert any(addresses != found[0] for addresses in found)
