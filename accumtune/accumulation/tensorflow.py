@@ -1,8 +1,8 @@
 """One train function on TensorFlow: a Python loop over compiled micro-steps, and one compiled update.
 
-Three functions are compiled: the first micro-step of a window (its gradients are put into the accumulators), every further
-one (its gradients are added in place as they appear) and the update. A window of one micro-batch has a function of
-its own, without accumulators. A `tf.while_loop` in one graph was 1.5 times slower on a CPU and never ended with XLA.
+Three functions are compiled: the first micro-step of a window (its gradients are put into the accumulators), every
+further one (its gradients are added in place as they appear) and the update. A window of one micro-batch has a function
+of its own, without accumulators. A `tf.while_loop` in one graph was 1.5 times slower on a CPU and never ended with XLA.
 """
 
 from __future__ import annotations

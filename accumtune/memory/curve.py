@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 
 import numpy as np
 
@@ -21,6 +21,30 @@ def curves_of(peaks: Mapping[int, Mapping[int, float]], statics: Mapping[int, fl
             slope = steepest
         curves[group] = Curve(points, slope, statics[group])
     return curves
+
+
+def curves_with_room(
+    peaks: Mapping[int, Mapping[int, float]], crowded: Mapping[int, Set[int]], statics: Mapping[int, float]
+) -> dict[int, Curve]:
+    """The same for what is asked for, where some peaks were measured with hardly any memory left.
+
+    There the allocator counts more than it was asked for, so that such a peak is no more than a bound: the other points
+    go on at their slope, up to it.
+    """
+    free = {
+        group: {size: peak for size, peak in points.items() if size not in crowded.get(group, ())}
+        for group, points in peaks.items()
+    }
+    free = {group: points or dict(peaks[group]) for group, points in free.items()}
+    if all(len(points) < 2 for points in free.values()):
+        return curves_of(peaks, statics)  # no slope is known without them
+    curves = curves_of(free, statics)
+    bounded = {}
+    for group, points in peaks.items():
+        certain = max(free[group])
+        beyond = {size: min(peak, curves[group].at(size)) for size, peak in points.items() if size > certain}
+        bounded[group] = Curve({**free[group], **beyond}, curves[group].slope, statics[group])
+    return bounded
 
 
 def last_slope(points: Mapping[int, float]) -> float:

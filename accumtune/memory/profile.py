@@ -21,7 +21,7 @@ import numpy as np
 
 from accumtune.errors import BudgetError, BudgetTooSmallError
 from accumtune.memory.budget import format_bytes, parse_budget
-from accumtune.memory.curve import Curve, curves_of
+from accumtune.memory.curve import Curve, curves_of, curves_with_room
 from accumtune.memory.measurement import Measurement
 from accumtune.memory.seconds import fit_seconds
 
@@ -34,6 +34,10 @@ MIB = 2**20
 # percent more than it hands out when it has room. Beyond the largest measured size the slope's error counts as well.
 MARGIN = 0.06
 MARGIN_PER_DOUBLING = 0.03
+# Above this share of a limit a peak says little of what was asked for: TensorFlow's allocator gives a free chunk of
+# less than twice the size whole, and counts all of it (a model with a large embedding: 114 MiB of 117 for every
+# micro-batch from 102 to 123).
+CROWDED = 0.9
 # What is run to confirm that it fits runs under a limit lower by this share, so that it runs the next time too.
 HEADROOM = 0.02
 # No promise is made further than this beyond the largest measured size: a floor can hide a slope.
@@ -64,20 +68,26 @@ class Profile:
     signature: str = ""
     memory_budget_bytes: int | None = None
     sample_bytes: int = 0
+    # What a step takes as it was measured, under a limit or not, and where there is room.
+    _taken: dict[int, Curve] = field(init=False, repr=False, compare=False, default_factory=dict)
     _curves: dict[int, Curve] = field(init=False, repr=False, compare=False, default_factory=dict)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "measurements", tuple(self.measurements))
         peaks: dict[int, dict[int, float]] = {}
         statics: dict[int, float] = {}
+        crowded: dict[int, set[int]] = {}
         for point in self.measurements:
             if point.peak_memory_bytes is not None:
                 size, group = point.micro_batch_size, _group(point.accumulation_steps)
                 window = self._window_bytes(size, point.accumulation_steps)
                 above = peaks.setdefault(group, {})
                 above[size] = max(above.get(size, 0.0), float(point.peak_memory_bytes - window))
+                if point.memory_limit_bytes and point.peak_memory_bytes > CROWDED * point.memory_limit_bytes:
+                    crowded.setdefault(group, set()).add(size)
                 statics[group] = min(statics.get(group, np.inf), float(point.peak_memory_bytes - 2 * window))
-        object.__setattr__(self, "_curves", curves_of(peaks, statics))
+        object.__setattr__(self, "_taken", curves_of(peaks, statics))
+        object.__setattr__(self, "_curves", curves_with_room(peaks, crowded, statics))
 
     def __repr__(self) -> str:
         sizes = ", ".join(str(size) for size in self._measured_sizes()) or "nothing"
@@ -90,12 +100,17 @@ class Profile:
     # Memory
 
     def predict_peak_memory(self, micro_batch_size: int, accumulation_steps: int = 1) -> int:
-        """The expected peak in bytes, without a margin.
+        """The expected peak in bytes where memory is to spare, without a margin.
+
+        When hardly any is left of a limit, TensorFlow's allocator counts more, up to the limit.
 
         Raises:
             BudgetTooSmallError: nothing has been measured that fits.
         """
-        if not self._curves:
+        return self._peak(self._curves, micro_batch_size, accumulation_steps)
+
+    def _peak(self, known: Mapping[int, Curve], micro_batch_size: int, accumulation_steps: int) -> int:
+        if not known:
             raise BudgetTooSmallError(
                 "Received a profile in which every probe ran out of memory.",
                 "at least one micro-batch size that ran.",
@@ -103,22 +118,27 @@ class Profile:
             )
         window = self._window_bytes(micro_batch_size, accumulation_steps)
         # Several micro-steps never need less than one, whatever the noise of their measurements.
-        curves = [self._curves[group] for group in self._curves if group <= _group(accumulation_steps)]
-        curves = curves or [self._curves[min(self._curves)]]
+        curves = [known[group] for group in known if group <= _group(accumulation_steps)]
+        curves = curves or [known[min(known)]]
         running = max(curve.at(micro_batch_size) for curve in curves) + window
         return int(np.ceil(max(running, curves[-1].static + 2 * window)))
+
+    def _needed(self, micro_batch_size: int, accumulation_steps: int) -> int:
+        """What a limit has to leave: also what was taken only because it was there, for nobody knows how much of it."""
+        return max(self._peak(known, micro_batch_size, accumulation_steps) for known in (self._curves, self._taken))
 
     def margin_bytes(self, micro_batch_size: int, accumulation_steps: int = 1) -> int:
         """How far above the predicted peak a limit has to be for the step to run under it.
 
-        6 %, and 1 MiB because limits are whole MiB. Beyond the largest measured size, 3 % for each doubling, and
-        what a slope could add that has only begun to show there.
+        6 %, and 1 MiB because limits are whole MiB; what was taken beyond the prediction under a limit. Beyond the
+        largest measured size, 3 % for each doubling, and what a slope could add that has only begun to show there.
         """
         predicted = self.predict_peak_memory(micro_batch_size, accumulation_steps)
+        needed = self._needed(micro_batch_size, accumulation_steps)
         largest = self._measured_sizes()[-1]
         doublings = max(0.0, float(np.log2(micro_batch_size / largest)))
         doubt = max(curve.doubt for curve in self._curves.values()) * max(0, micro_batch_size - largest)
-        return int(MIB + predicted * (MARGIN + MARGIN_PER_DOUBLING * doublings) + doubt)
+        return int(MIB + needed - predicted + needed * (MARGIN + MARGIN_PER_DOUBLING * doublings) + doubt)
 
     def fits(self, micro_batch_size: int, accumulation_steps: int, budget_bytes: int) -> bool:
         """Whether a step runs under a limit of `budget_bytes`: what was measured, else prediction and margin."""
@@ -274,7 +294,7 @@ class Profile:
             growth = (1 + size / measured[0]) / 2 if size > 2 * measured[0] else 1 + MARGIN
             return peak * growth + MIB <= budget_bytes
         steps = max(m.accumulation_steps for m in self.measurements)
-        return self.predict_peak_memory(size, steps) * (1 + MARGIN) + MIB <= budget_bytes
+        return self._needed(size, steps) * (1 + MARGIN) + MIB <= budget_bytes
 
     def _grows_at(self, size: int) -> bool:
         """Whether most of the peak is there because of the micro-batch."""

@@ -223,3 +223,28 @@ def test_repr_is_for_people():
         "Profile(device='CPU:0', memory_source='tensorflow allocator', memory_budget=none, "
         "measured_micro_batch_sizes=(1, 16))"
     )
+
+
+def crowded(limit_mib=117, sizes=(32, 64, 88, 98, 110)):
+    """Peaks of a step that is a line, under a limit: near it the allocator counts all there is, whatever the size."""
+    cost = {(m, k): step_cost(m, k, slope=0.64, accumulators=2) for m in sizes for k in (1, 2)}
+    peaks = {pair: peak if peak < 0.85 * limit_mib else 0.98 * limit_mib for pair, peak in cost.items()}
+    return [measured(m, k, peak, limit_mib=limit_mib) for (m, k), peak in peaks.items()]
+
+
+@pytest.mark.parametrize("steps", [1, 2, 4])
+def test_a_full_limit_says_nothing_of_larger_sizes(steps):
+    points = crowded()
+    truth = step_cost(180, steps, slope=0.64, accumulators=2) * MIB
+    assert profile_of(*points).predict_peak_memory(180, steps) == pytest.approx(truth, rel=0.01)
+    # The negative control: taken for what a step asks for, the same peaks mislead.
+    plain = [replace(point, memory_limit_bytes=None) for point in points]
+    assert profile_of(*plain).predict_peak_memory(180, steps) != pytest.approx(truth, rel=0.03)
+
+
+def test_what_was_taken_under_a_full_limit_is_needed_for_the_next_one():
+    """Nobody knows how much of it the step could have done without."""
+    profile = profile_of(*crowded())
+    assert profile.fits(110, 2, 117 * MIB)
+    assert not profile.fits(98, 2, 110 * MIB)
+    assert profile.predict_peak_memory(98, 2) < 0.98 * 117 * MIB
