@@ -151,12 +151,14 @@ class Searching(Answers):
         return None
 
     def _advice(self) -> list[str]:
+        fit_args, fit_kwargs = self._fit_arguments or ((), {})
         return advice(
             hyperparameters=[hp.name for hp in self.oracle.hyperparameters.space],
             effective_batch_sizes=self.effective_batch_sizes,
             learning_rate_scaling=self.learning_rate_scaling,
             batch_coupled_layers=self.batch_coupled_layers,
             searches_pairs=self.search_over == "pairs",
+            samples=results.count_samples(fit_args, fit_kwargs),
         )
 
     def _warn_of_an_edited_model(self, telling: Telling, profiler: Profiler) -> None:
