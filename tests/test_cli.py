@@ -2,11 +2,14 @@
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
 import textwrap
+import time
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -164,7 +167,7 @@ def test_ui_of_a_search_on_a_server_needs_no_command(tmp_path, capsys, monkeypat
         tracking_uri = "postgresql://me:hunter2@host/mlflow"
         ui_command = staticmethod(lambda port: f"mlflow ui --port {port}")
 
-    monkeypatch.setattr(ui.subprocess, "call", lambda command, env: started.append((command, env)) or 0)
+    monkeypatch.setattr(ui, "serve", lambda command, env: started.append((command, env)) or 0)
     monkeypatch.setattr(ui, "tracker_of", lambda options: Served)
     assert cli.main(["ui"]) == 0 and started == []
     assert capsys.readouterr().out == "Open http://127.0.0.1:1/#/experiments/1/runs\n"
@@ -179,6 +182,23 @@ def test_ui_of_a_search_on_a_server_needs_no_command(tmp_path, capsys, monkeypat
     assert command[-3:] == ["ui", "--port", "5017"] and "then open http" in printed
     assert environment["MLFLOW_BACKEND_STORE_URI"] == Local.tracking_uri, "with its password, which no one else sees"
     assert "hunter2" not in " ".join(command) + printed
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_the_ui_that_is_ended_takes_its_server_along(number, tmp_path):
+    """MLflow starts a server and waits for it; ended itself, it would leave the server behind."""
+    wait = "import time; time.sleep(60)"
+    server = f"import subprocess, sys; p = subprocess.Popen([sys.executable, '-c', {wait!r}]); print(p.pid); p.wait()"
+    command = [sys.executable, "-u", "-c", server]
+    script = f"import os\nfrom accumtune.commands.ui import serve\nserve({command!r}, os.environ)"
+    with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True) as process:
+        started = int(process.stdout.readline())
+        process.send_signal(number)
+        process.wait(timeout=50)
+    deadline = time.monotonic() + 20
+    while (status := Path(f"/proc/{started}/status")).exists() and "zombie" not in status.read_text():
+        assert time.monotonic() < deadline, "the server runs on"
+        time.sleep(0.1)
 
 
 def test_the_help_has_every_command_and_the_exit_codes(capsys):

@@ -24,6 +24,7 @@ FLOORS = [
     {"search"},
     {"commands"},
     {"cli"},
+    {"__main__"},
 ]
 
 

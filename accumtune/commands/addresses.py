@@ -8,6 +8,7 @@ import sys
 from typing import Any
 
 from accumtune.errors import DataError
+from accumtune.trials.notes import without_notes
 
 
 def load_object(address: str) -> Any:
@@ -20,7 +21,8 @@ def load_object(address: str) -> Any:
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
     try:
-        value: Any = importlib.import_module(module_name)
+        with without_notes():
+            value: Any = importlib.import_module(module_name)
         for part in name.split("."):
             value = getattr(value, part)
     except (ImportError, AttributeError, ValueError) as error:

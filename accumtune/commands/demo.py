@@ -11,6 +11,7 @@ from typing import Any
 import accumtune
 from accumtune.commands.options import add_command, add_json
 from accumtune.commands.searches import SEARCHES
+from accumtune.trials.notes import without_notes
 
 _PROJECT = "demo"
 
@@ -34,9 +35,11 @@ def run(options: argparse.Namespace) -> int:
     arguments += ["--overwrite"] if options.overwrite else []
     # -P: beside the copy in the wheel lie modules that are to be imported as accumtune's alone.
     command = [sys.executable, "-P", str(script()), *arguments]
+    with without_notes():
+        # With --json what the search prints is not what was asked for.
+        code = subprocess.call(command, stdout=sys.stderr if options.json else None)
     if not options.json:
-        return subprocess.call(command)
-    code = subprocess.call(command, stdout=sys.stderr)  # what is not asked for
+        return code
     if code == 0:
         print(Path(config).read_text())
     return code

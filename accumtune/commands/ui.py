@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import subprocess
 import sys
+from collections.abc import Mapping
 from typing import Any
 
 from accumtune.commands.options import add_command, add_json, add_search, add_tracking_uri, print_json
@@ -37,7 +39,16 @@ def run(options: argparse.Namespace) -> int:
     # The address, which may hold a password, by the environment: everyone can read a command line.
     environment = {**os.environ, "MLFLOW_BACKEND_STORE_URI": str(tracker.tracking_uri)}
     ui = [sys.executable, "-m", "mlflow", "ui", "--port", str(port)]
-    try:
-        return subprocess.call(ui, env=environment)
-    except KeyboardInterrupt:  # the user's way to end it
-        return 0
+    return serve(ui, environment)
+
+
+def serve(command: list[str], environment: Mapping[str, str]) -> int:
+    """Runs a server until it ends, Ctrl-C or SIGTERM, with all that it has started."""
+    # A group of its own: MLflow does not end the server that it starts when it is ended itself.
+    with subprocess.Popen(command, env=environment, start_new_session=True) as server:
+        signal.signal(signal.SIGTERM, lambda *_: os.killpg(server.pid, signal.SIGTERM))
+        try:
+            return server.wait()
+        except KeyboardInterrupt:  # the user's way to end it
+            os.killpg(server.pid, signal.SIGTERM)
+            return 0

@@ -1,6 +1,6 @@
 """What production imports: the best configuration of a search as a small, frozen, versioned value."""
 
 from accumtune.config.sources import load_config
-from accumtune.config.value import TrainingConfig
+from accumtune.config.training_config import TrainingConfig
 
 __all__ = ["TrainingConfig", "load_config"]

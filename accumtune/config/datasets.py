@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from accumtune.config.value import TrainingConfig
+from accumtune.config.value import ConfigValue
 from accumtune.errors import DataError
 
 
-def dataset(config: TrainingConfig, pipeline: Any, is_batched: bool | None) -> Any:
+def dataset(config: ConfigValue, pipeline: Any, is_batched: bool | None) -> Any:
     """See `TrainingConfig.dataset`."""
     from accumtune.trials.data import is_pipeline, is_tf_dataset
     from accumtune.trials.rebatch import rebatched

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from accumtune.config.production import batch_values
-from accumtune.config.value import TrainingConfig
+from accumtune.config.value import AnyConfig, ConfigValue
 from accumtune.config.versions import installed_versions
 from accumtune.errors import BatchSizeError, BudgetTooSmallError
 from accumtune.memory.budget import format_bytes, parse_budget
@@ -21,7 +21,7 @@ _SAME_SPEED = 0.02
 FREE_MEMORY_SHARE = 0.9
 
 
-def for_budget(config: TrainingConfig, budget: int | float | str, build_model: Any, x: Any, y: Any) -> TrainingConfig:
+def for_budget(config: AnyConfig, budget: int | float | str, build_model: Any, x: Any, y: Any) -> AnyConfig:
     """See `TrainingConfig.for_budget`."""
     from accumtune.trials import costs
     from accumtune.trials.profiling import current_backend
@@ -44,14 +44,14 @@ def for_budget(config: TrainingConfig, budget: int | float | str, build_model: A
     return moved
 
 
-def for_device(config: TrainingConfig, build_model: Any, x: Any, y: Any) -> TrainingConfig:
+def for_device(config: AnyConfig, build_model: Any, x: Any, y: Any) -> AnyConfig:
     """See `TrainingConfig.for_device`."""
     from accumtune.trials.device import free_device_memory_bytes
 
     return for_budget(config, int(FREE_MEMORY_SHARE * free_device_memory_bytes()), build_model, x, y)
 
 
-def for_replicas(config: TrainingConfig, replicas: int) -> TrainingConfig:
+def for_replicas(config: AnyConfig, replicas: int) -> AnyConfig:
     """See `TrainingConfig.for_replicas`."""
     effective = config.effective_batch_size
     is_count = isinstance(replicas, int) and not isinstance(replicas, bool) and replicas >= 1
@@ -78,7 +78,7 @@ def for_replicas(config: TrainingConfig, replicas: int) -> TrainingConfig:
     )
 
 
-def fitted(config: TrainingConfig, profile: Profile, budget_bytes: int, backend: str) -> TrainingConfig:
+def fitted(config: AnyConfig, profile: Profile, budget_bytes: int, backend: str) -> AnyConfig:
     """The same training with the fastest micro-batch that a profile says fits.
 
     Raises:
@@ -116,6 +116,6 @@ def divisors(number: int) -> list[int]:
     return [size for size in range(1, number + 1) if number % size == 0]
 
 
-def _share(config: TrainingConfig) -> int:
+def _share(config: ConfigValue) -> int:
     """What one replica trains of an effective batch."""
     return config.effective_batch_size // config.replicas

@@ -6,7 +6,7 @@ import warnings
 from typing import Any
 
 from accumtune.config.validation import BATCH_HYPERPARAMETERS
-from accumtune.config.value import TrainingConfig
+from accumtune.config.value import ConfigValue
 
 # Kept here for those who look for it where it was.
 from accumtune.config.versions import installed_versions
@@ -14,7 +14,7 @@ from accumtune.config.versions import installed_versions
 __all__ = ["build", "installed_versions"]
 
 
-def build(config: TrainingConfig, build_model: Any) -> Any:
+def build(config: ConfigValue, build_model: Any) -> Any:
     """See `TrainingConfig.build`."""
     import keras
     import keras_tuner
@@ -29,10 +29,17 @@ def build(config: TrainingConfig, build_model: Any) -> Any:
     hp = keras_tuner.HyperParameters()
     # Keras Tuner takes a value that is there already instead of a hyperparameter's default.
     hp.values.update(replayed_values(config, config.micro_batch_size))
-    return config.accumulate(builder_of(config, build_model).build_plain(hp))
+    return accumulate(config, builder_of(config, build_model).build_plain(hp))
 
 
-def builder_of(config: TrainingConfig, build_model: Any) -> Any:
+def accumulate(config: ConfigValue, model: Any) -> Any:
+    """See `TrainingConfig.accumulate`."""
+    from accumtune import accumulation
+
+    return accumulation.accumulate(model, micro_batch_size=config.micro_batch_size)
+
+
+def builder_of(config: ConfigValue, build_model: Any) -> Any:
     """What builds models as the search did."""
     from accumtune.trials.builder import ModelBuilder
 
@@ -43,7 +50,7 @@ def builder_of(config: TrainingConfig, build_model: Any) -> Any:
     )
 
 
-def replayed_values(config: TrainingConfig, micro_batch_size: int) -> dict[str, Any]:
+def replayed_values(config: ConfigValue, micro_batch_size: int) -> dict[str, Any]:
     """The hyperparameters' values that a build function is given."""
     return {**config.hyperparameters, **batch_values(micro_batch_size, config.effective_batch_size, config.replicas)}
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from accumtune.config.production import builder_of, replayed_values
-from accumtune.config.value import TrainingConfig
+from accumtune.config.value import ConfigValue
 from accumtune.errors import ConfigError, VerificationError
 from accumtune.memory.budget import format_bytes
 
@@ -53,7 +53,7 @@ class Reproduction:
 
 
 def reproduce(
-    config: TrainingConfig, build_model: Any, x: Any, y: Any, validation_data: Any, fit_arguments: Mapping[str, Any]
+    config: ConfigValue, build_model: Any, x: Any, y: Any, validation_data: Any, fit_arguments: Mapping[str, Any]
 ) -> Reproduction:
     """See `TrainingConfig.reproduce`."""
     import keras_tuner

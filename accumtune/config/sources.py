@@ -8,9 +8,10 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from accumtune.config.value import TrainingConfig
+from accumtune.config.stores import open_store, store_uris
+from accumtune.config.training_config import TrainingConfig
 from accumtune.errors import ConfigError
-from accumtune.tracking.uris import DEFAULT_TRACKING_URI, redacted, sqlite_path, without_credentials
+from accumtune.tracking.uris import redacted, without_credentials
 
 CONFIG_FILE = "best_config.json"
 _SOURCES = (
@@ -102,11 +103,15 @@ def _from_experiment(name: str, tracking_uri: str | None) -> TrainingConfig:
         client = open_store(uri)
         try:
             experiment = client.get_experiment_by_name(name)
-            runs = [] if experiment is None else client.search_runs(
-                [experiment.experiment_id],
-                "tags.`accumtune.kind` = 'search' and attributes.status = 'FINISHED'",
-                order_by=["attributes.start_time DESC"],
-                max_results=1,
+            runs = (
+                []
+                if experiment is None
+                else client.search_runs(
+                    [experiment.experiment_id],
+                    "tags.`accumtune.kind` = 'search' and attributes.status = 'FINISHED'",
+                    order_by=["attributes.start_time DESC"],
+                    max_results=1,
+                )
             )
         except Exception as error:
             faults.append(f"{without_credentials(uri)}: {_first_line(error)}")
@@ -129,38 +134,6 @@ def _download(client: Any, run_id: str, artifact: str) -> TrainingConfig:
                 "pass the search's (parent) run; `accumtune best SEARCH` prints its configuration.",
             ) from None
     return TrainingConfig.from_json(content, origin)
-
-
-def store_uris(tracking_uri: str | None) -> list[str]:
-    """Where to look: the given store alone, or MLflow's own setting, then accumtune's default."""
-    if tracking_uri is not None:
-        return [tracking_uri]
-    import mlflow
-
-    stores = [uri for uri in [mlflow.get_tracking_uri()] if uri and mlflow.is_tracking_uri_set()]
-    default = sqlite_path(DEFAULT_TRACKING_URI)
-    if not stores or (default is not None and default.exists()):
-        stores.append(DEFAULT_TRACKING_URI)
-    return list(dict.fromkeys(stores))
-
-
-def open_store(uri: str) -> Any:
-    """MLflow's client for a store.
-
-    Raises:
-        ConfigError: it is a database file that is not there.
-    """
-    path = sqlite_path(uri)
-    if path is not None and not path.exists():
-        # MLflow would make an empty database here, and then say that the run is not in it.
-        raise ConfigError(
-            f"There is no tracking store at {uri}.",
-            "the store that the search was tracked in",
-            'pass tracking_uri="sqlite:///<path>/mlflow.db", or run from the folder that holds mlruns/.',
-        )
-    from mlflow import MlflowClient
-
-    return MlflowClient(tracking_uri=uri, registry_uri=uri)
 
 
 def _not_found(what: str, faults: list[str]) -> ConfigError:

@@ -1,27 +1,14 @@
-"""A configuration as JSON would give it back, and as a person reads it."""
+"""A configuration as a person reads it."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from accumtune.config.value import ConfigValue
 from accumtune.memory.budget import format_bytes
 
-if TYPE_CHECKING:
-    from accumtune.config.value import TrainingConfig
 
-
-def plain(value: Any) -> Any:
-    """Copies, with NumPy's scalars and arrays as Python's and tuples as lists: what JSON would give back."""
-    if isinstance(value, Mapping):
-        return {str(name): plain(item) for name, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [plain(item) for item in value]
-    convert = getattr(value, "tolist", None) or getattr(value, "item", None)
-    return convert() if callable(convert) else value
-
-
-def described(config: TrainingConfig) -> list[str]:
+def described(config: ConfigValue) -> list[str]:
     """What a person wants to know of a configuration first, in parts of a line."""
     batch = f"{config.effective_batch_size} = {config.micro_batch_size} × {config.accumulation_steps}"
     if config.replicas > 1:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from accumtune.config.production import builder_of, replayed_values
-from accumtune.config.value import TrainingConfig
+from accumtune.config.value import ConfigValue
 from accumtune.config.versions import installed_versions
 from accumtune.errors import VerificationError
 from accumtune.memory.budget import format_bytes
@@ -43,7 +43,7 @@ class Verification:
         return "\n".join([*lines, *self.differences])
 
 
-def verify(config: TrainingConfig, build_model: Any, x: Any, y: Any, peak_tolerance: float) -> Verification:
+def verify(config: ConfigValue, build_model: Any, x: Any, y: Any, peak_tolerance: float) -> Verification:
     """See `TrainingConfig.verify`."""
     import keras_tuner
 
@@ -65,7 +65,7 @@ def verify(config: TrainingConfig, build_model: Any, x: Any, y: Any, peak_tolera
 
 
 def compared(
-    config: TrainingConfig, measured: Mapping[str, Any] | None, backend: str, peak_tolerance: float
+    config: ConfigValue, measured: Mapping[str, Any] | None, backend: str, peak_tolerance: float
 ) -> Verification:
     """What a configuration promised beside what it took here.
 
@@ -114,7 +114,7 @@ def compared(
     )
 
 
-def _differences(config: TrainingConfig, device: str | None, backend: str) -> list[str]:
+def _differences(config: ConfigValue, device: str | None, backend: str) -> list[str]:
     import keras
 
     policy = keras.config.dtype_policy().name
@@ -129,7 +129,7 @@ def _differences(config: TrainingConfig, device: str | None, backend: str) -> li
     return [f"{name}: {there[name]} in the search, {here[name]} here" for name in differing]
 
 
-def _budget_text(config: TrainingConfig) -> str:
+def _budget_text(config: ConfigValue) -> str:
     budget = config.memory_budget_bytes or config.peak_memory_bytes
     return repr(format_bytes(budget)) if budget else '"<budget>"'
 

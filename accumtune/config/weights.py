@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from accumtune.config.sources import open_store, store_uris
-from accumtune.config.value import TrainingConfig
+from accumtune.config.stores import open_store, store_uris
+from accumtune.config.value import ConfigValue
 from accumtune.errors import ConfigError
 from accumtune.tracking.journal import SEARCH_JOURNAL, read_search_journal
 from accumtune.tracking.uris import redacted, sqlite_path
@@ -21,7 +21,7 @@ _FIX = (
 )
 
 
-def load_weights(config: TrainingConfig, model: Any, source: Any, tracking_uri: str | None) -> Any:
+def load_weights(config: ConfigValue, model: Any, source: Any, tracking_uri: str | None) -> Any:
     """See `TrainingConfig.load_weights`."""
     with _found(config, source, tracking_uri) as file:
         try:
@@ -36,7 +36,7 @@ def load_weights(config: TrainingConfig, model: Any, source: Any, tracking_uri: 
 
 
 @contextlib.contextmanager
-def _found(config: TrainingConfig, source: Any, tracking_uri: str | None) -> Iterator[Path]:
+def _found(config: ConfigValue, source: Any, tracking_uri: str | None) -> Iterator[Path]:
     if source is not None:
         yield _in(Path(source), config)
         return
@@ -48,7 +48,7 @@ def _found(config: TrainingConfig, source: Any, tracking_uri: str | None) -> Ite
         yield _registered(config, tracking_uri, folder)
 
 
-def _in(place: Path, config: TrainingConfig) -> Path:
+def _in(place: Path, config: ConfigValue) -> Path:
     """The file itself; or the search's folder, in which the trial has one."""
     if place.is_dir():
         place = place / f"trial_{config.source.get('trial_id')}" / "checkpoint.weights.h5"
@@ -57,7 +57,7 @@ def _in(place: Path, config: TrainingConfig) -> Path:
     return _of_the_search(place, config)
 
 
-def _of_the_search(file: Path, config: TrainingConfig) -> Path:
+def _of_the_search(file: Path, config: ConfigValue) -> Path:
     """The file, if the folder around it is of no other search: one that was made anew has trials of the same names."""
     folder, search_id = file.parent.parent, config.source.get("search_id")
     if search_id and (folder / SEARCH_JOURNAL).exists():
@@ -67,7 +67,7 @@ def _of_the_search(file: Path, config: TrainingConfig) -> Path:
     return file
 
 
-def _registered(config: TrainingConfig, tracking_uri: str | None, folder: str) -> Path:
+def _registered(config: ConfigValue, tracking_uri: str | None, folder: str) -> Path:
     recorded = config.trial.get("weights")
     where = f"{recorded!r} is not on this machine" if recorded else "the configuration knows no file of them"
     try:
@@ -79,14 +79,14 @@ def _registered(config: TrainingConfig, tracking_uri: str | None, folder: str) -
     return file
 
 
-def _recorded_store(config: TrainingConfig) -> str | None:
+def _recorded_store(config: ConfigValue) -> str | None:
     """The store that the search was tracked in, unless it is a database file that another machine has."""
     uri = config.source.get("tracking_uri")
     path = sqlite_path(uri) if uri else None
     return uri if path is None or path.exists() else None
 
 
-def _downloaded(config: TrainingConfig, tracking_uri: str | None, folder: str) -> Path | None:
+def _downloaded(config: ConfigValue, tracking_uri: str | None, folder: str) -> Path | None:
     """The registered model of the search's run, which is the trial's, as Keras has saved it."""
     run_id, trial_id = config.source.get("run_id"), config.source.get("trial_id")
     for uri in store_uris(tracking_uri or _recorded_store(config)) if run_id else ():

@@ -12,6 +12,7 @@ def advice(
     learning_rate_scaling: str | None,
     batch_coupled_layers: Sequence[str],
     searches_pairs: bool,
+    samples: int | None = None,
 ) -> list[str]:
     """One sentence for each thing in the set-up that changes what the results mean.
 
@@ -21,6 +22,7 @@ def advice(
         learning_rate_scaling: as given to the tuner.
         batch_coupled_layers: of the models that the build function makes.
         searches_pairs: whether the micro-batch size is searched too.
+        samples: in the training data; None where that is not known.
     """
     texts = []
     if batch_coupled_layers:
@@ -35,6 +37,12 @@ def advice(
         texts.append(
             "The effective batch varies, but the learning rate is neither tuned nor scaled with it: large batches "
             "will look worse than they are (learning_rate_scaling='sqrt', or hp.Float('learning_rate', ...))."
+        )
+    whole = [size for size in effective_batch_sizes if samples is not None and size >= samples]
+    if len(whole) > 1:
+        texts.append(
+            f"The training data have {samples} samples, so effective batches {', '.join(map(str, whole))} are all the "
+            "same: one update per epoch with all of them (fewer accumulation_steps leave these out)."
         )
     return texts
 

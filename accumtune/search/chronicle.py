@@ -67,6 +67,16 @@ class Chronicle:
         """Sends the rest; what to tell the user, "" where everything has arrived."""
         return "" if self.tracker is None else self.tracker.stop()
 
+    @property
+    def ui_command(self) -> str:
+        """The command that opens the search in the MLflow UI."""
+        return "" if self.tracker is None else self.tracker.ui_command()
+
+    @property
+    def ui_address(self) -> str:
+        """Where the UI shows it, once the command runs."""
+        return "" if self.tracker is None else self.tracker.ui_address()
+
     # Answering
 
     def record(self) -> SearchRecord:

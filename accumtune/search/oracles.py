@@ -13,7 +13,7 @@ An oracle keeps its own class and algorithm; accumtune uses its public methods a
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from keras_tuner.engine.trial import TrialStatus
@@ -79,7 +79,10 @@ def tell_batch(oracle: Any, trial: Any, batch: Mapping[str, Any]) -> None:
 def end_completed(oracle: Any, trial: Any, metrics: dict[str, float], best_epoch: int) -> bool:
     """Tells the oracle a trial's metrics; False where the objective is NaN, which ends the trial as failed."""
     _register(oracle, trial.trial_id, metrics)
-    oracle.update_trial(trial.trial_id, metrics, step=best_epoch)
+    # NumPy warns of a metric that has only been NaN, as a noise scale can be; the journal keeps it.
+    objectives = _objective_names(oracle)
+    told = {name: value for name, value in metrics.items() if name in objectives or not math.isnan(value)}
+    oracle.update_trial(trial.trial_id, told, step=best_epoch)
     trial.status = TrialStatus.COMPLETED
     _end(oracle, trial)
     return bool(oracle.trials[trial.trial_id].status == TrialStatus.COMPLETED)
@@ -88,10 +91,15 @@ def end_completed(oracle: Any, trial: Any, metrics: dict[str, float], best_epoch
 def _register(oracle: Any, trial_id: str, metrics: Mapping[str, float]) -> None:
     """Tells Keras Tuner which way the other metrics go; it would make each of them on the device to find out."""
     known = oracle.trials[trial_id].metrics
-    objectives = getattr(oracle.objective, "name_to_direction", {oracle.objective.name})
+    objectives = _objective_names(oracle)
     for name in metrics:
         if name not in objectives and not known.exists(name) and (direction := metric_direction(name)):
             known.register(name, direction=direction)
+
+
+def _objective_names(oracle: Any) -> Collection[str]:
+    """One, or those that Keras Tuner's multi-objective adds up."""
+    return getattr(oracle.objective, "name_to_direction", {oracle.objective.name})
 
 
 def end_failed(oracle: Any, trial: Any, message: str) -> None:

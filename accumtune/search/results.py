@@ -134,6 +134,15 @@ def describe_data(fit_args: Sequence[Any], fit_kwargs: Mapping[str, Any]) -> dic
     return {"shapes": {"x": _shape(x), "y": _shape(y)}, "digest": data_digest(x, y)}
 
 
+def count_samples(fit_args: Sequence[Any], fit_kwargs: Mapping[str, Any]) -> int | None:
+    """How many the training has, where the data come as arrays and no share of them is for validation."""
+    x, _, _ = input_arguments(fit_args, fit_kwargs)
+    shape = _shape(x)
+    while isinstance(shape, dict) or (isinstance(shape, list) and shape and isinstance(shape[0], list)):
+        shape = next(iter(shape.values() if isinstance(shape, dict) else shape), None)
+    return shape[0] if shape and not fit_kwargs.get("validation_split") else None
+
+
 def _shape(tree: Any) -> Any:
     if tree is None or is_data_function(tree):
         return None

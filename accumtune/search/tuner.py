@@ -1,4 +1,4 @@
-"""A Keras Tuner tuner under a memory budget, with any oracle: the space, the search, and what it found."""
+"""A Keras Tuner tuner under a memory budget, with any oracle: what a user asks for, its space and its state."""
 
 from __future__ import annotations
 
@@ -9,17 +9,11 @@ from typing import Any, Literal
 
 import keras_tuner
 
-from accumtune.config import TrainingConfig
-from accumtune.config.production import installed_versions
-from accumtune.errors import AccumtuneError
-from accumtune.memory.budget import format_bytes, parse_budget
+from accumtune.memory.budget import parse_budget
 from accumtune.memory.device import memory_limit_environment
-from accumtune.search import carried, results, state
-from accumtune.search.advice import advice
-from accumtune.search.checks import check_choice, refuse_batch_size, refuse_missing_validation
-from accumtune.search.chronicle import Best, Chronicle
-from accumtune.search.display import Display
-from accumtune.search.edited import edited_model_warning
+from accumtune.search import state
+from accumtune.search.checks import check_choice
+from accumtune.search.chronicle import Chronicle
 from accumtune.search.feasibility import effective_batch_sizes
 from accumtune.search.hypermodel import (
     DEFAULT_ACCUMULATION_STEPS,
@@ -27,23 +21,15 @@ from accumtune.search.hypermodel import (
     AccumulationHyperModel,
 )
 from accumtune.search.processes import SearchProcesses
-from accumtune.search.pruning import Pruning
-from accumtune.search.registering import save_model_for_registry
-from accumtune.search.runner import SearchSettings, TrialRunner
-from accumtune.search.selection import Candidate, Policy
-from accumtune.search.session import SearchSession, StoppedAtOnce
-from accumtune.search.workers import command_to_resume, plan, refuse_chief_and_workers, resolve_pool
-from accumtune.tracking.lock import only_search, refuse_held
-from accumtune.tracking.records import SearchRecord
+from accumtune.search.searching import Searching, SearchOver
+from accumtune.search.workers import plan, refuse_chief_and_workers, resolve_pool
+from accumtune.tracking.lock import refuse_held
 from accumtune.trials.builder import ModelBuilder
-from accumtune.trials.devices import Places
-from accumtune.trials.directory import SearchDirectory, check_writable, clear_disk_errors
-from accumtune.trials.profiling import Profiler, check_sizes, current_backend
-
-SearchOver = Literal["auto", "effective_batch_size", "pairs"]
+from accumtune.trials.directory import SearchDirectory, check_writable
+from accumtune.trials.profiling import check_sizes, current_backend
 
 
-class Tuner(keras_tuner.Tuner):
+class Tuner(Searching):
     """A search for effective batch and hyperparameters under a memory budget, with any Keras Tuner oracle.
 
     The oracle searches the effective batch (every product of the two lists) beside the user's own hyperparameters;
@@ -194,182 +180,6 @@ class Tuner(keras_tuner.Tuner):
         if self.search_over == "pairs":
             space.Choice("micro_batch_size", list(self.micro_batch_sizes), ordered=True)
 
-    # Searching
-
-    def search(self, *fit_args: Any, **fit_kwargs: Any) -> None:
-        """Runs trials until `max_trials` have trained, each in a process of its own.
-
-        The same script run again after an interruption goes on where it was: completed trials are kept.
-
-        Args:
-            *fit_args, **fit_kwargs: what `model.fit` takes, without `batch_size`: `x`, `y`, `validation_data`,
-                `epochs`, `callbacks`, … Data are arrays (also dicts and tuples of arrays), a
-                `keras.utils.PyDataset`, or functions without arguments that return one of these or a
-                `tf.data.Dataset`. `verbose=0` prints nothing.
-
-        Raises:
-            UnsendableDataError: data or callbacks that cannot be sent to another process.
-            BudgetTooSmallError: no proposal fits the budget, not even with micro-batch 1.
-            SearchFailedError: `max_consecutive_failed_trials` trials failed one after another.
-            SearchDirectoryError: another process searches in this directory, or it cannot be written to.
-        """
-        refuse_batch_size(fit_kwargs)
-        refuse_missing_validation(self.oracle.objective.name, self.hypermodel.hypermodel, fit_kwargs)
-        verbose = fit_kwargs.pop("verbose", 1)
-        self.oracle.verbose = 0  # accumtune prints its own lines
-        objective = self.oracle.objective
-        display = Display(
-            objective.name, self.oracle.max_trials, 1 if verbose == "auto" else int(verbose),
-            direction=objective.direction, workers=self.workers,
-        )  # fmt: skip
-        self._fit_arguments = (fit_args, fit_kwargs)
-        folder = self._files.path
-        with clear_disk_errors(folder), only_search(folder), self._processes.sharing(self._payload()):
-            self.save()  # Keras Tuner itself saves after the first trial: too late for a kill during that one
-            is_first = self._begin(display)
-            status, reason, best, is_hurried = "failed", "", None, False
-            try:
-                with display:
-                    profiler = self._processes.profiler(display.probe)
-                    if not is_first:
-                        self._warn_of_an_edited_model(display, profiler)
-                    self._session(display, profiler).run()
-                best = self._chronicle.try_best(self._runs)
-                self._save_model(display, best)
-                status = "finished"
-            except KeyboardInterrupt as error:
-                is_hurried = isinstance(error, StoppedAtOnce)
-                status, reason = "interrupted", "stopped by the user (Ctrl-C)"
-                display.line(f"Interrupted; nothing is lost, run the same script again to go on: {command_to_resume()}")
-                raise
-            except Exception as error:
-                reason = str(error)
-                raise
-            finally:
-                self._processes.close()
-                self._end(display, status, reason, best, is_hurried)
-
-    def _session(self, display: Display, profiler: Profiler) -> SearchSession:
-        settings = SearchSettings(
-            memory_budget_bytes=self.memory_budget_bytes,
-            micro_batch_sizes=self.micro_batch_sizes,
-            searches_pairs=self.search_over == "pairs",
-            is_batch_coupled=bool(self.batch_coupled_layers),
-            executions_per_trial=self.executions_per_trial,
-            seed=self.oracle.seed,
-            objective_name=self.oracle.objective.name,
-            trial_timeout_seconds=self.trial_timeout_seconds,
-        )
-        runner = TrialRunner(
-            settings, self._files, self._processes.executor(), profiler, display.trial_started,
-            places=Places(self._places), pruning=self._pruning(),
-        )  # fmt: skip
-        return SearchSession(
-            self.oracle,
-            runner,
-            self._files,
-            display,
-            workers=self.workers,
-            memory_budget_bytes=self.memory_budget_bytes,
-        )
-
-    def _payload(self) -> dict[str, Any]:
-        """What the processes of trials and probes get."""
-        fit_args, fit_kwargs = self._fit_arguments or ((), {})
-        return {
-            "hypermodel": self.hypermodel,
-            "objective": self.oracle.objective,
-            "fit_args": tuple(fit_args),
-            "fit_kwargs": fit_kwargs,
-        }
-
-    def _pruning(self) -> Pruning | None:
-        """What stops hopeless trials; `OptunaSearch` has it."""
-        return None
-
-    def _begin(self, display: Display) -> bool:
-        """Writes down and tells what begins; whether it is the search's first session."""
-        is_first = self._chronicle.begin(self._description)
-        for text in self._mended:
-            display.line(text)
-        budget = "no memory budget" if self.memory_budget_bytes is None else format_bytes(self.memory_budget_bytes)
-        display.line(
-            f'Search "{self.project_name}": {type(self).__name__}, {budget}, effective batches '
-            f"{', '.join(map(str, self.effective_batch_sizes))}"
-        )
-        if self.workers > 1:
-            places = ", ".join(dict.fromkeys(place.description for place in self._places if place.description))
-            display.line(f"{self.workers} trials at once" + (f": {places}" if places else ""))
-        texts = advice(
-            hyperparameters=[hp.name for hp in self.oracle.hyperparameters.space],
-            effective_batch_sizes=self.effective_batch_sizes,
-            learning_rate_scaling=self.learning_rate_scaling,
-            batch_coupled_layers=self.batch_coupled_layers,
-            searches_pairs=self.search_over == "pairs",
-        )
-        self._chronicle.advise(texts, display.line)
-        self._chronicle.start_tracking()
-        return is_first
-
-    def _warn_of_an_edited_model(self, display: Display, profiler: Profiler) -> None:
-        if not self._processes.is_local:  # another machine has another device
-            return
-        # After a kill the journals may know a trial that the oracle does not.
-        known = [trial for trial in self.record().trials if trial.trial_id in self.oracle.trials]
-        text = edited_model_warning(known, self._space_of, profiler.inspect)
-        self._chronicle.advise([] if text is None else [text], display.line)
-
-    def _space_of(self, trial_id: str) -> dict[str, Any]:
-        return dict(self.oracle.get_trial(trial_id).hyperparameters.get_config())
-
-    def _description(self) -> dict[str, Any]:
-        objective = self.oracle.objective
-        fit_args, fit_kwargs = self._fit_arguments or ((), {})
-        return {
-            "name": self.project_name,
-            "objective": {"name": objective.name, "direction": objective.direction},
-            "memory_budget_bytes": self.memory_budget_bytes,
-            "micro_batch_sizes": self.micro_batch_sizes,
-            "accumulation_steps": self.accumulation_steps,
-            "search_over": self.search_over,
-            "batch_coupled_layers": self.batch_coupled_layers,
-            "learning_rate_scaling": self.learning_rate_scaling,
-            "base_effective_batch_size": self.base_effective_batch_size,
-            "tuner": type(self).__name__,
-            "max_trials": self.oracle.max_trials,
-            "backend": self._backend,
-            "versions": installed_versions(),
-            "fit": carried.describe_fit(fit_kwargs, self.hypermodel.hypermodel, self._compiled_with),
-            "data": {"name": self.project_name, **results.describe_data(fit_args, fit_kwargs)},
-        }
-
-    def _end(self, display: Display, status: str, reason: str, best: Best | None, is_hurried: bool) -> None:
-        try:
-            self._chronicle.end(status, reason)
-            self.save()
-            if is_hurried:
-                self._chronicle.tracker = None  # what MLflow lacks comes with the next session, or `accumtune sync`
-                return
-            self._chronicle.write_report(best)
-        finally:
-            message = self._chronicle.stop_tracking()
-            if message:
-                display.line(message)
-        if self.ui_address:
-            command = f"\n  once this runs: {self.ui_command}" if self.ui_command else ""
-            display.line(f"Browse it: {self.ui_address}{command}")
-
-    def _save_model(self, display: Display, best: Best | None) -> None:
-        if best is None or not self.register_as or self.tracking_uri is False:
-            return
-        trial_id = best[0].candidate.trial_id
-        try:
-            save_model_for_registry(
-                self._files, self._processes.executor(), self._payload(), trial_id, self.register_as
-            )
-        except AccumtuneError as error:  # what the search has found does not depend on it
-            display.line(f"The best model is not registered as {self.register_as!r}: {error}")
-
     # Keras Tuner's state
 
     def save(self) -> None:
@@ -383,73 +193,3 @@ class Tuner(keras_tuner.Tuner):
     def set_state(self, saved: dict[str, Any]) -> None:
         self.search_over = saved.get("search_over", self.search_over)
         self.batch_coupled_layers = saved.get("batch_coupled_layers", [])
-
-    # Results
-
-    def record(self) -> SearchRecord:
-        """The search as its journals tell it, trials included."""
-        return self._chronicle.record()
-
-    def candidates(self) -> list[Candidate]:
-        """Every trained configuration within the budget, and the other micro-batches of its effective batch.
-
-        Those are marked `is_trained=False`: same training, with predicted memory and speed.
-        """
-        return self._chronicle.candidates()
-
-    def pareto_front(self) -> list[Candidate]:
-        """The candidates that no other beats in objective, peak memory and throughput, best objective first."""
-        return self._chronicle.pareto_front()
-
-    def get_best_config(self, policy: Policy = "quality", tolerance: float = 0.01) -> TrainingConfig:
-        """The configuration to train with.
-
-        One that was not trained in its own micro-batch is run for a few updates under the budget first, once; where it
-        does not hold, the next best is taken. That needs the data of a `search()` in this process.
-
-        Args:
-            policy: `"quality"` (best objective within the tolerance, then fastest, then smallest), `"memory"`,
-                `"throughput"`, `"balanced"`, or a function from candidates to one of them.
-            tolerance: differences of the objective below this share are taken for noise.
-
-        Returns:
-            A `TrainingConfig`; its `reason` says in one sentence why it won.
-
-        Raises:
-            NoResultError: no trial has completed within the budget.
-        """
-        runs = None if self._fit_arguments is None else self._runs
-        return self._chronicle.config(self._chronicle.choose(policy, tolerance, runs))
-
-    def _runs(self, candidate: Candidate) -> bool:
-        signature = next(it.signature for it in self.record().trials if it.trial_id == candidate.trial_id) or ""
-        return self._processes.runs(candidate, self._space_of(candidate.trial_id), signature, self._payload())
-
-    def results_summary(self, num_trials: int = 10) -> None:
-        """Prints the candidates, best first; the Pareto front is marked."""
-        print(self._chronicle.summary(num_trials))
-
-    def get_best_hyperparameters(self, num_trials: int = 1) -> list[Any]:
-        """Keras Tuner's, without its padding by failed trials."""
-        return [trial.hyperparameters for trial in self._best_trials(num_trials)]
-
-    def get_best_models(self, num_models: int = 1) -> list[Any]:
-        """Models with the weights of their best epoch, accumulating as they were trained."""
-        return [self.load_model(trial) for trial in self._best_trials(num_models)]
-
-    def _best_trials(self, count: int) -> list[Any]:
-        completed = [t for t in self.oracle.trials.values() if t.status == "COMPLETED"]
-        reused = {trial.trial_id for trial in self.record().with_status("reused")}
-        trained = [trial for trial in completed if trial.trial_id not in reused]
-        direction = self.oracle.objective.direction
-        return sorted(trained, key=lambda trial: trial.score, reverse=direction == "max")[:count]
-
-    @property
-    def ui_command(self) -> str:
-        """The command that opens this search in the MLflow UI."""
-        return "" if self._chronicle.tracker is None else self._chronicle.tracker.ui_command()
-
-    @property
-    def ui_address(self) -> str:
-        """Where the UI shows this search, once the command runs."""
-        return "" if self._chronicle.tracker is None else self._chronicle.tracker.ui_address()

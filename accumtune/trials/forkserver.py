@@ -32,6 +32,7 @@ from pathlib import Path
 from typing import Any
 
 from accumtune.trials.devices import apply_threads
+from accumtune.trials.notes import without_notes
 
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
@@ -186,7 +187,7 @@ def main() -> None:
     connection.set_inheritable(False)
     for module in sys.argv[2].split(","):
         try:
-            with warnings.catch_warnings():
+            with warnings.catch_warnings(), without_notes():
                 warnings.simplefilter("ignore")
                 importlib.import_module(module)
         except ImportError:

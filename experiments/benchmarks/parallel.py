@@ -37,8 +37,9 @@ import accumtune  # noqa: E402
 from accumtune.memory.profile import Measurement, Profile  # noqa: E402
 from accumtune.search import state  # noqa: E402
 from accumtune.search.display import Display  # noqa: E402
-from accumtune.search.runner import SearchSettings, TrialRunner  # noqa: E402
+from accumtune.search.runner import TrialRunner  # noqa: E402
 from accumtune.search.session import SearchSession  # noqa: E402
+from accumtune.search.settings import SearchSettings  # noqa: E402
 from accumtune.tracking.journal import Journal, read_search  # noqa: E402
 from accumtune.trials.devices import Place, Places  # noqa: E402
 from accumtune.trials.directory import SearchDirectory, TaskDirectory  # noqa: E402

@@ -15,8 +15,9 @@ from accumtune.errors import SearchDirectoryError
 from accumtune.memory.profile import Measurement, Profile
 from accumtune.search import state
 from accumtune.search.display import Display
-from accumtune.search.runner import SearchSettings, TrialRunner
+from accumtune.search.runner import TrialRunner
 from accumtune.search.session import SearchSession
+from accumtune.search.settings import SearchSettings
 from accumtune.tracking.journal import Journal, read_search
 from accumtune.trials import directory as directories
 from accumtune.trials.directory import SearchDirectory

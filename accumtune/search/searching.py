@@ -1,0 +1,212 @@
+"""One search from its first line to its last: the trials between, and an end that is told whatever happens."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Literal
+
+from accumtune.config.production import installed_versions
+from accumtune.errors import AccumtuneError
+from accumtune.search import carried, results
+from accumtune.search.advice import advice
+from accumtune.search.answers import Answers
+from accumtune.search.checks import refuse_batch_size, refuse_missing_validation
+from accumtune.search.chronicle import Best
+from accumtune.search.display import Display
+from accumtune.search.edited import edited_model_warning
+from accumtune.search.processes import SearchProcesses
+from accumtune.search.pruning import Pruning
+from accumtune.search.registering import save_model_for_registry
+from accumtune.search.runner import TrialRunner
+from accumtune.search.selection import Candidate
+from accumtune.search.session import SearchSession, StoppedAtOnce
+from accumtune.search.settings import SearchSettings
+from accumtune.search.telling import Telling, greeting
+from accumtune.search.workers import command_to_resume
+from accumtune.tracking.lock import only_search
+from accumtune.trials.devices import Place, Places
+from accumtune.trials.directory import SearchDirectory, clear_disk_errors
+from accumtune.trials.profiling import Profiler
+
+SearchOver = Literal["auto", "effective_batch_size", "pairs"]
+
+
+class Searching(Answers):
+    """A tuner that searches: what `Tuner` was asked for, in processes of their own, with everything written down."""
+
+    memory_budget_bytes: int | None
+    micro_batch_sizes: tuple[int, ...]
+    accumulation_steps: tuple[int, ...]
+    effective_batch_sizes: tuple[int, ...]
+    learning_rate_scaling: str | None
+    base_effective_batch_size: int
+    search_over: SearchOver
+    batch_coupled_layers: list[str]
+    trial_timeout_seconds: float | None
+    workers: int
+    register_as: str | None
+    tracking_uri: str | None | Literal[False]
+    _backend: str
+    _compiled_with: dict[str, Any]
+    _files: SearchDirectory
+    _mended: list[str]
+    _places: list[Place]
+    _processes: SearchProcesses
+    # Of the last call of `search`.
+    _fit_arguments: tuple[tuple[Any, ...], dict[str, Any]] | None
+
+    def search(self, *fit_args: Any, **fit_kwargs: Any) -> None:
+        """Runs trials until `max_trials` have trained, each in a process of its own.
+
+        The same script run again after an interruption goes on where it was: completed trials are kept.
+
+        Args:
+            *fit_args, **fit_kwargs: what `model.fit` takes, without `batch_size`: `x`, `y`, `validation_data`,
+                `epochs`, `callbacks`, … Data are arrays (also dicts and tuples of arrays), a
+                `keras.utils.PyDataset`, or functions without arguments that return one of these or a
+                `tf.data.Dataset`. `verbose=0` prints nothing.
+
+        Raises:
+            UnsendableDataError: data or callbacks that cannot be sent to another process.
+            BudgetTooSmallError: no proposal fits the budget, not even with micro-batch 1.
+            SearchFailedError: `max_consecutive_failed_trials` trials failed one after another.
+            SearchDirectoryError: another process searches in this directory, or it cannot be written to.
+        """
+        refuse_batch_size(fit_kwargs)
+        refuse_missing_validation(self.oracle.objective.name, self.hypermodel.hypermodel, fit_kwargs)
+        verbose = fit_kwargs.pop("verbose", 1)
+        self.oracle.verbose = 0  # accumtune prints its own lines
+        objective = self.oracle.objective
+        display = Display(
+            objective.name, self.oracle.max_trials, 1 if verbose == "auto" else int(verbose),
+            direction=objective.direction, workers=self.workers,
+        )  # fmt: skip
+        self._fit_arguments = (fit_args, fit_kwargs)
+        telling = Telling(self._chronicle, display)
+        lines = greeting(
+            self.project_name, type(self).__name__, self.memory_budget_bytes, self.effective_batch_sizes, self._places
+        )
+        folder = self._files.path
+        with clear_disk_errors(folder), only_search(folder), self._processes.sharing(self._payload()):
+            self.save()  # Keras Tuner itself saves after the first trial: too late for a kill during that one
+            is_first = telling.begin(self._description, [*self._mended, *lines], self._advice())
+            status, reason, best, is_hurried = "failed", "", None, False
+            try:
+                with display:
+                    profiler = self._processes.profiler(display.probe)
+                    if not is_first:
+                        self._warn_of_an_edited_model(telling, profiler)
+                    self._session(display, profiler).run()
+                best = self._chronicle.try_best(self._trial_run())
+                self._save_model(display, best)
+                status = "finished"
+            except KeyboardInterrupt as error:
+                is_hurried = isinstance(error, StoppedAtOnce)
+                status, reason = "interrupted", "stopped by the user (Ctrl-C)"
+                display.line(f"Interrupted; nothing is lost, run the same script again to go on: {command_to_resume()}")
+                raise
+            except Exception as error:
+                reason = str(error)
+                raise
+            finally:
+                self._processes.close()
+                telling.end(status, reason, best, self.save, is_hurried=is_hurried)
+
+    def _session(self, display: Display, profiler: Profiler) -> SearchSession:
+        settings = SearchSettings(
+            memory_budget_bytes=self.memory_budget_bytes,
+            micro_batch_sizes=self.micro_batch_sizes,
+            searches_pairs=self.search_over == "pairs",
+            is_batch_coupled=bool(self.batch_coupled_layers),
+            executions_per_trial=self.executions_per_trial,
+            seed=self.oracle.seed,
+            objective_name=self.oracle.objective.name,
+            trial_timeout_seconds=self.trial_timeout_seconds,
+        )
+        runner = TrialRunner(
+            settings, self._files, self._processes.executor(), profiler, display.trial_started,
+            places=Places(self._places), pruning=self._pruning(),
+        )  # fmt: skip
+        return SearchSession(
+            self.oracle,
+            runner,
+            self._files,
+            display,
+            workers=self.workers,
+            memory_budget_bytes=self.memory_budget_bytes,
+        )
+
+    def _payload(self) -> dict[str, Any]:
+        """What the processes of trials and probes get."""
+        fit_args, fit_kwargs = self._fit_arguments or ((), {})
+        return {
+            "hypermodel": self.hypermodel,
+            "objective": self.oracle.objective,
+            "fit_args": tuple(fit_args),
+            "fit_kwargs": fit_kwargs,
+        }
+
+    def _pruning(self) -> Pruning | None:
+        """What stops hopeless trials; `OptunaSearch` has it."""
+        return None
+
+    def _advice(self) -> list[str]:
+        fit_args, fit_kwargs = self._fit_arguments or ((), {})
+        return advice(
+            hyperparameters=[hp.name for hp in self.oracle.hyperparameters.space],
+            effective_batch_sizes=self.effective_batch_sizes,
+            learning_rate_scaling=self.learning_rate_scaling,
+            batch_coupled_layers=self.batch_coupled_layers,
+            searches_pairs=self.search_over == "pairs",
+            samples=results.count_samples(fit_args, fit_kwargs),
+        )
+
+    def _warn_of_an_edited_model(self, telling: Telling, profiler: Profiler) -> None:
+        if not self._processes.is_local:  # another machine has another device
+            return
+        # After a kill the journals may know a trial that the oracle does not.
+        known = [trial for trial in self.record().trials if trial.trial_id in self.oracle.trials]
+        text = edited_model_warning(known, self._space_of, profiler.inspect)
+        telling.advise([] if text is None else [text])
+
+    def _space_of(self, trial_id: str) -> dict[str, Any]:
+        return dict(self.oracle.get_trial(trial_id).hyperparameters.get_config())
+
+    def _description(self) -> dict[str, Any]:
+        objective = self.oracle.objective
+        fit_args, fit_kwargs = self._fit_arguments or ((), {})
+        return {
+            "name": self.project_name,
+            "objective": {"name": objective.name, "direction": objective.direction},
+            "memory_budget_bytes": self.memory_budget_bytes,
+            "micro_batch_sizes": self.micro_batch_sizes,
+            "accumulation_steps": self.accumulation_steps,
+            "search_over": self.search_over,
+            "batch_coupled_layers": self.batch_coupled_layers,
+            "learning_rate_scaling": self.learning_rate_scaling,
+            "base_effective_batch_size": self.base_effective_batch_size,
+            "tuner": type(self).__name__,
+            "max_trials": self.oracle.max_trials,
+            "backend": self._backend,
+            "versions": installed_versions(),
+            "fit": carried.describe_fit(fit_kwargs, self.hypermodel.hypermodel, self._compiled_with),
+            "data": {"name": self.project_name, **results.describe_data(fit_args, fit_kwargs)},
+        }
+
+    def _save_model(self, display: Display, best: Best | None) -> None:
+        if best is None or not self.register_as or self.tracking_uri is False:
+            return
+        trial_id = best[0].candidate.trial_id
+        try:
+            save_model_for_registry(
+                self._files, self._processes.executor(), self._payload(), trial_id, self.register_as
+            )
+        except AccumtuneError as error:  # what the search has found does not depend on it
+            display.line(f"The best model is not registered as {self.register_as!r}: {error}")
+
+    def _trial_run(self) -> Callable[[Candidate], bool] | None:
+        return None if self._fit_arguments is None else self._runs
+
+    def _runs(self, candidate: Candidate) -> bool:
+        signature = next(it.signature for it in self.record().trials if it.trial_id == candidate.trial_id) or ""
+        return self._processes.runs(candidate, self._space_of(candidate.trial_id), signature, self._payload())
