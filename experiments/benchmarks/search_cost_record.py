@@ -13,6 +13,7 @@ from __future__ import annotations
 import itertools
 import math
 import os
+import statistics
 import sys
 import tempfile
 import time
@@ -25,6 +26,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from search_cost_tasks import MIB, OURS, STOCK, TRAINED, Cost, Record, Trained
 
 from accumtune.memory.device import memory_limit_environment
+from accumtune.trials.builder import ModelBuilder
 from accumtune.trials.directory import TaskDirectory
 from accumtune.trials.executors import LocalExecutor, Outcome
 from accumtune.trials.payload import dump_payload
@@ -131,6 +133,30 @@ def costs(task: Trained, children: Children) -> tuple[dict[tuple[str, int, int],
     return found, {side: sorted(values)[len(values) // 2] for side, values in first.items()}
 
 
+def seconds_of_a_probe_without_memory(task: Trained, budget: int, folder: Path) -> float:
+    """How long accumtune's own probe takes until it is known that its size does not fit: the median of three."""
+    width, micro = max(task.space.widths), max(task.space.micro_batch_sizes)
+    builder = ModelBuilder(lambda hp: task.build(1e-3, width, None))
+    x, y, *_ = task.load()
+    payload = folder / "probed" / "payload.pkl"
+    dump_payload({"hypermodel": builder, "fit_args": (), "fit_kwargs": {"x": x, "y": y}}, payload)
+    seconds = []
+    with LocalExecutor("tensorflow") as executor:
+        for number in range(4):  # the first starts the server that forks the others
+            directory = TaskDirectory(folder / f"probe_{number}")
+            directory.write_task("probe", {
+                "payload": str(payload), "hyperparameters": {"space": [], "values": {}},
+                "memory_budget_bytes": budget, "micro_batch_size": micro, "accumulation_steps": [1, 2],
+            })  # fmt: skip
+            started = time.monotonic()
+            environment = memory_limit_environment("tensorflow", budget)
+            outcome = executor.submit(directory, environment, is_memory_limited=True).result()
+            seconds.append(time.monotonic() - started)
+            if not outcome.is_completed or outcome.result["measurements"][0]["peak_memory_bytes"] is not None:
+                raise SystemExit(f"{task.name}: micro-batch {micro} was to run out of memory: {outcome}")
+    return statistics.median(seconds[1:])
+
+
 def record(task: Trained) -> Record:
     with tempfile.TemporaryDirectory() as folder:
         children = Children(Path(folder))
@@ -144,13 +170,15 @@ def record(task: Trained) -> Record:
             )  # fmt: skip
             print(f"{task.name}: budget {budget / MIB:.0f} MiB, out of memory after {seconds:.1f} s: {outcome.status}")
             _, empty = children.call(str)
+            probe_seconds = seconds_of_a_probe_without_memory(task, budget, Path(folder))
         finally:
             children.executor.close()
     starts[OURS] += empty  # the process itself
     x, *_ = task.load()
     return Record(
-        task.name, task.space, len(x), task.epochs, task.max_trials, budget, grid(task), found, starts, seconds
-    )
+        task.name, task.space, len(x), task.epochs, task.max_trials, budget, grid(task), found, starts, seconds,
+        probe_seconds,
+    )  # fmt: skip
 
 
 def main() -> None:
