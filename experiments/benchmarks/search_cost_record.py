@@ -13,7 +13,6 @@ from __future__ import annotations
 import itertools
 import math
 import os
-import statistics
 import sys
 import tempfile
 import time
@@ -133,28 +132,36 @@ def costs(task: Trained, children: Children) -> tuple[dict[tuple[str, int, int],
     return found, {side: sorted(values)[len(values) // 2] for side, values in first.items()}
 
 
-def seconds_of_a_probe_without_memory(task: Trained, budget: int, folder: Path) -> float:
-    """How long accumtune's own probe takes until it is known that its size does not fit: the median of three."""
+def own_processes(task: Trained, budget: int, folder: Path) -> tuple[float, float]:
+    """Seconds that accumtune's own processes take: to inspect a model, and to see that a size does not fit.
+
+    The least of several: the machine is not ours alone.
+    """
     width, micro = max(task.space.widths), max(task.space.micro_batch_sizes)
     builder = ModelBuilder(lambda hp: task.build(1e-3, width, None))
     x, y, *_ = task.load()
-    payload = folder / "probed" / "payload.pkl"
+    payload = folder / "own" / "payload.pkl"
     dump_payload({"hypermodel": builder, "fit_args": (), "fit_kwargs": {"x": x, "y": y}}, payload)
-    seconds = []
+    model = {"payload": str(payload), "hyperparameters": {"space": [], "values": {}}}
+    probe = {"memory_budget_bytes": budget, "micro_batch_size": micro, "accumulation_steps": [1, 2]}
+
+    def run(name: str, arguments: dict[str, Any], limit_bytes: int | None = None) -> tuple[Outcome, float]:
+        directory = TaskDirectory(folder / f"{name}_{time.monotonic_ns()}")
+        directory.write_task(name, model | arguments)
+        started = time.monotonic()
+        environment = memory_limit_environment("tensorflow", limit_bytes)
+        outcome = executor.submit(directory, environment, is_memory_limited=limit_bytes is not None).result()
+        if not outcome.is_completed:
+            raise SystemExit(f"{task.name}: {name}: {outcome.reason}\n{outcome.traceback}")
+        return outcome, time.monotonic() - started
+
     with LocalExecutor("tensorflow") as executor:
-        for number in range(4):  # the first starts the server that forks the others
-            directory = TaskDirectory(folder / f"probe_{number}")
-            directory.write_task("probe", {
-                "payload": str(payload), "hyperparameters": {"space": [], "values": {}},
-                "memory_budget_bytes": budget, "micro_batch_size": micro, "accumulation_steps": [1, 2],
-            })  # fmt: skip
-            started = time.monotonic()
-            environment = memory_limit_environment("tensorflow", budget)
-            outcome = executor.submit(directory, environment, is_memory_limited=True).result()
-            seconds.append(time.monotonic() - started)
-            if not outcome.is_completed or outcome.result["measurements"][0]["peak_memory_bytes"] is not None:
-                raise SystemExit(f"{task.name}: micro-batch {micro} was to run out of memory: {outcome}")
-    return statistics.median(seconds[1:])
+        run("inspect", {})  # the first starts the server that forks the others
+        inspect_seconds = min(run("inspect", {})[1] for _ in range(5))
+        probes = [run("probe", probe, budget) for _ in range(3)]
+    if any(outcome.result["measurements"][0]["peak_memory_bytes"] is not None for outcome, _ in probes):
+        raise SystemExit(f"{task.name}: micro-batch {micro} was to run out of memory")
+    return inspect_seconds, min(seconds for _, seconds in probes)
 
 
 def record(task: Trained) -> Record:
@@ -170,14 +177,14 @@ def record(task: Trained) -> Record:
             )  # fmt: skip
             print(f"{task.name}: budget {budget / MIB:.0f} MiB, out of memory after {seconds:.1f} s: {outcome.status}")
             _, empty = children.call(str)
-            probe_seconds = seconds_of_a_probe_without_memory(task, budget, Path(folder))
+            inspect_seconds, probe_seconds = own_processes(task, budget, Path(folder))
         finally:
             children.executor.close()
     starts[OURS] += empty  # the process itself
     x, *_ = task.load()
     return Record(
         task.name, task.space, len(x), task.epochs, task.max_trials, budget, grid(task), found, starts, seconds,
-        probe_seconds,
+        probe_seconds, inspect_seconds,
     )  # fmt: skip
 
 

@@ -145,13 +145,13 @@ class RecordedExecutor:
         pass
 
     def discover(self, directory: Any, payload: str) -> Outcome:
-        self.run.spend(self.record.start_seconds[OURS])
+        self.run.spend(self.record.inspect_seconds)
         hp = keras_tuner.HyperParameters()
         self.record.space.declare(hp)
         return Outcome("completed", {"hyperparameters": hp.get_config(), "batch_coupled_layers": []})
 
     def inspect(self, directory: Any, payload: str, hyperparameters: Any) -> Outcome:
-        self.run.spend(self.record.start_seconds[OURS])
+        self.run.spend(self.record.inspect_seconds)
         facts = {
             "signature": f"width_{hyperparameters['values']['width']}", "device": "CPU", "static_bytes": 0,
             "sample_bytes": 0, "batch_coupled_layers": [], "precision_policy": "float32", "sample_shapes": None,

@@ -74,6 +74,7 @@ class Record:
         start_seconds: of a trial beside training, by side: process, building, tracing, reporting.
         out_of_memory_seconds: what a trial takes that runs out of memory, its start included.
         probe_out_of_memory_seconds: what a probe takes that does: it is ended when it is seen to wait for memory.
+        inspect_seconds: of a process that builds a model and describes it, without training.
     """
 
     name: str
@@ -87,6 +88,7 @@ class Record:
     start_seconds: dict[str, float]
     out_of_memory_seconds: float
     probe_out_of_memory_seconds: float
+    inspect_seconds: float
     loss_of: Callable[[int, float, int], tuple[float, ...]] | None = None
 
     def curve(self, effective: int, rate: float, width: int) -> tuple[float, ...]:
@@ -274,7 +276,7 @@ def made_record(name: str) -> Record:
     return Record(
         name, _MADE_SPACE, _MADE_SAMPLES, _MADE_EPOCHS, max_trials=45, memory_budget_bytes=16 * MIB, losses={},
         costs=costs, start_seconds={OURS: 1.5, STOCK: 1.0}, out_of_memory_seconds=11.0,
-        probe_out_of_memory_seconds=3.7, loss_of=loss_of,
+        probe_out_of_memory_seconds=3.7, inspect_seconds=0.5, loss_of=loss_of,
     )  # fmt: skip
 
 

@@ -96,15 +96,15 @@ def main() -> None:
     options = parser.parse_args()
     tasks = [name for task in options.tasks for name in (MADE if task == "made" else [task])]
     names = [PLAIN, *options.variants]
-    jobs = [(task, name, seed) for task in tasks for name in names for seed in range(options.seeds)]
+    jobs = [(task, name, seed) for task in tasks for name in names for seed in range(1, options.seeds + 1)]
     with ProcessPoolExecutor(options.processes) as pool:
         found = dict(zip(jobs, pool.map(needed, *zip(*jobs, strict=True)), strict=True))
     rows = []
     print(f"{'task':<20}{'variant':<12}{'met':>6}{'presentations':>15}{'wall time':>11}   OptunaSearch / variant")
     for task in tasks:
         for name in names:
-            runs = [found[task, name, seed] for seed in range(options.seeds)]
-            plain = [found[task, PLAIN, seed] for seed in range(options.seeds)]
+            runs = [found[task, name, seed] for seed in range(1, options.seeds + 1)]
+            plain = [found[task, PLAIN, seed] for seed in range(1, options.seeds + 1)]
             gains = [
                 statistics.median(one[column] / other[column] for one, other in zip(plain, runs, strict=True))
                 for column in (1, 2)

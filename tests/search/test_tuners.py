@@ -69,6 +69,17 @@ def test_a_search_trains_different_things_within_the_budget_and_resumes(tmp_path
         assert sum(event["event"] == "started" for event in Journal(trial.folder / "journal.jsonl").events()) == 1
 
 
+def test_seed_zero_is_a_seed(tmp_path):
+    """Keras Tuner takes it for none."""
+    tuners = [make(tmp_path, kind, seed=0, project_name=f"{kind.__name__}{number}")
+              for kind in (accumtune.RandomSearch, accumtune.OptunaSearch) for number in range(2)]  # fmt: skip
+    assert len({tuner.oracle.seed for tuner in tuners}) == 1
+    proposals = [tuner.oracle.create_trial("tuner0").hyperparameters.values for tuner in tuners]
+    assert proposals[0] == proposals[1] and proposals[2] == proposals[3]
+    stock = [keras_tuner.oracles.RandomSearchOracle(objective="val_loss", seed=0) for _ in range(5)]
+    assert len({oracle.seed for oracle in stock}) > 1
+
+
 def test_data_are_read_from_disk_and_do_not_stay_there(tmp_path):
     search(make(tmp_path, max_trials=1))
     assert not (tmp_path / "search" / "data").exists()
