@@ -230,12 +230,24 @@ def test_models_too_large_for_the_budget_are_replaced_and_do_not_count(tmp_path)
         assert trial.hyperparameters["width"] == 2**20 and "micro-batch 1" in trial.reason
 
 
-def test_a_budget_in_which_nothing_fits(tmp_path):
+@pytest.mark.parametrize("kind", [accumtune.RandomSearch, accumtune.GridSearch])
+def test_a_budget_in_which_nothing_fits(tmp_path, kind):
     def build(hp):
         return dense(width=2**20)
 
     with pytest.raises(errors.BudgetTooSmallError, match="16.0 MiB"):
-        search(make(tmp_path, build=build))
+        search(make(tmp_path, kind, build=build))
+
+
+def test_a_grid_that_begins_with_what_does_not_fit_goes_on(tmp_path):
+    def build(hp):
+        return dense(width=hp.Choice("width", [2**20, 8]))
+
+    grid = {"micro_batch_sizes": (4,), "accumulation_steps": (1, 2), "max_trials": None}
+    record = search(make(tmp_path, accumtune.GridSearch, build, **grid), epochs=1).record()
+    endings = [(trial.status, trial.hyperparameters["width"]) for trial in record.trials]
+    assert sorted(endings) == sorted([("infeasible", 2**20), ("completed", 8)] * 2)
+    assert endings[0] == ("infeasible", 2**20)
 
 
 def test_hyperband_goes_on_from_earlier_weights(tmp_path):
