@@ -23,7 +23,7 @@ from accumtune.search.optuna_study import Study
 from accumtune.search.oracles import MAX_DRAWS
 
 # Completed trials, spread evenly over the space, before a model is fitted. A Gaussian process makes something of very
-# few (as many as there are dimensions: `experiments/benchmarks/search_cost.py` has what others cost), TPE does not.
+# few (as many as there are dimensions: `experiments/benchmarks/search_cost_variants.py` has others), TPE does not.
 _FEWEST_STARTUP_TRIALS = 3
 _STARTUP_TRIALS_OF_TPE = 10
 # A Gaussian process costs the cube of the number of trials; beyond this many, TPE takes milliseconds.
@@ -36,8 +36,8 @@ class OptunaOracle(keras_tuner.Oracle):
     """A Keras Tuner oracle whose proposals come from an Optuna sampler.
 
     Args:
-        sampler: an `optuna.samplers.BaseSampler`; None for `GPSampler` where torch is installed, multivariate
-            `TPESampler` otherwise. The default has no state but the seed and the trials, so it goes on after a kill as
+        sampler: an `optuna.samplers.BaseSampler`; None for a few trials spread evenly over the space and then
+            `GPSampler` where torch is installed, multivariate `TPESampler` otherwise. The default has no state but the seed and the trials, so it goes on after a kill as
             it would have without; a sampler that is handed in has a random state of its own.
         **kwargs: those of `keras_tuner.Oracle`: `objective`, `max_trials`, `seed`, …
 

@@ -97,8 +97,8 @@ class OptunaSearch(Tuner):
         hypermodel: a Keras Tuner build function or `keras_tuner.HyperModel`.
         objective: as in Keras Tuner.
         max_trials: how many trials train.
-        sampler: an `optuna.samplers.BaseSampler`; None for `GPSampler` where torch is installed, multivariate
-            `TPESampler` otherwise.
+        sampler: an `optuna.samplers.BaseSampler`; None for a few trials spread evenly over the space and then
+            `GPSampler` where torch is installed, multivariate `TPESampler` otherwise.
         pruner: an `optuna.pruners.BasePruner`, which is told the objective after each epoch; None trains all trials
             to their end.
         **kwargs: those of `accumtune.Tuner`, and of a `keras_tuner.Oracle`.
