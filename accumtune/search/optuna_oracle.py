@@ -37,8 +37,9 @@ class OptunaOracle(keras_tuner.Oracle):
 
     Args:
         sampler: an `optuna.samplers.BaseSampler`; None for a few trials spread evenly over the space and then
-            `GPSampler` where torch is installed, multivariate `TPESampler` otherwise. The default has no state but the seed and the trials, so it goes on after a kill as
-            it would have without; a sampler that is handed in has a random state of its own.
+            `GPSampler` where torch is installed, multivariate `TPESampler` otherwise. The default has no state but
+            the seed and the trials, so it goes on after a kill as it would have without; a sampler that is handed in
+            has a random state of its own.
         **kwargs: those of `keras_tuner.Oracle`: `objective`, `max_trials`, `seed`, …
 
     Raises:

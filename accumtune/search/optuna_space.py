@@ -64,13 +64,16 @@ def spread(space: Sequence[Any], seed: int, first: int, count: int) -> Iterator[
     """
     from scipy.stats.qmc import Sobol
 
-    index = {id(hp): position for position, hp in enumerate(space)}
     sequence = Sobol(max(len(space), 1), scramble=True, seed=seed)
     if first:
         sequence.fast_forward(first)
     for _ in range(count):
-        (point,) = sequence.random(1)
-        yield active(space, lambda hp, point=point: hp.prob_to_value(min(float(point[index[id(hp)]]), 1 - 1e-9)))
+        yield _at(space, [float(place) for place in sequence.random(1)[0]])
+
+
+def _at(space: Sequence[Any], point: Sequence[float]) -> dict[str, Any]:
+    places = dict(zip(map(id, space), point, strict=False))
+    return active(space, lambda hp: hp.prob_to_value(min(places[id(hp)], 1 - 1e-9)))
 
 
 def encoded(space: Sequence[Any], values: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
