@@ -201,11 +201,6 @@ def test_several_trials_at_once_get_different_proposals(tmp_path, without_torch)
     assert len(drive(oracle, bowl_loss, 2)) == 2
 
 
-@pytest.mark.parametrize(
-    "sampler",
-    [optuna.samplers.TPESampler(multivariate=True, group=True, seed=0), optuna.samplers.NSGAIISampler(seed=0)],
-    ids=["TPE", "NSGA-II"],
-)
 def two_choices_of_eight():
     hp = keras_tuner.HyperParameters()
     hp.Choice("effective_batch_size", [2**power for power in range(8)], ordered=True)
@@ -245,6 +240,11 @@ def test_a_gaussian_process_begins_with_few_trials_and_tpe_with_more(tmp_path, m
     assert asked("tpe") == 10
 
 
+@pytest.mark.parametrize(
+    "sampler",
+    [optuna.samplers.TPESampler(multivariate=True, group=True, seed=0), optuna.samplers.NSGAIISampler(seed=0)],
+    ids=["TPE", "NSGA-II"],
+)
 def test_any_sampler_can_be_handed_in_and_conditions_hold(tmp_path, sampler):
     oracle = make(tmp_path, everything(), sampler, trials=20)
     proposed = drive(oracle, lambda values: values["momentum"], 20)
