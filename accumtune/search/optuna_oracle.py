@@ -20,9 +20,12 @@ from keras_tuner.engine.trial import TrialStatus
 from accumtune.errors import SearchError
 from accumtune.search import optuna_space
 from accumtune.search.optuna_study import Study
+from accumtune.search.oracles import MAX_DRAWS
 
-# Trials at random before a model is fitted.
-_STARTUP_TRIALS = 8
+# Completed trials, spread evenly over the space, before a model is fitted. A Gaussian process makes something of very
+# few (as many as there are dimensions: `experiments/benchmarks/search_cost_variants.py` has others), TPE does not.
+_FEWEST_STARTUP_TRIALS = 3
+_STARTUP_TRIALS_OF_TPE = 10
 # A Gaussian process costs the cube of the number of trials; beyond this many, TPE takes milliseconds.
 _MOST_GAUSSIAN_TRIALS = 200
 # Proposals of what was tried already, one after another, before random values are taken.
@@ -33,9 +36,10 @@ class OptunaOracle(keras_tuner.Oracle):
     """A Keras Tuner oracle whose proposals come from an Optuna sampler.
 
     Args:
-        sampler: an `optuna.samplers.BaseSampler`; None for `GPSampler` where torch is installed, multivariate
-            `TPESampler` otherwise. The default has no state but the seed and the trials, so it goes on after a kill as
-            it would have without; a sampler that is handed in has a random state of its own.
+        sampler: an `optuna.samplers.BaseSampler`; None for a few trials spread evenly over the space and then
+            `GPSampler` where torch is installed, multivariate `TPESampler` otherwise. The default has no state but
+            the seed and the trials, so it goes on after a kill as it would have without; a sampler that is handed in
+            has a random state of its own.
         **kwargs: those of `keras_tuner.Oracle`: `objective`, `max_trials`, `seed`, …
 
     Raises:
@@ -98,6 +102,8 @@ class OptunaOracle(keras_tuner.Oracle):
 
     def _propose(self, trial_id: str) -> dict[str, Any] | None:
         study = self._informed_study()
+        if self.sampler is None and len(self._scores) < self._startup_trials():
+            return self._spread_values()
         for _ in range(_MAX_DUPLICATES):
             self._seed_state += 1
             values = study.ask(trial_id, self.sampler or self._default_sampler())
@@ -114,20 +120,38 @@ class OptunaOracle(keras_tuner.Oracle):
         random_values: dict[str, Any] | None = self._random_values()
         return random_values
 
+    def _startup_trials(self) -> int:
+        if not self._is_gaussian():
+            return _STARTUP_TRIALS_OF_TPE
+        searched = sum(optuna_space.dimension(hp) is not None for hp in self.hyperparameters.space)
+        return max(searched, _FEWEST_STARTUP_TRIALS)
+
+    def _spread_values(self) -> dict[str, Any] | None:
+        """The next of a sequence that fills the space evenly; None where that has nothing new."""
+        first = len(self.start_order) + len(self._infeasible)
+        for values in optuna_space.spread(self.hyperparameters.space, self.seed, first, MAX_DRAWS):
+            if values not in self._infeasible and not self._duplicate(values):
+                return values
+        random_values: dict[str, Any] | None = self._random_values()
+        return random_values
+
+    def _is_gaussian(self) -> bool:
+        return importlib.util.find_spec("torch") is not None and len(self.end_order) <= _MOST_GAUSSIAN_TRIALS
+
     def _default_sampler(self) -> Any:
         """A new one each time: what it proposes depends on the trials and the seed, not on this process."""
         from optuna.samplers import GPSampler, RandomSampler, TPESampler
 
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # what is experimental in Optuna is not the user's to decide
-            tpe = TPESampler(n_startup_trials=_STARTUP_TRIALS, multivariate=True, group=True, seed=self._seed_state)
-        if importlib.util.find_spec("torch") is None or len(self.end_order) > _MOST_GAUSSIAN_TRIALS:
+            tpe = TPESampler(n_startup_trials=0, multivariate=True, group=True, seed=self._seed_state)
+        if not self._is_gaussian():
             return tpe
         # The Gaussian process sees what every trial has; what only some have is TPE's.
         is_conditional = optuna_space.has_conditions(self.hyperparameters.space)
         return GPSampler(
             seed=self._seed_state,
-            n_startup_trials=_STARTUP_TRIALS,
+            n_startup_trials=0,
             independent_sampler=tpe if is_conditional else RandomSampler(seed=self._seed_state),
             warn_independent_sampling=False,
         )

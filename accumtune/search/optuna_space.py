@@ -57,6 +57,25 @@ def suggest(space: Sequence[Any], trial: Any) -> dict[str, Any]:
     return active(space, choose)
 
 
+def spread(space: Sequence[Any], seed: int, first: int, count: int) -> Iterator[dict[str, Any]]:
+    """Points of a sequence that fills the space evenly (Sobol's, scrambled), from number `first` on.
+
+    Values drawn at random leave gaps and come in clusters, which a model of very few points suffers from.
+    """
+    from scipy.stats.qmc import Sobol
+
+    sequence = Sobol(max(len(space), 1), scramble=True, seed=seed)
+    if first:
+        sequence.fast_forward(first)
+    for _ in range(count):
+        yield _at(space, [float(place) for place in sequence.random(1)[0]])
+
+
+def _at(space: Sequence[Any], point: Sequence[float]) -> dict[str, Any]:
+    places = dict(zip(map(id, space), point, strict=False))
+    return active(space, lambda hp: hp.prob_to_value(min(places[id(hp)], 1 - 1e-9)))
+
+
 def encoded(space: Sequence[Any], values: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """Optuna's parameters and distributions for Keras Tuner's values.
 

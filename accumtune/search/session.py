@@ -79,6 +79,7 @@ class SearchSession:
         with ThreadPoolExecutor(self._workers, thread_name_prefix="accumtune-trial") as threads:
             with self._stopping(running):
                 self._loop(threads, running)
+        self._refuse_where_nothing_fits(oracles.consecutive_failures(self._oracle))
 
     def _loop(self, threads: ThreadPoolExecutor, running: dict[Future[TrialResult], tuple[str, Any]]) -> None:
         idle = [f"tuner{index}" for index in range(self._workers)]
@@ -192,13 +193,16 @@ class SearchSession:
         failed = oracles.consecutive_failures(self._oracle)
         if oracles.can_redraw(self._oracle) and self._infeasible_in_a_row >= 2 * oracles.MAX_DRAWS:
             self._is_exhausted = True  # what is left of the space does not fit
-        if self._infeasible_in_a_row and not self._any_completed():
-            limit = 1 if not oracles.can_redraw(self._oracle) else oracles.MAX_DRAWS
-            if self._infeasible_in_a_row >= limit:
-                raise self._too_small(failed[-1].message if failed else "")
+        # A grid begins in one corner, which says nothing of the others: it is walked through to its end.
+        if oracles.can_redraw(self._oracle) and self._infeasible_in_a_row >= oracles.MAX_DRAWS:
+            self._refuse_where_nothing_fits(failed)
         counted = [trial for trial in failed if self._status(trial) == "failed"]
         if len(counted) >= self._oracle.max_consecutive_failed_trials:
             raise _too_many_failures(counted[-self._oracle.max_consecutive_failed_trials :])
+
+    def _refuse_where_nothing_fits(self, failed: list[Any]) -> None:
+        if self._infeasible_in_a_row and not self._any_completed():
+            raise self._too_small(failed[-1].message if failed else "")
 
     def _any_completed(self) -> bool:
         return any(trial.status == TrialStatus.COMPLETED for trial in self._oracle.trials.values())

@@ -17,6 +17,8 @@ _ORACLE_ARGUMENTS = (
     "objective", "max_trials", "seed", "hyperparameters", "tune_new_entries", "allow_new_entries",
     "max_retries_per_trial", "max_consecutive_failed_trials",
 )  # fmt: skip
+# Keras Tuner takes 0 for "any", and draws one from 1 to 10,000: two searches with seed=0 would differ.
+_SEED_FOR_ZERO = 10_001
 
 
 class RandomSearch(Tuner):
@@ -95,8 +97,8 @@ class OptunaSearch(Tuner):
         hypermodel: a Keras Tuner build function or `keras_tuner.HyperModel`.
         objective: as in Keras Tuner.
         max_trials: how many trials train.
-        sampler: an `optuna.samplers.BaseSampler`; None for `GPSampler` where torch is installed, multivariate
-            `TPESampler` otherwise.
+        sampler: an `optuna.samplers.BaseSampler`; None for a few trials spread evenly over the space and then
+            `GPSampler` where torch is installed, multivariate `TPESampler` otherwise.
         pruner: an `optuna.pruners.BasePruner`, which is told the objective after each epoch; None trains all trials
             to their end.
         **kwargs: those of `accumtune.Tuner`, and of a `keras_tuner.Oracle`.
@@ -133,4 +135,8 @@ class OptunaSearch(Tuner):
 
 
 def _take(kwargs: dict[str, Any], names: Sequence[str]) -> dict[str, Any]:
-    return {name: kwargs.pop(name) for name in list(kwargs) if name in names}
+    """Takes the oracle's own arguments out of the others."""
+    own = {name: kwargs.pop(name) for name in list(kwargs) if name in names}
+    if own.get("seed") == 0:
+        own["seed"] = _SEED_FOR_ZERO
+    return own

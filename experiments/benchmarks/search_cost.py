@@ -1,6 +1,7 @@
 """What a search costs: stock Keras Tuner on (micro-batch, accumulation steps) against accumtune.
 
-    python experiments/benchmarks/search_cost.py [--seeds 8] [--tasks fashion text made] [--json PATH]
+    python experiments/benchmarks/search_cost.py [--seeds 8] [--tasks fashion text made] [--json PATH] [--known PATH]
+        [--ours RandomSearch BayesianOptimization OptunaSearch]
 
 Both sides have the same space (pairs of micro-batch and accumulation steps, learning rate, width), `max_trials`,
 seeds and allocator limit. Stock accumulates with Keras's own `gradient_accumulation_steps`, and a trial without memory
@@ -50,6 +51,18 @@ RATIOS = {"presentations": 1, "seconds": 2, "seconds_without_waits": 3}
 SHARES = (0.1, 0.25, 0.5, 1.0)
 
 
+def known_searches(path: Path | None) -> dict[tuple[str, str, str, int], dict[str, Any]]:
+    """Stock's searches of an earlier run: accumtune can change, they do not."""
+    from search_cost_replay import Run
+
+    found = [] if path is None else json.loads(path.read_text())["searches"]
+    return {
+        (it["task"], it["side"], it["tuner"], it["seed"]): it | {"run": Run(**it["run"])}
+        for it in found
+        if it["side"] == STOCK
+    }
+
+
 def job(task: str, side: str, tuner: str, seed: int) -> dict[str, Any]:
     from search_cost_replay import search
 
@@ -58,8 +71,10 @@ def job(task: str, side: str, tuner: str, seed: int) -> dict[str, Any]:
     return {"task": task, "side": side, "tuner": tuner, "seed": seed, "run": run, "took": time.monotonic() - started}
 
 
-def all_jobs(tasks: list[str], seeds: list[int]) -> list[tuple[str, str, str, int]]:
-    sides = dict.fromkeys((side, name) for pair in PAIRINGS for side, name in zip((STOCK, OURS), pair, strict=True))
+def all_jobs(
+    tasks: list[str], seeds: list[int], pairings: list[tuple[str, str]]
+) -> list[tuple[str, str, str, int]]:
+    sides = dict.fromkeys((side, name) for pair in pairings for side, name in zip((STOCK, OURS), pair, strict=True))
     return [(task, *side, seed) for task in tasks for side in sides for seed in seeds]
 
 
@@ -126,31 +141,44 @@ def main() -> None:
     parser.add_argument("--tasks", nargs="*", default=[*TRAINED, *MADE])
     parser.add_argument("--seeds", type=int, default=8)
     parser.add_argument("--processes", type=int, default=1)
+    parser.add_argument("--ours", nargs="*", default=[ours for _, ours in PAIRINGS], help="which tuners of accumtune")
     parser.add_argument("--json", type=Path, help="where to write the figures, each search's included")
+    parser.add_argument("--known", type=Path, help="a --json of an earlier run: stock's searches are taken from there")
     arguments = parser.parse_args()
     tasks = [name for task in arguments.tasks for name in (MADE if task == "made" else [task])]
-    seeds = list(range(arguments.seeds))
+    seeds = list(range(1, arguments.seeds + 1))  # Keras Tuner takes 0 for "any"
     found: dict[str, list[Any]] = {"rows": [], "curves": [], "searches": []}
+    pairings = [names for names in PAIRINGS if names[1] in arguments.ours]
+    known = known_searches(arguments.known)
     print(HEADER)
     with ProcessPoolExecutor(arguments.processes) as pool:
         for task in tasks:
-            search_task(task, seeds, pool, found)
+            search_task(task, seeds, pairings, pool, found, known)
             if arguments.json:  # after each task: hours of searches are not lost with the last one
                 arguments.json.write_text(json.dumps(found))
     print_curves(found["curves"])
-    print_summary(found["rows"], len(seeds), {task: record_of(task).infeasible_share() for task in tasks})
+    print_summary(found["rows"], pairings, len(seeds), {task: record_of(task).infeasible_share() for task in tasks})
 
 
-def search_task(task: str, seeds: list[int], pool: ProcessPoolExecutor, found: dict[str, list[Any]]) -> None:
+def search_task(
+    task: str,
+    seeds: list[int],
+    pairings: list[tuple[str, str]],
+    pool: ProcessPoolExecutor,
+    found: dict[str, list[Any]],
+    known: dict[Any, Any],
+) -> None:
     """Runs the searches of one task, prints its rows and adds them to what was found."""
-    jobs = all_jobs([task], seeds)
+    jobs = all_jobs([task], seeds, pairings)
+    futures = {key: pool.submit(job, *key) for key in jobs if key not in known}
     runs = {}
-    for key, result in zip(jobs, pool.map(job, *zip(*jobs, strict=True)), strict=True):
+    for key in jobs:
+        result = known[key] if key in known else futures[key].result()
         runs[key[1:]] = result["run"]
         found["searches"].append(result | {"run": dataclasses.asdict(result["run"])})
         print(f"{' '.join(map(str, key))}: {result['took']:.0f} s", file=sys.stderr, flush=True)
     record = record_of(task)
-    for names in PAIRINGS:
+    for names in pairings:
         stock = [runs[STOCK, names[0], seed] for seed in seeds]
         ours = [runs[OURS, names[1], seed] for seed in seeds]
         row = ratios(record, stock, ours)
@@ -171,10 +199,12 @@ def print_curves(curves: list[Any]) -> None:
             print(f"{task:<20}{side[:6]:<7}{name[:10]:<11}{cells}")
 
 
-def print_summary(rows: list[Any], seeds: int, infeasible: dict[str, float]) -> None:
+def print_summary(
+    rows: list[Any], pairings: list[tuple[str, str]], seeds: int, infeasible: dict[str, float]
+) -> None:
     shares = ", ".join(f"{task} {100 * share:.0f} %" for task, share in infeasible.items())
     print(f"\nPairs that do not fit: {shares}")
-    for names in PAIRINGS:
+    for names in pairings:
         mine = [row for row in rows if (row["stock"], row["ours"]) == names]
         met = {side: sum(row[side]["met"] for row in mine) / (seeds * len(mine)) for side in (STOCK, OURS)}
         medians = {name: [statistics.median(row[name]) for row in mine] for name in RATIOS}

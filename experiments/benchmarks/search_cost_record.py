@@ -25,6 +25,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from search_cost_tasks import MIB, OURS, STOCK, TRAINED, Cost, Record, Trained
 
 from accumtune.memory.device import memory_limit_environment
+from accumtune.trials.builder import ModelBuilder
 from accumtune.trials.directory import TaskDirectory
 from accumtune.trials.executors import LocalExecutor, Outcome
 from accumtune.trials.payload import dump_payload
@@ -131,6 +132,38 @@ def costs(task: Trained, children: Children) -> tuple[dict[tuple[str, int, int],
     return found, {side: sorted(values)[len(values) // 2] for side, values in first.items()}
 
 
+def own_processes(task: Trained, budget: int, folder: Path) -> tuple[float, float]:
+    """Seconds that accumtune's own processes take: to inspect a model, and to see that a size does not fit.
+
+    The least of several: the machine is not ours alone.
+    """
+    width, micro = max(task.space.widths), max(task.space.micro_batch_sizes)
+    builder = ModelBuilder(lambda hp: task.build(1e-3, width, None))
+    x, y, *_ = task.load()
+    payload = folder / "own" / "payload.pkl"
+    dump_payload({"hypermodel": builder, "fit_args": (), "fit_kwargs": {"x": x, "y": y}}, payload)
+    model = {"payload": str(payload), "hyperparameters": {"space": [], "values": {}}}
+    probe = {"memory_budget_bytes": budget, "micro_batch_size": micro, "accumulation_steps": [1, 2]}
+
+    def run(name: str, arguments: dict[str, Any], limit_bytes: int | None = None) -> tuple[Outcome, float]:
+        directory = TaskDirectory(folder / f"{name}_{time.monotonic_ns()}")
+        directory.write_task(name, model | arguments)
+        started = time.monotonic()
+        environment = memory_limit_environment("tensorflow", limit_bytes)
+        outcome = executor.submit(directory, environment, is_memory_limited=limit_bytes is not None).result()
+        if not outcome.is_completed:
+            raise SystemExit(f"{task.name}: {name}: {outcome.reason}\n{outcome.traceback}")
+        return outcome, time.monotonic() - started
+
+    with LocalExecutor("tensorflow") as executor:
+        run("inspect", {})  # the first starts the server that forks the others
+        inspect_seconds = min(run("inspect", {})[1] for _ in range(5))
+        probes = [run("probe", probe, budget) for _ in range(3)]
+    if any(outcome.result["measurements"][0]["peak_memory_bytes"] is not None for outcome, _ in probes):
+        raise SystemExit(f"{task.name}: micro-batch {micro} was to run out of memory")
+    return inspect_seconds, min(seconds for _, seconds in probes)
+
+
 def record(task: Trained) -> Record:
     with tempfile.TemporaryDirectory() as folder:
         children = Children(Path(folder))
@@ -144,13 +177,15 @@ def record(task: Trained) -> Record:
             )  # fmt: skip
             print(f"{task.name}: budget {budget / MIB:.0f} MiB, out of memory after {seconds:.1f} s: {outcome.status}")
             _, empty = children.call(str)
+            inspect_seconds, probe_seconds = own_processes(task, budget, Path(folder))
         finally:
             children.executor.close()
     starts[OURS] += empty  # the process itself
     x, *_ = task.load()
     return Record(
-        task.name, task.space, len(x), task.epochs, task.max_trials, budget, grid(task), found, starts, seconds
-    )
+        task.name, task.space, len(x), task.epochs, task.max_trials, budget, grid(task), found, starts, seconds,
+        probe_seconds, inspect_seconds,
+    )  # fmt: skip
 
 
 def main() -> None:

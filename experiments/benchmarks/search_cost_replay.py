@@ -21,15 +21,16 @@ import keras_tuner
 from search_cost_tasks import OURS, STOCK, Record
 
 import accumtune
+from accumtune.memory.probe import STEADY_MICRO_STEPS
 from accumtune.search import processes
 from accumtune.search.selection import select
 from accumtune.search.tuner import Tuner
 from accumtune.tracking.journal import Journal
 from accumtune.trials.executors import Outcome
 
-# What `accumtune.memory.probe` runs for each number of accumulation steps: a first update and 3 more, or 24
-# micro-steps where that is more.
-PROBED_UPDATES, PROBED_MICRO_STEPS = 3, 24
+# What `accumtune.memory.probe` runs for each number of accumulation steps: a first update and 3 more, or as many
+# micro-steps as give a steady peak where that is more.
+PROBED_UPDATES = 3
 NEVER = 10**6
 
 # The learning rate that a trial trains with, from the one searched and the effective batch.
@@ -57,6 +58,9 @@ class Run:
         self.seconds += seconds
         self.presentations += presentations
         self.waited_seconds += waited_seconds
+
+    def run_out_of_memory(self, seconds: float, start_seconds: float) -> None:
+        self.spend(seconds, waited_seconds=max(0.0, seconds - start_seconds))
 
     def trained(self, objective: float) -> None:
         self.failures.append(False)
@@ -88,12 +92,11 @@ def stock(record: Record, tuner_class: Any, seed: int) -> Run:
         def run_trial(self, trial: Any, *args: Any, **kwargs: Any) -> Any:
             values = trial.hyperparameters.values
             micro, steps, width = (values[name] for name in ("micro_batch_size", "accumulation_steps", "width"))
-            run.spend(record.start_seconds[STOCK])
             if not record.fits(STOCK, width, micro, steps):
                 run.failures.append(True)
-                wait = record.out_of_memory_seconds
-                run.spend(wait, waited_seconds=wait)
+                run.run_out_of_memory(record.out_of_memory_seconds, record.start_seconds[STOCK])
                 raise RuntimeError("ResourceExhaustedError: out of memory")
+            run.spend(record.start_seconds[STOCK])
             presentations = record.samples * record.epochs
             seconds = record.costs[STOCK, width, micro].seconds(steps, presentations / (micro * steps))
             run.spend(seconds, presentations)
@@ -142,13 +145,13 @@ class RecordedExecutor:
         pass
 
     def discover(self, directory: Any, payload: str) -> Outcome:
-        self.run.spend(self.record.start_seconds[OURS])
+        self.run.spend(self.record.inspect_seconds)
         hp = keras_tuner.HyperParameters()
         self.record.space.declare(hp)
         return Outcome("completed", {"hyperparameters": hp.get_config(), "batch_coupled_layers": []})
 
     def inspect(self, directory: Any, payload: str, hyperparameters: Any) -> Outcome:
-        self.run.spend(self.record.start_seconds[OURS])
+        self.run.spend(self.record.inspect_seconds)
         facts = {
             "signature": f"width_{hyperparameters['values']['width']}", "device": "CPU", "static_bytes": 0,
             "sample_bytes": 0, "batch_coupled_layers": [], "precision_policy": "float32", "sample_shapes": None,
@@ -161,16 +164,16 @@ class RecordedExecutor:
     ) -> Outcome:  # fmt: skip
         width = hyperparameters["values"]["width"]
         cost = self.record.costs[OURS, width, micro_batch_size]
-        self.run.spend(self.record.start_seconds[OURS])
+        if self.record.fits(OURS, width, micro_batch_size, accumulation_steps[0]):
+            self.run.spend(self.record.start_seconds[OURS])
         measurements = []
         for steps in accumulation_steps:
             fits = self.record.fits(OURS, width, micro_batch_size, steps)
-            updates = 1 + max(PROBED_UPDATES, math.ceil(PROBED_MICRO_STEPS / steps))
+            updates = 1 + max(PROBED_UPDATES, math.ceil(STEADY_MICRO_STEPS / steps))
             if fits:
                 self.run.spend(cost.seconds(steps, updates), updates * steps * micro_batch_size)
             else:
-                wait = self.record.out_of_memory_seconds
-                self.run.spend(wait, waited_seconds=wait)
+                self.run.run_out_of_memory(self.record.probe_out_of_memory_seconds, self.record.start_seconds[OURS])
             measurements.append({
                 "micro_batch_size": micro_batch_size, "accumulation_steps": steps,
                 "peak_memory_bytes": cost.peak_bytes(steps) if fits else None,
@@ -187,12 +190,11 @@ class RecordedExecutor:
         steps = effective // micro
         journal = Journal(directory.journal_file)
         journal.append("started", attempt=attempt, device="CPU", memory_source="record")
-        self.run.spend(self.record.start_seconds[OURS])
         if not self.record.fits(OURS, width, micro, steps):
             self.run.failures.append(True)
-            wait = self.record.out_of_memory_seconds
-            self.run.spend(wait, waited_seconds=wait)
+            self.run.run_out_of_memory(self.record.out_of_memory_seconds, self.record.start_seconds[OURS])
             return Outcome("out_of_memory", reason="out of memory")
+        self.run.spend(self.record.start_seconds[OURS])
         curve = self.record.curve(effective, self.rate_of(values["learning_rate"], effective), width)
         cost = self.record.costs[OURS, width, micro]
         epochs = self.epochs_of(directory, curve)

@@ -72,7 +72,9 @@ class Record:
         losses: of `(effective batch, learning rate, width)`: the validation loss after each epoch.
         costs: of `(side, width, micro-batch)`.
         start_seconds: of a trial beside training, by side: process, building, tracing, reporting.
-        out_of_memory_seconds: what a trial or probe takes that runs out of memory.
+        out_of_memory_seconds: what a trial takes that runs out of memory, its start included.
+        probe_out_of_memory_seconds: what a probe takes that does: it is ended when it is seen to wait for memory.
+        inspect_seconds: of a process that builds a model and describes it, without training.
     """
 
     name: str
@@ -85,6 +87,8 @@ class Record:
     costs: dict[tuple[str, int, int], Cost] = field(repr=False)
     start_seconds: dict[str, float]
     out_of_memory_seconds: float
+    probe_out_of_memory_seconds: float
+    inspect_seconds: float
     loss_of: Callable[[int, float, int], tuple[float, ...]] | None = None
 
     def curve(self, effective: int, rate: float, width: int) -> tuple[float, ...]:
@@ -249,8 +253,9 @@ _MADE_SAMPLES, _MADE_EPOCHS = 8192, 5
 def made_record(name: str) -> Record:
     """A bowl in the logarithms of effective batch and learning rate; the best rate grows with the root of the batch.
 
-    Half of the micro-batches do not fit. A pass takes 2 ms and 20 to 60 µs per sample, and running out of memory the
-    ten seconds for which TensorFlow's allocator waits.
+    Large batches and small rates start slower, so that the curves of trials cross. Half of the micro-batches do not
+    fit. A pass takes 2 ms and 20 to 60 µs per sample, and running out of memory the ten seconds for which TensorFlow's
+    allocator waits (a probe, which is ended sooner, two).
     """
     best = MADE[name]
 
@@ -258,7 +263,8 @@ def made_record(name: str) -> Record:
         batch = math.log2(effective / best)
         speed = math.log10(rate / (1e-3 * math.sqrt(effective / 256)))
         end = 0.3 * (1 + 0.02 * batch**2 + 0.25 * speed**2 + 0.03 * math.log2(256 / width))
-        return tuple(end * (1 + 0.5 ** (epoch + 1)) for epoch in range(_MADE_EPOCHS - 1)) + (end,)
+        behind = (effective / 256 * 1e-3 / rate) ** 0.25
+        return tuple(end * (1 + behind * 0.5 ** (epoch + 1)) for epoch in range(_MADE_EPOCHS - 1)) + (end,)
 
     costs = {}
     for side, width, micro in itertools.product((OURS, STOCK), _MADE_SPACE.widths, _MADE_SPACE.micro_batch_sizes):
@@ -269,7 +275,8 @@ def made_record(name: str) -> Record:
         costs[side, width, micro] = Cost((peak, peak + static // 4), (seconds, seconds), 0.001)
     return Record(
         name, _MADE_SPACE, _MADE_SAMPLES, _MADE_EPOCHS, max_trials=45, memory_budget_bytes=16 * MIB, losses={},
-        costs=costs, start_seconds={OURS: 1.5, STOCK: 1.0}, out_of_memory_seconds=11.0, loss_of=loss_of,
+        costs=costs, start_seconds={OURS: 1.5, STOCK: 1.0}, out_of_memory_seconds=11.0,
+        probe_out_of_memory_seconds=3.7, inspect_seconds=0.5, loss_of=loss_of,
     )  # fmt: skip
 
 

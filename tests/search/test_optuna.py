@@ -201,6 +201,45 @@ def test_several_trials_at_once_get_different_proposals(tmp_path, without_torch)
     assert len(drive(oracle, bowl_loss, 2)) == 2
 
 
+def two_choices_of_eight():
+    hp = keras_tuner.HyperParameters()
+    hp.Choice("effective_batch_size", [2**power for power in range(8)], ordered=True)
+    hp.Choice("width", list(range(8)), ordered=True)
+    return hp
+
+
+def test_the_first_trials_are_spread_evenly_over_every_hyperparameter(tmp_path, without_torch):
+    def seen(folder, sampler):
+        values = drive(make(tmp_path / folder, two_choices_of_eight(), sampler), lambda values: 1.0, 8)
+        return [len({it[name] for it in values}) for name in ("effective_batch_size", "width")]
+
+    assert seen("spread", None) == [8, 8]
+    assert min(seen("random", optuna.samplers.RandomSampler(seed=0))) < 8
+
+
+def test_a_spread_space_has_its_conditions_and_goes_on_from_any_point():
+    space = everything().space
+    points = list(optuna_space.spread(space, 5, 0, 40))
+    assert {values["activation"] for values in points} == {"relu", "tanh", "gelu"}
+    assert all(("slope" in values) == (values["activation"] == "relu") for values in points)
+    assert list(optuna_space.spread(space, 5, 37, 3)) == points[37:]
+    assert list(optuna_space.spread(space, 6, 37, 3)) != points[37:]
+
+
+def test_a_gaussian_process_begins_with_few_trials_and_tpe_with_more(tmp_path, monkeypatch):
+    def asked(folder):
+        oracle = make(tmp_path / folder, bowl())
+        asking = []
+        monkeypatch.setattr(oracle, "_default_sampler", lambda: asking.append(1) or optuna.samplers.RandomSampler())
+        drive(oracle, bowl_loss, 11)
+        return 11 - len(asking)
+
+    pytest.importorskip("torch")
+    assert asked("gaussian") == 3
+    monkeypatch.setitem(sys.modules, "torch", None)
+    assert asked("tpe") == 10
+
+
 @pytest.mark.parametrize(
     "sampler",
     [optuna.samplers.TPESampler(multivariate=True, group=True, seed=0), optuna.samplers.NSGAIISampler(seed=0)],

@@ -69,6 +69,17 @@ def test_a_search_trains_different_things_within_the_budget_and_resumes(tmp_path
         assert sum(event["event"] == "started" for event in Journal(trial.folder / "journal.jsonl").events()) == 1
 
 
+def test_seed_zero_is_a_seed(tmp_path):
+    """Keras Tuner takes it for none."""
+    tuners = [make(tmp_path, kind, seed=0, project_name=f"{kind.__name__}{number}")
+              for kind in (accumtune.RandomSearch, accumtune.OptunaSearch) for number in range(2)]  # fmt: skip
+    assert len({tuner.oracle.seed for tuner in tuners}) == 1
+    proposals = [tuner.oracle.create_trial("tuner0").hyperparameters.values for tuner in tuners]
+    assert proposals[0] == proposals[1] and proposals[2] == proposals[3]
+    stock = [keras_tuner.oracles.RandomSearchOracle(objective="val_loss", seed=0) for _ in range(5)]
+    assert len({oracle.seed for oracle in stock}) > 1
+
+
 def test_data_are_read_from_disk_and_do_not_stay_there(tmp_path):
     search(make(tmp_path, max_trials=1))
     assert not (tmp_path / "search" / "data").exists()
@@ -219,12 +230,24 @@ def test_models_too_large_for_the_budget_are_replaced_and_do_not_count(tmp_path)
         assert trial.hyperparameters["width"] == 2**20 and "micro-batch 1" in trial.reason
 
 
-def test_a_budget_in_which_nothing_fits(tmp_path):
+@pytest.mark.parametrize("kind", [accumtune.RandomSearch, accumtune.GridSearch])
+def test_a_budget_in_which_nothing_fits(tmp_path, kind):
     def build(hp):
         return dense(width=2**20)
 
     with pytest.raises(errors.BudgetTooSmallError, match="16.0 MiB"):
-        search(make(tmp_path, build=build))
+        search(make(tmp_path, kind, build=build))
+
+
+def test_a_grid_that_begins_with_what_does_not_fit_goes_on(tmp_path):
+    def build(hp):
+        return dense(width=hp.Choice("width", [2**20, 8]))
+
+    grid = {"micro_batch_sizes": (4,), "accumulation_steps": (1, 2), "max_trials": None}
+    record = search(make(tmp_path, accumtune.GridSearch, build, **grid), epochs=1).record()
+    endings = [(trial.status, trial.hyperparameters["width"]) for trial in record.trials]
+    assert sorted(endings) == sorted([("infeasible", 2**20), ("completed", 8)] * 2)
+    assert endings[0] == ("infeasible", 2**20)
 
 
 def test_hyperband_goes_on_from_earlier_weights(tmp_path):
