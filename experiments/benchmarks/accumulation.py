@@ -15,11 +15,12 @@ Ways to train at the same effective batch, each in a process of its own (`accumu
 - floor (memory alone): parameters, slots, one accumulator and the passes of one micro-batch, whose gradients are used
   up as they appear.
 
-The processes of a configuration take turns, a few windows each, so that a ratio compares neighbours in time; the
-table has medians of the ratios over the rounds. A window is timed inside `fit`, from the end of the first to the end
-of the last one, its logs on the host. Peak memory is the allocator's on TensorFlow (BFC on a CPU too) and on GPUs;
-for JAX and torch on a CPU it is the growth of the resident set over the bare framework. Peaks are those of processes of
-their own, on all cores, in which freed memory goes back to the system.
+The processes of a configuration take turns, a few windows each, ours between Keras's own and the limit, so that a
+ratio compares neighbours in time; the table has medians of the ratios over the rounds. A window is timed inside `fit`,
+from the end of the first to the end of the last one, its logs on the host. Peak memory is the allocator's on TensorFlow
+(BFC on a CPU too) and on GPUs. For JAX and torch on a CPU it is the resident set's: its peak, less what is resident
+between windows once everything is compiled, plus the arrays that are alive then (parameters and slots). Peaks are those
+of processes of their own, on all cores, in which freed memory goes back to the system.
 
 What designs gave on TensorFlow, CPU:
 
@@ -57,6 +58,7 @@ WAYS = ("ours", "keras", "full", "limit")
 BACKENDS = ("tensorflow", "tensorflow+xla", "jax", "torch")
 WORKLOADS = ("mlp", "cnn", "transformer", "mobilenet", "lstm")
 QUICK = ("mlp", "cnn")
+TURNS = ("keras", "ours", "limit", "full")
 MIB = 2**20
 # Freed memory goes back to the system at once: slow, hence not while anything is timed.
 FREED_AT_ONCE = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}
@@ -136,8 +138,8 @@ def measure(backend: str, jit: bool, workload: str, rounds: int, windows: int, c
     with children(backend, WAYS, workload, jit, clock) as processes:
         train_together(processes, 2)  # compiles
         for _ in range(rounds):
-            for way, child in processes.items():
-                taken, peaks[way] = child.train(windows)
+            for way in TURNS:
+                taken, peaks[way] = processes[way].train(windows)
                 seconds[way].append(taken)
     # On all cores: what is alive at once depends on the number of threads.
     with children(backend, (*WAYS[:3], "floor"), workload, jit, "wall", **FREED_AT_ONCE) as processes:
