@@ -242,7 +242,7 @@ def resident(field: str) -> int:
 
 
 def after_compilation() -> int:
-    """The bytes of the process that are not training's, once compiled: all but arrays of the device. Peaks start anew."""
+    """The bytes of the process, once compiled, that are no arrays of the device. Peaks start anew."""
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")
