@@ -67,7 +67,7 @@ large as asked for):
     lstm, XLA      82                 82             18
 
 But for the MLP it is the activations of one micro-batch, which Keras's own has too: with XLA, where they are most of
-it, Keras's own is at 1.04 to 1.05 of the floor for the CNN, the transformer and the LSTM: 0.9 of that is below the floor.
+it, Keras's own is at 1.04 to 1.05 of the floor for CNN, transformer and LSTM: 0.9 of that is below the floor.
 """
 
 from __future__ import annotations
