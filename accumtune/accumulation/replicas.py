@@ -74,14 +74,15 @@ class Replicas:
         return [None if gradient is None else next(totals) for gradient in gradients]
 
     @contextlib.contextmanager
-    def summed_already(self, optimizer: Any) -> Iterator[None]:
+    def summed_already(self, optimizers: list[Any]) -> Iterator[None]:
         """Keras sums over replicas after clipping; gradients from `summed` are clipped together, and once summed."""
-        if self.number > 1:
+        changed = optimizers if self.number > 1 else []
+        for optimizer in changed:
             object.__setattr__(
                 optimizer, "_all_reduce_sum_gradients", lambda gradients_and_variables: gradients_and_variables
             )
         try:
             yield
         finally:
-            if self.number > 1:
+            for optimizer in changed:
                 object.__delattr__(optimizer, "_all_reduce_sum_gradients")

@@ -28,7 +28,7 @@ def accumulator(variable: Any) -> Any:
 
 
 @contextlib.contextmanager
-def one_variable_after_the_other(optimizer: Any, replicas: int) -> Iterator[None]:
+def one_variable_after_the_other(optimizers: list[Any], replicas: int) -> Iterator[None]:
     """Chains the assignments of an update: else TensorFlow begins all at once, with the temporary values of all.
 
     How many it would hold then is chance: the peak of a step differed by a sixth from process to process, where one
@@ -37,8 +37,16 @@ def one_variable_after_the_other(optimizer: Any, replicas: int) -> Iterator[None
     if replicas > 1:  # the updates of several devices cannot be told apart here
         yield
         return
-    own_decay, own_step = optimizer._apply_weight_decay, optimizer.update_step
     before: list[Any] = []
+    with contextlib.ExitStack() as replaced:
+        for optimizer in optimizers:
+            replaced.enter_context(_chained(optimizer, before))
+        yield
+
+
+def _chained(optimizer: Any, before: list[Any]) -> contextlib.AbstractContextManager[None]:
+    """While open, what the optimizer assigns waits for `before`, the last assignments, and takes their place."""
+    own_decay, own_step = optimizer._apply_weight_decay, optimizer.update_step
 
     def waiting() -> Any:
         graph = tf.compat.v1.get_default_graph()
@@ -69,8 +77,7 @@ def one_variable_after_the_other(optimizer: Any, replicas: int) -> Iterator[None
             with _replaced(optimizer, {name: chained(getattr(optimizer, name)) for name in _ASSIGNMENTS}):
                 own_step(gradient, variable, learning_rate)
 
-    with _replaced(optimizer, {"_apply_weight_decay": apply_weight_decay, "update_step": update_step}):
-        yield
+    return _replaced(optimizer, {"_apply_weight_decay": apply_weight_decay, "update_step": update_step})
 
 
 @contextlib.contextmanager

@@ -17,7 +17,7 @@ import tensorflow as tf
 from keras import tree
 from keras.src.losses.loss import unscale_loss_for_distribution
 
-from accumtune.accumulation import building, feeding, losses, noise_scale, statistics, sums, tensors
+from accumtune.accumulation import building, feeding, losses, noise_scale, optimizers, statistics, sums, tensors
 from accumtune.accumulation.replicas import Replicas
 from accumtune.accumulation.window import Accumulation, factors, shares
 
@@ -189,10 +189,10 @@ class TensorFlowTraining:
 
     @contextlib.contextmanager
     def _updating(self) -> Iterator[None]:
-        optimizer = getattr(self.model.optimizer, "inner_optimizer", self.model.optimizer)
+        updating = optimizers.updating(self.model.optimizer)
         with (
-            self.replicas.summed_already(optimizer),
-            sums.one_variable_after_the_other(optimizer, self.replicas.number),
+            self.replicas.summed_already(updating),
+            sums.one_variable_after_the_other(updating, self.replicas.number),
         ):
             yield
 

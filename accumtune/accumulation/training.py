@@ -12,6 +12,7 @@ import functools
 import types
 from typing import Any
 
+from accumtune.accumulation import optimizers
 from accumtune.accumulation.window import Accumulation
 from accumtune.errors import CustomTrainStepError, ModelError, UncompiledModelError
 
@@ -78,13 +79,7 @@ def _check(model: Any) -> None:
                 "the stock train_step: accumulation replaces it, so what yours does would be lost.",
                 _ADAPT,
             )
-    optimizer = getattr(model.optimizer, "inner_optimizer", model.optimizer)
-    if getattr(optimizer, "gradient_accumulation_steps", None):
-        raise ModelError(
-            f"Received an optimizer with gradient_accumulation_steps={optimizer.gradient_accumulation_steps}.",
-            "an optimizer that updates at every step.",
-            "leave out gradient_accumulation_steps; accumulate() does the accumulation.",
-        )
+    optimizers.check(model.optimizer)
 
 
 def _make_train_function(model: Any, force: bool = False) -> Any:
@@ -126,6 +121,7 @@ def _symbolic_build(model: Any, iterator: Any = None, data_batch: Any = None) ->
     if iterator is not None:
         iterator = feeding.first_micro_batches(iterator, model._accumtune_accumulation, model._accumtune_rows)
     type(model)._symbolic_build(model, iterator=iterator, data_batch=data_batch)
+    optimizers.check(model.optimizer)  # some are known only now
 
 
 def _fit(model: Any, accumulation: Accumulation) -> Any:

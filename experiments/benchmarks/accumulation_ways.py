@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
+import gc
 import json
 import os
 import sys
@@ -90,15 +92,17 @@ def way_to_train(way: str, workload: str, jit: bool, clock: Callable[[], float])
     if way == "ours":
         accumtune.accumulate(model, micro_batch_size=micro)
 
+    given = functools.cache(functools.partial(source, x, y, size, way))
+
     def fit(windows: int) -> list[float]:
         ends = WindowClock(micro * steps // size, clock)
-        model.fit(**source(x, y, size, windows, way), shuffle=False, verbose=0, callbacks=[ends])
+        model.fit(**given(windows), shuffle=False, verbose=0, callbacks=[ends])
         return ends.times
 
     return fit
 
 
-def source(x: np.ndarray, y: np.ndarray, size: int, windows: int, way: str) -> dict[str, Any]:
+def source(x: np.ndarray, y: np.ndarray, size: int, way: str, windows: int) -> dict[str, Any]:
     """The same window again and again, in the form that costs each way the least time and memory.
 
     Keras puts all arrays on the device under TensorFlow: its own ways get a pipeline.
@@ -211,6 +215,7 @@ def torch_passes(model, x, y, jit: bool, is_floor: bool):
 
 
 def peak_bytes(base: int) -> int:
+    """The allocator's peak; where none counts, what the process's resident set held over `base` at most."""
     backend = keras.backend.backend()
     if backend == "tensorflow":
         import tensorflow as tf
@@ -236,10 +241,27 @@ def resident(field: str) -> int:
     return int(line.split()[1]) * 1024
 
 
-def forget_the_peak() -> None:
-    """Compilation is over: its memory goes back to the system, and the resident set's peak starts anew."""
+def after_compilation() -> int:
+    """The bytes of the process, once compiled, that are no arrays of the device. Peaks start anew."""
+    gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")
+    return resident("VmRSS") - alive_bytes()
+
+
+def alive_bytes() -> int:
+    """Arrays of the device, which between two windows are the model's parameters and the optimizer's slots."""
+    if keras.backend.backend() == "jax":
+        import jax
+
+        arrays = [array for array in jax.live_arrays() if not array.is_deleted()]
+        return sum({array.unsafe_buffer_pointer(): array.nbytes for array in arrays}.values())
+    if keras.backend.backend() == "torch":
+        import torch
+
+        storages = [one.untyped_storage() for one in gc.get_objects() if isinstance(one, torch.Tensor)]
+        return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+    return 0
 
 
 def use_all_cores() -> None:
@@ -253,14 +275,14 @@ def use_all_cores() -> None:
 def main() -> None:
     way, workload, jit, clock = sys.argv[1:]
     use_all_cores()
-    base = resident("VmRSS")  # the framework is not the training's memory
+    base = 0
     run = way_to_train(way, workload, bool(int(jit)), CLOCKS[clock])
     for number, line in enumerate(sys.stdin):
         times = run(int(line))
         seconds = (times[-1] - times[0]) / max(len(times) - 1, 1)
         print(json.dumps([seconds, peak_bytes(base)]), flush=True)
         if number == 0:
-            forget_the_peak()
+            base = after_compilation()
 
 
 if __name__ == "__main__":

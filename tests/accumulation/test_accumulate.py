@@ -1,5 +1,6 @@
 """The public functions: what they take and refuse, and what a saved model is."""
 
+import contextlib
 import pickle
 import subprocess
 import sys
@@ -70,6 +71,18 @@ def test_an_optimizer_that_accumulates_already():
     model = dense(optimizer=lambda: keras.optimizers.SGD(0.1, gradient_accumulation_steps=2))()
     with pytest.raises(ModelError, match="gradient_accumulation_steps"):
         accumulate(model, 2)
+
+
+@pytest.mark.skipif(not hasattr(keras.optimizers, "MultiOptimizer"), reason="this Keras has no MultiOptimizer")
+@pytest.mark.parametrize("steps", [2, None])
+def test_an_optimizer_that_hands_on_to_one_that_accumulates_already(steps):
+    """Chosen by a map it is known at once, by a function only where the optimizer is built."""
+    inner = keras.optimizers.SGD(0.1, gradient_accumulation_steps=steps)
+    with pytest.raises(ModelError, match="gradient_accumulation_steps=2") if steps else contextlib.nullcontext():
+        accumulate(dense(optimizer=lambda: keras.optimizers.MultiOptimizer(keras.optimizers.OptimizerMap(inner)))(), 2)
+    model = accumulate(dense(optimizer=lambda: keras.optimizers.MultiOptimizer(lambda variable: inner))(), 2)
+    with pytest.raises(ModelError, match="gradient_accumulation_steps=2") if steps else contextlib.nullcontext():
+        model.fit(**regression(), batch_size=8, verbose=0)
 
 
 def test_a_loss_without_reduction():

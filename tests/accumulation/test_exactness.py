@@ -286,6 +286,18 @@ def test_every_optimizer(name):
     assert_same_training(train(build, regression(EVEN), micro_batch_size=3), plain)
 
 
+@pytest.mark.skipif(not hasattr(keras.optimizers, "MultiOptimizer"), reason="this Keras has no MultiOptimizer")
+@holds("every optimizer of `keras.optimizers`")
+def test_an_optimizer_for_some_variables_and_one_for_the_others():
+    def build():
+        kernels = keras.optimizers.Adam(0.05, clipnorm=0.1, use_ema=True, ema_overwrite_frequency=2)
+        biases = keras.optimizers.SGD(schedule(), momentum=0.9)
+        choose = lambda variable: kernels if "kernel" in variable.path else biases  # noqa: E731
+        return dense(optimizer=lambda: keras.optimizers.MultiOptimizer(choose))()
+
+    assert_exact(build, regression())
+
+
 def test_every_optimizer_is_in_the_table():
     names = {name for name, value in vars(keras.optimizers).items() if isinstance(value, type)}
     bases_and_wrappers = {"Optimizer", "LossScaleOptimizer", "MultiOptimizer", "OptimizerMap"}

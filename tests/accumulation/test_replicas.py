@@ -159,7 +159,32 @@ REDUCED_ONCE = """
     assert calls == [4, 4], calls
 """
 
+TWO_OPTIMIZERS = """
+    import keras
+    keras.config.set_floatx("float64")
+    import accumtune.accumulation.optimizers
+    from equality import assert_same_training, dense, largest_difference, numbers, train
+
+    def build():
+        kernels, biases = keras.optimizers.Adam(0.01, clipnorm=0.1), keras.optimizers.SGD(0.1)
+        choose = lambda variable: kernels if "kernel" in variable.path else biases
+        return dense(optimizer=lambda: keras.optimizers.MultiOptimizer(choose))()
+
+    data = {{"x": numbers({samples}, 4), "y": numbers({samples}, 2, seed=1)}}
+    one = train(build, data)
+    with scope():
+        assert_same_training(train(build, data, micro_batch_size=2), one, 1e-5)
+        # The negative control: an optimizer whose inner ones are not looked for.
+        accumtune.accumulation.optimizers.updating = lambda optimizer: [optimizer]
+        assert largest_difference(train(build, data, micro_batch_size=2), one) > 1e-2
+"""
+
 
 @pytest.mark.skipif(BACKEND != "tensorflow", reason="JAX puts what devices exchange where it likes")
 def test_gradients_are_reduced_once_per_update():
     run(16, [], REDUCED_ONCE)
+
+
+@pytest.mark.skipif(BACKEND != "tensorflow", reason="TensorFlow's optimizers sum over replicas by themselves")
+def test_gradients_are_reduced_once_where_an_optimizer_hands_them_on():
+    run(16, [], TWO_OPTIMIZERS)

@@ -47,7 +47,7 @@ def test_an_assignment_begins_where_the_one_before_has_ended(name):
     def make():
         return keras.optimizers.SGD(0.1, momentum=0.9) if name == "SGD" else getattr(keras.optimizers, name)(0.1)
 
-    chained = chained_assignments(make(), lambda optimizer: one_variable_after_the_other(optimizer, 1))
+    chained = chained_assignments(make(), lambda optimizer: one_variable_after_the_other([optimizer], 1))
     assert len(chained) >= 3 and all(chained)
     # The negative control: on its own, TensorFlow may do them all at once.
     assert not all(chained_assignments(make(), lambda optimizer: contextlib.nullcontext()))

@@ -1,0 +1,28 @@
+"""The optimizers of a model: Keras has some that hand gradients on to others."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from accumtune.errors import ModelError
+
+
+def updating(optimizer: Any) -> list[Any]:
+    """Those that change variables: the optimizer, or what a LossScaleOptimizer or MultiOptimizer hands gradients to.
+
+    A MultiOptimizer that chooses by a function knows all of them only once it is built.
+    """
+    inner = getattr(optimizer, "inner_optimizer", None)
+    inner = list(getattr(optimizer, "optimizers", ())) if inner is None else [inner]
+    return [one for handed_to in inner for one in updating(handed_to)] or [optimizer]
+
+
+def check(optimizer: Any) -> None:
+    """Raises ModelError where one of them accumulates by itself."""
+    for one in updating(optimizer):
+        if getattr(one, "gradient_accumulation_steps", None):
+            raise ModelError(
+                f"Received an optimizer with gradient_accumulation_steps={one.gradient_accumulation_steps}.",
+                "an optimizer that updates at every step.",
+                "leave out gradient_accumulation_steps; accumulate() does the accumulation.",
+            )
