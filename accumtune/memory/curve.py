@@ -6,21 +6,35 @@ from collections.abc import Mapping, Set
 
 import numpy as np
 
+# A point this far above its group's lowest has left the floor: an eighth, above the noise of a floor.
+RISEN = 1.125
+# Points further back than this share of the last one say little of how the peak grows beyond it.
+LONGEST_REACH = 8
+
 
 def curves_of(peaks: Mapping[int, Mapping[int, float]], statics: Mapping[int, float]) -> dict[int, Curve]:
-    """A curve per group of accumulation steps. They differ by a constant, so that their slopes should agree.
+    """A curve per group of accumulation steps. They differ by a constant, so that they go on at one slope."""
+    slope = common_slope(peaks)
+    return {group: Curve(points, slope, statics[group]) for group, points in sorted(peaks.items())}
 
-    A group that rises much less steeply than another is still at its floor, and takes the other's slope.
+
+def common_slope(peaks: Mapping[int, Mapping[int, float]]) -> float | None:
+    """By least squares through the points of all groups that have left the floor, each group with its own constant.
+
+    A chord between two points would carry their noise, and one that begins at the floor is too flat. Where no group has
+    two points beyond the floor, the steepest of such chords; None where no group has two points.
     """
-    slopes = {group: last_slope(points) for group, points in peaks.items() if len(points) > 1}
-    steepest = max(slopes.values(), default=None)
-    curves = {}
-    for group, points in sorted(peaks.items()):
-        slope = slopes.get(group)
-        if slope is None or (steepest is not None and slope < 0.7 * steepest):
-            slope = steepest
-        curves[group] = Curve(points, slope, statics[group])
-    return curves
+    products = squares = 0.0
+    for points in peaks.values():
+        floor, last = min(points.values()), max(points)
+        risen = [(x, y) for x, y in points.items() if y >= RISEN * floor and x >= last / LONGEST_REACH]
+        if len(risen) > 1:
+            x, y = np.array(risen, dtype=float).T
+            products += float(((x - x.mean()) * (y - y.mean())).sum())
+            squares += float(((x - x.mean()) ** 2).sum())
+    if squares > 0:
+        return max(0.0, products / squares)
+    return max((last_slope(points) for points in peaks.values() if len(points) > 1), default=None)
 
 
 def curves_with_room(
