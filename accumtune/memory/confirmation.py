@@ -42,7 +42,8 @@ def next_to_run(profile: Profile, budget_bytes: int, accumulation_steps: int, la
     cautious = _largest_below(
         profile, accumulation_steps, budget_bytes / (1 + HEADROOM + _EXPECTED_WASTE) - MIB, possible
     )
-    return cautious if cautious > ran else (ran + possible + 1) // 2
+    # Near the limit all peaks can be alike, so that the prediction moves along with what has run: no small steps there.
+    return cautious if ENOUGH * cautious > ran else possible
 
 
 def _largest_below(profile: Profile, steps: int, limit_bytes: float, highest: int) -> int:

@@ -71,3 +71,22 @@ def test_what_ran_is_enough_where_the_next_would_not_fit():
     far = Measurement(120, 2, None, None, "made up", 200 * MIB)
     wide = Profile((Measurement(95, 2, 99 * MIB, 0.1, "made up", 200 * MIB),), "CPU:0", "made up")
     assert next_to_run(wide.with_measurement(far), 200 * MIB, 2, LARGEST) == 107
+
+
+def test_where_all_peaks_near_the_limit_are_alike_it_does_not_creep():
+    """As a model with a large embedding under 120 MiB, run at 96, 102, 107, 112, 117 and 123: all took 114 MiB."""
+    limit_mib = 120 * (1 - HEADROOM)
+
+    def ran(size, *peaks):
+        known = zip((1, 2), peaks, strict=False)
+        return [Measurement(size, k, int(peak * MIB), 0.1, "made up", int(limit_mib * MIB)) for k, peak in known]
+
+    points = [*ran(1, 62, 74), *ran(4, 62, 74), *ran(16, 64, 74), *ran(64, 78.3, 90.5), *ran(96, 98.7, 114.5)]
+    profile, tried = Profile(tuple(points), "CPU:0", "made up", memory_budget_bytes=120 * MIB), []
+    while (size := next_to_run(profile, 120 * MIB, 2, LARGEST)) is not None:
+        tried.append(size)
+        failed = Measurement(size, 1, None, None, "made up", int(limit_mib * MIB))
+        for measurement in ran(size, 114.1, 114.5) if size <= 128 else [failed]:
+            profile = profile.with_measurement(measurement)
+    # In steps of what the last peak leaves of the budget, eight.
+    assert len(tried) <= 5 and max(size for size in tried if size <= 128) >= ENOUGH * 128
