@@ -275,7 +275,7 @@ def test_functions_are_found_without_running_their_files(tmp_path, monkeypatch):
 def test_the_demo_is_the_digits_search(monkeypatch):
     """tests/test_release.py runs it from the wheel."""
     started = []
-    monkeypatch.setattr(demo.subprocess, "call", lambda command: started.append(command) or 3)
+    monkeypatch.setattr(demo.subprocess, "call", lambda command, stdout: started.append(command) or 3)
     assert cli.main(["demo", "--overwrite"]) == 3, "its exit code is passed on"
     (command,) = started
     assert os.path.basename(command[2]) == "digits.py" and "--overwrite" in command
