@@ -30,6 +30,7 @@ What designs gave on TensorFlow, CPU:
     first, further micro-steps and update compiled apart, sums in place  mlp          not noted, 1.10 (331 of 301 MiB)
     the updates of the variables one after the other                     mlp          not noted, 0.95 (286 of 301 MiB)
     arrays fed by row numbers, a micro-batch at a time                   mlp          1.02, 0.93
+    the first gradients copied into accumulators that stay in place      mlp          1.04, 0.84 (258 of 307 MiB)
 
 (An input pipeline costs 3 to 5 ms per window and up to 25 ms for the first, and holds two windows.) What the moments
 of MobileNetV2's 52 normalizations cost, CPU time of a window in one process, median of 6 rounds of 3, each ± 5 %:
