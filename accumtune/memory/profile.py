@@ -7,8 +7,9 @@ update the accumulators come on top, so that one and several micro-steps have a 
 than that constant, and lend each other their slope. The data of the whole window comes on top of the curve while
 the window runs, and is there twice for a moment when it is cut into micro-batches.
 
-Between measured sizes the curve is the chord, which is above a convex curve; beyond the last one it goes on at the
-last slope. Measured peaks are reproduced.
+Between measured sizes the curve is the chord, which is above a convex curve; beyond the last one it goes on at one
+slope through all points off the floor. Measured peaks are reproduced, but for those near their limit (`CROWDED`),
+which are no more than a bound.
 """
 
 from __future__ import annotations

@@ -56,7 +56,7 @@ they showed 0.88 and 0.78 of the limit, then 0.95 and 0.96, then 0.94 and 0.88. 
 54 MiB a window, read and written.
 
 Where memory peaks on TensorFlow, MiB of the allocator, least and most over windows (it gives out pieces up to twice as
-large as asked for):
+large as asked for), before the sums stayed in place:
 
     workload       first micro-step   further ones   update
     mlp            254 to 263         254 to 273     269 to 273
