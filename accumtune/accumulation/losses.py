@@ -94,9 +94,7 @@ def _replaced(model: Any, replace: Callable[[int, Any], Any], metrics: list[Any]
         yield
         return
     own_losses, own_metrics = compiled._flat_losses, compiled._metrics
-    compiled._flat_losses = [
-        entry._replace(loss=replace(index, entry.loss)) for index, entry in enumerate(own_losses)
-    ]
+    compiled._flat_losses = [entry._replace(loss=replace(index, entry.loss)) for index, entry in enumerate(own_losses)]
     if metrics is not None:
         compiled._metrics = metrics
     try:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from keras import tree
 
-from accumtune.accumulation import feeding, losses, noise_scale, statistics
+from accumtune.accumulation import feeding, groups, losses, noise_scale, optimizers, statistics
 from accumtune.accumulation.window import Accumulation, factors, shares
 
 
@@ -127,7 +127,8 @@ class TorchTraining:
         weights = model.trainable_weights[:]
         with torch.no_grad():
             if weights:
-                model.optimizer.apply([weight.value.grad for weight in weights], weights)
+                with groups.updating_in_groups(optimizers.updating(model.optimizer)):
+                    model.optimizer.apply([weight.value.grad for weight in weights], weights)
             else:
                 warnings.warn("The model does not have any trainable weights.", stacklevel=2)
             statistics.moved(self._normalizations, moments)
