@@ -17,58 +17,8 @@ Ways to train at the same effective batch, each in a process of its own (`accumu
 
 The processes of a configuration take turns, a few windows each, ours between Keras's own and the limit, so that a
 ratio compares neighbours in time; the table has medians of the ratios over the rounds. A window is timed inside `fit`,
-from the end of the first to the end of the last one, its logs on the host. Peak memory is the allocator's on TensorFlow
-(BFC on a CPU too) and on GPUs. For JAX and torch on a CPU it is the resident set's: its peak, less what is resident
-between windows once everything is compiled, plus the arrays that are alive then (parameters and slots). Peaks are those
-of processes of their own, on all cores, in which freed memory goes back to the system.
-
-What designs gave on TensorFlow, CPU:
-
-    design                                                               workload     to Keras's own (speed, peak)
-    a tf.while_loop over micro-batches                                   cnn          0.65; with XLA it never ended
-    separate calls, zeroed accumulators, a divided copy at the update    mlp          0.99, 1.12
-    first, further micro-steps and update compiled apart, sums in place  mlp          not noted, 1.10 (331 of 301 MiB)
-    the updates of the variables one after the other                     mlp          not noted, 0.95 (286 of 301 MiB)
-    arrays fed by row numbers, a micro-batch at a time                   mlp          1.02, 0.93
-    the first gradients copied into accumulators that stay in place      mlp          1.04, 0.84 (258 of 307 MiB)
-
-(An input pipeline costs 3 to 5 ms per window and up to 25 ms for the first, and holds two windows.) What the moments
-of MobileNetV2's 52 normalizations cost, CPU time of a window in one process, median of 6 rounds of 3, each ± 5 %:
-
-    moments of each layer as three vectors, Keras's assignment times 0   437 ms
-    the same, Keras's assignment left out of the graph (as it is now)    446 ms
-    no moments at all (moving statistics as Keras has them)              431 ms
-    Keras's own accumulation                                             457 ms
-    the limit                                                            432 ms
-
-Where the time goes on TensorFlow: three ways in one process, taking turns of 5 windows (the first of which is not
-timed), CPU time of a window, medians of 9 rounds (XLA: 7); the last two columns are medians of the rounds' ratios. Of a
-CNN's or an LSTM's window nine tenths are inside its compiled functions.
-
-    workload     ours      Keras's own   limit     our speed to Keras's own, to the limit
-    cnn          244 ms    261 ms        249 ms    1.00, 1.01
-    lstm         181 ms    198 ms        177 ms    1.09, 0.99
-    lstm, XLA    188 ms    193 ms        186 ms    1.01, 0.95
-    mlp, XLA     368 ms    710 ms        335 ms    1.92, 0.91
-
-Processes of their own, on a machine with ten others, do not share its load evenly: of the CNN and the LSTM without XLA
-they showed 0.88 and 0.78 of the limit, then 0.95 and 0.96, then 0.94 and 0.88. The MLP pays for its sums: seven times
-54 MiB a window, read and written.
-
-Where memory peaks on TensorFlow, MiB of the allocator, least and most over windows (it gives out pieces up to twice as
-large as asked for), before the sums stayed in place:
-
-    workload       first micro-step   further ones   update
-    mlp            254 to 263         254 to 273     269 to 273
-    cnn            24                 23 to 28       12
-    transformer    172 to 176         168 to 177     92 to 97
-    mobilenet      142 to 143         143 to 147     41
-    lstm           32 to 36           24 to 35       26
-    cnn, XLA       74                 74             10
-    lstm, XLA      82                 82             18
-
-But for the MLP it is the activations of one micro-batch, which Keras's own has too: with XLA, where they are most of
-it, Keras's own is at 1.04 to 1.05 of the floor for CNN, transformer and LSTM: 0.9 of that is below the floor.
+from the end of the first to the end of the last one, its logs on the host. Peaks are those of processes of their own;
+how they are counted is in `accumulation_memory.py`. What designs gave is in `accumulation_records/README.md`.
 """
 
 from __future__ import annotations
@@ -88,11 +38,10 @@ WAYS = ("ours", "keras", "full", "limit")
 BACKENDS = ("tensorflow", "tensorflow+xla", "jax", "torch")
 WORKLOADS = ("mlp", "cnn", "transformer", "mobilenet", "lstm")
 QUICK = ("mlp", "cnn")
-PEAK_ROUNDS = 3  # what several threads hold at once differs from window to window: a tenth in a CNN on JAX
+# What several threads hold at once differs from window to window; XLA's plans and torch's calls do not.
+PEAK_WINDOWS = {"tensorflow": 6, "jax": 2, "torch": 2}
 TURNS = ("keras", "ours", "limit", "full")
 MIB = 2**20
-# Freed memory goes back to the system at once: slow, hence not while anything is timed.
-FREED_AT_ONCE = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}
 
 
 class Child:
@@ -111,7 +60,8 @@ class Child:
                 "PYTHONPATH": str(Path(__file__).parents[2]),
             }
             | environment,
-            preexec_fn=on_one_core if clock == "cpu" else None,
+            # torch's threads wait for each other by spinning: on a busy machine that takes minutes.
+            preexec_fn=on_one_core if clock == "cpu" or (clock, backend) == ("none", "torch") else None,
             text=True,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -124,7 +74,7 @@ class Child:
         self.process.stdin.flush()
 
     def end(self) -> tuple[float, int]:
-        """Seconds per window, and the peak so far in bytes."""
+        """Seconds per window, and the peak in bytes where it is counted."""
         assert self.process.stdout
         answer = self.process.stdout.readline()
         if not answer:
@@ -163,32 +113,27 @@ def children(backend: str, ways: tuple[str, ...], *options, **environment: str) 
             child.process.wait()
 
 
-def measure(backend: str, jit: bool, workload: str, rounds: int, windows: int, clock: str) -> dict:
+def measured_speed(backend: str, jit: bool, workload: str, rounds: int, windows: int, clock: str) -> dict:
     seconds: dict[str, list[float]] = {way: [] for way in WAYS}
-    peaks: dict[str, int] = {}
     with children(backend, WAYS, workload, jit, clock) as processes:
         train_together(processes, 2)  # compiles
         for _ in range(rounds):
             for way in TURNS:
-                taken, peaks[way] = processes[way].train(windows)
-                seconds[way].append(taken)
-    # On all cores: what is alive at once depends on the number of threads.
-    with children(backend, (*WAYS[:3], "floor"), workload, jit, "wall", **FREED_AT_ONCE) as processes:
-        train_together(processes, 2)
-        for _ in range(PEAK_ROUNDS):
-            peaks |= train_together(processes, 2)
+                seconds[way].append(processes[way].train(windows)[0])
     speed_to = {
         way: statistics.median(other / ours for ours, other in zip(seconds["ours"], seconds[way], strict=True))
         for way in WAYS
     }
     return {
-        "backend": backend + ("+xla" if jit and backend == "tensorflow" else ""),
-        "workload": workload,
         "seconds_per_window": {way: statistics.median(times) for way, times in seconds.items()},
         "speed_to": speed_to,
-        "peak_bytes": peaks,
-        "peak_to": {way: peaks["ours"] / max(peak, 1) for way, peak in peaks.items()},
     }
+
+
+def measured_peaks(backend: str, jit: bool, workload: str) -> dict:
+    with children(backend, (*WAYS[:3], "floor"), workload, jit, "none") as processes:
+        peaks = train_together(processes, PEAK_WINDOWS[backend])
+    return {"peak_bytes": peaks, "peak_to": {way: peaks["ours"] / peak for way, peak in peaks.items()}}
 
 
 def header() -> str:
@@ -222,19 +167,49 @@ def summary(rows: list[dict]) -> dict[str, float]:
     }
 
 
+# As the README calls them.
+NAMES = {"tensorflow": "TensorFlow", "tensorflow+xla": "TensorFlow, XLA", "jax": "JAX", "torch": "torch"}
+NAMES |= {"mlp": "MLP", "cnn": "CNN", "transformer": "transformer", "mobilenet": "MobileNetV2", "lstm": "LSTM"}
+
+
+def recorded(folder: Path) -> list[dict]:
+    """The rows that a folder has all of, in the order of the table."""
+    files = [folder / f"{backend}-{workload}.json" for backend in BACKENDS for workload in WORKLOADS]
+    rows = [json.loads(file.read_text()) for file in files if file.exists()]
+    return [row for row in rows if "speed_to" in row and "peak_to" in row]
+
+
+def markdown(rows: list[dict]) -> str:
+    """The README's tables."""
+    lines = ["| | speed to Keras's own | to the limit | peak to Keras's own |", "|---|---|---|---|"]
+    for row in rows:
+        figures = (row["speed_to"]["keras"], row["speed_to"]["limit"], row["peak_to"]["keras"])
+        label = f"{NAMES[row['backend']]}, {NAMES[row['workload']]}{row.get('mark', '')}"
+        lines.append(" | ".join([f"| {label}", *(f"{figure:.2f}" for figure in figures)]) + " |")
+    lines += ["", f"| over these {len(rows)} | |", "|---|---|"]
+    return "\n".join(lines + [f"| {label} | {value:.2f} |" for label, value in summary(rows).items()])
+
+
 def found_or_measured(name: str, workload: str, arguments: argparse.Namespace) -> dict:
-    """The row of a configuration, from its file where there is one."""
+    """The row of a configuration; what its file has is not measured again."""
     file = arguments.results and arguments.results / f"{name}-{workload}.json"
-    if file and file.exists():
-        return json.loads(file.read_text())
+    row = json.loads(file.read_text()) if file and file.exists() else {"backend": name, "workload": workload}
     backend, _, xla = name.partition("+")
-    jit = bool(xla) or backend == "jax"
+    configuration = (backend, bool(xla) or backend == "jax", workload)
     rounds = 2 if arguments.quick else arguments.rounds
-    row = measure(backend, jit, workload, rounds, arguments.windows, arguments.clock)
+    if "speed_to" not in row:
+        row |= measured_speed(*configuration, rounds, arguments.windows, arguments.clock)
+        write(file, row)
+    if "peak_to" not in row:
+        row |= measured_peaks(*configuration)
+        write(file, row)
+    return row
+
+
+def write(file: Path | None, row: dict) -> None:
     if file:
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(json.dumps(row, indent=2) + "\n")
-    return row
 
 
 def main() -> None:
@@ -248,7 +223,11 @@ def main() -> None:
         "--clock", choices=("wall", "cpu"), default="wall", help="cpu: seconds of all threads, on a busy machine"
     )
     parser.add_argument("--results", type=Path, help="a folder of JSON files, one per configuration")
+    parser.add_argument("--markdown", action="store_true", help="prints what `--results` has, and measures nothing")
     arguments = parser.parse_args()
+    if arguments.markdown:
+        print(markdown(recorded(arguments.results)))
+        return
     workloads = arguments.workloads or (QUICK if arguments.quick else WORKLOADS)
     print(header())
     rows = []

@@ -3,30 +3,29 @@
     python accumulation_ways.py WAY WORKLOAD JIT CLOCK
 
 reads a number of windows from each line of standard input, trains that many, and answers with a line of JSON: seconds
-per window after the first, and the peak of memory so far in bytes.
+per window after the first, and the peak of memory in bytes. Memory is counted where there is no clock ("none"), for one
+line.
 """
 
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import functools
-import gc
 import json
 import os
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
+import accumulation_memory
 import keras
 import numpy as np
 from keras import layers
 
 # name: micro-batch size, accumulation steps
 WORKLOADS = {"mlp": (32, 8), "cnn": (32, 8), "transformer": (8, 8), "mobilenet": (8, 4), "lstm": (16, 8)}
-CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
+CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time, "none": lambda: 0.0}
 
 # Trains so many windows; gives the times at which each ended.
 Run = Callable[[int], list[float]]
@@ -211,59 +210,6 @@ def torch_passes(model, x, y, jit: bool, is_floor: bool):
     return forward_and_backward, update
 
 
-# Memory
-
-
-def peak_bytes(base: int) -> int:
-    """The allocator's peak; where none counts, what the process's resident set held over `base` at most."""
-    backend = keras.backend.backend()
-    if backend == "tensorflow":
-        import tensorflow as tf
-
-        device = "GPU:0" if tf.config.list_physical_devices("GPU") else "CPU:0"
-        return tf.config.experimental.get_memory_info(device)["peak"]
-    if backend == "jax":
-        import jax
-
-        measured = jax.local_devices()[0].memory_stats()  # None on a CPU
-        if measured:
-            return measured["peak_bytes_in_use"]
-    if backend == "torch":
-        import torch
-
-        if torch.cuda.is_available():
-            return torch.cuda.max_memory_allocated()
-    return resident("VmHWM") - base
-
-
-def resident(field: str) -> int:
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
-    return int(line.split()[1]) * 1024
-
-
-def after_compilation() -> int:
-    """The bytes of the process, once compiled, that are no arrays of the device. Peaks start anew."""
-    gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")
-    return resident("VmRSS") - alive_bytes()
-
-
-def alive_bytes() -> int:
-    """Arrays of the device, which between two windows are the model's parameters and the optimizer's slots."""
-    if keras.backend.backend() == "jax":
-        import jax
-
-        arrays = [array for array in jax.live_arrays() if not array.is_deleted()]
-        return sum({array.unsafe_buffer_pointer(): array.nbytes for array in arrays}.values())
-    if keras.backend.backend() == "torch":
-        import torch
-
-        storages = [one.untyped_storage() for one in gc.get_objects() if isinstance(one, torch.Tensor)]
-        return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
-    return 0
-
-
 def use_all_cores() -> None:
     """Where this was started on one core: few threads are made, which may then run wherever there is room."""
     keras.ops.ones(1)  # the backend makes its threads
@@ -275,14 +221,13 @@ def use_all_cores() -> None:
 def main() -> None:
     way, workload, jit, clock = sys.argv[1:]
     use_all_cores()
-    base = 0
-    run = way_to_train(way, workload, bool(int(jit)), CLOCKS[clock])
-    for number, line in enumerate(sys.stdin):
-        times = run(int(line))
-        seconds = (times[-1] - times[0]) / max(len(times) - 1, 1)
-        print(json.dumps([seconds, peak_bytes(base)]), flush=True)
-        if number == 0:
-            base = after_compilation()
+    counting = accumulation_memory.counting() if clock == "none" else contextlib.nullcontext(lambda: 0)
+    with counting as peak:
+        run = way_to_train(way, workload, bool(int(jit)), CLOCKS[clock])
+        for line in sys.stdin:
+            times = run(int(line))
+            seconds = (times[-1] - times[0]) / max(len(times) - 1, 1)
+            print(json.dumps([seconds, peak()]), flush=True)
 
 
 if __name__ == "__main__":

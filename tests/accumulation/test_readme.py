@@ -1,6 +1,7 @@
 """The README promises what the tests hold, no more and no less."""
 
 import importlib
+import importlib.util
 import re
 from pathlib import Path
 
@@ -30,3 +31,26 @@ def test_the_readme_promises_what_tests_hold():
 @pytest.mark.parametrize("change", [("- sample weights", "- unicorns"), ("\n- ", "\n- unicorns;\n- ")])
 def test_another_list_would_be_noticed(change):
     assert promised(README.read_text().replace(*change)) != held()
+
+
+# The figures of the benchmark
+
+
+def benchmark():
+    """experiments/benchmarks/accumulation.py, which imports no framework by itself."""
+    path = README.parent / "experiments/benchmarks/accumulation.py"
+    spec = importlib.util.spec_from_file_location("accumulation_benchmark", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module, module.recorded(path.with_name("accumulation_records"))
+
+
+def test_the_readme_shows_what_the_benchmark_recorded():
+    module, rows = benchmark()
+    assert len(rows) > 10
+    text = README.read_text()
+    assert module.markdown(rows) in text
+    all_of_them = len(module.BACKENDS) * len(module.WORKLOADS)
+    assert f"{len(rows)} of its {all_of_them} configurations" in " ".join(text.split())
+    rows[0]["peak_to"]["keras"] += 0.01  # the negative control
+    assert module.markdown(rows) not in text
