@@ -6,12 +6,15 @@ from dataclasses import replace
 from pathlib import Path
 
 import keras_tuner
+import numpy as np
 import pytest
 
 import accumtune
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "experiments" / "benchmarks"))
 
+from search_cost_development import TASKS, epochs_of, task
+from search_cost_gaussian import predict, unchecked
 from search_cost_replay import Run, ours, stock
 from search_cost_tasks import MADE, STOCK, Record, made_record
 
@@ -69,3 +72,43 @@ def test_a_record_is_read_as_it_was_written(tmp_path, monkeypatch, record):
     written = replace(record, losses={(8, 1e-3, 32): (0.5, 0.25)}, loss_of=None, name="small")
     written.write()
     assert Record.read("small") == written
+
+
+def test_an_unchecked_gaussian_process_says_the_same_to_the_last_bit():
+    from sklearn.gaussian_process import GaussianProcessRegressor
+    from sklearn.gaussian_process.kernels import Matern
+
+    generator = np.random.default_rng(0)
+    checked = GaussianProcessRegressor.predict
+    for points, dimensions in ((2, 1), (30, 4)):
+        x, y = generator.uniform(size=(points, dimensions)), generator.normal(size=points)
+        model = GaussianProcessRegressor(Matern(nu=2.5), normalize_y=True, alpha=1e-4, random_state=1).fit(x, y)
+        for point in (*generator.uniform(size=(50, 1, dimensions)), x[:1]):
+            expected, found = (ask(model, point, return_std=True) for ask in (checked, predict))
+            assert all(np.array_equal(*pair) for pair in zip(expected, found, strict=True))
+    with unchecked():
+        assert GaussianProcessRegressor.predict is predict
+    assert GaussianProcessRegressor.predict is checked
+
+
+def test_a_hopeless_trial_presents_fewer_samples(record):
+    pytest.importorskip("optuna")
+    whole, stopped = (ours(record, accumtune.OptunaSearch, seed=1, pruner=pruner) for pruner in (None, "forecast"))
+    assert len(whole.events) == len(stopped.events) == record.max_trials
+    assert stopped.presentations < 0.95 * whole.presentations
+
+
+def test_a_trial_of_the_development_tasks_trains_until_it_is_stopped():
+    class AfterTwo:
+        ends = []
+
+        def is_hopeless(self, trial_id, epoch, logs):
+            return epoch >= 1
+
+        def end(self, trial_id, status):
+            self.ends.append(status)
+
+    curve = task(TASKS[1]).curve({"effective_batch_size": 8, "learning_rate": 1e-3, "width": 32.0})
+    assert epochs_of("0", curve, None) == len(curve)
+    assert (epochs_of("0", curve, AfterTwo()), epochs_of("0", curve[:2], AfterTwo())) == (2, 2)
+    assert AfterTwo.ends == ["pruned", "completed"]

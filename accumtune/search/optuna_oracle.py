@@ -2,7 +2,8 @@
 
 What Optuna knows is made from Keras Tuner's trials, so a search that was killed goes on with the same knowledge:
 
-    completed, reused    its objective (of a pruned one the best that it reached)
+    completed, reused    its objective
+    pruned               the objective that it would have come to, as forecast from its epochs
     failed               the worst objective so far: nobody wants to go there again
     infeasible           the median objective, as it says nothing of quality, and a constraint that does not hold
 """
@@ -12,6 +13,7 @@ from __future__ import annotations
 import importlib.util
 import statistics
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import keras_tuner
@@ -53,6 +55,8 @@ class OptunaOracle(keras_tuner.Oracle):
         # Values that did not fit, also of proposals that were replaced before they became a trial of their own.
         self._infeasible: list[dict[str, Any]] = []
         self._infeasible_trials: list[str] = []
+        # What a pruned trial, by its id, would have come to; None of all others.
+        self.forecast: Callable[[str], float | None] = lambda trial_id: None
         self._study: Study | None = None
         self._study_key: tuple[int, bool] | None = None
         self._told = self._told_infeasible = 0
@@ -159,7 +163,11 @@ class OptunaOracle(keras_tuner.Oracle):
     def _score_of(self, values: dict[str, Any]) -> float | None:
         digest = self._compute_values_hash(values)
         same = (trial for trial_id, trial in self.trials.items() if self._id_to_hash[trial_id] == digest)
-        return next((trial.score for trial in same if trial.status == TrialStatus.COMPLETED), None)
+        return next((self._value_of(trial) for trial in same if trial.status == TrialStatus.COMPLETED), None)
+
+    def _value_of(self, trial: Any) -> float:
+        forecast = self.forecast(trial.trial_id)
+        return float(trial.score if forecast is None else forecast)
 
     # What Optuna knows
 
@@ -174,7 +182,7 @@ class OptunaOracle(keras_tuner.Oracle):
         for trial_id in self.end_order[self._told :]:
             trial = self.trials[trial_id]
             if trial.status == TrialStatus.COMPLETED:
-                self._scores.append(float(trial.score))
+                self._scores.append(self._value_of(trial))
                 self._study.tell(trial_id, trial.hyperparameters.values, self._scores[-1])
             elif trial_id not in self._infeasible_trials:
                 self._failed.append(trial)

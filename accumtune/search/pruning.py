@@ -1,6 +1,6 @@
-"""Hopeless trials are stopped: each epoch is reported to one of Optuna's pruners.
+"""Hopeless trials are stopped: by what is forecast from their epochs, or by one of Optuna's pruners.
 
-The pruner sits in the search's process, where it sees all trials; the trial's process looks after each epoch whether
+Who judges sits in the search's process, where it sees all trials; the trial's process looks after each epoch whether
 it was asked to stop. An epoch may end before the word arrives, so a trial trains at most one epoch too many.
 """
 
@@ -11,7 +11,8 @@ from collections.abc import Iterable, Mapping
 from concurrent.futures import Future, wait
 from typing import Any
 
-from accumtune.search.optuna_study import new_study
+from accumtune.search.forecast import forecast
+from accumtune.search.judges import open_judge
 from accumtune.tracking.journal import read_trial
 from accumtune.tracking.records import TrialRecord
 from accumtune.trials.directory import TaskDirectory
@@ -21,39 +22,46 @@ _INTERVAL_SECONDS = 0.1
 
 
 class Pruning:
-    """What a pruner knows of the trials of a search; may be used from several threads.
+    """What is known of the epochs of a search's trials, and who is stopped; may be used from several threads.
 
     Args:
-        pruner: an `optuna.pruners.BasePruner`.
+        pruner: an `optuna.pruners.BasePruner`; `"forecast"` to stop a trial whose forecast is hopeless.
         objective: Keras Tuner's; its value after each epoch is what is compared.
     """
 
     def __init__(self, pruner: Any, objective: Any) -> None:
         self._objective = objective
-        self._study = new_study(objective.direction, pruner=pruner)
-        self._trials: dict[str, Any] = {}
+        self._judge = open_judge(pruner, objective.direction)
+        # By epoch: a trial that is started anew, or goes on, reports some of them once more.
+        self._curves: dict[str, dict[int, float]] = {}
+        self._finished: list[list[float]] = []
+        self._forecasts: dict[str, float] = {}
         self._lock = threading.Lock()
 
     def is_hopeless(self, trial_id: str, epoch: int, logs: Mapping[str, float]) -> bool:
         """Reports an epoch of a trial and asks whether the next one is worth its time."""
         with self._lock:
-            trial = self._report(trial_id, epoch, logs)
-            return trial is not None and bool(trial.should_prune())
+            if not self._report(trial_id, epoch, logs):
+                return False
+            return self._judge.is_hopeless(trial_id, self._curve(trial_id), self._finished)
+
+    def forecast(self, trial_id: str) -> float | None:
+        """What a trial that was pruned would have come to, as far as can be told."""
+        return self._forecasts.get(trial_id)
 
     def end(self, trial_id: str, status: str) -> None:
         """A trial has `"completed"`, was `"pruned"`, or gave nothing to compare others with."""
-        from optuna.trial import TrialState
-
         with self._lock:
-            trial = self._trials.pop(trial_id, None)
-            if trial is None:
+            if trial_id not in self._curves:
                 return
+            curve = self._curve(trial_id)
+            del self._curves[trial_id]
+            self._judge.end(trial_id, curve, status)
+            if status == "pruned" and (found := forecast(curve, self._finished, self._objective.direction)):
+                self._forecasts[trial_id] = found.expected
             # Only completed trials are what others are measured against: pruned ones would lower the bar.
-            values = trial.storage.get_trial(trial._trial_id).intermediate_values
-            if status == "completed" and values and values[max(values)] == values[max(values)]:
-                self._study.tell(trial, values[max(values)])
-            else:
-                self._study.tell(trial, state=TrialState.PRUNED if status == "pruned" else TrialState.FAIL)
+            elif status == "completed":
+                self._finished.append(curve)
 
     def remember(self, records: Iterable[TrialRecord]) -> None:
         """What trials of an earlier session reported."""
@@ -66,13 +74,16 @@ class Pruning:
                         self._report(record.trial_id, epoch.epoch, epoch.logs)
             self.end(record.trial_id, "pruned" if is_pruned(record.reason) else "completed")
 
-    def _report(self, trial_id: str, epoch: int, logs: Mapping[str, float]) -> Any:
+    def _report(self, trial_id: str, epoch: int, logs: Mapping[str, float]) -> bool:
         if not self._objective.has_value(logs):
-            return None
-        if trial_id not in self._trials:
-            self._trials[trial_id] = self._study.ask()
-        self._trials[trial_id].report(float(self._objective.get_value(logs)), step=epoch)
-        return self._trials[trial_id]
+            return False
+        value = float(self._objective.get_value(logs))
+        self._curves.setdefault(trial_id, {})[epoch] = value
+        self._judge.report(trial_id, epoch, value)
+        return True
+
+    def _curve(self, trial_id: str) -> list[float]:
+        return [value for _, value in sorted(self._curves[trial_id].items())]
 
 
 def watch(future: Future[Outcome], directory: TaskDirectory, pruning: Pruning) -> Outcome:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import keras_tuner
 
+from accumtune.errors import SearchError
 from accumtune.search.directions import with_direction
 from accumtune.search.tuner import Tuner
 
@@ -84,14 +85,14 @@ class Hyperband(Tuner):
 
 
 class OptunaSearch(Tuner):
-    """A search whose proposals come from Optuna, and whose hopeless trials are stopped by one of its pruners.
+    """A search whose proposals come from Optuna, and whose hopeless trials can be stopped.
 
     `pip install 'accumtune[optuna]'`. Conditional hyperparameters, several `workers`, resuming and everything else of
     `accumtune.Tuner` work as with Keras Tuner's own oracles.
 
     A pruned trial counts as trained: it is completed, with the best epoch that it reached, and its reason
-    (`accumtune.reason` in MLflow) says after which epoch it was pruned. With several `executions_per_trial` the first
-    one decides.
+    (`accumtune.reason` in MLflow) says after which epoch it was pruned; the sampler is told what it would have come to.
+    With several `executions_per_trial` the first one decides.
 
     Args:
         hypermodel: a Keras Tuner build function or `keras_tuner.HyperModel`.
@@ -99,12 +100,13 @@ class OptunaSearch(Tuner):
         max_trials: how many trials train.
         sampler: an `optuna.samplers.BaseSampler`; None for a few trials spread evenly over the space and then
             `GPSampler` where torch is installed, multivariate `TPESampler` otherwise.
-        pruner: an `optuna.pruners.BasePruner`, which is told the objective after each epoch; None trains all trials
-            to their end.
+        pruner: who is told the objective after each epoch and may stop the trial: `"forecast"`, which tells from the
+            trials that ran to their end whether it can still be the best; an `optuna.pruners.BasePruner`; None trains
+            all trials to their end.
         **kwargs: those of `accumtune.Tuner`, and of a `keras_tuner.Oracle`.
 
     Raises:
-        SearchError: Optuna is not installed.
+        SearchError: Optuna is not installed, or the pruner is none of its.
     """
 
     def __init__(
@@ -117,8 +119,10 @@ class OptunaSearch(Tuner):
         pruner: Any = None,
         **kwargs: Any,
     ) -> None:
-        from accumtune.search.optuna_oracle import OptunaOracle
+        from accumtune.search.optuna_oracle import OptunaOracle, require_optuna
 
+        require_optuna()
+        _check_pruner(pruner)
         own = _take(kwargs, _ORACLE_ARGUMENTS)
         oracle = OptunaOracle(sampler, objective=with_direction(objective), max_trials=max_trials, **own)
         self._pruner = pruner
@@ -131,7 +135,19 @@ class OptunaSearch(Tuner):
 
         pruning = Pruning(self._pruner, self.oracle.objective)
         pruning.remember(self.record().trials)
+        self.oracle.forecast = pruning.forecast
         return pruning
+
+
+def _check_pruner(pruner: Any) -> None:
+    from optuna.pruners import BasePruner
+
+    if pruner is not None and pruner != "forecast" and not isinstance(pruner, BasePruner):
+        raise SearchError(
+            f"Received {pruner=}.",
+            'None, "forecast", or one of optuna.pruners.',
+            'take pruner="forecast" to stop trials that can no longer become the best.',
+        )
 
 
 def _take(kwargs: dict[str, Any], names: Sequence[str]) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from typing import Any
 from unittest.mock import patch
 
 import keras_tuner
+from search_cost_gaussian import unchecked
 from search_cost_tasks import OURS, STOCK, Record
 
 import accumtune
@@ -111,7 +112,7 @@ def stock(record: Record, tuner_class: Any, seed: int) -> Run:
         hp.Choice("accumulation_steps", list(space.accumulation_steps), ordered=True)
         space.declare(hp)
 
-    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stderr(io.StringIO()):
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stderr(io.StringIO()), unchecked():
         tuner = Replayed(
             build, "val_loss", max_trials=record.max_trials, seed=seed, directory=folder,
             max_consecutive_failed_trials=NEVER,
@@ -239,7 +240,7 @@ def ours(
 
     space = record.space
     recorded = patch.object(processes, "open_executor", lambda pool, backend: executor)
-    with recorded, tempfile.TemporaryDirectory() as folder:
+    with recorded, tempfile.TemporaryDirectory() as folder, unchecked():
         tuner = Replayed(
             space.declare, objective="val_loss", max_trials=record.max_trials, seed=seed, directory=folder,
             memory_budget=record.memory_budget_bytes, micro_batch_sizes=space.micro_batch_sizes,
