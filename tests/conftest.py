@@ -4,7 +4,7 @@ import os
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 os.environ.setdefault("KERAS_BACKEND", "tensorflow")
-# The same kernels on every CPU: TensorFlow's others take a workspace as large as the CPU's last cache (32 MiB was seen).
+# The same kernels on every CPU: TensorFlow's others take a workspace as large as the CPU's last cache, such as 32 MiB.
 os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "1")
 
 import pytest
