@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
 from collections.abc import Sequence
 
@@ -33,7 +34,7 @@ newest in mlruns/searches. `accumtune COMMAND --help` has a command's options.
 
 {EXIT_CODES}
 
-tab completion, in bash and zsh:
+tab completion, in bash and zsh (from now on: the same line in ~/.bashrc or ~/.zshrc):
   eval "$(register-python-argcomplete accumtune)\""""
 
 
@@ -47,7 +48,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # TensorFlow's notes on how it was built
     try:
-        return int(options.run(options))
+        code = int(options.run(options))
+        sys.stdout.flush()
+        return code
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
+    except BrokenPipeError:  # as in `accumtune candidates | head`; nothing more is to be written there
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return 128 + signal.SIGPIPE
     except AccumtuneError as error:
         print(f"accumtune: {error}", file=sys.stderr)
         return 1 if isinstance(error, _THE_ANSWER_IS_NO) else 2
@@ -56,13 +64,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="accumtune",
+        usage="%(prog)s [-h] [--version] COMMAND [options]",
         description="Find the micro-batch size and accumulation steps to train a Keras model with, given this much "
         "memory.",
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"accumtune {accumtune.__version__}")
-    commands = parser.add_subparsers(required=True, title="commands", metavar="COMMAND")
+    commands = parser.add_subparsers(required=True, prog="accumtune", title="commands", metavar="COMMAND [options]")
     for command in _COMMANDS:
         command.add(commands)
     return parser

@@ -244,24 +244,16 @@ def test_exit_code_1_where_mlflow_did_not_take_what_a_search_has(monkeypatch, ca
     assert cli.main(["sync"]) == 1 and "Received no answer." in capsys.readouterr().err
 
 
-def complete(folder, line):
-    """What the shell is offered where a line ends; argcomplete writes it to the descriptor 8."""
-    script = "import sys; sys.argv[0] = 'accumtune'; from accumtune.cli import main; main()"
-    environment = {**os.environ, "_ARGCOMPLETE": "1", "_ARGCOMPLETE_IFS": "\n", "_ARGCOMPLETE_SHELL": "bash",
-                   "COMP_LINE": line, "COMP_POINT": str(len(line)), "COMP_TYPE": "9",
-                   "_ARGCOMPLETE_STDOUT_FILENAME": str(folder / "offered")}  # fmt: skip
-    subprocess.run([sys.executable, "-c", script], cwd=folder, env=environment, timeout=60)
-    return [word.strip() for word in (folder / "offered").read_text().split("\n")]
+@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGPIPE, 141)])
+def test_an_interrupted_command_says_so_by_its_exit_code_alone(number, code, monkeypatch, capfd):
+    def interrupted(options):
+        raise KeyboardInterrupt if number == signal.SIGINT else BrokenPipeError
 
-
-def test_tab_completes_commands_options_searches_and_functions(tmp_path):
-    (tmp_path / "mlruns" / "searches" / "mine").mkdir(parents=True)
-    (tmp_path / "mlruns" / "searches" / "mine" / "search.jsonl").touch()
-    (tmp_path / "train.py").write_text("raise SystemExit('it runs nothing')\ndef build_model(hp): ...")
-    assert complete(tmp_path, "accumtune ver") == ["verify"]
-    assert complete(tmp_path, "accumtune best --policy thr") == ["throughput"]
-    assert complete(tmp_path, "accumtune best ml") == ["mlruns/searches/mine"]
-    assert "build_model" in complete(tmp_path, "accumtune probe train:")[0]
+    monkeypatch.setattr("accumtune.commands.searches.find_search", interrupted)
+    monkeypatch.setattr("accumtune.commands.candidates.find_search", interrupted)
+    monkeypatch.setattr(os, "dup2", lambda *descriptors: None)  # pytest's own output goes on
+    assert cli.main(["candidates"]) == code
+    assert capfd.readouterr().err == ""
 
 
 def test_functions_are_found_without_running_their_files(tmp_path, monkeypatch):

@@ -1,6 +1,7 @@
 """Rules about the package as a whole: its public names, and who may import whom."""
 
 import ast
+import graphlib
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +16,7 @@ FRAMEWORKS = ("tensorflow", "jax", "torch", "keras", "keras_tuner", "mlflow", "m
 # The floors of the house, ground first (DESIGN section 3). A module imports from its own floor or one below;
 # trials write the journal, so tracking is below them.
 FLOORS = [
-    {"errors", "memory.budget"},
+    {"errors", "memory.budget", "memory.machine", "memory.units"},
     {"accumulation"},
     {"memory"},
     {"tracking"},
@@ -83,6 +84,29 @@ def test_imports_run_one_way(name, path):
         if imported.startswith("accumtune."):
             other = floor_of(imported.removeprefix("accumtune."))
             assert other is None or other <= floor, f"accumtune.{name} imports {imported}, which is above it"
+
+
+def imports_between(trees):
+    """Module -> the modules of the package that it imports when it is imported itself."""
+    graph = {}
+    for name, tree in trees.items():
+        found = {imported.removeprefix("accumtune.") for imported in top_level_imports(tree)} & set(trees)
+        # `from accumtune.memory import device` is about the module, not about its package.
+        packages = {other.rpartition(".")[0] for other in found}
+        graph[name] = found - packages - {name}
+    return graph
+
+
+def test_no_modules_import_each_other_in_a_circle():
+    trees = {name: ast.parse(path.read_text()) for name, path in modules()}
+    assert list(graphlib.TopologicalSorter(imports_between(trees)).static_order())
+
+
+def test_the_rule_would_notice_a_circle():
+    circle = {"one": "import accumtune.two", "two": "from accumtune.three import name", "three": "import accumtune.one"}
+    graph = imports_between({name: ast.parse(text) for name, text in circle.items()})
+    with pytest.raises(graphlib.CycleError):
+        graphlib.TopologicalSorter(graph).prepare()
 
 
 def test_the_rule_would_notice_an_import_upwards():

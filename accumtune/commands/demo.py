@@ -22,8 +22,8 @@ def add(commands: Any) -> None:
         "It trains a small network on this machine, prints what it found, and how to browse it in MLflow. "
         "`accumtune best`, `candidates` and `ui` then have something to show.",
     )  # fmt: skip
-    command.add_argument("--trials", type=int, default=5, help="default: 5; the README's example has 12")
-    command.add_argument("--epochs", type=int, default=3, help="default: 3; the README's example has 12")
+    command.add_argument("--trials", metavar="N", type=int, default=5, help="default: 5; the README's example has 12")
+    command.add_argument("--epochs", metavar="N", type=int, default=3, help="default: 3; the README's example has 12")
     command.add_argument("--overwrite", action="store_true", help="begin anew instead of going on")
     add_json(command, "print the configuration alone, as JSON")
 

@@ -17,7 +17,8 @@ exit codes:
   0  fine
   1  the answer is no: nothing fits, a search without a result, a configuration that does not hold here, values that
      MLflow did not take
-  2  wrong usage or input, with the reason on the standard error"""
+  2  wrong usage or input, with the reason on the standard error
+  130, 141  Ctrl-C; whoever reads the output has read enough, such as `head`"""
 
 
 def add_command(
@@ -51,11 +52,14 @@ def add_search(command: argparse.ArgumentParser) -> None:
 
 def add_policy(command: argparse.ArgumentParser) -> None:
     command.add_argument("--policy", default="quality", choices=("quality", "memory", "throughput", "balanced"))
-    command.add_argument("--tolerance", type=float, default=0.01, help="share of the objective that counts as noise")
+    command.add_argument(
+        "--tolerance", metavar="SHARE", type=float, default=0.01,
+        help="share of the objective that counts as noise; default: 0.01",
+    )  # fmt: skip
 
 
 def add_tracking_uri(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--tracking-uri", default=None, help="MLflow's; default: the search's own")
+    command.add_argument("--tracking-uri", metavar="URI", default=None, help="MLflow's; default: the search's own")
 
 
 def add_json(command: argparse.ArgumentParser, what: str = "print JSON instead of text") -> None:

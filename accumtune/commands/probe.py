@@ -21,9 +21,15 @@ def add(commands: Any) -> None:
         "Exit code 1: nothing fits.",
     )  # fmt: skip
     add_model_and_data(command)
-    command.add_argument("--memory-budget", default=None, help='for example "2GiB", or "80%%" of the device')
-    command.add_argument("--micro-batch-sizes", type=int, nargs="+", default=None, help="default: powers of two")
-    command.add_argument("--accumulation-steps", type=int, default=2, help="of the updates in the table; default: 2")
+    command.add_argument(
+        "--memory-budget", metavar="SIZE", default=None, help='for example "2GiB", or "80%%" of the device'
+    )
+    command.add_argument(
+        "--micro-batch-sizes", metavar="N", type=int, nargs="+", default=None, help="default: powers of two"
+    )
+    command.add_argument(
+        "--accumulation-steps", metavar="N", type=int, default=2, help="of the updates in the table; default: 2"
+    )
     add_json(command, "print JSON instead of a table")
     command.add_argument("--plot", metavar="FILE", default=None, help="draw the table, for example into probe.png")
 

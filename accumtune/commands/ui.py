@@ -18,7 +18,9 @@ def add(commands: Any) -> None:
     command = add_command(commands, "ui", "open a search in the MLflow UI", run, "Ctrl-C ends it.")
     add_search(command)
     add_tracking_uri(command)
-    command.add_argument("--port", type=int, default=None, help="default: 5000, or a free one where that is taken")
+    command.add_argument(
+        "--port", metavar="N", type=int, default=None, help="default: 5000, or a free one where that is taken"
+    )
     command.add_argument("--print", action="store_true", help="print the command and the address, start nothing")
     add_json(command, "print them as JSON, start nothing")
 

@@ -21,13 +21,16 @@ def add(commands: Any) -> None:
     )
     add_model_and_data(command)
     command.add_argument(
-        "--peak-tolerance", type=float, default=0.1, help="share by which peak memory may differ; default: 0.1"
-    )
+        "--peak-tolerance", metavar="SHARE", type=float, default=0.1,
+        help="share by which peak memory may differ; default: 0.1",
+    )  # fmt: skip
     command.add_argument(
         "--whole", action="store_true",
         help="train the winning trial again, and compare its objective too; load returns validation data then",
     )  # fmt: skip
-    command.add_argument("--objective-tolerance", type=float, default=1e-6, help="with --whole; default: 1e-6")
+    command.add_argument(
+        "--objective-tolerance", metavar="DIFFERENCE", type=float, default=1e-6, help="with --whole; default: 1e-6"
+    )
     add_json(command)
     add_tracking_uri(command)
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import os
 import subprocess
-from pathlib import Path
 
 from accumtune.errors import BudgetError
+from accumtune.memory.machine import machine_memory
 
 MIB = 2**20
 
@@ -20,7 +20,7 @@ def available_memory_bytes(device_name: str) -> int:
     Raises:
         BudgetError: the driver does not say.
     """
-    return _gpu_bytes() if device_name.startswith("GPU") else _host_bytes(Path("/proc/meminfo"), Path("/sys/fs/cgroup"))
+    return _gpu_bytes() if device_name.startswith("GPU") else machine_memory().free_bytes
 
 
 def _gpu_bytes() -> int:
@@ -43,14 +43,3 @@ def _gpu_bytes() -> int:
         "an NVIDIA GPU whose driver answers nvidia-smi.",
         'name the budget yourself: config.for_budget("8GiB", build_model, x, y).',
     )
-
-
-def _host_bytes(meminfo: Path, cgroup: Path) -> int:
-    """What the kernel says new processes can have, and no more than a container's limit leaves (cgroup v2)."""
-    kibibytes = {line.split(":")[0]: int(line.split()[1]) for line in meminfo.read_text().splitlines() if "kB" in line}
-    available = kibibytes["MemAvailable"] * 1024
-    try:
-        limit, used = ((cgroup / name).read_text().strip() for name in ("memory.max", "memory.current"))
-    except OSError:
-        return available
-    return min(available, max(int(limit) - int(used), 0)) if limit.isdigit() else available

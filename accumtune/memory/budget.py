@@ -5,6 +5,10 @@ from __future__ import annotations
 import re
 
 from accumtune.errors import BudgetError
+from accumtune.memory.machine import device_memory
+from accumtune.memory.units import format_bytes, mib
+
+__all__ = ["format_bytes", "mib", "parse_budget", "parse_share"]
 
 # GiB = 2**30 and GB = 10**9, as IEC 80000-13 has it; a bare "G" is read as the larger of the two, as
 # `docker run --memory` and Slurm do.
@@ -43,8 +47,6 @@ def parse_budget(budget: int | float | str) -> int:
         raise BudgetError(f"Received memory_budget={budget!r} of type {type(budget).__name__}.", _EXPECTED, _FIX)
     share = parse_share(budget)
     if share is not None:
-        from accumtune.memory.machine import device_memory
-
         number = share * device_memory().total_bytes
     elif isinstance(budget, str):
         match = _PATTERN.fullmatch(budget)
@@ -74,20 +76,3 @@ def parse_share(budget: int | float | str) -> float | None:
     if not 0 < share <= 1:
         raise BudgetError(f"Received memory_budget={budget!r}.", "more than 0 % and at most 100 % of the device", _FIX)
     return share
-
-
-def format_bytes(size_bytes: float) -> str:
-    """Writes a size for people: `"1.50 GiB"`, `"20.0 MiB"`.
-
-    >>> format_bytes(1610612736)
-    '1.50 GiB'
-    """
-    for unit, factor, digits in (("GiB", 2**30, 2), ("MiB", 2**20, 1), ("KiB", 2**10, 1)):
-        if abs(size_bytes) >= factor:
-            return f"{size_bytes / factor:.{digits}f} {unit}"
-    return f"{int(size_bytes)} B"
-
-
-def mib(size_bytes: float) -> float:
-    """Bytes to mebibytes (2**20), the unit of MLflow's metrics."""
-    return size_bytes / 2**20

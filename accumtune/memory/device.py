@@ -52,16 +52,15 @@ def memory_limit_environment(backend: str, budget_bytes: int | None) -> dict[str
             environment["TF_CPU_BFC_MEM_LIMIT_IN_MB"] = str(budget_bytes // MIB)
         return environment
     if backend == "jax":
-        if budget_bytes is None:
-            return {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
-        # A fraction of the whole device, or of what is not there when there is no GPU (then it is ignored).
-        total = gpu_total_bytes()
-        if total is None:
-            return {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
-        return {
-            "XLA_PYTHON_CLIENT_PREALLOCATE": "true",
-            "XLA_PYTHON_CLIENT_MEM_FRACTION": f"{min(budget_bytes / total, 1.0):.6f}",
-        }
+        # The only one of JAX's allocators that both counts and has a limit, whatever the user's environment says.
+        environment = {"XLA_PYTHON_CLIENT_ALLOCATOR": "bfc", "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+        total = None if budget_bytes is None else gpu_total_bytes()
+        if budget_bytes is None or total is None:
+            return environment
+        fraction = f"{min(budget_bytes / total, 1.0):.6f}"
+        # JAX refuses the second name beside the first, unless it is empty.
+        limit = {"XLA_PYTHON_CLIENT_MEM_FRACTION": fraction, "XLA_CLIENT_MEM_FRACTION": ""}
+        return environment | {"XLA_PYTHON_CLIENT_PREALLOCATE": "true"} | limit
     return {}
 
 

@@ -12,7 +12,9 @@ _MEMORY_ERROR_NAMES = {"MemoryError", "OutOfMemoryError", "_ArrayMemoryError"}
 _MEMORY_TEXT = re.compile(
     r"\bOOM\b|out of memory|out-of-memory|not enough memory|can(?:'|no)t allocate memory|unable to allocate"
     r"|fail(?:ed|ure) to allocate|ran out of (?:device |GPU )?memory|CUDA_ERROR_OUT_OF_MEMORY|_ALLOC_FAILED"
-    r"|memory exhausted|exceeds? (?:the )?(?:available )?memory|MemoryError",
+    r"|memory exhausted|exceeds? (?:the )?(?:available )?memory|MemoryError"
+    # torch, where no workspace of cuDNN fits (pytorch#108645); a broken cuDNN says the same, whatever the size.
+    r"|unable to find an engine to execute this computation|CUDNN_STATUS_NOT_SUPPORTED",
     re.IGNORECASE,
 )
 # An error type that may speak of memory, and when its text is believed. Errors of the user's own code are not

@@ -6,14 +6,37 @@ from typing import Any
 
 import jax
 
+from accumtune.errors import BudgetError
 from accumtune.memory.device import Device
+
+# The driver and CUDA do not call quite the same the whole of a device.
+_LIMIT_TOLERANCE = 0.01
 
 
 class JaxGpu(Device):
-    """A GPU under JAX. Its peak cannot be reset, so one process makes one measurement."""
+    """A GPU under JAX. Its peak cannot be reset, so one process makes one measurement.
+
+    Raises:
+        BudgetError: the allocator was chosen in the environment, and is one that does not count.
+    """
 
     backend = "jax"
     memory_source = "jax allocator"
+
+    def __init__(self, name: str, budget_bytes: int | None = None) -> None:
+        super().__init__(name, budget_bytes)
+        stats = self._stats()
+        if "peak_bytes_in_use" not in stats:
+            raise BudgetError(
+                f"JAX's allocator on {name} does not count what it hands out.",
+                "its default allocator.",
+                "leave XLA_PYTHON_CLIENT_ALLOCATOR out of the environment.",
+            )
+        # JAX takes its limit from the environment, as a share of a device that the driver may not have named: then the
+        # peak is compared with the budget.
+        limit = stats.get("bytes_limit")
+        if budget_bytes is not None:
+            self.has_limits = limit is not None and limit <= budget_bytes * (1 + _LIMIT_TOLERANCE)
 
     def _stats(self) -> dict[str, int]:
         return jax.local_devices()[0].memory_stats() or {}

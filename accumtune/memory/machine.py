@@ -8,7 +8,7 @@ import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
-from accumtune.memory.budget import format_bytes
+from accumtune.memory.units import format_bytes
 
 MIB = 2**20
 # Where a container's limit is written: version 2 of control groups, version 1.
@@ -60,6 +60,8 @@ def _gpu() -> DeviceMemory | None:
     if not fields or len(fields[0]) != 3:
         return None
     name, total, free = fields[0]
+    if not (total.isdigit() and free.isdigit()):  # "[N/A]": the GPU has no memory of its own
+        return None
     others = tuple(
         f"{pid} {os.path.basename(process)} {_mib_text(used)}"
         for pid, process, used in _nvidia_smi("--query-compute-apps=pid,process_name,used_memory")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import torch
@@ -56,8 +57,8 @@ def _process_status_bytes(field: str) -> int:
 
 
 def open_device(budget_bytes: int | None) -> Device:
-    """The first GPU, else the CPU."""
-    if not torch.cuda.is_available():
+    """The first GPU, else the CPU; Keras's own variable can say that it is the CPU all the same."""
+    if not torch.cuda.is_available() or os.environ.get("KERAS_TORCH_DEVICE") == "cpu":
         return TorchCpu("CPU:0", budget_bytes)
     if budget_bytes is not None:
         total = torch.cuda.get_device_properties(0).total_memory

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import difflib
+import inspect
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import keras_tuner
@@ -19,6 +21,27 @@ def check_choice(name: str, value: Any, known: Sequence[Any]) -> None:
     if value not in known:
         listed = ", ".join(repr(choice) for choice in known)
         raise BatchSizeError(f"Received {name}={value!r}.", f"one of {listed}.", f"leave {name} out for the default.")
+
+
+def refuse_unknown_arguments(names: Iterable[str], tuner: Callable[..., Any]) -> None:
+    """Refuses arguments that neither this tuner nor Keras Tuner's own has.
+
+    Args:
+        names: of the arguments that `tuner` does not name itself.
+        tuner: what they were given to.
+
+    Raises:
+        SearchError: there is one.
+    """
+    kerass = set(inspect.signature(keras_tuner.Tuner.__init__).parameters) - {"self", "kwargs"}
+    known = kerass | (set(inspect.signature(tuner).parameters) - {"self", "kwargs"})
+    for name in sorted(set(names) - kerass):
+        similar = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+        raise SearchError(
+            f"Received {name}=..., which no tuner takes.",
+            "arguments of accumtune's tuners or of keras_tuner.Tuner; those of `fit` go to search().",
+            f"did you mean {similar[0]}?" if similar else f"leave {name} out.",
+        )
 
 
 def refuse_batch_size(fit_kwargs: Mapping[str, Any]) -> None:

@@ -12,7 +12,7 @@ import keras_tuner
 from accumtune.memory.budget import parse_budget
 from accumtune.memory.device import memory_limit_environment
 from accumtune.search import state
-from accumtune.search.checks import check_choice
+from accumtune.search.checks import check_choice, refuse_unknown_arguments
 from accumtune.search.chronicle import Chronicle
 from accumtune.search.feasibility import effective_batch_sizes
 from accumtune.search.hypermodel import (
@@ -65,6 +65,7 @@ class Tuner(Searching):
     Raises:
         BudgetError: the budget cannot be read.
         BatchSizeError: sizes below 1, or an unknown `search_over`.
+        SearchError: an argument that no tuner takes.
         BuildError: the build function raised or returned something else than a compiled model.
         SearchDirectoryError: the directory holds a search that cannot be read.
     """
@@ -95,6 +96,7 @@ class Tuner(Searching):
         metrics: Any = None,
         **kwargs: Any,
     ) -> None:
+        refuse_unknown_arguments(kwargs, Tuner.__init__)
         check_choice("search_over", search_over, ("auto", "effective_batch_size", "pairs"))
         check_choice("learning_rate_scaling", learning_rate_scaling, (None, "linear", "sqrt"))
         self.memory_budget_bytes = None if memory_budget is None else parse_budget(memory_budget)

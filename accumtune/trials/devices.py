@@ -12,10 +12,12 @@ import os
 import queue
 import shutil
 import subprocess
+import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from accumtune.errors import BudgetError, SearchError
 from accumtune.memory.budget import format_bytes
@@ -23,6 +25,7 @@ from accumtune.memory.budget import format_bytes
 MIB = 2**20
 # What CUDA and its libraries take of a GPU in each process, outside of every allocator: 300 to 600 MB.
 _CONTEXT_BYTES = 600 * MIB
+_NO_GPU = "-1"  # what CUDA_VISIBLE_DEVICES says then
 
 
 @dataclass(frozen=True)
@@ -121,7 +124,7 @@ def plan_places(
     Raises:
         BudgetError: several workers share a device that cannot hold their budgets.
     """
-    hidden = {"CUDA_VISIBLE_DEVICES": "-1", "JAX_PLATFORMS": "cpu"} if without_gpus else {}
+    hidden = {"CUDA_VISIBLE_DEVICES": _NO_GPU, "JAX_PLATFORMS": "cpu"} if without_gpus else {}
     if not gpus:
         if workers == 1:
             return [Place(environment=hidden)]
@@ -156,7 +159,7 @@ def threads_environment(cores: int) -> dict[str, str]:
         "TF_NUM_INTRAOP_THREADS": str(cores),
         "TF_NUM_INTEROP_THREADS": str(cores),
         "NPROC": str(cores),  # XLA's CPU client sizes its thread pools by it
-        "OMP_NUM_THREADS": str(cores),  # torch (see `apply_threads`), oneDNN, NumPy's BLAS
+        "OMP_NUM_THREADS": str(cores),  # torch (see `apply_place`), oneDNN, NumPy's BLAS
     }
 
 
@@ -264,10 +267,13 @@ def machine_memory_bytes() -> int | None:
     return min(limits, default=None)
 
 
-def apply_threads() -> None:
-    """In a child that was forked with torch imported: OpenMP has read its variable long ago."""
-    import sys
-
-    threads = os.environ.get("OMP_NUM_THREADS", "")
+def apply_place() -> None:
+    """In a child that was forked with its framework imported: what was read at the import is decided again."""
+    threads, platforms = os.environ.get("OMP_NUM_THREADS", ""), os.environ.get("JAX_PLATFORMS")
     if "torch" in sys.modules and threads.isdigit():
         sys.modules["torch"].set_num_threads(int(threads))
+    if "jax" in sys.modules and platforms:
+        sys.modules["jax"].config.update("jax_platforms", platforms)
+    torch_of_keras: Any = sys.modules.get("keras.src.backend.torch.core")
+    if torch_of_keras is not None and os.environ.get("CUDA_VISIBLE_DEVICES") == _NO_GPU:
+        torch_of_keras.DEFAULT_DEVICE = "cpu"  # Keras has seen the GPUs that are hidden from this child

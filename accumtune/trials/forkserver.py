@@ -12,7 +12,9 @@ The search starts it with one end of a socket pair and writes a line of JSON per
 It answers `{"started": 7, "pid": 4242}` and `{"ended": 7, "exit_code": 0}` (a signal's number is negative, as in
 `subprocess`). When the search is gone, the socket closes, and the server takes all children with it.
 
-Forking after the import is safe while no operation has run and no device was listed; the server only imports.
+Forking after the import is safe while no operation has run and no device was listed; the server only imports. (Keras
+asks torch for a GPU when it is imported; torch then asks the driver's NVML instead of CUDA, which no fork survives:
+PYTORCH_NVML_BASED_CUDA_CHECK, in torch's notes on CUDA semantics.)
 """
 
 from __future__ import annotations
@@ -31,7 +33,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from accumtune.trials.devices import apply_threads
+from accumtune.trials.devices import apply_place
 from accumtune.trials.notes import without_notes
 
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
@@ -170,7 +172,7 @@ def _settle_child(request: dict[str, Any]) -> None:
     tempfile.tempdir = None
     os.chdir(request["cwd"])
     sys.path[:] = request["path"]
-    apply_threads()
+    apply_place()
 
 
 def _die_with_parent() -> None:
@@ -185,6 +187,7 @@ def main() -> None:
     """`python -m accumtune.trials.forkserver FILE_DESCRIPTOR MODULE,MODULE,...`"""
     connection = socket.socket(fileno=int(sys.argv[1]))
     connection.set_inheritable(False)
+    os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
     for module in sys.argv[2].split(","):
         try:
             with warnings.catch_warnings(), without_notes():

@@ -81,6 +81,7 @@ import os
 import statistics
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -101,6 +102,7 @@ class Child:
     def __init__(self, backend: str, way: str, workload: str, jit: bool, clock: str, **environment: str) -> None:
         self.name = f"{way} on {workload} ({backend})"
         script = Path(__file__).with_name("accumulation_ways.py")
+        self.log = tempfile.TemporaryFile("w+")
         self.process = subprocess.Popen(
             [sys.executable, script, way, workload, str(int(jit)), clock],
             env=os.environ
@@ -115,7 +117,7 @@ class Child:
             text=True,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
+            stderr=self.log,
         )
 
     def begin(self, windows: int) -> None:
@@ -128,7 +130,10 @@ class Child:
         assert self.process.stdout
         answer = self.process.stdout.readline()
         if not answer:
-            raise SystemExit(f"{self.name} ended with {self.process.wait()}.")
+            code = self.process.wait()
+            self.log.seek(0)
+            last_words = "".join(self.log.readlines()[-5:])
+            raise SystemExit(f"{self.name} ended with {code}:\n{last_words}")
         seconds, peak = json.loads(answer)
         return seconds, peak
 

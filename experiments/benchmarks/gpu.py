@@ -9,13 +9,16 @@ For each backend that sees the device and each workload:
 
     python experiments/benchmarks/gpu.py [--backends jax torch tensorflow] [--memory-budget 2GiB] [--json PATH]
 
-Without a CUDA device it says so and ends with 0. `--cpu` runs it on the CPU all the same, to try the script out; the
-figures then say nothing about GPUs.
+Needs Keras, Keras Tuner, SciPy and cloudpickle beside a backend; neither TensorFlow nor MLflow. Without a CUDA device
+it says so and ends with 0. `--cpu` runs it on the CPU all the same, to try the script out; the figures then say
+nothing about GPUs. The JSON file has each row as soon as it is known: a run that is cut off was not for nothing. What
+fails is named, the rest goes on, and the exit code is 1.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.metadata
 import importlib.util
 import json
 import os
@@ -46,12 +49,30 @@ def cuda_device() -> str | None:
     return done.stdout.splitlines()[0].strip() if done.returncode == 0 and done.stdout.strip() else None
 
 
-def sees_gpu(backend: str) -> bool:
-    """Whether this backend, as installed, trains on a GPU; asked in a process that ends and frees the device."""
-    script = f"from accumtune.memory.device import open_device; print(open_device({backend!r}).name)"
-    environment = os.environ | {"KERAS_BACKEND": backend, "TF_CPU_ALLOCATOR_USE_BFC": "true"} | SHARED_DEVICE
-    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
-    return done.returncode == 0 and done.stdout.strip().startswith("GPU")
+def why_not(backend: str) -> str | None:
+    """What keeps this backend from training on a GPU; asked in a process that ends and frees the device."""
+    script = f"import keras; from accumtune.memory.device import open_device; print(open_device({backend!r}).name)"
+    done = subprocess.run([sys.executable, "-c", script], env=environment(backend), capture_output=True, text=True)
+    if done.returncode:
+        return f"does not start: {(done.stderr.strip().splitlines() or ['no reason given'])[-1]}"
+    return None if done.stdout.strip().startswith("GPU") else "sees no GPU: its CUDA packages are missing"
+
+
+def environment(backend: str) -> dict[str, str]:
+    """Of a process that has this backend, finds accumtune in this repository, and shares the device."""
+    path = os.pathsep.join([str(Path(__file__).parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])])
+    ours = {"KERAS_BACKEND": backend, "PYTHONPATH": path, "TF_CPU_ALLOCATOR_USE_BFC": "true"}
+    return os.environ | ours | SHARED_DEVICE
+
+
+def versions() -> dict[str, str]:
+    found = {}
+    for name in ("keras", "keras-tuner", "jax", "torch", "tensorflow", "numpy"):
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return {"python": sys.version.split()[0]} | found
 
 
 def build_model(workload: str) -> Any:
@@ -92,16 +113,20 @@ def memory(workload: str, budget: str) -> dict[str, Any]:
 
     def probed(size: int, limit: str | None) -> Any:
         """What this size cost with most micro-steps; None where it ran out of memory."""
-        points = accumtune.profile(build, x, y, micro_batch_sizes=[size], memory_budget=limit).measurements
+        points = accumtune.profile(
+            build, x, y, micro_batch_sizes=[size], memory_budget=limit, confirm_largest=False, on_probe=say
+        ).measurements
         ran = [point for point in points if point.micro_batch_size == size and point.is_feasible]
         return max(ran, key=lambda point: point.accumulation_steps, default=None)
 
-    profile = accumtune.profile(build, x, y, micro_batch_sizes=SIZES, memory_budget=budget)
+    profile = accumtune.profile(build, x, y, micro_batch_sizes=SIZES, memory_budget=budget, on_probe=say)
     largest = profile.largest_micro_batch_size(budget, accumulation_steps=2)
     if largest is None:
         raise SystemExit(f"Not even micro-batch 1 of {workload} fits in {budget}: give a larger --memory-budget.")
     micro = max(1, 2 * largest // 3)
     measured = probed(micro, None)
+    if measured is None:
+        raise SystemExit(f"Micro-batch {micro} of {workload}, which fits in {budget}, ran out of the device's memory.")
     predicted = profile.predict_peak_memory(micro, measured.accumulation_steps)
     return {
         "device": profile.device,
@@ -133,26 +158,17 @@ def speed(backend: str, workload: str) -> dict[str, Any]:
     return {"samples_per_second": per_second, "speed_to_keras": statistics.median(ratios)}
 
 
-def measure(backend: str, budget: str, workloads: list[str]) -> list[dict[str, Any]]:
-    """The rows of one backend; this process must have it as Keras's."""
-    rows = []
-    for workload in workloads:
-        row = {"backend": backend, "workload": workload, "memory_budget": budget}
-        rows.append(row | memory(workload, budget) | speed(backend, workload))
-        print(printed(rows[-1]), flush=True)
-    return rows
+def say(line: str) -> None:
+    print(f"  {line}", file=sys.stderr, flush=True)
 
 
-def measured_in_process(backend: str, options: argparse.Namespace) -> list[dict[str, Any]]:
-    """The same in a process of its own: Keras has one backend per process."""
+def measured_in_process(backend: str, workload: str, budget: str) -> dict[str, Any] | None:
+    """One row, in a process of its own: Keras has one backend per process. None where that failed."""
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "rows.json"
-        command = [sys.executable, __file__, "--one", backend, "--memory-budget", options.memory_budget]
-        command += ["--workloads", *options.workloads, "--json", str(path)]
-        done = subprocess.run(command, env=os.environ | {"KERAS_BACKEND": backend})
-        if done.returncode:
-            print(f"{backend:<11}ended with {done.returncode}")
-        return json.loads(path.read_text())["rows"] if path.exists() else []
+        path = Path(folder) / "row.json"
+        command = [sys.executable, __file__, "--one", backend, workload, "--memory-budget", budget, "--json", str(path)]
+        done = subprocess.run(command, env=environment(backend))
+        return json.loads(path.read_text()) if done.returncode == 0 else None
 
 
 def header() -> str:
@@ -173,36 +189,59 @@ def printed(row: dict[str, Any]) -> str:
     )
 
 
-def main() -> None:
+def rows_of(options: argparse.Namespace, told: dict[str, Any]) -> bool:
+    """Measures, prints and keeps one row after the other; False where something failed."""
+    all_ran = True
+    for backend in options.backends:
+        if importlib.util.find_spec(backend) is None:
+            print(f"{backend:<11}is not installed")
+            continue
+        reason = None if options.cpu else why_not(backend)
+        if reason is not None:
+            print(f"{backend:<11}is installed, but {reason}")
+            continue
+        for workload in options.workloads:
+            row = measured_in_process(backend, workload, options.memory_budget)
+            all_ran = all_ran and row is not None
+            if row is None:
+                print(f"{backend:<11}{workload:<12}failed; the reason is above", flush=True)
+                continue
+            told["rows"].append(row)
+            print(printed(row), flush=True)
+            keep(told, options.json)
+    return all_ran
+
+
+def keep(told: dict[str, Any], file: Path | None) -> None:
+    if file:
+        file.write_text(json.dumps(told, indent=2) + "\n")
+
+
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--backends", nargs="+", choices=BACKENDS, default=list(BACKENDS))
     parser.add_argument("--workloads", nargs="+", choices=list(WORKLOADS), default=list(WORKLOADS))
     parser.add_argument("--memory-budget", default="2GiB")
     parser.add_argument("--json", type=Path, help="where to write the figures")
     parser.add_argument("--cpu", action="store_true", help="run without a CUDA device, to try the script out")
-    parser.add_argument("--one", choices=BACKENDS, help=argparse.SUPPRESS)
+    parser.add_argument("--one", nargs=2, metavar=("BACKEND", "WORKLOAD"), help=argparse.SUPPRESS)
     options = parser.parse_args()
 
-    device = cuda_device()
     if options.one:
-        rows = measure(options.one, options.memory_budget, options.workloads)
-    elif device is None and not options.cpu:
+        backend, workload = options.one
+        row = {"backend": backend, "workload": workload, "memory_budget": options.memory_budget}
+        keep(row | memory(workload, options.memory_budget) | speed(backend, workload), options.json)
+        return 0
+    device = cuda_device()
+    told: dict[str, Any] = {"device": device, "versions": versions(), "rows": []}
+    keep(told, options.json)
+    if device is None and not options.cpu:
         print("No CUDA device here (nvidia-smi found none): nothing was measured.")
-        rows = []
-    else:
-        print(f"{device or 'CPU, to try the script out'}; budget {options.memory_budget}")
-        print(header(), flush=True)
-        rows = []
-        for backend in options.backends:
-            if importlib.util.find_spec(backend) is None:
-                print(f"{backend:<11}is not installed")
-            elif not options.cpu and not sees_gpu(backend):
-                print(f"{backend:<11}is installed, but sees no GPU: its CUDA packages are missing")
-            else:
-                rows += measured_in_process(backend, options)
-    if options.json:
-        options.json.write_text(json.dumps({"device": device, "rows": rows}, indent=2))
+        return 0
+    print(f"{device or 'CPU, to try the script out'}; budget {options.memory_budget}")
+    print(header(), flush=True)
+    return 0 if rows_of(options, told) else 1
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

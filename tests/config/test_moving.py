@@ -7,6 +7,7 @@ from made_config import MIB, build_model, config_of, data, moved_training
 from accumtune.config import TrainingConfig, moving
 from accumtune.errors import BatchSizeError, BudgetError, BudgetTooSmallError
 from accumtune.memory import available
+from accumtune.memory.machine import machine_memory
 
 
 def profile_of(line=lambda size: 10 * MIB + size * MIB, limit=None, **other):
@@ -83,12 +84,16 @@ def test_a_real_profile_moves_a_configuration_that_then_holds():
 def test_a_container_has_no_more_than_its_limit(tmp_path):
     (tmp_path / "meminfo").write_text("MemTotal: 9000 kB\nMemAvailable:    4096 kB\nHugePages_Total:       0\n")
     (tmp_path / "cgroup").mkdir()
-    free = available._host_bytes
-    assert free(tmp_path / "meminfo", tmp_path / "cgroup") == 4 * MIB
+
+
+    def free():
+        return machine_memory(tmp_path / "meminfo", tmp_path / "cgroup").free_bytes
+
+    assert free() == 4 * MIB
     for limit, expected in (("max", 4 * MIB), (str(3 * MIB), 2 * MIB), (str(2**40), 4 * MIB), ("1000", 0)):
         (tmp_path / "cgroup" / "memory.max").write_text(limit + "\n")
         (tmp_path / "cgroup" / "memory.current").write_text(f"{MIB}\n")
-        assert free(tmp_path / "meminfo", tmp_path / "cgroup") == expected
+        assert free() == expected
 
 
 def test_free_memory_of_a_gpu_is_what_its_driver_says(tmp_path, monkeypatch):

@@ -62,6 +62,20 @@ def test_a_small_tensor_leaves_a_large_free_chunk_whole(value_in_child):
     assert value_in_child(is_gap_left, False, budget_bytes=64 * MIB) == [False, True]
 
 
+def test_no_fork_has_seen_the_gpu(value_in_child):
+    """CUDA does not survive a fork. What asks for a GPU at its import (Keras on torch) asks the driver."""
+
+    def look():
+        import os
+        import sys
+
+        xla = sys.modules.get("jax._src.xla_bridge")
+        has_client = xla is not None and xla.backends_are_initialized()
+        return [os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"], has_client]
+
+    assert value_in_child(look) == ["1", False]
+
+
 @tensorflow_only
 def test_the_limit_bites_and_is_recognised(value_in_child):
     def overdraw():
@@ -136,6 +150,42 @@ def test_known_allocation_gives_known_peak_on_torch(value_in_child):
     assert source == "process high-water mark"
 
 
+class FakeJaxGpu:
+    """JAX's first device, with an allocator of BFC's statistics, or one that keeps none."""
+
+    platform, device_kind = "gpu", "NVIDIA H100"
+
+    def __init__(self, stats):
+        self.memory_stats = lambda: stats
+
+
+def open_fake_gpu(monkeypatch, stats, budget_bytes):
+    import jax
+
+    monkeypatch.setattr(jax, "local_devices", lambda: [FakeJaxGpu(stats)])
+    return open_device("jax", budget_bytes)
+
+
+@pytest.mark.skipif(BACKEND != "jax", reason="JAX")
+def test_a_gpu_whose_allocator_did_not_take_the_limit_is_compared_with_it(monkeypatch):
+    stats = {"bytes_in_use": 5, "peak_bytes_in_use": 7, "bytes_limit": 64 * MIB + 100}
+    limited = open_fake_gpu(monkeypatch, stats, 64 * MIB)
+    assert limited.is_limit_enforced and limited.peak_memory_bytes() == 7 and limited.current_memory_bytes() == 5
+    # The driver did not say how large the device is, or XLA_FLAGS has another policy.
+    assert not open_fake_gpu(monkeypatch, {**stats, "bytes_limit": 60 * 2**30}, 64 * MIB).is_limit_enforced
+    with pytest.raises(BudgetError, match="does not count"):
+        open_fake_gpu(monkeypatch, None, 64 * MIB)
+
+
+@pytest.mark.skipif(BACKEND != "torch", reason="torch")
+def test_a_person_may_keep_torch_on_the_cpu(monkeypatch):
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setenv("KERAS_TORCH_DEVICE", "cpu")
+    assert open_device("torch").name == "CPU:0"
+
+
 @tensorflow_only
 def test_what_tensorflow_says_when_memory_runs_out():
     import tensorflow as tf
@@ -169,6 +219,9 @@ def test_what_others_say_when_memory_runs_out():
     assert is_out_of_memory(OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB."))
     assert is_out_of_memory(RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried ..."))
     assert is_out_of_memory(RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate`"))
+    assert is_out_of_memory(RuntimeError("GET was unable to find an engine to execute this computation"))
+    assert is_out_of_memory(RuntimeError("cuDNN error: CUDNN_STATUS_NOT_SUPPORTED. This error may appear if ..."))
+    assert is_out_of_memory(XlaRuntimeError("RESOURCE_EXHAUSTED: Failed to allocate request for 2.0GiB on device 0"))
     assert not is_out_of_memory(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
     assert not is_out_of_memory(ValueError("an LSTM has no memory of what was out of memory"))
     assert not is_out_of_memory(KeyboardInterrupt())
@@ -196,11 +249,19 @@ def test_a_process_that_died_of_memory():
     assert not died_of_memory(signal.SIGTERM, is_limited=True)
 
 
-def test_environment_of_a_limited_child():
+def test_environment_of_a_limited_child(monkeypatch):
     assert memory_limit_environment("tensorflow", 100 * MIB + 5) == {
         "TF_CPU_ALLOCATOR_USE_BFC": "true", "TF_CPU_BFC_MEM_LIMIT_IN_MB": "100"
     }  # fmt: skip
     assert memory_limit_environment("tensorflow", None) == {"TF_CPU_ALLOCATOR_USE_BFC": "true"}
     assert memory_limit_environment("torch", 100 * MIB) == {}
+    unlimited = {"XLA_PYTHON_CLIENT_ALLOCATOR": "bfc", "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+    assert memory_limit_environment("jax", None) == unlimited
+    monkeypatch.setattr("accumtune.memory.device.gpu_total_bytes", lambda: None)
+    assert memory_limit_environment("jax", 100 * MIB) == unlimited
+    monkeypatch.setattr("accumtune.memory.device.gpu_total_bytes", lambda: 400 * MIB)
+    limited = memory_limit_environment("jax", 100 * MIB)
+    assert limited["XLA_PYTHON_CLIENT_MEM_FRACTION"] == "0.250000"
+    assert limited["XLA_CLIENT_MEM_FRACTION"] == "", "a user's own is not in the way: JAX refuses both at once"
     with pytest.raises(BudgetError, match="4.0 MiB"):
         memory_limit_environment("tensorflow", MIB)

@@ -56,6 +56,13 @@ def test_a_gpu_and_who_else_is_on_it(tmp_path, monkeypatch):
     assert not machine.device_memory().is_gpu and machine.gpu_total_bytes() is None
 
 
+def test_a_gpu_without_memory_of_its_own_is_the_machine(tmp_path, monkeypatch):
+    fake_driver(tmp_path, monkeypatch)
+    script = tmp_path / "nvidia-smi"
+    script.write_text(script.read_text().replace("81559, 71559", "[N/A], [N/A]"))
+    assert not machine.device_memory().is_gpu and machine.gpu_total_bytes() is None
+
+
 def test_a_share_of_the_device():
     assert parse_share("80%") == 0.8 and parse_share(" 12.5 % ") == 0.125
     assert parse_share("2GiB") is None and parse_share(80) is None

@@ -1,9 +1,11 @@
 """Devices and cores divided among workers: pure plans, and what a child really finds."""
 
 import os
+import sys
 import threading
 from collections import Counter
 from concurrent.futures import Future
+from types import SimpleNamespace
 
 import pytest
 
@@ -14,6 +16,7 @@ from accumtune.trials.devices import (
     Place,
     Places,
     _among_visible,
+    apply_place,
     at_place,
     current_place,
     plan_places,
@@ -136,6 +139,23 @@ def test_a_child_finds_its_device_and_computes_with_its_threads(executor, tmp_pa
         device, omp, found[cores] = outcome.result["value"]
         assert (device, omp) == ("1", str(cores))
     assert found[1] < found[5]
+
+
+def test_a_child_from_which_gpus_are_hidden_trains_on_the_cpu(monkeypatch):
+    """The server has imported Keras, which chose torch's device then, and JAX, which read its variable then."""
+    chosen, updates = SimpleNamespace(DEFAULT_DEVICE="cuda"), []
+    monkeypatch.setitem(sys.modules, "keras.src.backend.torch.core", chosen)
+    jax = SimpleNamespace(config=SimpleNamespace(update=lambda *change: updates.append(change)))
+    monkeypatch.setitem(sys.modules, "jax", jax)
+    (on_a_gpu,), (on_the_cpu,) = plan_places(1, GPUS[:1], cores=2), plan_places(1, [], cores=2, without_gpus=True)
+    for name, value in on_a_gpu.environment.items():
+        monkeypatch.setenv(name, value)
+    apply_place()
+    assert (chosen.DEFAULT_DEVICE, updates) == ("cuda", [])
+    for name, value in on_the_cpu.environment.items():
+        monkeypatch.setenv(name, value)
+    apply_place()
+    assert (chosen.DEFAULT_DEVICE, updates) == ("cpu", [("jax_platforms", "cpu")])
 
 
 class Cluster:
