@@ -14,7 +14,8 @@ from accumtune.memory.profile import HEADROOM, LARGEST_EXTRAPOLATION, MIB, Profi
 ENOUGH = 0.95
 # What the allocator is expected to need beyond the prediction.
 _EXPECTED_WASTE = 0.03
-# How much of a limit the real step may need beyond the rehearsed one: its Python frees at other moments.
+# How much of a limit the real step may need beyond the rehearsed one; less than `REHEARSED_MARGIN` leaves, so that
+# nothing larger than what has run is promised.
 _REHEARSAL_ERROR = 0.015
 MOST_TRIES, MOST_FAILURES = 7, 3
 

@@ -5,8 +5,9 @@ Its events are MemoryAllocation and MemoryDeallocation, and what is marked in be
 
 from __future__ import annotations
 
-import contextlib
+import shutil
 import tempfile
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -24,11 +25,12 @@ class TraceRecorder:
     """Records from its making on. Begin with the device just opened, and nothing else run."""
 
     def __init__(self) -> None:
-        self._folder = tempfile.TemporaryDirectory(prefix="accumtune_trace_")
+        # Made when the recording ends: a process that runs out of memory leaves nothing behind.
+        self._folder = Path(tempfile.gettempdir()) / f"accumtune_trace_{uuid.uuid4().hex}"
         options = tf.profiler.experimental.ProfilerOptions(
             host_tracer_level=1, python_tracer_level=0, device_tracer_level=0
         )
-        tf.profiler.experimental.start(self._folder.name, options=options)
+        tf.profiler.experimental.start(str(self._folder), options=options)
 
     def phase(self, accumulation_steps: int) -> None:
         """Says that what follows belongs to updates of so many micro-steps; 0: to none."""
@@ -38,15 +40,11 @@ class TraceRecorder:
     def finished(self, micro_batch_size: int) -> Trace:
         """Ends the recording. A second one in this process would miss what is held by then."""
         tf.profiler.experimental.stop()
-        with self._folder as folder:
-            content = next(Path(folder).rglob("*.xplane.pb")).read_bytes()
+        try:
+            content = next(self._folder.rglob("*.xplane.pb")).read_bytes()
+        finally:
+            shutil.rmtree(self._folder, ignore_errors=True)
         return _trace(micro_batch_size, _events(content))
-
-    def discard(self) -> None:
-        """Ends the recording without reading it."""
-        with contextlib.suppress(tf.errors.UnavailableError):
-            tf.profiler.experimental.stop(save=False)
-        self._folder.cleanup()
 
 
 def _events(content: bytes) -> list[tuple[int, str, dict[str, Any]]]:
