@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from accumtune.memory.trace import Trace, requests_at
+from accumtune.memory.trace import Lines, Trace
 
 # How many traces are played through, the largest.
 ORDERS = 2
+# Requests of no more than this, and than this part of the largest one, come and go in the small chunks of the shelf.
+SMALL_BYTES, SMALL_SHARE = 4096, 1024
 # How far apart the sizes are that are tried.
 STEP = 1.04
 
@@ -23,7 +25,11 @@ class Rehearsal:
     """
 
     def __init__(self, traces: Sequence[Trace]) -> None:
-        self._traces = sorted(traces, key=lambda trace: trace.micro_batch_size)
+        known = sorted(traces, key=lambda trace: trace.micro_batch_size)
+        self._orders = [
+            (known[index], Lines.through(known[index], known[index - 1 if index else 1]))
+            for index in range(max(0, len(known) - ORDERS), len(known))
+        ]
         self._peaks: dict[tuple[int, int | None], list[dict[int, int]] | None] = {}
 
     def peak_bytes(
@@ -47,9 +53,10 @@ class Rehearsal:
 
     def _played(self, micro_batch_size: int, budget_bytes: int | None) -> list[dict[int, int]] | None:
         played = []
-        for index in range(max(0, len(self._traces) - ORDERS), len(self._traces)):
-            trace, other = self._traces[index], self._traces[index - 1 if index else 1]
-            peaks = trace.peaks(requests_at(micro_batch_size, trace, other), budget_bytes)
+        for trace, lines in self._orders:
+            requests = lines.at(micro_batch_size)
+            ignored = min(SMALL_BYTES, int(requests.max(initial=0)) // SMALL_SHARE)
+            peaks = trace.peaks(requests, budget_bytes, ignored)
             if peaks is None:
                 return None
             played.append(peaks)

@@ -61,32 +61,53 @@ class Trace:
                 request += 1
         return dict(groups)
 
-    def peaks(self, requests: np.ndarray, budget_bytes: int | None) -> dict[int, int] | None:
+    @cached_property
+    def _requests_of_events(self) -> np.ndarray:
+        """Which request each event makes or gives back."""
+        made = np.cumsum([event >= 0 for event in self.events]) - 1
+        events = np.array(self.events, dtype=np.int64)
+        return np.where(events >= 0, made, -1 - events)
+
+    @cached_property
+    def _is_given_back(self) -> np.ndarray:
+        given_back = np.zeros(len(self.names), dtype=bool)
+        given_back[[-1 - event for event in self.events if event < 0]] = True
+        return given_back
+
+    def peaks(self, requests: np.ndarray, budget_bytes: int | None, ignored_bytes: int = 0) -> dict[int, int] | None:
         """The peak in bytes by accumulation steps, with these requests in the place of its own.
+
+        Args:
+            requests: the bytes of each.
+            budget_bytes: the limit.
+            ignored_bytes: requests of no more than this that are given back are left out, which is faster.
 
         Returns:
             None where memory runs out.
         """
         allocator = opened_allocator(budget_bytes)
         set_aside = allocator.held_bytes
-        chunks: list[Any] = []
+        is_kept = ~((requests <= ignored_bytes) & self._is_given_back)
+        which = self._requests_of_events
+        chunks: dict[int, Any] = {}
         peaks: dict[int, int] = {}
-        starts = {first: steps for steps, first in self.phases}
-        steps = 0
-        for number, event in enumerate(self.events):
-            if number in starts:
-                peaks[steps] = max(peaks.get(steps, 0), allocator.peak_bytes)
-                steps = starts[number]
-                allocator.peak_bytes = allocator.held_bytes
-            if event >= 0:
-                chunk = allocator.allocate(int(requests[len(chunks)]))
+        for (steps, first), (_, end) in zip(self._parts, [*self._parts[1:], (0, len(self.events))], strict=True):
+            allocator.peak_bytes = allocator.held_bytes
+            for request in which[first:end][is_kept[which[first:end]]].tolist():
+                chunk = chunks.pop(request, None)
+                if chunk is not None:
+                    allocator.free(chunk)
+                    continue
+                chunk = allocator.allocate(int(requests[request]))
                 if chunk is None:
                     return None
-                chunks.append(chunk)
-            else:
-                allocator.free(chunks[-1 - event])
-        peaks[steps] = max(peaks.get(steps, 0), allocator.peak_bytes)
+                chunks[request] = chunk
+            peaks[steps] = max(peaks.get(steps, 0), allocator.peak_bytes)
         return {steps: peak - set_aside for steps, peak in peaks.items() if steps}
+
+    @property
+    def _parts(self) -> list[tuple[int, int]]:
+        return [(0, 0), *self.phases]
 
     def to_dict(self) -> dict[str, Any]:
         distinct = sorted(set(self.names))
@@ -110,23 +131,35 @@ class Trace:
         )
 
 
-def requests_at(micro_batch_size: int, trace: Trace, other: Trace) -> np.ndarray:
-    """What the requests of a trace would be at another micro-batch size, each along the line through both traces."""
-    ours = trace.requests
-    theirs = ours.copy()
-    for key, numbers in trace.groups.items():
-        partners = _partners(key[1], numbers, other.groups.get(key, []), trace, other)
-        for number, partner in zip(numbers, partners, strict=True):
-            if partner is not None:
-                theirs[number] = other.requests[partner]
-    size, other_size = trace.micro_batch_size, other.micro_batch_size
-    small, large = (theirs, ours) if other_size < size else (ours, theirs)
-    # A request that shrinks, or grows faster than the micro-batch, is made by another algorithm for small sizes.
-    is_other = (small > large) | (small * max(size, other_size) < FASTEST_GROWTH * large * min(size, other_size))
-    slope = np.where(is_other, 0.0, (ours - theirs) / (size - other_size))
-    wanted = np.rint(np.where(is_other, large, ours) + slope * (micro_batch_size - size))
-    requests: np.ndarray = np.maximum(wanted, 0).astype(np.int64)
-    return requests
+@dataclass(frozen=True)
+class Lines:
+    """The requests of a trace, each along the line through it and the same request of another trace."""
+
+    micro_batch_size: int
+    requests: np.ndarray
+    slopes: np.ndarray
+
+    @classmethod
+    def through(cls, trace: Trace, other: Trace) -> Lines:
+        ours = trace.requests
+        theirs = ours.copy()
+        for key, numbers in trace.groups.items():
+            partners = _partners(key[1], numbers, other.groups.get(key, []), trace, other)
+            for number, partner in zip(numbers, partners, strict=True):
+                if partner is not None:
+                    theirs[number] = other.requests[partner]
+        size, other_size = trace.micro_batch_size, other.micro_batch_size
+        small, large = (theirs, ours) if other_size < size else (ours, theirs)
+        # A request that shrinks, or grows faster than the micro-batch, is made by another algorithm for small sizes.
+        is_other = (small > large) | (small * max(size, other_size) < FASTEST_GROWTH * large * min(size, other_size))
+        slopes = np.where(is_other, 0.0, (ours - theirs) / (size - other_size))
+        return cls(size, np.where(is_other, large, ours), slopes)
+
+    def at(self, micro_batch_size: int) -> np.ndarray:
+        """The bytes of each request at another micro-batch size."""
+        wanted = np.rint(self.requests + self.slopes * (micro_batch_size - self.micro_batch_size))
+        requests: np.ndarray = np.maximum(wanted, 0).astype(np.int64)
+        return requests
 
 
 def _partners(

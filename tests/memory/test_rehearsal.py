@@ -7,7 +7,7 @@ import pytest
 
 from accumtune.memory.profile import Measurement, Profile
 from accumtune.memory.rehearsal import Rehearsal
-from accumtune.memory.trace import Trace, requests_at
+from accumtune.memory.trace import Lines, Trace
 
 MIB = 2**20
 tensorflow_only = pytest.mark.skipif(os.environ["KERAS_BACKEND"] != "tensorflow", reason="TensorFlow's allocator")
@@ -141,14 +141,14 @@ def trace(size, *requests, phase=(1, 0)):
 def test_a_request_is_of_one_size_or_grows_along_a_line():
     small = trace(4, ("conv", 4000), ("workspace", 9000), ("padded", 1400), ("", 400), ("", 64))
     large = trace(16, ("conv", 16000), ("workspace", 9000), ("padded", 5000), ("", 64), ("", 1600))
-    assert requests_at(100, large, small).tolist() == [100000, 9000, 30200, 64, 10000]
-    assert requests_at(100, small, large).tolist() == [100000, 9000, 30200, 10000, 64]
-    assert requests_at(4, large, small).tolist()[:3] == [4000, 9000, 1400]
+    assert Lines.through(large, small).at(100).tolist() == [100000, 9000, 30200, 64, 10000]
+    assert Lines.through(small, large).at(100).tolist() == [100000, 9000, 30200, 10000, 64]
+    assert Lines.through(large, small).at(4).tolist()[:3] == [4000, 9000, 1400]
 
 
 def test_what_another_algorithm_asks_for_at_small_sizes_says_nothing_of_large_ones():
-    assert requests_at(64, trace(4, ("workspace", 9000)), trace(1, ("workspace", 100))).tolist() == [9000]
-    assert requests_at(64, trace(1, ("workspace", 100)), trace(4, ("workspace", 9000))).tolist() == [9000]
+    assert Lines.through(trace(4, ("workspace", 9000)), trace(1, ("workspace", 100))).at(64).tolist() == [9000]
+    assert Lines.through(trace(1, ("workspace", 100)), trace(4, ("workspace", 9000))).at(64).tolist() == [9000]
 
 
 def test_a_profile_with_traces_rehearses_and_survives_a_file():
