@@ -17,11 +17,13 @@ from __future__ import annotations
 
 import importlib
 from abc import ABC, abstractmethod
+from typing import Protocol
 
 from accumtune.errors import BudgetError
 from accumtune.memory.budget import format_bytes
 from accumtune.memory.exhaustion import died_of_memory, is_out_of_memory
 from accumtune.memory.machine import gpu_total_bytes
+from accumtune.memory.trace import Trace
 
 __all__ = ["Device", "died_of_memory", "is_out_of_memory", "memory_limit_environment", "open_device"]
 
@@ -120,6 +122,20 @@ class Device(ABC):
     @abstractmethod
     def reset_peak(self) -> None:
         """Starts the next peak from what is held now."""
+
+    def recorder(self) -> Recorder | None:
+        """Begins to record what is asked of the allocator, where that can be known. Call it with nothing else run."""
+        return None
+
+
+class Recorder(Protocol):
+    """Records what a process asks of its device's allocator."""
+
+    def phase(self, accumulation_steps: int) -> None:
+        """Says that what follows belongs to updates of so many micro-steps; 0: to none."""
+
+    def finished(self, micro_batch_size: int) -> Trace:
+        """Ends the recording."""
 
 
 def open_device(backend: str | None = None, budget_bytes: int | None = None) -> Device:

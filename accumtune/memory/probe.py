@@ -10,9 +10,10 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
-from accumtune.memory.device import Device, is_out_of_memory
+from accumtune.memory.device import Device, Recorder, is_out_of_memory
 from accumtune.memory.feeding import batch_source, training_arguments
-from accumtune.memory.profile import Measurement
+from accumtune.memory.measurement import Measurement
+from accumtune.memory.trace import Trace
 from accumtune.memory.watching import watched
 
 Batches = Callable[[int], tuple[Any, Any, Any]]
@@ -20,6 +21,8 @@ Batches = Callable[[int], tuple[Any, Any, Any]]
 # The same update peaks a few percent higher or lower from one time to the next: operations run at the same time in
 # another order, and the allocator finds other gaps. The most of about this many micro-steps is steady.
 STEADY_MICRO_STEPS = 8
+# What a trace may be off from what was measured: it lacks the little that was there when the recording began.
+TRACE_TOLERANCE = 0.02
 # ... unless they are slow: no more updates than asked for once this much time has gone.
 PATIENCE_SECONDS = 3.0
 
@@ -34,6 +37,7 @@ def probe(
     is_pipeline: bool = False,
     device: Device,
     on_out_of_memory: Callable[[list[Measurement]], None] | None = None,
+    recorder: Recorder | None = None,
 ) -> list[Measurement]:
     """Trains and validates a few updates at one micro-batch size, and measures each number of accumulation steps.
 
@@ -50,6 +54,8 @@ def probe(
         on_out_of_memory: called with what would be returned, as soon as TensorFlow waits for memory in vain (instead
             of sitting out its 10 s), or a backend without limits goes over the budget. It is called in another
             thread and must end the process.
+        recorder: recording since the device was opened. Then as many updates are made as are asked for, so that the
+            traces of all sizes are alike.
 
     Returns:
         One measurement per number of accumulation steps. When memory runs out, that measurement has no peak and
@@ -66,12 +72,13 @@ def probe(
     measurements: list[Measurement] = []
     for steps in sorted(set(accumulation_steps)):
         device.reset_peak()
+        mark = functools.partial(recorder.phase, steps) if recorder is not None else None
         end = None
         if on_out_of_memory is not None:
             end = functools.partial(on_out_of_memory, [*measurements, measure(steps, None, None)])
         try:
             seconds = _train(
-                model, batches, micro_batch_size, steps, updates, is_pipeline,
+                model, batches, micro_batch_size, steps, updates, is_pipeline, mark,
                 contextlib.nullcontext() if end is None else watched(device, end, may_wait=False),
             )  # fmt: skip
         except Exception as error:
@@ -80,12 +87,29 @@ def probe(
             measurements.append(measure(steps, None, None))
             break
         peak = device.peak_memory_bytes()
+        if recorder is not None:
+            recorder.phase(0)
         if device.budget_bytes is not None and peak > device.budget_bytes:  # a backend without limits
             measurements.append(measure(steps, None, None))
             break
         measurements.append(measure(steps, peak, seconds))
         gc.collect()
     return measurements
+
+
+def trace_of(recorder: Recorder | None, measurements: Sequence[Measurement]) -> Trace | None:
+    """What was recorded of a probe, if it is whole: played through, it must give the peaks that were measured."""
+    if recorder is None:
+        return None
+    trace = recorder.finished(measurements[0].micro_batch_size)
+    peaks = trace.peaks(trace.requests, measurements[0].memory_limit_bytes)
+    if peaks is None or not {1, 2} <= peaks.keys():
+        return None
+    for measurement in measurements:
+        measured, played = measurement.peak_memory_bytes, peaks.get(measurement.accumulation_steps)
+        if measured is None or played is None or abs(played - measured) > TRACE_TOLERANCE * measured:
+            return None
+    return trace
 
 
 def _train(
@@ -95,12 +119,15 @@ def _train(
     steps: int,
     updates: int,
     is_pipeline: bool,
+    mark: Callable[[], None] | None,
     watch: AbstractContextManager[None],
 ) -> float:
     """One epoch is one update, so that a single window of data serves them all. Returns seconds per update."""
+    if mark is not None:
+        mark()
     window_size = micro_batch_size * steps
     window = batches(window_size)
-    clock = _update_clock(updates)
+    clock = _update_clock(updates, mark)
     data = (
         {"x": batch_source(*window, batch_size=window_size), "shuffle": False}
         if is_pipeline
@@ -111,7 +138,7 @@ def _train(
     with watch:
         model.fit(
             **data,
-            epochs=1 + max(updates, -(-STEADY_MICRO_STEPS // steps)),
+            epochs=1 + (max(updates, -(-STEADY_MICRO_STEPS // steps)) if mark is None else updates),
             validation_data=validation,
             validation_freq=[1],
             callbacks=[clock],
@@ -121,11 +148,11 @@ def _train(
     return timed[len(timed) // 2]
 
 
-def _update_clock(updates: int) -> Any:
+def _update_clock(updates: int, mark: Callable[[], None] | None) -> Any:
     import keras
 
     class UpdateClock(keras.callbacks.Callback):
-        """Times each update. Having `on_train_batch_end` makes Keras wait for the update's logs."""
+        """Times each update, and marks its begin and end. Having `on_train_batch_end`, Keras waits for its logs."""
 
         def __init__(self) -> None:
             super().__init__()
@@ -133,10 +160,14 @@ def _update_clock(updates: int) -> Any:
             self._started = 0.0
 
         def on_train_batch_begin(self, batch: int, logs: Any = None) -> None:
+            if mark is not None:
+                mark()
             self._started = time.perf_counter()
 
         def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
             self.seconds.append(time.perf_counter() - self._started)
+            if mark is not None:
+                mark()
             timed = self.seconds[1:]
             if len(timed) >= updates and sum(timed) > PATIENCE_SECONDS:
                 self.model.stop_training = True

@@ -8,23 +8,29 @@ than that constant, and lend each other their slope. The data of the whole windo
 the window runs, and is there twice for a moment when it is cut into micro-batches.
 
 Between measured sizes the curve is the chord, which is above a convex curve; beyond the last one it goes on at one
-slope through all points off the floor. Measured peaks are reproduced, but for those near their limit (`CROWDED`),
+slope through all points off the floor. Measured peaks are reproduced, but for those near their limit (`peaks.CROWDED`),
 which are no more than a bound.
+
+Where the probes have left traces of what they asked of the allocator (TensorFlow on a CPU), no curve is needed: the
+step is rehearsed in the simulated allocator (`accumtune.memory.rehearsal`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 
-from accumtune.errors import BudgetError, BudgetTooSmallError
+from accumtune.errors import BudgetError
 from accumtune.memory.budget import format_bytes, parse_budget
-from accumtune.memory.curve import Curve, curves_of, curves_with_room
 from accumtune.memory.measurement import Measurement
+from accumtune.memory.peaks import MeasuredPeaks, group_of
+from accumtune.memory.rehearsal import Rehearsal, largest_before_failure
 from accumtune.memory.seconds import fit_seconds
+from accumtune.memory.trace import Trace
 
 __all__ = ["Measurement", "Profile"]
 
@@ -35,19 +41,16 @@ MIB = 2**20
 # percent more than it hands out when it has room. Beyond the largest measured size the slope's error counts as well.
 MARGIN = 0.06
 MARGIN_PER_DOUBLING = 0.03
-# Above this share of a limit a peak says little of what was asked for: TensorFlow's allocator gives a free chunk of
-# less than twice the size whole, and counts all of it (a model with a large embedding: 114 MiB of 117 for every
-# micro-batch from 102 to 123).
-CROWDED = 0.9
+# The same where the step was rehearsed: its order may differ by chance, and its Python frees at other moments.
+REHEARSED_MARGIN = 0.045
+REHEARSED_PER_DOUBLING = 0.01
 # What is run to confirm that it fits runs under a limit lower by this share, so that it runs the next time too.
 HEADROOM = 0.02
 # No promise is made further than this beyond the largest measured size: a floor can hide a slope.
 LARGEST_EXTRAPOLATION = 4
-# Where the slope shows, the next probe may be this many times as large.
-LARGEST_PROBE_STEP = 8
-# A size closer than this to one that was measured teaches too little for the price of tracing it.
-SMALLEST_PROBE_STEP = 1.2
-
+# What TensorFlow's allocator takes before anything trains.
+SMALLEST_LIMIT_BYTES = 4 * MIB
+_LISTS = "measurements", "traces"
 
 @dataclass(frozen=True)
 class Profile:
@@ -61,6 +64,7 @@ class Profile:
         memory_budget_bytes: the limit the probes ran under, if any.
         sample_bytes: the bytes of one sample's data (inputs, targets and weight) where the data of a whole window is
             on the device at once, as batches of a pipeline are; 0 where each micro-step takes its rows from arrays.
+        traces: what probes asked of the allocator, a trace per micro-batch size, where that is known.
     """
 
     measurements: tuple[Measurement, ...]
@@ -69,29 +73,19 @@ class Profile:
     signature: str = ""
     memory_budget_bytes: int | None = None
     sample_bytes: int = 0
-    # What a step takes as it was measured, under a limit or not, and where there is room.
-    _taken: dict[int, Curve] = field(init=False, repr=False, compare=False, default_factory=dict)
-    _curves: dict[int, Curve] = field(init=False, repr=False, compare=False, default_factory=dict)
+    traces: tuple[Trace, ...] = ()
+    _peaks: MeasuredPeaks = field(init=False, repr=False, compare=False)
+    _rehearsal: Rehearsal | None = field(init=False, repr=False, compare=False, default=None)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "measurements", tuple(self.measurements))
-        peaks: dict[int, dict[int, float]] = {}
-        statics: dict[int, float] = {}
-        crowded: dict[int, set[int]] = {}
-        for point in self.measurements:
-            if point.peak_memory_bytes is not None:
-                size, group = point.micro_batch_size, _group(point.accumulation_steps)
-                window = self._window_bytes(size, point.accumulation_steps)
-                above = peaks.setdefault(group, {})
-                above[size] = max(above.get(size, 0.0), float(point.peak_memory_bytes - window))
-                if point.memory_limit_bytes and point.peak_memory_bytes > CROWDED * point.memory_limit_bytes:
-                    crowded.setdefault(group, set()).add(size)
-                statics[group] = min(statics.get(group, np.inf), float(point.peak_memory_bytes - 2 * window))
-        object.__setattr__(self, "_taken", curves_of(peaks, statics))
-        object.__setattr__(self, "_curves", curves_with_room(peaks, crowded, statics))
+        object.__setattr__(self, "traces", tuple(self.traces))
+        object.__setattr__(self, "_peaks", MeasuredPeaks(self.measurements, self._window_bytes))
+        if len(self.traces) > 1:
+            object.__setattr__(self, "_rehearsal", Rehearsal(self.traces))
 
     def __repr__(self) -> str:
-        sizes = ", ".join(str(size) for size in self._measured_sizes()) or "nothing"
+        sizes = ", ".join(str(size) for size in self.measured_sizes()) or "nothing"
         budget = "none" if self.memory_budget_bytes is None else format_bytes(self.memory_budget_bytes)
         return (
             f"Profile(device={self.device!r}, memory_source={self.memory_source!r}, memory_budget={budget}, "
@@ -108,37 +102,71 @@ class Profile:
         Raises:
             BudgetTooSmallError: nothing has been measured that fits.
         """
-        return self._peak(self._curves, micro_batch_size, accumulation_steps)
-
-    def _peak(self, known: Mapping[int, Curve], micro_batch_size: int, accumulation_steps: int) -> int:
-        if not known:
-            raise BudgetTooSmallError(
-                "Received a profile in which every probe ran out of memory.",
-                "at least one micro-batch size that ran.",
-                "probe a smaller micro-batch, or under a larger budget.",
-            )
+        if self._rehearsal is None or not self._peaks:
+            return self._peaks.with_room(micro_batch_size, accumulation_steps)
+        group = group_of(accumulation_steps)
+        running = self._peaks.points.get((micro_batch_size, group))
+        if running is None:
+            rehearsed = self._rehearsal.peak_bytes(micro_batch_size, group) or 0
+            running = rehearsed + self._excess_bytes - self._window_bytes(micro_batch_size, group)
         window = self._window_bytes(micro_batch_size, accumulation_steps)
-        # Several micro-steps never need less than one, whatever the noise of their measurements.
-        curves = [known[group] for group in known if group <= _group(accumulation_steps)]
-        curves = curves or [known[min(known)]]
-        running = max(curve.at(micro_batch_size) for curve in curves) + window
-        return int(np.ceil(max(running, curves[-1].static + 2 * window)))
+        return int(np.ceil(max(running + window, self._peaks.static + 2 * window)))
 
-    def _needed(self, micro_batch_size: int, accumulation_steps: int) -> int:
-        """What a limit has to leave: also what was taken only because it was there, for nobody knows how much of it."""
-        return max(self._peak(known, micro_batch_size, accumulation_steps) for known in (self._curves, self._taken))
+    @cached_property
+    def _excess_bytes(self) -> int:
+        """What real trials took beyond the rehearsed step: a callback's own variables, say."""
+        assert self._rehearsal is not None
+        traced = {trace.micro_batch_size for trace in self.traces}
+        excess = [0]
+        for (size, group), peak in self._peaks.points.items():
+            if size not in traced:
+                rehearsed = self._rehearsal.peak_bytes(size, group)
+                excess.append(int(peak) + self._window_bytes(size, group) - (rehearsed or 0))
+        return max(excess)
+
+    def largest_rehearsed(self, accumulation_steps: int, limit_bytes: float, highest: int) -> int:
+        """The largest size up to `highest` that is expected to run under a limit, without any margin; 0 for none."""
+        rehearsal, group = self._rehearsal, group_of(accumulation_steps)
+        assert rehearsal is not None
+
+        def runs(size: int) -> bool:
+            further = self._window_bytes(size, accumulation_steps) - self._window_bytes(size, group)
+            limit = int(limit_bytes) - further - self._excess_bytes
+            return limit > SMALLEST_LIMIT_BYTES and rehearsal.peak_bytes(size, group, limit) is not None
+
+        smallest = min(highest, max(1, self.bracket(accumulation_steps, int(limit_bytes))[0]))
+        return largest_before_failure(runs, smallest, highest)
+
+    @property
+    def is_rehearsed(self) -> bool:
+        """Whether peaks come from the simulated allocator, and not from curves."""
+        return self._rehearsal is not None
+
+    @property
+    def is_straight(self) -> bool:
+        """Whether the measured points show the line on which the peak goes on."""
+        return len(self.measured_sizes()) > 1 and self._peaks.doubt == 0
+
+    def needed_bytes(self, micro_batch_size: int, accumulation_steps: int) -> int:
+        """What a limit has to leave, without a margin."""
+        if self.is_rehearsed:
+            return self.predict_peak_memory(micro_batch_size, accumulation_steps)
+        return self._peaks.needed(micro_batch_size, accumulation_steps)
 
     def margin_bytes(self, micro_batch_size: int, accumulation_steps: int = 1) -> int:
         """How far above the predicted peak a limit has to be for the step to run under it.
 
         6 %, and 1 MiB because limits are whole MiB; what was taken beyond the prediction under a limit. Beyond the
         largest measured size, 3 % for each doubling, and what a slope could add that has only begun to show there.
+        Of a rehearsed step 4.5 %, and 1 % for each doubling.
         """
         predicted = self.predict_peak_memory(micro_batch_size, accumulation_steps)
-        needed = self._needed(micro_batch_size, accumulation_steps)
-        largest = self._measured_sizes()[-1]
+        needed = self.needed_bytes(micro_batch_size, accumulation_steps)
+        largest = self.measured_sizes()[-1]
         doublings = max(0.0, float(np.log2(micro_batch_size / largest)))
-        doubt = max(curve.doubt for curve in self._curves.values()) * max(0, micro_batch_size - largest)
+        if self.is_rehearsed:
+            return int(MIB + predicted * (REHEARSED_MARGIN + REHEARSED_PER_DOUBLING * doublings))
+        doubt = self._peaks.doubt * max(0, micro_batch_size - largest)
         return int(MIB + needed - predicted + needed * (MARGIN + MARGIN_PER_DOUBLING * doublings) + doubt)
 
     def fits(self, micro_batch_size: int, accumulation_steps: int, budget_bytes: int) -> bool:
@@ -146,19 +174,25 @@ class Profile:
         _, failed = self.bracket(accumulation_steps, budget_bytes)
         # Where it failed although it was predicted to fit, nothing is believed above what has run.
         if failed is not None:
-            largest_that_ran = self._largest_that_ran(_group(accumulation_steps))
+            largest_that_ran = self._largest_that_ran(group_of(accumulation_steps))
             if micro_batch_size > min(largest_that_ran, failed - 1):
                 return False
         # Without a window of data on the device, every further micro-step is like the second.
-        steps = accumulation_steps if self.sample_bytes else _group(accumulation_steps)
+        steps = accumulation_steps if self.sample_bytes else group_of(accumulation_steps)
         for point in self.measurements:
             is_larger = point.micro_batch_size >= micro_batch_size and point.accumulation_steps >= steps
             if is_larger and point.has_run_within(budget_bytes):
                 return True
-        if not self._curves or micro_batch_size > LARGEST_EXTRAPOLATION * self._measured_sizes()[-1]:
+        if not self._peaks or micro_batch_size > LARGEST_EXTRAPOLATION * self.measured_sizes()[-1]:
             return False
         predicted = self.predict_peak_memory(micro_batch_size, accumulation_steps)
-        return predicted + self.margin_bytes(micro_batch_size, accumulation_steps) <= budget_bytes
+        if predicted + self.margin_bytes(micro_batch_size, accumulation_steps) > budget_bytes:
+            return False
+        # Free memory may be in pieces, none of which is large enough.
+        limit = (1 - REHEARSED_MARGIN) * budget_bytes
+        if not self.is_rehearsed:
+            return True
+        return self.largest_rehearsed(accumulation_steps, limit, micro_batch_size) == micro_batch_size
 
     def largest_micro_batch_size(
         self, budget: int | float | str | None = None, accumulation_steps: int = 1
@@ -195,18 +229,18 @@ class Profile:
 
     def is_extrapolated(self, micro_batch_size: int) -> bool:
         """Whether a size is outside those that were measured."""
-        sizes = self._measured_sizes()
+        sizes = self.measured_sizes()
         return not sizes or not sizes[0] <= micro_batch_size <= sizes[-1]
 
     def bracket(self, accumulation_steps: int, budget_bytes: int) -> tuple[int, int | None]:
         """The largest size that has run under the budget, 0 where none has, and the smallest that ran out of it."""
-        group, ran, failed = _group(accumulation_steps), 0, None
+        group, ran, failed = group_of(accumulation_steps), 0, None
         for point in self.measurements:
             limit = point.memory_limit_bytes
             if point.is_feasible:
-                if _group(point.accumulation_steps) >= group and point.has_run_within(budget_bytes):
+                if group_of(point.accumulation_steps) >= group and point.has_run_within(budget_bytes):
                     ran = max(ran, point.micro_batch_size)
-            elif _group(point.accumulation_steps) <= group:
+            elif group_of(point.accumulation_steps) <= group:
                 # A failure under a slightly lower limit counts too: there is too little room above it.
                 if limit is None or limit >= (1 - HEADROOM) * budget_bytes - MIB:
                     failed = min(failed or point.micro_batch_size, point.micro_batch_size)
@@ -217,10 +251,11 @@ class Profile:
 
     def _largest_that_ran(self, group: int) -> int:
         """Of the sizes measured with as many accumulators, or more."""
-        ran = [m for m in self.measurements if m.is_feasible and _group(m.accumulation_steps) >= group]
+        ran = [m for m in self.measurements if m.is_feasible and group_of(m.accumulation_steps) >= group]
         return max((measurement.micro_batch_size for measurement in ran), default=0)
 
-    def _measured_sizes(self) -> list[int]:
+    def measured_sizes(self) -> list[int]:
+        """The micro-batch sizes that ran, in rising order."""
         return sorted({m.micro_batch_size for m in self.measurements if m.is_feasible})
 
     # Speed
@@ -245,81 +280,26 @@ class Profile:
                 measurement = replace(measurement, peak_memory_bytes=peak, seconds_per_update=seconds)
         return replace(self, measurements=(*kept, measurement))
 
-    def next_probe_size(self, budget_bytes: int | None, micro_batch_sizes: Sequence[int]) -> int | None:
-        """The size to probe next, or `None` when enough is known.
-
-        The smallest first; then up, at most eightfold, to the largest that should fit, until that one is measured.
-        Without a budget, until most of the peak grows with the micro-batch, and at most four sizes.
-
-        Args:
-            budget_bytes: the limit the probes run under.
-            micro_batch_sizes: the sizes to choose from.
-        """
-        measured = self._measured_sizes()
-        failed = min((m.micro_batch_size for m in self.measurements if not m.is_feasible), default=None)
-        candidates = [size for size in sorted(set(micro_batch_sizes)) if failed is None or size < failed]
-        if not measured:
-            # One after the other failed: halve the way, down to the smallest.
-            return candidates[0 if failed is None else (len(candidates) - 1) // 2] if candidates else None
-        larger = [size for size in candidates if size > measured[-1]]
-        if larger and budget_bytes is not None and len(measured) == 1:
-            # Twice the size teaches the slope where no listed size is certain enough.
-            larger = [size for size in larger if self._is_open(size, budget_bytes)]
-            double = 2 * measured[0]
-            if not larger and (failed is None or double < failed) and self._is_open(double, budget_bytes):
-                return double
-        if budget_bytes is None:
-            if len(measured) >= 4 or (len(measured) > 1 and self._grows_at(measured[-1])):
-                return None
-        else:
-            larger = [size for size in larger if self._is_open(size, budget_bytes)]
-        if failed is not None:
-            # The prediction was wrong: halve the way between what ran and what did not.
-            halfway = [size for size in larger if size * size <= measured[-1] * failed] or larger[:1]
-            return halfway[-1] if halfway else None
-        is_certain = len(measured) > 1 and all(curve.doubt == 0 for curve in self._curves.values())
-        reach = measured[-1] * (LARGEST_PROBE_STEP if is_certain else LARGEST_EXTRAPOLATION)
-        within_reach = [size for size in larger if size <= reach] or larger[:1]
-        return within_reach[-1] if within_reach else None
-
-    def _is_open(self, size: int, budget_bytes: int | None) -> bool:
-        """Whether a size could fit. With one size measured, nothing is known of the slope: half of the peak grows."""
-        if budget_bytes is None:
-            return True
-        measured = self._measured_sizes()
-        if size < SMALLEST_PROBE_STEP * measured[-1]:
-            return False
-        if len(measured) == 1:
-            peak = min(m.peak_memory_bytes for m in self.measurements if m.peak_memory_bytes is not None)
-            # The next doubling is worth a try wherever there is any room.
-            growth = (1 + size / measured[0]) / 2 if size > 2 * measured[0] else 1 + MARGIN
-            return peak * growth + MIB <= budget_bytes
-        steps = max(m.accumulation_steps for m in self.measurements)
-        return self._needed(size, steps) * (1 + MARGIN) + MIB <= budget_bytes
-
-    def _grows_at(self, size: int) -> bool:
-        """Whether most of the peak is there because of the micro-batch."""
-        curve = next(iter(self._curves.values()))
-        return curve.slope * size > 0.5 * curve.at(size)
+    def with_trace(self, trace: Trace) -> Profile:
+        """The profile with what a probe asked of the allocator."""
+        others = (known for known in self.traces if known.micro_batch_size != trace.micro_batch_size)
+        return replace(self, traces=(*others, trace))
 
     # Files
 
     def to_dict(self) -> dict[str, Any]:
         return {
             "measurements": [m.to_dict() for m in self.measurements],
-            **{f.name: getattr(self, f.name) for f in fields(self) if f.init and f.name != "measurements"},
+            "traces": [trace.to_dict() for trace in self.traces],
+            **{f.name: getattr(self, f.name) for f in fields(self) if f.init and f.name not in _LISTS},
         }
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Profile:
-        rest = {key: value for key, value in values.items() if key != "measurements"}
-        return cls(measurements=tuple(Measurement.from_dict(m) for m in values["measurements"]), **rest)
+        rest = {key: value for key, value in values.items() if key not in _LISTS}
+        measurements = tuple(Measurement.from_dict(m) for m in values["measurements"])
+        return cls(measurements, traces=tuple(Trace.from_dict(trace) for trace in values.get("traces", ())), **rest)
 
 
 def _key(measurement: Measurement) -> tuple[int, int, bool]:
     return measurement.micro_batch_size, measurement.accumulation_steps, measurement.is_feasible
-
-
-def _group(accumulation_steps: int) -> int:
-    """1 has no accumulators; with more, every further micro-step is like the second."""
-    return min(accumulation_steps, 2)

@@ -1,37 +1,36 @@
-"""What TensorFlow's allocator holds, and its limit; on a CPU that of its GPUs, in one region as there.
+"""What TensorFlow's allocator holds, and its limit; on a CPU that of its GPUs, laid out and asked as there.
 
 The allocator (BFC) hands out a free chunk whole, and counts all of it, unless it is twice the size asked for. So the
 peak of the same training differs from process to process, by the order in which threads ask and the layout that
-comes of it. Two things make that small on a CPU: one region from the start, and a shelf of small chunks.
+comes of it. Three things make it nearly the same on a CPU: one region from the start, a shelf of small chunks, and one
+operation at a time, which also makes it smaller (MiB, two or three processes each; micro-batch × accumulation steps):
 
-    peaks of digits.py's model, width 32, in four or five processes,
-    highest above lowest                                              micro-batch 32   128
-    one region                                                        24 %             12 to 16 %
-    one region, a single-threaded executor                             8 %             11 to 18 %
-    one region and a shelf of small chunks                             1 %              0.4 %
+                                                 CNN 48 × 1    CNN 48 × 2   LSTM 24 × 1     LSTM 24 × 2
+    one region and a shelf                       77.1 to 77.7  76.1, 83.2   101.0, 101.2    79.0, 86.1
+    one thread for operations                    53.0 to 53.6  55.6, 56.1   71.3, 100.9     112.6, 112.8
+    TensorFlow's single-threaded executor        52.1          55.6 to 59   53.6            59.3, 59.6
+    one thread, loops not taken apart            53.02         55.57        52.43           60.4 to 60.7
 
-(64 MiB; width 16 with micro-batch 16 in 8 MiB: 6.6 % before, 2.9 % with both, over eight whole trainings.)
+(The single-threaded executor's order of a CNN's operations is another one from process to process: 82 × 1 took 67.7 or
+73.6 MiB, and the same graph cannot have TensorFlow 1's control flow.)
+
+What it costs on two cores, speed to TensorFlow's default in pairs of processes that took turns (medians of 4):
+MLP 1.00, CNN 0.87, transformer 0.80, LSTM 0.77, MobileNetV2 1.04.
 """
 
 from __future__ import annotations
 
 import contextlib
-import math
 from pathlib import Path
 from typing import Any
 
 import tensorflow as tf
+from tensorflow.python.ops import control_flow_util_v2
 
 from accumtune.errors import BudgetError
-from accumtune.memory.device import MIB, Device, check_limit
+from accumtune.memory.device import MIB, Device, Recorder, check_limit
+from accumtune.memory.layout import SHELF, region_bytes, shelf_chunks
 from accumtune.memory.machine import machine_memory
-
-# Sizes in bytes, and how many of each; as many of them, the smallest first, as come to no more than this of a budget.
-SHELF = ((256, 128), (1024, 64), (4096, 32), (16384, 16), (65536, 12), (262144, 8))
-SHELF_SHARE = 1 / 8
-# Of a process without a limit; what does not fit there gets further regions.
-LARGEST_REGION_BYTES = 2048 * MIB
-FIRST_REGION_BYTES = 2 * MIB
 
 
 class TensorFlowDevice(Device):
@@ -63,6 +62,13 @@ class TensorFlowDevice(Device):
     def reset_peak(self) -> None:
         tf.config.experimental.reset_memory_stats(self._key)
 
+    def recorder(self) -> Recorder | None:
+        if not self.name.startswith("CPU"):
+            return None  # the allocator is the same, but how its memory lies has not been looked at
+        from accumtune.memory.tensorflow_trace import TraceRecorder
+
+        return TraceRecorder()
+
 
 def open_device(budget_bytes: int | None) -> Device:
     """The first GPU, else the CPU with the GPU's allocator."""
@@ -73,6 +79,7 @@ def open_device(budget_bytes: int | None) -> Device:
         name = " ".join(["GPU:0", details.get("device_name", "")]).strip()
         return TensorFlowDevice(name, budget_bytes)
     device = TensorFlowDevice("CPU:0", budget_bytes)
+    _one_operation_at_a_time()
     _reserve(budget_bytes)
     trace = tf.zeros([3])
     # The variables are read once, at the first operation. BFC hands out multiples of 256 bytes, the plain allocator
@@ -85,15 +92,23 @@ def open_device(budget_bytes: int | None) -> Device:
     return device
 
 
-def _reserve(budget_bytes: int | None) -> None:
-    """Makes the allocator take its memory as one region, as it does on a GPU, instead of 2, 4, 8 ... MiB as needed.
+def _one_operation_at_a_time() -> None:
+    """As on a GPU, whose stream runs one operation after the other: the memory of two is never held at once by chance.
 
-    Pages that nobody touches take no memory. What asks for a region needs memory itself, hence TensorFlow's first one
-    is there before; to ask for more than is left would be refused, after 10 s.
+    An operation itself still computes on all cores. A loop is left a function that runs step after step; taken apart,
+    as is TensorFlow's default, 32 of its steps may be under way at once.
     """
+    try:
+        tf.config.threading.set_inter_op_parallelism_threads(1)
+    except RuntimeError:  # "cannot be modified after initialization"
+        raise _too_late() from None
+    control_flow_util_v2._DISABLE_LOWER_USING_SWITCH_MERGE = True
+
+
+def _reserve(budget_bytes: int | None) -> None:
+    """Makes the allocator take its memory as one region, as it does on a GPU, instead of 2, 4, 8 ... MiB as needed."""
     total = machine_memory().total_bytes
-    # The allocator's own table takes a thirty-second of a region, in real memory.
-    wanted = min(total // 2, LARGEST_REGION_BYTES) if budget_bytes is None else budget_bytes - FIRST_REGION_BYTES
+    wanted = region_bytes(budget_bytes, total)
     if wanted > total or _is_overcommit_refused():
         return
     with contextlib.suppress(tf.errors.ResourceExhaustedError):
@@ -109,16 +124,11 @@ def _shelf(budget_bytes: int | None) -> list[tf.Tensor]:
     Returns:
         What keeps the chunks apart.
     """
-    room = math.inf if budget_bytes is None else budget_bytes * SHELF_SHARE
     kept: list[tf.Tensor] = []
     chunks = []
-    for chunk_bytes, count in SHELF:
-        for _ in range(count):
-            room -= chunk_bytes
-            if room < 0:
-                return kept
-            chunks.append(_empty(chunk_bytes))
-            kept.append(_empty(1))
+    for chunk_bytes in shelf_chunks(SHELF, budget_bytes):
+        chunks.append(_empty(chunk_bytes))
+        kept.append(_empty(1))
     return kept
 
 

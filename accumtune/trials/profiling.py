@@ -16,7 +16,9 @@ from accumtune import errors
 from accumtune.memory.budget import format_bytes
 from accumtune.memory.confirmation import MOST_FAILURES, MOST_TRIES, next_to_run
 from accumtune.memory.device import memory_limit_environment
+from accumtune.memory.exploration import next_probe_size
 from accumtune.memory.profile import HEADROOM, LARGEST_EXTRAPOLATION, Measurement, Profile
+from accumtune.memory.trace import Trace
 from accumtune.trials.devices import current_place
 from accumtune.trials.directory import TaskDirectory, write_atomically
 from accumtune.trials.executors import Executor
@@ -107,10 +109,10 @@ class Profiler:
                 sample_bytes=facts.sample_bytes,
             )
             while (size := self._next_size(profile, facts)) is not None:
-                for measurement in self._probe(hyperparameters, size):
-                    profile = profile.with_measurement(measurement)
-                    profile = replace(profile, memory_source=profile.memory_source or measurement.memory_source)
-                self._keep(profile)
+                measurements, trace = self._probe(hyperparameters, size)
+                profile = _grown(profile, measurements, trace)
+                self._keep(replace(profile, memory_source=profile.memory_source or measurements[0].memory_source))
+                profile = self._profiles[facts.signature]
             return profile
 
     def confirm(self, hyperparameters: Mapping[str, Any], profile: Profile) -> Profile:
@@ -128,9 +130,9 @@ class Profiler:
             size = next_to_run(profile, budget, max(_PROBED_ACCUMULATION_STEPS), self._largest_size())
             if size is None or failures == MOST_FAILURES:
                 break
-            for measurement in self._probe(hyperparameters, size, limit_bytes=int((1 - HEADROOM) * budget)):
-                profile = profile.with_measurement(measurement)
-                failures += not measurement.is_feasible
+            measurements, trace = self._probe(hyperparameters, size, limit_bytes=int((1 - HEADROOM) * budget))
+            failures += sum(not measurement.is_feasible for measurement in measurements)
+            profile = _grown(profile, measurements, trace)
             self._keep(profile)
         return profile
 
@@ -146,7 +148,7 @@ class Profiler:
             BuildError: the model could not be built or did not train.
         """
         with self._lock:
-            (measurement,) = self._probe(hyperparameters, micro_batch_size, (accumulation_steps,))
+            (measurement,), _ = self._probe(hyperparameters, micro_batch_size, (accumulation_steps,))
             measurement = replace(measurement, accumulation_steps=accumulation_steps)
             self.learn(signature, measurement)
             return measurement
@@ -161,11 +163,11 @@ class Profiler:
     def _next_size(self, profile: Profile, facts: ModelFacts) -> int | None:
         if self._memory_budget_bytes is not None and facts.static_bytes > self._memory_budget_bytes:
             return None  # the parameters alone are too large: probing would only wait for the allocator
-        size = profile.next_probe_size(self._memory_budget_bytes, self._micro_batch_sizes)
+        size = next_probe_size(profile, self._memory_budget_bytes, self._micro_batch_sizes)
         if size is None and not any(measurement.is_feasible for measurement in profile.measurements):
             # Not even the smallest listed size fits: how far down does one have to go?
             smaller = [2**power for power in range(20) if 2**power < self._micro_batch_sizes[0]]
-            size = profile.next_probe_size(self._memory_budget_bytes, smaller) if smaller else None
+            size = next_probe_size(profile, self._memory_budget_bytes, smaller) if smaller else None
         return size
 
     def _probe(
@@ -174,8 +176,8 @@ class Profiler:
         micro_batch_size: int,
         accumulation_steps: Sequence[int] = _PROBED_ACCUMULATION_STEPS,
         limit_bytes: int | None = None,
-    ) -> list[Measurement]:
-        """A few updates in a process of their own, under the budget or under `limit_bytes`."""
+    ) -> tuple[list[Measurement], Trace | None]:
+        """A few updates in a process of their own, under the budget or under `limit_bytes`; their trace, if any."""
         limit = limit_bytes or self._memory_budget_bytes
         arguments = {
             "hyperparameters": dict(hyperparameters),
@@ -184,13 +186,15 @@ class Profiler:
             "accumulation_steps": list(accumulation_steps),
         }
         outcome = self._run("probe", arguments, limit)
+        trace = None
         if outcome.status == "out_of_memory" or _was_killed_for_memory(outcome):
             measurements = [out_of_memory(micro_batch_size, 1, limit)]
         else:
             result = finished(outcome, "Training a few updates").result
             measurements = [Measurement.from_dict(measurement) for measurement in result["measurements"]]
+            trace = None if result["trace"] is None else Trace.from_dict(result["trace"])
         self._on_probe(_describe_probe(micro_batch_size, measurements))
-        return measurements
+        return measurements, trace
 
     def _run(self, task: str, arguments: dict[str, Any], limit_bytes: int | None) -> Outcome:
         directory = TaskDirectory(self._scratch_folder / f"{task}_{os.getpid()}_{next(self._numbers):04d}")
@@ -218,6 +222,12 @@ class Profiler:
 
     def _file(self, signature: str) -> Path:
         return self._profiles_folder / f"{signature}.json"
+
+
+def _grown(profile: Profile, measurements: Sequence[Measurement], trace: Trace | None) -> Profile:
+    for measurement in measurements:
+        profile = profile.with_measurement(measurement)
+    return profile if trace is None else profile.with_trace(trace)
 
 
 def current_backend() -> str:

@@ -112,11 +112,16 @@ def probe(
 
     content = load_payload(Path(payload))
     device = _open_device(memory_budget_bytes)
+    recorder = device.recorder()
     model = content["hypermodel"].build_plain(_hyperparameters(hyperparameters))
     samples, is_pipeline = _samples(model, content)
 
-    def report(measurements: Sequence[Any]) -> dict[str, Any]:
-        return {"measurements": [measurement.to_dict() for measurement in measurements], "device": device.name}
+    def report(measurements: Sequence[Any], trace: Any = None) -> dict[str, Any]:
+        return {
+            "measurements": [measurement.to_dict() for measurement in measurements],
+            "device": device.name,
+            "trace": trace,
+        }
 
     def end(measurements: Sequence[Any]) -> None:
         directory.write_outcome({"status": "completed", "result": report(measurements)})
@@ -130,8 +135,10 @@ def probe(
         is_pipeline=is_pipeline,
         device=device,
         on_out_of_memory=end,
+        recorder=recorder,
     )
-    return report(measurements)
+    trace = probes.trace_of(recorder, measurements)
+    return report(measurements, trace.to_dict() if trace else None)
 
 
 def train(

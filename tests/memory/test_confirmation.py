@@ -4,6 +4,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from accumtune.memory.confirmation import ENOUGH, MOST_FAILURES, MOST_TRIES, next_to_run
+from accumtune.memory.exploration import next_probe_size
 from accumtune.memory.profile import HEADROOM, Measurement, Profile
 
 MIB = 2**20
@@ -25,7 +26,7 @@ def confirmed(budget_mib, static, slope, waste):
 
     budget = budget_mib * MIB
     profile, failures = Profile((), "CPU:0", "made up", memory_budget_bytes=budget), 0
-    while (size := profile.next_probe_size(budget, (1, 4, 16, 64, 256))) is not None:
+    while (size := next_probe_size(profile, budget, (1, 4, 16, 64, 256))) is not None:
         profile = profile.with_measurement(run(size, budget_mib))
     for _ in range(MOST_TRIES):
         if failures == MOST_FAILURES or (size := next_to_run(profile, budget, 2, LARGEST)) is None:

@@ -4,6 +4,7 @@ import os
 
 import pytest
 
+from accumtune.memory.exploration import next_probe_size
 from accumtune.memory.profile import Measurement, Profile
 
 MIB = 2**20
@@ -101,7 +102,7 @@ def test_a_backend_without_limits_ends_as_one_with_them(probed):
 def test_what_is_promised_runs_under_the_limit(probed, kind, budget_mib):
     budget = budget_mib * MIB
     profile = Profile((), "CPU:0", "tensorflow allocator", memory_budget_bytes=budget)
-    while (size := profile.next_probe_size(budget, [1, 8, 64, 512])) is not None:
+    while (size := next_probe_size(profile, budget, [1, 8, 64, 512])) is not None:
         for measurement in probed(kind, size, (1, 2), budget):
             profile = profile.with_measurement(measurement)
     largest = profile.largest_micro_batch_size(accumulation_steps=2)

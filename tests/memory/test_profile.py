@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from accumtune.errors import BudgetError
+from accumtune.memory.exploration import next_probe_size
 from accumtune.memory.profile import Measurement, Profile
 
 MIB = 2**20
@@ -177,7 +178,7 @@ def drive(budget_mib, sizes, **cost):
     """What a driver does: ask, probe under the limit, refit. Returns the sizes probed and the profile."""
     budget = None if budget_mib is None else budget_mib * MIB
     profile, probed = profile_of(memory_budget_bytes=budget), []
-    while (size := profile.next_probe_size(budget, sizes)) is not None:
+    while (size := next_probe_size(profile, budget, sizes)) is not None:
         assert size not in probed
         probed.append(size)
         for k in (1, 2, 4):

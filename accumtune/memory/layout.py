@@ -1,0 +1,51 @@
+"""How TensorFlow's allocator is laid out on a CPU before anything trains: one region, and a shelf of small chunks.
+
+In a file of its own, without TensorFlow, because the simulated allocator begins with the same.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+
+from accumtune.memory.allocator import FIRST_REGION_BYTES, MIB, Allocator
+
+# Sizes in bytes, and how many of each; as many of them, the smallest first, as come to no more than this of a budget.
+SHELF = ((256, 128), (1024, 64), (4096, 32), (16384, 16), (65536, 12), (262144, 8))
+SHELF_SHARE = 1 / 8
+# Of a process without a limit; what does not fit there gets further regions.
+LARGEST_REGION_BYTES = 2048 * MIB
+
+
+def region_bytes(budget_bytes: int | None, total_bytes: int) -> int:
+    """How much the allocator is made to take as one region.
+
+    Pages that nobody touches take no memory. What asks for a region needs memory itself, hence TensorFlow's first one
+    is there before; to ask for more than is left would be refused, after 10 s. The allocator's own table takes a
+    thirty-second of a region, in real memory.
+    """
+    if budget_bytes is None:
+        return min(total_bytes // 2, LARGEST_REGION_BYTES)
+    return budget_bytes - FIRST_REGION_BYTES
+
+
+def shelf_chunks(shelf: Sequence[tuple[int, int]], budget_bytes: int | None) -> Iterator[int]:
+    """The sizes that are cut, in bytes."""
+    room = math.inf if budget_bytes is None else budget_bytes * SHELF_SHARE
+    for chunk_bytes, count in shelf:
+        for _ in range(count):
+            room -= chunk_bytes
+            if room < 0:
+                return
+            yield chunk_bytes
+
+
+def opened_allocator(budget_bytes: int | None) -> Allocator:
+    """The simulated allocator as `accumtune.memory.tensorflow.open_device` leaves the real one."""
+    allocator = Allocator(None if budget_bytes is None else budget_bytes // MIB * MIB)
+    allocator.allocate(1)
+    region = allocator.allocate(region_bytes(budget_bytes, 2 * LARGEST_REGION_BYTES) // MIB * MIB)
+    if region is not None:
+        allocator.free(region)
+    allocator.cut_shelf(shelf_chunks(SHELF, budget_bytes))
+    return allocator

@@ -1,0 +1,163 @@
+"""What probes asked of TensorFlow's allocator tells what a size takes that never ran."""
+
+import json
+import os
+
+import pytest
+
+from accumtune.memory.profile import Measurement, Profile
+from accumtune.memory.rehearsal import Rehearsal
+from accumtune.memory.trace import Lines, Trace
+
+MIB = 2**20
+tensorflow_only = pytest.mark.skipif(os.environ["KERAS_BACKEND"] != "tensorflow", reason="TensorFlow's allocator")
+
+
+def make_probe():
+    """As a closure, so that it travels by value."""
+
+    def traced_probe(kind, micro_batch_size, budget_bytes, in_parallel):
+
+        import keras
+        import numpy as np
+
+        from accumtune.memory.device import open_device
+        from accumtune.memory.probe import probe, trace_of
+
+        if in_parallel:
+            from accumtune.memory import tensorflow as opening
+
+            opening._one_operation_at_a_time = lambda: None
+        device = open_device(budget_bytes=budget_bytes)
+        recorder = device.recorder()
+        keras.utils.set_random_seed(0)
+        layers = keras.layers
+        if kind == "convolutions":
+            shape = (24, 24, 3)
+            hidden = [
+                layers.Conv2D(32, 3, activation="relu"), layers.Conv2D(48, 3, activation="relu"),
+                layers.MaxPooling2D(), layers.Conv2D(64, 3, activation="relu"), layers.Flatten(),
+            ]  # fmt: skip
+        else:
+            shape = (40, 16)
+            hidden = [layers.LSTM(96, return_sequences=True), layers.LSTM(64)]
+        model = keras.Sequential([layers.Input(shape), *hidden, layers.Dense(10)])
+        model.compile("adam", "mse", metrics=["mae"])
+
+        def batches(count):
+            return np.ones((count, *shape), "float32"), np.zeros((count, 10), "float32"), None
+
+        measurements = probe(
+            model, batches, micro_batch_size=micro_batch_size, accumulation_steps=(1, 2), device=device,
+            recorder=recorder,
+        )  # fmt: skip
+        trace = trace_of(recorder, measurements)
+        return [[m.to_dict() for m in measurements], trace and trace.to_dict()]
+
+    return traced_probe
+
+
+@pytest.fixture
+def probed(in_child):
+    """`probed(kind, size)` gives the measurements and the trace of a probe, none where it died of its limit."""
+
+    def run(kind, micro_batch_size, budget_bytes=None, in_parallel=False):
+        outcome = in_child(
+            make_probe(), kind, micro_batch_size, budget_bytes, in_parallel, budget_bytes=budget_bytes
+        )
+        if budget_bytes is not None and outcome.status == "killed":  # oneDNN goes on without the memory it asked for
+            return [], None
+        assert outcome.is_completed, f"{outcome.reason}\n{outcome.traceback}"
+        measurements, trace = outcome.result["value"]
+        return [Measurement.from_dict(m) for m in measurements], trace and Trace.from_dict(trace)
+
+    return run
+
+
+def peaks_of(measurements):
+    return {m.accumulation_steps: m.peak_memory_bytes for m in measurements}
+
+
+@tensorflow_only
+@pytest.mark.parametrize("kind", ["convolutions", "lstm"])
+def test_two_small_probes_tell_the_peak_of_a_large_size(probed, kind):
+    small, large = probed(kind, 3), probed(kind, 8)
+    actual = peaks_of(probed(kind, 70)[0])
+    rehearsal = Rehearsal([small[1], large[1]])
+    for steps in (1, 2):
+        assert rehearsal.peak_bytes(70, steps) == pytest.approx(actual[steps], rel=0.08)
+
+
+@tensorflow_only
+def test_a_trace_that_lacks_something_is_not_believed(value_in_child):
+    def probe_recorded_too_late():
+        import keras
+        import numpy as np
+        import tensorflow as tf
+
+        from accumtune.memory.device import open_device
+        from accumtune.memory.probe import probe, trace_of
+
+        device = open_device()
+        held = tf.zeros([2**20])  # 4 MiB that nobody records
+        recorder = device.recorder()
+        model = keras.Sequential([keras.layers.Input((8,)), keras.layers.Dense(64)])
+        model.compile("adam", "mse")
+        measurements = probe(
+            model, lambda count: (np.zeros((count, 8)), np.zeros((count, 64)), None), micro_batch_size=4,
+            accumulation_steps=(1, 2), device=device, recorder=recorder,
+        )  # fmt: skip
+        return [trace_of(recorder, measurements) is None, len(held)]
+
+    assert value_in_child(probe_recorded_too_late) == [True, 2**20]
+
+
+@tensorflow_only
+def test_a_limit_is_rehearsed_too(probed):
+    traces = [probed("convolutions", size, 64 * MIB)[1] for size in (4, 16)]
+    rehearsal = Rehearsal(traces)
+    limit = next(mib for mib in range(16, 400) if rehearsal.peak_bytes(60, 2, mib * MIB) is not None)
+    above, below = (probed("convolutions", 60, mib * MIB)[0] for mib in (round(1.06 * limit), round(0.94 * limit)))
+    assert above and all(m.is_feasible for m in above)
+    assert not (below and all(m.is_feasible for m in below))
+
+
+@tensorflow_only
+def test_one_operation_at_a_time_makes_peaks_small_and_the_same_in_each_process(probed):
+    first, second = (peaks_of(probed("lstm", 64)[0]) for _ in range(2))
+    for steps in (1, 2):
+        assert first[steps] == pytest.approx(second[steps], rel=0.03)
+    # The negative control: several steps of a loop at once hold the activations of several.
+    assert peaks_of(probed("lstm", 64, in_parallel=True)[0])[1] > 1.1 * first[1]
+
+
+def trace(size, *requests, phase=(1, 0)):
+    """A training that asks for each of these (name, bytes) and gives it back at the end."""
+    count = len(requests)
+    events = [bytes_ for _, bytes_ in requests] + [-1 - place for place in range(count)]
+    return Trace(size, tuple(events), tuple(name for name, _ in requests), (phase, (2, len(events))))
+
+
+def test_a_request_is_of_one_size_or_grows_along_a_line():
+    small = trace(4, ("conv", 4000), ("workspace", 9000), ("padded", 1400), ("", 400), ("", 64))
+    large = trace(16, ("conv", 16000), ("workspace", 9000), ("padded", 5000), ("", 64), ("", 1600))
+    assert Lines.through(large, small).at(100).tolist() == [100000, 9000, 30200, 64, 10000]
+    assert Lines.through(small, large).at(100).tolist() == [100000, 9000, 30200, 10000, 64]
+    assert Lines.through(large, small).at(4).tolist()[:3] == [4000, 9000, 1400]
+
+
+def test_what_another_algorithm_asks_for_at_small_sizes_says_nothing_of_large_ones():
+    assert Lines.through(trace(4, ("workspace", 9000)), trace(1, ("workspace", 100))).at(64).tolist() == [9000]
+    assert Lines.through(trace(1, ("workspace", 100)), trace(4, ("workspace", 9000))).at(64).tolist() == [9000]
+
+
+def test_a_profile_with_traces_rehearses_and_survives_a_file():
+    traces = [trace(size, ("activations", size * MIB), ("weights", 3 * MIB)) for size in (2, 8)]
+    points = [Measurement(size, steps, (size + 3) * MIB, 0.1, "made", 100 * MIB) for size in (2, 8) for steps in (1, 2)]
+    profile = Profile(points, "CPU:0", "made", memory_budget_bytes=100 * MIB, traces=traces)
+    again = Profile.from_dict(json.loads(json.dumps(profile.to_dict())))
+    assert again == profile and again.is_rehearsed
+    assert again.predict_peak_memory(20, 1) == pytest.approx(23 * MIB, abs=1024)
+    assert again.fits(20, 1, 100 * MIB) and not again.fits(20, 1, 22 * MIB)
+    # One trace tells nothing of what grows.
+    assert not Profile(points, "CPU:0", "made", traces=traces[:1]).is_rehearsed
