@@ -192,7 +192,8 @@ class Profiler:
         else:
             result = finished(outcome, "Training a few updates").result
             measurements = [Measurement.from_dict(measurement) for measurement in result["measurements"]]
-            trace = None if result["trace"] is None else Trace.from_dict(result["trace"])
+            if result.get("trace") is not None:
+                trace = Trace.from_dict(result["trace"])
         self._on_probe(_describe_probe(micro_batch_size, measurements))
         return measurements, trace
 
