@@ -28,7 +28,7 @@ from accumtune.errors import BudgetError
 from accumtune.memory.budget import format_bytes, parse_budget
 from accumtune.memory.measurement import Measurement
 from accumtune.memory.peaks import MeasuredPeaks, group_of
-from accumtune.memory.rehearsal import Rehearsal, largest_before_failure
+from accumtune.memory.rehearsal import ORDERS, Rehearsal, largest_before_failure
 from accumtune.memory.seconds import fit_seconds
 from accumtune.memory.trace import Trace
 
@@ -75,14 +75,15 @@ class Profile:
     sample_bytes: int = 0
     traces: tuple[Trace, ...] = ()
     _peaks: MeasuredPeaks = field(init=False, repr=False, compare=False)
-    _rehearsal: Rehearsal | None = field(init=False, repr=False, compare=False, default=None)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "measurements", tuple(self.measurements))
         object.__setattr__(self, "traces", tuple(self.traces))
         object.__setattr__(self, "_peaks", MeasuredPeaks(self.measurements, self._window_bytes))
-        if len(self.traces) > 1:
-            object.__setattr__(self, "_rehearsal", Rehearsal(self.traces))
+
+    @cached_property
+    def _rehearsal(self) -> Rehearsal | None:
+        return Rehearsal(self.traces) if self.is_rehearsed else None
 
     def __repr__(self) -> str:
         sizes = ", ".join(str(size) for size in self.measured_sizes()) or "nothing"
@@ -140,7 +141,7 @@ class Profile:
     @property
     def is_rehearsed(self) -> bool:
         """Whether peaks come from the simulated allocator, and not from curves."""
-        return self._rehearsal is not None
+        return len(self.traces) > 1
 
     @property
     def is_straight(self) -> bool:
@@ -278,12 +279,16 @@ class Profile:
                 peak = max(known.peak_memory_bytes, measurement.peak_memory_bytes)
                 seconds = measurement.seconds_per_update or known.seconds_per_update
                 measurement = replace(measurement, peak_memory_bytes=peak, seconds_per_update=seconds)
-        return replace(self, measurements=(*kept, measurement))
+        grown = replace(self, measurements=(*kept, measurement))
+        if "_rehearsal" in self.__dict__:  # of the same traces
+            grown.__dict__["_rehearsal"] = self._rehearsal
+        return grown
 
     def with_trace(self, trace: Trace) -> Profile:
-        """The profile with what a probe asked of the allocator."""
+        """The profile with what a probe asked of the allocator; as many traces are kept as are of use."""
         others = (known for known in self.traces if known.micro_batch_size != trace.micro_batch_size)
-        return replace(self, traces=(*others, trace))
+        known = sorted([*others, trace], key=lambda each: each.micro_batch_size)
+        return replace(self, traces=tuple(known[-ORDERS - 1 :]))
 
     # Files
 
