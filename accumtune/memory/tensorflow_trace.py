@@ -28,7 +28,7 @@ class TraceRecorder:
         # Made when the recording ends: a process that runs out of memory leaves nothing behind.
         self._folder = Path(tempfile.gettempdir()) / f"accumtune_trace_{uuid.uuid4().hex}"
         options = tf.profiler.experimental.ProfilerOptions(
-            host_tracer_level=1, python_tracer_level=0, device_tracer_level=0
+            host_tracer_level=_level(), python_tracer_level=0, device_tracer_level=0
         )
         tf.profiler.experimental.start(str(self._folder), options=options)
 
@@ -45,6 +45,12 @@ class TraceRecorder:
         finally:
             shutil.rmtree(self._folder, ignore_errors=True)
         return _trace(micro_batch_size, _events(content))
+
+
+def _level() -> int:
+    """Of the profiler's events: requests of memory are among the first ones since 2.21, among the second in 2.19."""
+    major, minor = (int(number) for number in tf.__version__.split(".")[:2])
+    return 1 if (major, minor) >= (2, 21) else 2
 
 
 def _events(content: bytes) -> list[tuple[int, str, dict[str, Any]]]:
