@@ -134,8 +134,8 @@ class Recorder(Protocol):
     def phase(self, accumulation_steps: int) -> None:
         """Says that what follows belongs to updates of so many micro-steps; 0: to none."""
 
-    def finished(self, micro_batch_size: int) -> Trace:
-        """Ends the recording."""
+    def finished(self, micro_batch_size: int) -> Trace | None:
+        """Ends the recording; None where it was lost."""
 
 
 def open_device(backend: str | None = None, budget_bytes: int | None = None) -> Device:

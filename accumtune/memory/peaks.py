@@ -60,10 +60,9 @@ class MeasuredPeaks:
         """Whether anything has run."""
         return bool(self._curves)
 
-    @property
-    def static(self) -> float:
+    def static(self, accumulation_steps: int) -> float:
         """What there is without any sample, in bytes."""
-        return self._curves[max(self._curves)].static
+        return self._known(self._curves, accumulation_steps)[-1].static
 
     @property
     def doubt(self) -> float:
@@ -90,8 +89,11 @@ class MeasuredPeaks:
                 "probe a smaller micro-batch, or under a larger budget.",
             )
         window = self._window_bytes(micro_batch_size, accumulation_steps)
-        # Several micro-steps never need less than one, whatever the noise of their measurements.
-        curves = [known[group] for group in known if group <= group_of(accumulation_steps)]
-        curves = curves or [known[min(known)]]
+        curves = self._known(known, accumulation_steps)
         running = max(curve.at(micro_batch_size) for curve in curves) + window
         return int(np.ceil(max(running, curves[-1].static + 2 * window)))
+
+    def _known(self, known: Mapping[int, Curve], accumulation_steps: int) -> list[Curve]:
+        """Several micro-steps never need less than one, whatever the noise of their measurements."""
+        curves = [known[group] for group in known if group <= group_of(accumulation_steps)]
+        return curves or [known[min(known)]]

@@ -102,7 +102,7 @@ def trace_of(recorder: Recorder | None, measurements: Sequence[Measurement]) -> 
     if recorder is None:
         return None
     trace = recorder.finished(measurements[0].micro_batch_size)
-    if not trace.events:  # a TensorFlow whose profiler does not tell
+    if trace is None or not trace.events:  # a TensorFlow whose profiler does not tell
         return None
     peaks = trace.peaks(trace.requests, measurements[0].memory_limit_bytes)
     if peaks is None or not {1, 2} <= peaks.keys():

@@ -111,7 +111,7 @@ class Profile:
             rehearsed = self._rehearsal.peak_bytes(micro_batch_size, group) or 0
             running = rehearsed + self._excess_bytes - self._window_bytes(micro_batch_size, group)
         window = self._window_bytes(micro_batch_size, accumulation_steps)
-        return int(np.ceil(max(running + window, self._peaks.static + 2 * window)))
+        return int(np.ceil(max(running + window, self._peaks.static(accumulation_steps) + 2 * window)))
 
     @cached_property
     def _excess_bytes(self) -> int:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import tensorflow as tf
+from google.protobuf.message import DecodeError
 
 from accumtune.memory.trace import Trace
 
@@ -37,14 +38,19 @@ class TraceRecorder:
         with tf.profiler.experimental.Trace(f"{_PHASE}{accumulation_steps}"):
             pass
 
-    def finished(self, micro_batch_size: int) -> Trace:
-        """Ends the recording. A second one in this process would miss what is held by then."""
-        tf.profiler.experimental.stop()
+    def finished(self, micro_batch_size: int) -> Trace | None:
+        """Ends the recording; None where TensorFlow could not write it down, on a full disk for example.
+
+        A second one in this process would miss what is held by then.
+        """
         try:
+            tf.profiler.experimental.stop()
             content = next(self._folder.rglob("*.xplane.pb")).read_bytes()
+            return _trace(micro_batch_size, _events(content))
+        except (OSError, StopIteration, DecodeError, tf.errors.OpError):
+            return None
         finally:
             shutil.rmtree(self._folder, ignore_errors=True)
-        return _trace(micro_batch_size, _events(content))
 
 
 def _level() -> int:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import base64
 import json
-import zlib
+import lzma
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -117,7 +117,7 @@ class Trace:
             "phases": [list(phase) for phase in self.phases],
             "distinct_names": _packed(json.dumps(distinct).encode()),
             "names": _packed(np.array([number[name] for name in self.names], dtype="<i4").tobytes()),
-            "events": _packed(np.array(self.events, dtype="<i8").tobytes()),
+            "events": _packed(np.array(_turned(self.events), dtype="<i8").tobytes()),
         }
 
     @classmethod
@@ -125,7 +125,7 @@ class Trace:
         distinct = json.loads(_unpacked(values["distinct_names"]))
         return cls(
             micro_batch_size=values["micro_batch_size"],
-            events=tuple(np.frombuffer(_unpacked(values["events"]), dtype="<i8").tolist()),
+            events=_turned(np.frombuffer(_unpacked(values["events"]), dtype="<i8").tolist()),
             names=tuple(distinct[n] for n in np.frombuffer(_unpacked(values["names"]), dtype="<i4").tolist()),
             phases=tuple((steps, first) for steps, first in values["phases"]),
         )
@@ -184,9 +184,18 @@ def _partners(
     return partners
 
 
+def _turned(events: Sequence[int]) -> tuple[int, ...]:
+    """With returns counted from the latest request, so that updates that are alike read alike. Twice undoes it."""
+    turned, made = [], 0
+    for event in events:
+        made += event >= 0
+        turned.append(event if event >= 0 else -1 - made - event)
+    return tuple(turned)
+
+
 def _packed(content: bytes) -> str:
-    return base64.b64encode(zlib.compress(content)).decode()
+    return base64.b64encode(lzma.compress(content)).decode()
 
 
 def _unpacked(text: str) -> bytes:
-    return zlib.decompress(base64.b64decode(text))
+    return lzma.decompress(base64.b64decode(text))

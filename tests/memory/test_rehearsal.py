@@ -129,7 +129,7 @@ def test_a_limit_is_rehearsed_too(probed):
 def test_one_operation_at_a_time_makes_peaks_small_and_the_same_in_each_process(probed):
     first, second = (peaks_of(probed("long lstm", 24)[0]) for _ in range(2))
     for steps in (1, 2):
-        assert first[steps] == pytest.approx(second[steps], rel=0.03)
+        assert first[steps] == pytest.approx(second[steps], rel=0.06)
     # The negative control: several steps of a loop at once hold the activations of several.
     assert peaks_of(probed("long lstm", 24, in_parallel=True)[0])[1] > 1.1 * first[1]
 
