@@ -16,7 +16,7 @@ tensorflow_only = pytest.mark.skipif(os.environ["KERAS_BACKEND"] != "tensorflow"
 def make_probe():
     """As a closure, so that it travels by value."""
 
-    def traced_probe(kind, micro_batch_size, budget_bytes, in_parallel):
+    def traced_probe(micro_batch_size, budget_bytes):
 
         import keras
         import numpy as np
@@ -24,10 +24,6 @@ def make_probe():
         from accumtune.memory.device import open_device
         from accumtune.memory.probe import probe, trace_of
 
-        if in_parallel:
-            from accumtune.memory import tensorflow as opening
-
-            opening._one_operation_at_a_time = lambda: None
         device = open_device(budget_bytes=budget_bytes)
         recorder = device.recorder()
         keras.utils.set_random_seed(0)
@@ -55,11 +51,11 @@ def make_probe():
 
 @pytest.fixture
 def probed(in_child):
-    """`probed(kind, size)` gives the measurements and the trace of a probe, none where it died of its limit."""
+    """`probed(size)` gives the measurements and the trace of a probe, none where it died of its limit."""
 
-    def run(kind, micro_batch_size, budget_bytes=None, in_parallel=False):
+    def run(micro_batch_size, budget_bytes=None):
         outcome = in_child(
-            make_probe(), kind, micro_batch_size, budget_bytes, in_parallel, budget_bytes=budget_bytes
+            make_probe(), micro_batch_size, budget_bytes, budget_bytes=budget_bytes
         )
         if budget_bytes is not None and outcome.status == "killed":  # oneDNN goes on without the memory it asked for
             return [], None
@@ -76,9 +72,8 @@ def peaks_of(measurements):
 
 @tensorflow_only
 def test_two_small_probes_tell_the_peak_of_a_large_size(probed):
-    kind = "convolutions"
-    small, large = probed(kind, 3), probed(kind, 8)
-    actual = peaks_of(probed(kind, 70)[0])
+    small, large = probed(3), probed(8)
+    actual = peaks_of(probed(70)[0])
     rehearsal = Rehearsal([small[1], large[1]])
     for steps in (1, 2):
         assert rehearsal.peak_bytes(70, steps) == pytest.approx(actual[steps], rel=0.08)
@@ -110,10 +105,10 @@ def test_a_trace_that_lacks_something_is_not_believed(value_in_child):
 
 @tensorflow_only
 def test_a_limit_is_rehearsed_too(probed):
-    traces = [probed("convolutions", size, 64 * MIB)[1] for size in (4, 16)]
+    traces = [probed(size, 64 * MIB)[1] for size in (4, 16)]
     rehearsal = Rehearsal(traces)
     limit = next(mib for mib in range(16, 400) if rehearsal.peak_bytes(60, 2, mib * MIB) is not None)
-    above, below = (probed("convolutions", 60, mib * MIB)[0] for mib in (round(1.06 * limit), round(0.94 * limit)))
+    above, below = (probed(60, mib * MIB)[0] for mib in (round(1.06 * limit), round(0.94 * limit)))
     assert above and all(m.is_feasible for m in above)
     assert not (below and all(m.is_feasible for m in below))
 
