@@ -21,10 +21,12 @@ Batches = Callable[[int], tuple[Any, Any, Any]]
 # The same update peaks a few percent higher or lower from one time to the next: operations run at the same time in
 # another order, and the allocator finds other gaps. The most of about this many micro-steps is steady.
 STEADY_MICRO_STEPS = 8
-# What a trace may be off from what was measured: it lacks the little that was there when the recording began.
-TRACE_TOLERANCE = 0.02
 # ... unless they are slow: no more updates than asked for once this much time has gone.
 PATIENCE_SECONDS = 3.0
+# Updates without an accumulator and with one: a trace that lacks either says nothing of other sizes.
+TRACED_STEPS = frozenset({1, 2})
+# What a trace may be off from what was measured: it lacks the little that was there when the recording began.
+TRACE_TOLERANCE = 0.02
 
 
 def probe(
@@ -105,7 +107,7 @@ def trace_of(recorder: Recorder | None, measurements: Sequence[Measurement]) -> 
     if trace is None or not trace.events:  # a TensorFlow whose profiler does not tell
         return None
     peaks = trace.peaks(trace.requests, measurements[0].memory_limit_bytes)
-    if peaks is None or not {1, 2} <= peaks.keys():
+    if peaks is None or not TRACED_STEPS <= peaks.keys():
         return None
     for measurement in measurements:
         measured, played = measurement.peak_memory_bytes, peaks.get(measurement.accumulation_steps)

@@ -111,8 +111,8 @@ class Profiler:
             while (size := self._next_size(profile, facts)) is not None:
                 measurements, trace = self._probe(hyperparameters, size)
                 profile = _grown(profile, measurements, trace)
-                self._keep(replace(profile, memory_source=profile.memory_source or measurements[0].memory_source))
-                profile = self._profiles[facts.signature]
+                profile = replace(profile, memory_source=profile.memory_source or measurements[0].memory_source)
+                self._keep(profile)
             return profile
 
     def confirm(self, hyperparameters: Mapping[str, Any], profile: Profile) -> Profile:

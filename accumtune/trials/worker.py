@@ -112,7 +112,7 @@ def probe(
 
     content = load_payload(Path(payload))
     device = _open_device(memory_budget_bytes)
-    recorder = device.recorder()
+    recorder = device.recorder() if probes.TRACED_STEPS <= set(accumulation_steps) else None
     model = content["hypermodel"].build_plain(_hyperparameters(hyperparameters))
     samples, is_pipeline = _samples(model, content)
 

@@ -17,7 +17,6 @@ def make_probe():
     """As a closure, so that it travels by value."""
 
     def traced_probe(micro_batch_size, budget_bytes):
-
         import keras
         import numpy as np
 
@@ -54,9 +53,7 @@ def probed(in_child):
     """`probed(size)` gives the measurements and the trace of a probe, none where it died of its limit."""
 
     def run(micro_batch_size, budget_bytes=None):
-        outcome = in_child(
-            make_probe(), micro_batch_size, budget_bytes, budget_bytes=budget_bytes
-        )
+        outcome = in_child(make_probe(), micro_batch_size, budget_bytes, budget_bytes=budget_bytes)
         if budget_bytes is not None and outcome.status == "killed":  # oneDNN goes on without the memory it asked for
             return [], None
         assert outcome.is_completed, f"{outcome.reason}\n{outcome.traceback}"
