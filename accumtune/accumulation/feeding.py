@@ -157,6 +157,12 @@ def first_micro_batches(epoch: Any, accumulation: Accumulation, source: Rows | N
         yield begin, end, [micro_batches(batch, accumulation.micro_batch_size, source)[0].take()]
 
 
+def _windows(batches: Iterator[Any], accumulation_steps: int) -> Iterator[Window]:
+    # The iterator is there already: torch draws from its generator where one is made, as in plain training.
+    while window := list(itertools.islice(batches, accumulation_steps)):
+        yield Window(window)
+
+
 def _windowed(adapter: Any, accumulation_steps: int) -> Any:
     """The same data; `num_batches` counts windows. Keras takes a DataAdapter wherever it takes data."""
     from keras.src.trainers.data_adapters.data_adapter import DataAdapter
@@ -172,9 +178,7 @@ def _windowed(adapter: Any, accumulation_steps: int) -> Any:
         partial_batch_size = property(lambda self: adapter.partial_batch_size)
 
         def get_torch_dataloader(self) -> Iterator[Window]:
-            batches = iter(adapter.get_torch_dataloader())
-            while window := list(itertools.islice(batches, accumulation_steps)):
-                yield Window(window)
+            return _windows(iter(adapter.get_torch_dataloader()), accumulation_steps)
 
         @property
         def num_batches(self) -> int | None:

@@ -7,7 +7,7 @@ and cuts the numbers 0, 1, 2, … instead of the data: the same operations on th
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -125,6 +125,17 @@ def _converter(backend: str) -> Any:
     return lambda array: array  # JAX takes NumPy's arrays where it calls a function
 
 
+def _batches_on_the_host(batches: Iterator[Any]) -> Iterator[Any]:
+    import keras
+
+    while True:
+        with keras.device("cpu"):
+            batch = next(batches, None)
+        if batch is None:
+            return
+        yield batch
+
+
 def _index_adapter(indices: np.ndarray, batch_size: int | None, steps: int | None, shuffle: bool | str) -> Any:
     from keras.src.trainers.data_adapters.array_data_adapter import ArrayDataAdapter
 
@@ -137,5 +148,9 @@ def _index_adapter(indices: np.ndarray, batch_size: int | None, steps: int | Non
             options = tf.data.Options()
             options.autotune.enabled = False
             return super().get_tf_dataset().with_options(options)
+
+        def get_torch_dataloader(self) -> Any:
+            # Numbers are read by the host: on a GPU it would have to wait for all that the GPU still has to do.
+            return _batches_on_the_host(iter(super().get_torch_dataloader()))
 
     return IndexAdapter({_KEY: indices}, batch_size=batch_size, steps=steps, shuffle=shuffle)

@@ -8,8 +8,8 @@ comes from is part of the figure (`Device.memory_source`), because the sources d
 
     tensorflow allocator         every tensor TensorFlow holds on that device, exact; on a GPU without the CUDA
                                  context (300 to 600 MB)
-    jax allocator, cuda allocator    the same for the two others' GPUs
-    jax compile-time analysis    live arrays, and what XLA's plan of each compiled program adds to them
+    cuda allocator               the same for torch
+    jax compile-time analysis    arrays that are held, and what XLA's plan of each compiled program adds to them
     process high-water mark      the process's resident memory above what it had when the device was opened
 """
 

@@ -1,4 +1,4 @@
-"""What JAX holds on a GPU, and what XLA plans to hold on a CPU."""
+"""What JAX holds, and what XLA plans to hold."""
 
 from __future__ import annotations
 
@@ -13,15 +13,52 @@ from accumtune.memory.device import Device
 _LIMIT_TOLERANCE = 0.01
 
 
-class JaxGpu(Device):
-    """A GPU under JAX. Its peak cannot be reset, so one process makes one measurement.
+class JaxDevice(Device):
+    """A device under JAX: what is held now, and on top of it what XLA planned for each compiled program.
+
+    A program's arguments are held already; it adds its temporaries and those outputs that do not reuse an argument's
+    memory.
+    """
+
+    backend = "jax"
+    memory_source = "jax compile-time analysis"
+
+    def __init__(self, name: str, budget_bytes: int | None = None) -> None:
+        super().__init__(name, budget_bytes)
+        self._seen = self._executables()
+
+    def peak_memory_bytes(self) -> int:
+        added = 0
+        for stats in self._plans():
+            added = max(added, stats.temp_size_in_bytes + stats.output_size_in_bytes - stats.alias_size_in_bytes)
+        return self.current_memory_bytes() + added
+
+    def certain_peak_bytes(self) -> int:
+        # In the middle of a step a program's outputs are held already.
+        return self.current_memory_bytes() + max((stats.temp_size_in_bytes for stats in self._plans()), default=0)
+
+    def reset_peak(self) -> None:
+        """Forgets no program: one compiled earlier may run again, and cannot be told from one that will not."""
+
+    def _plans(self) -> list[Any]:
+        """Of each program compiled since the device was opened."""
+        found = self._executables().items()
+        return [executable.get_compiled_memory_stats() for key, executable in found if key not in self._seen]
+
+    def _executables(self) -> dict[int, Any]:
+        return {id(executable): executable for executable in jax.local_devices()[0].client.live_executables()}
+
+
+class JaxGpu(JaxDevice):
+    """A GPU under JAX.
+
+    The most that its allocator has handed out is no figure of training: XLA tries convolutions out when it compiles
+    them, in as much memory as it finds (700 MiB for a step of 50, H200, JAX 0.11), and that peak cannot be reset. It is
+    an upper bound.
 
     Raises:
         BudgetError: the allocator was chosen in the environment, and is one that does not count.
     """
-
-    backend = "jax"
-    memory_source = "jax allocator"
 
     def __init__(self, name: str, budget_bytes: int | None = None) -> None:
         super().__init__(name, budget_bytes)
@@ -45,51 +82,17 @@ class JaxGpu(Device):
         return int(self._stats()["bytes_in_use"])
 
     def peak_memory_bytes(self) -> int:
-        return int(self._stats()["peak_bytes_in_use"])
-
-    def reset_peak(self) -> None:
-        """Does nothing: XLA's allocator cannot."""
+        return min(super().peak_memory_bytes(), int(self._stats()["peak_bytes_in_use"]))
 
 
-class JaxCpu(Device):
-    """A CPU under JAX: what XLA planned for each compiled program, on top of the arrays that are alive.
+class JaxCpu(JaxDevice):
+    """A CPU under JAX."""
 
-    A program's arguments are among the live arrays; it adds its temporaries and those outputs that do not reuse
-    an argument's memory.
-    """
-
-    backend = "jax"
-    memory_source = "jax compile-time analysis"
     has_limits = False
-
-    def __init__(self, name: str, budget_bytes: int | None = None) -> None:
-        super().__init__(name, budget_bytes)
-        self._seen = self._executables()
 
     def current_memory_bytes(self) -> int:
         buffers = {array.unsafe_buffer_pointer(): array.nbytes for array in jax.live_arrays() if _is_plain(array)}
         return sum(buffers.values())
-
-    def peak_memory_bytes(self) -> int:
-        added = 0
-        for key, executable in self._executables().items():
-            if key not in self._seen:
-                stats = executable.get_compiled_memory_stats()
-                extra = stats.temp_size_in_bytes + stats.output_size_in_bytes - stats.alias_size_in_bytes
-                added = max(added, extra)
-        return self.current_memory_bytes() + added
-
-    def certain_peak_bytes(self) -> int:
-        # In the middle of a step a program's outputs are among the live arrays already.
-        new = (one for key, one in self._executables().items() if key not in self._seen)
-        temporary = max((one.get_compiled_memory_stats().temp_size_in_bytes for one in new), default=0)
-        return self.current_memory_bytes() + temporary
-
-    def reset_peak(self) -> None:
-        """Forgets no program: one compiled earlier may run again, and cannot be told from one that will not."""
-
-    def _executables(self) -> dict[int, Any]:
-        return {id(executable): executable for executable in jax.local_devices()[0].client.live_executables()}
 
 
 def _is_plain(array: Any) -> bool:

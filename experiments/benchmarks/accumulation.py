@@ -59,7 +59,7 @@ class Child:
                 "KERAS_BACKEND": backend,
                 "TF_CPU_ALLOCATOR_USE_BFC": "true",
                 "TF_CPP_MIN_LOG_LEVEL": "3",
-                "PYTHONPATH": str(Path(__file__).parents[2]),
+                "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")]),
             }
             | environment,
             # torch's threads wait for each other by spinning: on a busy machine that takes minutes.

@@ -3,21 +3,24 @@
 For each backend that sees the device and each workload:
 
 - predicted, measured: the peak of a micro-batch that was not probed, two micro-steps per update, from a profile under
-  the budget, and from a process of its own without a limit;
+  the budget, and from a process of its own under the same budget;
 - limit: whether four times the largest micro-batch that fits is stopped by the allocator at the budget;
 - ours, keras: samples per second inside `fit`, exact accumulation and Keras's own, taking turns (`accumulation.py`).
 
-    python experiments/benchmarks/gpu.py [--backends jax torch tensorflow] [--memory-budget 2GiB] [--json PATH]
+    python experiments/benchmarks/gpu.py [--backends jax torch tensorflow] [--memory-budget 2GiB] [--jobs 1]
+        [--json PATH]
 
+Memory is measured first, `--jobs` at once where the device has room for so many budgets; speed one after the other.
 Needs Keras, Keras Tuner, SciPy and cloudpickle beside a backend; neither TensorFlow nor MLflow. Without a CUDA device
 it says so and ends with 0. `--cpu` runs it on the CPU all the same, to try the script out; the figures then say
-nothing about GPUs. The JSON file has each row as soon as it is known: a run that is cut off was not for nothing. What
-fails is named, the rest goes on, and the exit code is 1.
+nothing about GPUs. The JSON file has each figure as soon as it is known: a run that is cut off was not for nothing.
+What fails is named, the rest goes on, and the exit code is 1.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import importlib.metadata
 import importlib.util
 import json
@@ -27,6 +30,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -34,8 +38,8 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 BACKENDS = ("jax", "torch", "tensorflow")
 WORKLOADS = {"cnn": ((32, 32, 3), 0), "transformer": ((128,), 8000)}  # a sample's shape; size of its vocabulary
-SIZES = (1, 4, 16, 64, 256, 1024)
-ROUNDS, WINDOWS = 5, 5
+SIZES = (16, 64, 256, 1024)
+ROUNDS, WINDOWS = 5, 20
 # Two processes take turns on one device: neither may take all of it.
 SHARED_DEVICE = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false", "TF_FORCE_GPU_ALLOW_GROWTH": "true"}
 
@@ -111,10 +115,10 @@ def memory(workload: str, budget: str) -> dict[str, Any]:
     def build(hp: Any) -> Any:
         return build_model(workload)
 
-    def probed(size: int, limit: str | None) -> Any:
+    def probed(size: int) -> Any:
         """What this size cost with most micro-steps; None where it ran out of memory."""
         points = accumtune.profile(
-            build, x, y, micro_batch_sizes=[size], memory_budget=limit, confirm_largest=False, on_probe=say
+            build, x, y, micro_batch_sizes=[size], memory_budget=budget, confirm_largest=False, on_probe=say
         ).measurements
         ran = [point for point in points if point.micro_batch_size == size and point.is_feasible]
         return max(ran, key=lambda point: point.accumulation_steps, default=None)
@@ -124,9 +128,9 @@ def memory(workload: str, budget: str) -> dict[str, Any]:
     if largest is None:
         raise SystemExit(f"Not even micro-batch 1 of {workload} fits in {budget}: give a larger --memory-budget.")
     micro = max(1, 2 * largest // 3)
-    measured = probed(micro, None)
+    measured = probed(micro)
     if measured is None:
-        raise SystemExit(f"Micro-batch {micro} of {workload}, which fits in {budget}, ran out of the device's memory.")
+        raise SystemExit(f"Micro-batch {micro} of {workload}, which was to fit in {budget}, ran out of memory.")
     predicted = profile.predict_peak_memory(micro, measured.accumulation_steps)
     return {
         "device": profile.device,
@@ -136,7 +140,7 @@ def memory(workload: str, budget: str) -> dict[str, Any]:
         "predicted_peak_memory_bytes": predicted,
         "measured_peak_memory_bytes": measured.peak_memory_bytes,
         "error": predicted / measured.peak_memory_bytes - 1,
-        "is_limit_enforced": probed(4 * largest, budget) is None,
+        "is_limit_enforced": probed(4 * largest) is None,
     }
 
 
@@ -162,12 +166,12 @@ def say(line: str) -> None:
     print(f"  {line}", file=sys.stderr, flush=True)
 
 
-def measured_in_process(backend: str, workload: str, budget: str) -> dict[str, Any] | None:
-    """One row, in a process of its own: Keras has one backend per process. None where that failed."""
+def measured_in_process(part: str, backend: str, workload: str, budget: str) -> dict[str, Any] | None:
+    """Memory or speed, in a process of its own: Keras has one backend per process. None where that failed."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "row.json"
-        command = [sys.executable, __file__, "--one", backend, workload, "--memory-budget", budget, "--json", str(path)]
-        done = subprocess.run(command, env=environment(backend))
+        command = [sys.executable, __file__, "--one", part, backend, workload]
+        done = subprocess.run([*command, "--memory-budget", budget, "--json", str(path)], env=environment(backend))
         return json.loads(path.read_text()) if done.returncode == 0 else None
 
 
@@ -179,36 +183,54 @@ def header() -> str:
 
 
 def printed(row: dict[str, Any]) -> str:
-    mib = {name: row[f"{name}_peak_memory_bytes"] / 2**20 for name in ("predicted", "measured")}
+    line = f"{row['backend']:<11}{row['workload']:<12}"
+    if "error" in row:
+        mib = {name: row[f"{name}_peak_memory_bytes"] / 2**20 for name in ("predicted", "measured")}
+        line += (
+            f"{row['largest_micro_batch_size']:>8}{row['micro_batch_size']:>7}"
+            f"{mib['predicted']:>7,.0f} MiB{mib['measured']:>6,.0f} MiB{row['error']:>+8.1%}"
+            f"{'enforced' if row['is_limit_enforced'] else 'NOT':>10}"
+        )
+    else:
+        line += f"{'failed; the reason is above':>54}"
+    if "speed_to_keras" not in row:
+        return line + "  failed; the reason is above"
     per_second = row["samples_per_second"]
-    return (
-        f"{row['backend']:<11}{row['workload']:<12}{row['largest_micro_batch_size']:>8}{row['micro_batch_size']:>7}"
-        f"{mib['predicted']:>7,.0f} MiB{mib['measured']:>6,.0f} MiB{row['error']:>+8.1%}"
-        f"{'enforced' if row['is_limit_enforced'] else 'NOT':>10}"
-        f"{per_second['ours']:>9,.0f}{per_second['keras']:>9,.0f}{row['speed_to_keras']:>7.2f}"
-    )
+    return f"{line}{per_second['ours']:>9,.0f}{per_second['keras']:>9,.0f}{row['speed_to_keras']:>7.2f}"
 
 
-def rows_of(options: argparse.Namespace, told: dict[str, Any]) -> bool:
-    """Measures, prints and keeps one row after the other; False where something failed."""
-    all_ran = True
+def usable(options: argparse.Namespace) -> list[str]:
+    """The backends that can be measured; says of the others why not."""
+    found = []
     for backend in options.backends:
-        if importlib.util.find_spec(backend) is None:
-            print(f"{backend:<11}is not installed")
-            continue
-        reason = None if options.cpu else why_not(backend)
-        if reason is not None:
-            print(f"{backend:<11}is installed, but {reason}")
-            continue
-        for workload in options.workloads:
-            row = measured_in_process(backend, workload, options.memory_budget)
-            all_ran = all_ran and row is not None
-            if row is None:
-                print(f"{backend:<11}{workload:<12}failed; the reason is above", flush=True)
-                continue
-            told["rows"].append(row)
-            print(printed(row), flush=True)
-            keep(told, options.json)
+        reason = "is not installed" if importlib.util.find_spec(backend) is None else None
+        if reason is None and not options.cpu and (problem := why_not(backend)):
+            reason = f"is installed, but {problem}"
+        if reason is None:
+            found.append(backend)
+        else:
+            print(f"{backend:<11}{reason}")
+    return found
+
+
+def measure(options: argparse.Namespace, told: dict[str, Any]) -> bool:
+    """Measures, keeps and prints; False where something failed."""
+    backends = usable(options)
+    rows = [{"backend": backend, "workload": workload} for backend in backends for workload in options.workloads]
+    told["rows"] = rows
+
+    def run(part: str, row: dict[str, Any]) -> bool:
+        found = measured_in_process(part, row["backend"], row["workload"], options.memory_budget)
+        row |= found or {}
+        keep(told, options.json)
+        return found is not None
+
+    with ThreadPoolExecutor(options.jobs) as pool:
+        all_ran = all(list(pool.map(functools.partial(run, "memory"), rows)))
+    print(header(), flush=True)
+    for row in rows:
+        all_ran &= run("speed", row)
+        print(printed(row), flush=True)
     return all_ran
 
 
@@ -224,23 +246,24 @@ def main() -> int:
     parser.add_argument("--memory-budget", default="2GiB")
     parser.add_argument("--json", type=Path, help="where to write the figures")
     parser.add_argument("--cpu", action="store_true", help="run without a CUDA device, to try the script out")
-    parser.add_argument("--one", nargs=2, metavar=("BACKEND", "WORKLOAD"), help=argparse.SUPPRESS)
+    parser.add_argument("--jobs", type=int, default=1, help="memory measurements at once")
+    parser.add_argument("--one", nargs=3, metavar=("PART", "BACKEND", "WORKLOAD"), help=argparse.SUPPRESS)
     options = parser.parse_args()
 
     if options.one:
-        backend, workload = options.one
-        row = {"backend": backend, "workload": workload, "memory_budget": options.memory_budget}
-        keep(row | memory(workload, options.memory_budget) | speed(backend, workload), options.json)
+        part, backend, workload = options.one
+        found = memory(workload, options.memory_budget) if part == "memory" else speed(backend, workload)
+        keep(found, options.json)
         return 0
     device = cuda_device()
-    told: dict[str, Any] = {"device": device, "versions": versions(), "rows": []}
+    told: dict[str, Any] = {"device": device, "versions": versions(), "memory_budget": options.memory_budget}
+    told["rows"] = []
     keep(told, options.json)
     if device is None and not options.cpu:
         print("No CUDA device here (nvidia-smi found none): nothing was measured.")
         return 0
-    print(f"{device or 'CPU, to try the script out'}; budget {options.memory_budget}")
-    print(header(), flush=True)
-    return 0 if rows_of(options, told) else 1
+    print(f"{device or 'CPU, to try the script out'}; budget {options.memory_budget}", flush=True)
+    return 0 if measure(options, told) else 1
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from keras.src.backend import set_keras_mask
 from promises import holds
 
 from accumtune.accumulation import batch_coupled_layers
+from accumtune.memory.machine import device_memory
 
 
 def assert_same_after_one_window(build, data, tolerance=FLOAT64):
@@ -201,6 +202,8 @@ SEQUENCES = {
 
 @pytest.mark.parametrize("name", [*VECTORS, *SEQUENCES])
 def test_layers(name):
+    if name == "lstm" and BACKEND == "jax" and device_memory().is_gpu:
+        pytest.skip("Keras hands cuDNN float32 buffers for a float64 LSTM: plain fit fails too (Keras 3.15, JAX 0.11)")
     if name in VECTORS:
         build, x = functional(VECTORS[name]), numbers(SAMPLES, 4)
     else:

@@ -2,11 +2,13 @@
 
 import os
 import signal
+from types import SimpleNamespace
 
 import pytest
 
 from accumtune.errors import BudgetError
 from accumtune.memory.device import died_of_memory, is_out_of_memory, memory_limit_environment, open_device
+from accumtune.memory.machine import device_memory
 
 MIB = 2**20
 BACKEND = os.environ["KERAS_BACKEND"]
@@ -106,7 +108,7 @@ def test_opening_the_device_too_late_is_an_error():
         open_device("tensorflow", 64 * MIB)
 
 
-@pytest.mark.skipif(BACKEND != "jax", reason="JAX")
+@pytest.mark.skipif(BACKEND != "jax" or device_memory().is_gpu, reason="JAX on a CPU")
 def test_known_allocation_gives_known_peak_on_jax(value_in_child):
     def allocate():
         import jax
@@ -131,7 +133,7 @@ def test_known_allocation_gives_known_peak_on_jax(value_in_child):
     assert source == "jax compile-time analysis"
 
 
-@pytest.mark.skipif(BACKEND != "torch", reason="torch")
+@pytest.mark.skipif(BACKEND != "torch" or device_memory().is_gpu, reason="torch on a CPU")
 def test_known_allocation_gives_known_peak_on_torch(value_in_child):
     def allocate():
         import torch
@@ -155,26 +157,44 @@ class FakeJaxGpu:
 
     platform, device_kind = "gpu", "NVIDIA H100"
 
-    def __init__(self, stats):
+    def __init__(self, stats, programs):
         self.memory_stats = lambda: stats
+        self.client = SimpleNamespace(live_executables=lambda: programs)
 
 
-def open_fake_gpu(monkeypatch, stats, budget_bytes):
+class FakeProgram:
+    """Takes two bytes between its arguments and what it returns, which is one more."""
+
+    def get_compiled_memory_stats(self):
+        return SimpleNamespace(temp_size_in_bytes=2, output_size_in_bytes=4, alias_size_in_bytes=3)
+
+
+def open_fake_gpu(monkeypatch, stats, budget_bytes, programs=()):
     import jax
 
-    monkeypatch.setattr(jax, "local_devices", lambda: [FakeJaxGpu(stats)])
+    monkeypatch.setattr(jax, "local_devices", lambda: [FakeJaxGpu(stats, programs)])
     return open_device("jax", budget_bytes)
 
 
 @pytest.mark.skipif(BACKEND != "jax", reason="JAX")
 def test_a_gpu_whose_allocator_did_not_take_the_limit_is_compared_with_it(monkeypatch):
     stats = {"bytes_in_use": 5, "peak_bytes_in_use": 7, "bytes_limit": 64 * MIB + 100}
-    limited = open_fake_gpu(monkeypatch, stats, 64 * MIB)
-    assert limited.is_limit_enforced and limited.peak_memory_bytes() == 7 and limited.current_memory_bytes() == 5
+    assert open_fake_gpu(monkeypatch, stats, 64 * MIB).is_limit_enforced
     # The driver did not say how large the device is, or XLA_FLAGS has another policy.
     assert not open_fake_gpu(monkeypatch, {**stats, "bytes_limit": 60 * 2**30}, 64 * MIB).is_limit_enforced
     with pytest.raises(BudgetError, match="does not count"):
         open_fake_gpu(monkeypatch, None, 64 * MIB)
+
+
+@pytest.mark.skipif(BACKEND != "jax", reason="JAX")
+def test_what_xla_tries_out_when_it_compiles_for_a_gpu_is_not_the_peak_of_a_step(monkeypatch):
+    stats, programs = {"bytes_in_use": 5, "peak_bytes_in_use": 700}, []
+    device = open_fake_gpu(monkeypatch, stats, None, programs)
+    assert (device.current_memory_bytes(), device.peak_memory_bytes()) == (5, 5)
+    programs.append(FakeProgram())
+    assert (device.peak_memory_bytes(), device.certain_peak_bytes()) == (8, 7)
+    stats["peak_bytes_in_use"] = 6  # no step took more than that
+    assert device.peak_memory_bytes() == 6
 
 
 @pytest.mark.skipif(BACKEND != "torch", reason="torch")

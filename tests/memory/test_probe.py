@@ -5,6 +5,7 @@ import os
 import pytest
 
 from accumtune.memory.exploration import next_probe_size
+from accumtune.memory.machine import device_memory
 from accumtune.memory.profile import Measurement, Profile
 
 MIB = 2**20
@@ -88,7 +89,9 @@ def test_a_probe_that_runs_out_of_memory_says_so(probed):
     assert measurements[-1].memory_limit_bytes == 24 * MIB
 
 
-@pytest.mark.skipif(BACKEND == "tensorflow", reason="backends that cannot limit a CPU's memory")
+@pytest.mark.skipif(
+    BACKEND == "tensorflow" or device_memory().is_gpu, reason="backends that cannot limit a CPU's memory"
+)
 def test_a_backend_without_limits_ends_as_one_with_them(probed):
     (over,) = probed("dense", 16, (1, 2), MIB)  # the parameters alone take 2 MiB
     assert not over.is_feasible and over.memory_limit_bytes == MIB
