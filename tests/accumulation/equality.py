@@ -12,6 +12,8 @@ BACKEND = keras.backend.backend()
 FLOAT64 = 1e-9
 FLOAT32 = 1e-5
 
+REDUCTIONS = ("sum", "sum_over_batch_size", "mean_with_sample_weight")
+
 SAMPLES, EFFECTIVE = 21, 8  # windows of 8, 8 and 5; micro-batches of 3 leave 3 + 2
 
 
@@ -102,6 +104,16 @@ def weights_with_empty_micro_batches():
     weights[:4] = 0
     weights[11:14] = 0
     return weights
+
+
+def sequences(vocabulary=6):
+    """Sequences of 5, padded with 0 at the end to very different lengths; one micro-batch is padding throughout."""
+    random = np.random.default_rng(4)
+    tokens = random.integers(1, vocabulary, (SAMPLES, 5))
+    for sample, length in enumerate(random.integers(1, 6, SAMPLES)):
+        tokens[sample, length:] = 0
+    tokens[8:11] = 0
+    return tokens
 
 
 def dense(loss="mse", optimizer=None, layers=(), **compile):

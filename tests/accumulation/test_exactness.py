@@ -8,23 +8,21 @@ from equality import (
     EFFECTIVE,
     FLOAT32,
     FLOAT64,
+    REDUCTIONS,
     SAMPLES,
     assert_exact,
     assert_same_training,
     dense,
     numbers,
     regression,
+    sequences,
     train,
     weights_with_empty_micro_batches,
 )
-from keras.src.backend import set_keras_mask
 from keras.src.backend.common import dtypes
 from promises import holds
 
 from accumtune.memory.machine import device_memory
-
-REDUCTIONS = ("sum", "sum_over_batch_size", "mean_with_sample_weight")
-EVEN = 16  # where the last, ragged batch is not what is tested: fewer shapes to compile
 
 
 @pytest.mark.parametrize("micro_batch_size", [1, 3, 4, 8, 9])
@@ -71,105 +69,6 @@ def test_class_weights():
     labels = np.random.default_rng(3).integers(0, 2, SAMPLES)
     data = {"x": numbers(SAMPLES, 4), "y": labels, "class_weight": {0: 0.3, 1: 2.0}}
     assert_exact(dense(keras.losses.SparseCategoricalCrossentropy(from_logits=True)), data)
-
-
-# Masks
-
-
-def sequences(vocabulary=6):
-    """Sequences of 5, padded with 0 at the end to very different lengths; one micro-batch is padding throughout."""
-    random = np.random.default_rng(4)
-    tokens = random.integers(1, vocabulary, (SAMPLES, 5))
-    for sample, length in enumerate(random.integers(1, 6, SAMPLES)):
-        tokens[sample, length:] = 0
-    tokens[8:11] = 0
-    return tokens
-
-
-def embedding_model(reduction="sum_over_batch_size"):
-    def build():
-        inputs = keras.Input((5,), dtype="int32")
-        x = keras.layers.Embedding(6, 3, mask_zero=True)(inputs)
-        model = keras.Model(inputs, keras.layers.Dense(2)(x))
-        model.compile(keras.optimizers.SGD(0.05), keras.losses.MeanSquaredError(reduction=reduction))
-        return model
-
-    return build
-
-
-@pytest.mark.parametrize("weighted", [False, True])
-@pytest.mark.parametrize("reduction", REDUCTIONS)
-@holds("masks, with unequal numbers of valid entries")
-def test_masked_sequences(reduction, weighted):
-    data = {"x": sequences(), "y": numbers(SAMPLES, 5, 2)}
-    if weighted:
-        data["sample_weight"] = np.repeat(weights_with_empty_micro_batches()[:, None], 5, axis=1)
-    assert_exact(embedding_model(reduction), data)
-
-
-@holds("masks, with unequal numbers of valid entries")
-def test_masking_layer_before_a_recurrent_one():
-    def build():
-        layers = [keras.layers.Masking(), keras.layers.SimpleRNN(3, return_sequences=True), keras.layers.Dense(1)]
-        model = keras.Sequential([keras.Input((5, 2)), *layers])
-        model.compile(keras.optimizers.SGD(0.1), "mse")
-        return model
-
-    x = numbers(SAMPLES, 5, 2) * (sequences() > 0)[:, :, None]
-    assert_exact(build, {"x": x, "y": numbers(SAMPLES, 5, 1)})
-
-
-@holds("masks, with unequal numbers of valid entries")
-def test_a_loss_that_masks_its_own_values():
-    def build():
-        model = keras.Sequential([keras.Input((5, 2)), keras.layers.Dense(3)])
-        loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True, ignore_class=0)
-        model.compile(keras.optimizers.SGD(0.1), loss)
-        return model
-
-    assert_exact(build, {"x": numbers(SAMPLES, 5, 2), "y": np.minimum(sequences(), 2)})
-
-
-class ExplicitMask(keras.layers.Layer):
-    """Sets a mask by hand, as a subclassed model may; the layer says nothing of masks."""
-
-    def call(self, inputs):
-        outputs = inputs * 1.0
-        set_keras_mask(outputs, inputs[..., 0] > 0)
-        return outputs
-
-
-@holds("masks, with unequal numbers of valid entries")
-def test_a_mask_set_by_hand():
-    def build():
-        model = keras.Sequential([keras.Input((5, 2)), keras.layers.Dense(2), ExplicitMask()])
-        model.compile(keras.optimizers.SGD(0.1), "mse")
-        return model
-
-    assert_exact(build, {"x": numbers(SAMPLES, 5, 2), "y": numbers(SAMPLES, 5, 2)})
-
-
-def test_micro_batches_padded_to_different_lengths_count_by_their_tokens():
-    """No effective batch could hold these; each value of the loss counts the same all the same."""
-
-    def build():
-        model = keras.Sequential([keras.Input((None, 2)), keras.layers.Dense(1)])
-        model.compile(keras.optimizers.SGD(0.1), "mse")
-        return model
-
-    long, short = numbers(3, 8, 2), numbers(3, 2, 2)
-    batches = [(long, long[..., :1]), (short, short[..., :1])]
-    joined = train(
-        build,
-        {"x": (batch for batch in batches)},
-        accumulation_steps=2,
-        steps_per_epoch=1,
-        epochs=1,
-        batch_size=None,
-    )
-    tokens = np.concatenate([long.reshape(-1, 1, 2), short.reshape(-1, 1, 2)])
-    flat = train(build, {"x": tokens, "y": tokens[..., :1]}, batch_size=len(tokens), epochs=1)
-    assert_same_training(joined, flat)
 
 
 # Several outputs
@@ -239,72 +138,6 @@ def test_a_model_that_has_only_losses_of_its_layers():
         return model
 
     assert_exact(build, {"x": numbers(SAMPLES, 4)})
-
-
-# What belongs to the update
-
-
-def schedule():
-    return keras.optimizers.schedules.ExponentialDecay(0.2, decay_steps=2, decay_rate=0.5)
-
-
-@pytest.mark.parametrize(
-    "optimizer",
-    [
-        lambda: keras.optimizers.SGD(0.1, clipnorm=0.05),
-        lambda: keras.optimizers.SGD(0.1, clipvalue=0.02),
-        lambda: keras.optimizers.SGD(0.1, global_clipnorm=0.05),
-        lambda: keras.optimizers.Adam(schedule()),
-        lambda: keras.optimizers.Adam(0.05, use_ema=True, ema_momentum=0.5),
-        lambda: keras.optimizers.Adam(0.05, use_ema=True, ema_momentum=0.5, ema_overwrite_frequency=2),
-        lambda: keras.optimizers.SGD(0.1, weight_decay=0.1),
-        lambda: keras.optimizers.SGD(0.1, loss_scale_factor=128.0),
-        lambda: keras.optimizers.LossScaleOptimizer(keras.optimizers.SGD(0.1), dynamic_growth_steps=2),
-    ],
-    ids="clipnorm clipvalue global_clipnorm schedule ema ema_overwrite weight_decay scale dynamic_scale".split(),
-)
-@holds("clipping, schedules, EMA, weight decay and loss scaling, once per update")
-def test_what_belongs_to_the_update(optimizer):
-    assert_exact(dense(optimizer=optimizer), regression(EVEN))
-
-
-OPTIMIZERS = (
-    "Adadelta Adafactor Adagrad Adam AdamW Adamax Ftrl Lamb Lion Muon Nadam RMSprop SGD ScheduleFreeAdamW".split()
-)
-
-
-@pytest.mark.parametrize("name", OPTIMIZERS)
-@holds("every optimizer of `keras.optimizers`")
-def test_every_optimizer(name):
-    if not hasattr(keras.optimizers, name):
-        pytest.skip(f"this Keras has no {name}")
-
-    def build():
-        model = dense(optimizer=lambda: getattr(keras.optimizers, name)(0.01))()
-        # Left to build it while tracing, plain Keras on TensorFlow starts ScheduleFreeAdamW from zeros.
-        model.optimizer.build(model.trainable_variables)
-        return model
-
-    plain = train(build, regression(EVEN))
-    assert_same_training(train(build, regression(EVEN), micro_batch_size=3), plain)
-
-
-@pytest.mark.skipif(not hasattr(keras.optimizers, "MultiOptimizer"), reason="this Keras has no MultiOptimizer")
-@holds("every optimizer of `keras.optimizers`")
-def test_an_optimizer_for_some_variables_and_one_for_the_others():
-    def build():
-        kernels = keras.optimizers.Adam(0.05, clipnorm=0.1, use_ema=True, ema_overwrite_frequency=2)
-        biases = keras.optimizers.SGD(schedule(), momentum=0.9)
-        choose = lambda variable: kernels if "kernel" in variable.path else biases  # noqa: E731
-        return dense(optimizer=lambda: keras.optimizers.MultiOptimizer(choose))()
-
-    assert_exact(build, regression())
-
-
-def test_every_optimizer_is_in_the_table():
-    names = {name for name, value in vars(keras.optimizers).items() if isinstance(value, type)}
-    bases_and_wrappers = {"Optimizer", "LossScaleOptimizer", "MultiOptimizer", "OptimizerMap"}
-    assert names - bases_and_wrappers <= set(OPTIMIZERS)
 
 
 # Variables

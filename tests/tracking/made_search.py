@@ -1,4 +1,4 @@
-"""Made searches: folders with the journals that a real search writes."""
+"""Made searches: folders with the journals and the report that a real search writes."""
 
 import math
 from pathlib import Path
@@ -98,3 +98,10 @@ class MadeSearch:
 
     def finish(self, status="finished", reason=""):
         self.journal.append("search_ended", status=status, reason=reason)
+
+
+def report(made, note="# The answer", **files):
+    folder = made.folder / "report"
+    folder.mkdir(exist_ok=True)
+    for name, text in {"note.md": note, "candidates.csv": "a,b\n", "pareto.png": "png", **files}.items():
+        (folder / name).write_text(text)

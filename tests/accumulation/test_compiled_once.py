@@ -1,0 +1,64 @@
+"""Nothing is traced or compiled again for a ragged window."""
+
+import keras
+import pytest
+from equality import BACKEND, EFFECTIVE, dense, regression
+
+from accumtune.accumulation import accumulate
+
+# Windows of 8, 8 and 5 samples.
+RAGGED = [({"micro_batch_size": 3}, EFFECTIVE), ({"accumulation_steps": 2}, EFFECTIVE // 2)]
+
+
+class CountsTraces(keras.layers.Layer):
+    traces = 0
+
+    def call(self, inputs):
+        type(self).traces += 1
+        return inputs
+
+
+@pytest.mark.skipif(BACKEND == "torch", reason="torch runs eagerly")
+@pytest.mark.parametrize(("how", "batch_size"), RAGGED)
+def test_nothing_is_traced_again_for_the_ragged_window_of_each_epoch(how, batch_size):
+    CountsTraces.traces = 0
+    model = accumulate(dense(layers=[CountsTraces()])(), **how)
+    model.fit(**regression(), batch_size=batch_size, epochs=1, verbose=0)
+    after_one = CountsTraces.traces
+    model.fit(**regression(), batch_size=batch_size, epochs=3, verbose=0)
+    assert CountsTraces.traces == after_one
+    assert after_one <= 8
+
+
+def traces(model):
+    """How often each compiled function of a window was traced so far."""
+    count = {"tensorflow": "experimental_get_tracing_count", "jax": "_cache_size"}[BACKEND]
+    functions = {name: getattr(model.train_function, f"_{name}") for name in ("only", "first", "next", "update")}
+    return {name: getattr(function, count)() for name, function in functions.items()}
+
+
+@pytest.mark.skipif(BACKEND == "torch", reason="see the next test")
+@pytest.mark.parametrize(("how", "batch_size"), RAGGED)
+def test_each_function_is_traced_once_per_shape(how, batch_size):
+    """Micro-batches of 3 + 3 + 2 and 3 + 2, or of 4 + 4 and 4 + 1: further ones have two shapes, first ones one."""
+    model = accumulate(dense(metrics=["mae"])(), **how)
+    for epochs in (1, 3):
+        model.fit(**regression(), batch_size=batch_size, epochs=epochs, verbose=0)
+        assert traces(model) == {"only": 0, "first": 1, "next": 2, "update": 1}
+
+
+@pytest.mark.skipif(BACKEND != "torch", reason="see the test before")
+def test_torch_compiles_nothing_again_for_the_ragged_window_of_each_epoch(monkeypatch):
+    """With a compiler that only counts: torch's own wants one for C++."""
+    import torch
+    from torch._dynamo.testing import CompileCounter
+
+    counter, compiled = CompileCounter(), torch.compile
+    monkeypatch.setattr(torch, "compile", lambda function: compiled(function, backend=counter))
+    model = accumulate(dense(jit_compile=True)(), 3)
+    model.fit(**regression(), batch_size=EFFECTIVE, epochs=1, verbose=0)
+    after_one = counter.frame_count
+    model.fit(**regression(), batch_size=EFFECTIVE, epochs=3, verbose=0)
+    assert counter.frame_count == after_one > 0
+    model.fit(*(array[:7] for array in regression().values()), batch_size=7, verbose=0)  # a shape that is new
+    assert counter.frame_count > after_one
