@@ -8,6 +8,7 @@ combine as in Chan, Golub and LeVeque, "Updating formulae and a pairwise algorit
 from __future__ import annotations
 
 import contextlib
+import math
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ import numpy as np
 
 @dataclass
 class Moments:
-    """Samples of one normalization: their number (a scalar tensor), and mean and variance of each channel."""
+    """Samples of one normalization: their number (a tensor where shapes do not tell), each channel's mean, variance."""
 
     layer: Any
     number: Any
@@ -37,9 +38,13 @@ def packed(noted: list[Moments]) -> Packed:
 
     if not noted:
         return ()
-    owner = np.repeat(np.arange(len(noted)), [entry.mean.shape[0] for entry in noted])
-    number = ops.take(ops.stack([entry.number for entry in noted]), owner)
     mean = ops.concatenate([entry.mean for entry in noted])
+    numbers, channels = [entry.number for entry in noted], [entry.mean.shape[0] for entry in noted]
+    if all(isinstance(number, float) for number in numbers):
+        number = ops.convert_to_tensor(np.repeat(numbers, channels), mean.dtype)
+    else:
+        tensors = [ops.cast(number, mean.dtype) for number in numbers]
+        number = ops.take(ops.stack(tensors), np.repeat(np.arange(len(noted)), channels))
     return number, mean, ops.concatenate([entry.variance for entry in noted]) * number
 
 
@@ -147,7 +152,11 @@ def _noting(layer: Any, notes: Notes, may_be_empty: bool) -> Any:
 
     def call(inputs: Any, mask: Any) -> Any:
         mean, variance = type(layer)._moments(layer, inputs, mask)
-        number = ops.cast(ops.size(inputs), mean.dtype) / inputs.shape[layer.axis]
+        number: Any
+        if all(isinstance(size, int) for size in inputs.shape):
+            number = math.prod(inputs.shape) / inputs.shape[layer.axis]
+        else:
+            number = ops.cast(ops.size(inputs), mean.dtype) / inputs.shape[layer.axis]
         if mask is not None:
             number *= ops.mean(ops.cast(mask, mean.dtype))
         if may_be_empty:  # the mean of nothing is NaN, and so would be the gradients of all replicas

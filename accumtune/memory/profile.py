@@ -108,22 +108,44 @@ class Profile:
         group = group_of(accumulation_steps)
         running = self._peaks.points.get((micro_batch_size, group))
         if running is None:
-            rehearsed = self._rehearsal.peak_bytes(micro_batch_size, group) or 0
+            rehearsed = self._rehearsed_bytes(micro_batch_size, group)
             running = rehearsed + self._excess_bytes - self._window_bytes(micro_batch_size, group)
         window = self._window_bytes(micro_batch_size, accumulation_steps)
         return int(np.ceil(max(running + window, self._peaks.static(accumulation_steps) + 2 * window)))
 
+    def _rehearsed_bytes(self, micro_batch_size: int, group: int) -> float:
+        """The rehearsed peak, moved by what the traced steps were off: each had an order of its own."""
+        assert self._rehearsal is not None
+        traced, off = self._rehearsal_errors.get(group, ([1], [0.0]))
+        rehearsed = self._rehearsal.peak_bytes(micro_batch_size, group) or 0
+        return rehearsed + float(np.interp(micro_batch_size, traced, off))
+
+    @cached_property
+    def _rehearsal_errors(self) -> dict[int, tuple[list[int], list[float]]]:
+        """Traced sizes, and how many bytes more than the rehearsed one was measured, by number of accumulators."""
+        assert self._rehearsal is not None
+        errors: dict[int, tuple[list[int], list[float]]] = {}
+        for size, group in sorted(self._peaks.points):
+            if size in self._traced_sizes:
+                sizes, off = errors.setdefault(group, ([], []))
+                sizes.append(size)
+                measured = self._peaks.points[size, group] + self._window_bytes(size, group)
+                off.append(measured - (self._rehearsal.peak_bytes(size, group) or 0))
+        return errors
+
     @cached_property
     def _excess_bytes(self) -> int:
         """What real trials took beyond the rehearsed step: a callback's own variables, say."""
-        assert self._rehearsal is not None
-        traced = {trace.micro_batch_size for trace in self.traces}
-        excess = [0]
+        excess = [0.0]
         for (size, group), peak in self._peaks.points.items():
-            if size not in traced:
-                rehearsed = self._rehearsal.peak_bytes(size, group)
-                excess.append(int(peak) + self._window_bytes(size, group) - (rehearsed or 0))
-        return max(excess)
+            # Of smaller sizes the traces were dropped: they may have had another order.
+            if size > min(self._traced_sizes) and size not in self._traced_sizes:
+                excess.append(peak + self._window_bytes(size, group) - self._rehearsed_bytes(size, group))
+        return int(max(excess))
+
+    @property
+    def _traced_sizes(self) -> set[int]:
+        return {trace.micro_batch_size for trace in self.traces}
 
     def largest_rehearsed(self, accumulation_steps: int, limit_bytes: float, highest: int) -> int:
         """The largest size up to `highest` that is expected to run under a limit, without any margin; 0 for none."""
