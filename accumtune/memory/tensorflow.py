@@ -2,9 +2,9 @@
 
 The allocator (BFC) hands out a free chunk whole, and counts all of it, unless it is twice the size asked for. So the
 peak of the same training differs from process to process, by the order in which threads ask and the layout that
-comes of it. Four things make it nearly the same on a CPU: one region from the start, a shelf of small chunks, the graph
-as it was traced, and one operation at a time, which also makes it smaller (MiB, two or three processes each; micro-batch
-× accumulation steps):
+comes of it. Four things make it nearly the same on a CPU: one region from the start, a shelf of small chunks, the
+graph as it was traced, and one operation at a time, which also makes it smaller (MiB, two or three processes each;
+micro-batch × accumulation steps):
 
                                                  CNN 48 × 1    CNN 48 × 2   LSTM 24 × 1     LSTM 24 × 2
     one region and a shelf                       77.1 to 77.7  76.1, 83.2   101.0, 101.2    79.0, 86.1
