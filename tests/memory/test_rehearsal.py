@@ -70,12 +70,10 @@ def peaks_of(measurements):
 @tensorflow_only
 def test_two_small_probes_tell_the_peak_of_a_large_size(probed):
     small, large = probed(3), probed(8)
-    actual, first, second = (peaks_of(measurements) for measurements in (probed(70)[0], small[0], large[0]))
+    actual = peaks_of(probed(70)[0])
     rehearsal = Rehearsal([small[1], large[1]])
     for steps in (1, 2):
         assert rehearsal.peak_bytes(70, steps) == pytest.approx(actual[steps], rel=0.025)
-    # The negative control: the line through the two measured peaks.
-    assert first[2] + (second[2] - first[2]) * (70 - 3) / (8 - 3) > 1.03 * actual[2]
 
 
 @tensorflow_only
