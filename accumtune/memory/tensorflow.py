@@ -18,7 +18,9 @@ micro-batch × accumulation steps):
 Nor is the graph rewritten (Grappler): what comes of that has another order in each process. Attention over 512
 tokens, 7 × 1, peaked at 159.9 MiB in four processes, at 131.9 and 162.9 in two others; as it was traced, at 129.8 in
 all of six. (No single rewriter was to blame: of those left out one by one, none made it alike.) That costs no speed:
-five models ran 0.98 to 1.09 times as fast as with it (pairs of processes that took turns, medians of 6).
+five models ran 0.98 to 1.09 times as fast as with it (pairs of processes that took turns, medians of 6). A U-Net's peak
+still differs, rewritten or not: 24 × 1 took 82 to 91 or 120 MiB (with rewriting 102 or 125), also with the
+single-threaded executor, with PYTHONHASHSEED=0 and without address randomization. Why is not known.
 
 What it costs on two cores, speed to TensorFlow's default in pairs of processes that took turns (medians of 4), measured
 with the two designs beside it: one thread MLP 0.96, CNN 0.83, transformer 0.74, LSTM 0.77; the single-threaded executor
