@@ -143,7 +143,7 @@ class Profile:
                 excess.append(peak + self._window_bytes(size, group) - self._rehearsed_bytes(size, group))
         return int(max(excess))
 
-    @property
+    @cached_property
     def _traced_sizes(self) -> set[int]:
         return {trace.micro_batch_size for trace in self.traces}
 

@@ -5,7 +5,7 @@ For each backend that sees the device and each workload:
 - predicted, measured: the peak of a micro-batch that was not probed, two micro-steps per update, from a profile under
   the budget, and from a process of its own under the same budget;
 - four times: what became of four times the largest micro-batch that fits: out of memory at the budget, or its peak
-  (XLA computes activations again where a program would not fit in its allocator's limit);
+  (XLA seems to compute activations again where a program would not fit in its allocator's limit);
 - ours, keras: samples per second inside `fit`, exact accumulation and Keras's own, taking turns (`accumulation.py`).
 
     python experiments/benchmarks/gpu.py [--backends jax torch tensorflow] [--memory-budget 2GiB] [--jobs 1]
@@ -180,7 +180,7 @@ def measured_in_process(part: str, backend: str, workload: str, budget: str) -> 
 def header() -> str:
     return (
         f"{'backend':<11}{'workload':<12}{'largest':>8}{'micro':>7}{'predicted':>11}{'measured':>10}{'error':>8}"
-        f"{'limit':>10}{'ours/s':>9}{'keras/s':>9}{'ratio':>7}"
+        f"{'four times':>12}{'ours/s':>9}{'keras/s':>9}{'ratio':>7}"
     )
 
 

@@ -1,4 +1,4 @@
-"""On a GPU: a known allocation gives a known peak, the limit bites, and no process takes more than its own.
+"""On a GPU: a known allocation gives a known peak, the limit bites, and a share of the device is a budget.
 
 Run by hand where there is one: `KERAS_BACKEND=jax pytest tests/memory/test_gpu.py`, and torch.
 """

@@ -1,5 +1,6 @@
 """Stores that are dead, silent or hang: no search waits for them, and nothing is lost."""
 
+import contextlib
 import os
 import signal
 import socket
@@ -36,11 +37,18 @@ def test_a_dead_server_harms_nothing(finished, uri):
     assert len(sync(finished, uri).by_id) == 6
 
 
-def test_a_silent_server_does_not_hold_up_the_end(finished):
+@contextlib.contextmanager
+def silent_server():
+    """The address of one that takes connections and never answers."""
     with socket.socket() as server:
         server.bind(("127.0.0.1", 0))
         server.listen()
-        tracker = Tracker(finished.folder, f"http://127.0.0.1:{server.getsockname()[1]}", stop_seconds=0.2)
+        yield f"http://127.0.0.1:{server.getsockname()[1]}"
+
+
+def test_a_silent_server_does_not_hold_up_the_end(finished):
+    with silent_server() as address:
+        tracker = Tracker(finished.folder, address, stop_seconds=0.2)
         tracker.start()
         assert "takes too long" in tracker.stop()
 
@@ -48,10 +56,8 @@ def test_a_silent_server_does_not_hold_up_the_end(finished):
 def test_a_server_that_was_silent_for_long_is_not_waited_for(finished, monkeypatch):
     """However long an answering one would be: without that, this test would take an hour."""
     monkeypatch.setattr(tracking, "_SILENCE_SECONDS", 0.0)
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        server.listen()
-        tracker = Tracker(finished.folder, f"http://127.0.0.1:{server.getsockname()[1]}", stop_seconds=3600)
+    with silent_server() as address:
+        tracker = Tracker(finished.folder, address, stop_seconds=3600)
         tracker.start()
         assert "takes too long" in tracker.stop()
 
