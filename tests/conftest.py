@@ -1,6 +1,7 @@
 """Fixtures for all tests: a process that starts trials, small models and data."""
 
 import os
+import signal
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 os.environ.setdefault("KERAS_BACKEND", "tensorflow")
@@ -10,6 +11,10 @@ os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "1")
 import pytest
 from hypothesis import settings
 from running import DIGITS, run_experiment
+
+# A shell's background job, as CI may be, ignores SIGINT and so would its children: a terminal's do not.
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # No test asserts on time: hypothesis's own limit of 200 ms for an example would, on a busy machine.
 settings.register_profile("any time", deadline=None)

@@ -27,9 +27,10 @@ def test_the_budget_bites(digits):
     """The largest micro-batches do not fit: no trial uses them, and larger effective batches take more steps."""
     folder, _ = digits
     record = read_search(folder / "mlruns" / "searches" / "digits")
-    assert max(trial.micro_batch_size for trial in record.trials) < 256 or min(
-        trial.hyperparameters["width"] for trial in record.trials if trial.micro_batch_size == 256
-    ) == 16
+    assert (
+        max(trial.micro_batch_size for trial in record.trials) < 256
+        or min(trial.hyperparameters["width"] for trial in record.trials if trial.micro_batch_size == 256) == 16
+    )
 
 
 def test_mlflow_has_one_run_per_trial_and_the_best_configuration(digits):

@@ -61,9 +61,7 @@ def test_stock_fails_where_memory_is_short_and_waits_for_it(record):
 def test_half_of_the_made_pairs_fit_and_the_best_effective_batch_is_the_named_one(name):
     record = made_record(name)
     assert 0.3 < record.infeasible_share() < 0.6
-    points = itertools.product(
-        record.space.effective_batch_sizes, record.space.learning_rates, record.space.widths
-    )
+    points = itertools.product(record.space.effective_batch_sizes, record.space.learning_rates, record.space.widths)
     assert min(points, key=lambda point: record.best_of(*point))[0] == MADE[name]
 
 

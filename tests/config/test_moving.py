@@ -85,7 +85,6 @@ def test_a_container_has_no_more_than_its_limit(tmp_path):
     (tmp_path / "meminfo").write_text("MemTotal: 9000 kB\nMemAvailable:    4096 kB\nHugePages_Total:       0\n")
     (tmp_path / "cgroup").mkdir()
 
-
     def free():
         return machine_memory(tmp_path / "meminfo", tmp_path / "cgroup").free_bytes
 

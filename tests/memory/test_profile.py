@@ -100,9 +100,7 @@ def test_a_step_that_never_leaves_its_floor_costs_the_floor():
 
 
 def test_one_group_still_at_its_floor_takes_the_slope_of_the_other():
-    profile = profile_of(
-        measured(1, 1, 60), measured(16, 1, 88), measured(1, 4, 100), measured(16, 4, 100)
-    )
+    profile = profile_of(measured(1, 1, 60), measured(16, 1, 88), measured(1, 4, 100), measured(16, 4, 100))
     assert profile.predict_peak_memory(32, 4) > 120 * MIB
 
 

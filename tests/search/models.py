@@ -14,9 +14,7 @@ def dense(width=8, learning_rate=0.1, layers=()):
     model = keras.Sequential(
         [keras.Input((16,)), keras.layers.Dense(width, activation="relu"), *layers, keras.layers.Dense(1)]
     )
-    model.compile(
-        optimizer=keras.optimizers.SGD(learning_rate), loss=keras.losses.BinaryCrossentropy(from_logits=True)
-    )
+    model.compile(optimizer=keras.optimizers.SGD(learning_rate), loss=keras.losses.BinaryCrossentropy(from_logits=True))
     return model
 
 

@@ -175,11 +175,7 @@ def test_ctrl_c_ends_the_trials_at_once_and_the_search_can_go_on(tmp_path):
     script = tmp_path / "script.py"
     text = SCRIPT.format(tests=str(Path(__file__).parent), directory=str(tmp_path))
     script.write_text(text.replace("epochs=2", "epochs=100_000").replace("max_trials=4", "max_trials=1"))
-    # A shell's background job, as CI may be, ignores SIGINT and so would its children: a terminal's do not.
-    process = subprocess.Popen(
-        [sys.executable, str(script)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )  # fmt: skip
+    process = subprocess.Popen([sys.executable, str(script)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline and not any(t.epochs for t in read_search(tmp_path / "search").trials):
         time.sleep(0.05)

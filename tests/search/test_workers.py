@@ -70,11 +70,7 @@ def start(folder, seconds, patience=7.0):
     script = folder / "script.py"
     tests = str(Path(__file__).parent)
     script.write_text(SCRIPT.format(tests=tests, directory=str(folder), seconds=seconds, patience=patience))
-    # A shell's background job, as CI may be, ignores SIGINT and so would its children: a terminal's do not.
-    return subprocess.Popen(
-        [sys.executable, str(script)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )  # fmt: skip
+    return subprocess.Popen([sys.executable, str(script)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
 def training(folder, epochs=1):
