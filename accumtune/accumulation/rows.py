@@ -14,6 +14,8 @@ import numpy as np
 
 # A batch of row numbers is a dictionary with this one key.
 _KEY = "accumtune_rows"
+# EIGEN_MAX_ALIGN_BYTES.
+ALIGNMENT = 64
 
 
 class Rows:
@@ -117,12 +119,23 @@ def _converter(backend: str) -> Any:
         if tf.config.list_physical_devices("GPU"):
             return tf.convert_to_tensor
         # A tensor made of a NumPy array borrows its memory, which no allocator counts: a batch belongs to the device.
-        return lambda array: tf.raw_ops.DeepCopy(x=tf.convert_to_tensor(array))
+        return lambda array: tf.raw_ops.DeepCopy(x=_aligned(array))
     if backend == "torch":
         from keras import ops
 
         return ops.convert_to_tensor
     return lambda array: array  # JAX takes NumPy's arrays where it calls a function
+
+
+def _aligned(array: np.ndarray) -> np.ndarray:
+    """The array, where TensorFlow borrows memory instead of making a copy first: at multiples of 64 bytes."""
+    if array.ctypes.data % ALIGNMENT == 0:
+        return array
+    memory = np.empty(array.nbytes + ALIGNMENT, np.uint8)
+    start = -memory.ctypes.data % ALIGNMENT
+    aligned = memory[start : start + array.nbytes].view(array.dtype).reshape(array.shape)
+    aligned[...] = array
+    return aligned
 
 
 def _batches_on_the_host(batches: Iterator[Any]) -> Iterator[Any]:

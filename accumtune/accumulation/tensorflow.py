@@ -17,7 +17,17 @@ import tensorflow as tf
 from keras import tree
 from keras.src.losses.loss import unscale_loss_for_distribution
 
-from accumtune.accumulation import building, feeding, losses, noise_scale, optimizers, statistics, sums, tensors
+from accumtune.accumulation import (
+    building,
+    feeding,
+    losses,
+    noise_scale,
+    optimizers,
+    sequence,
+    statistics,
+    sums,
+    tensors,
+)
 from accumtune.accumulation.replicas import Replicas
 from accumtune.accumulation.window import Accumulation, factors, shares
 
@@ -180,7 +190,8 @@ class TensorFlowTraining:
             return function
         jit_compile = self.model.jit_compile if jit_compile is None else jit_compile
         function = tf.autograph.experimental.do_not_convert(function)
-        return tf.function(function, reduce_retracing=True, jit_compile=jit_compile)
+        compiled = sequence.compiled if self.replicas.number == 1 else tf.function
+        return compiled(function, reduce_retracing=True, jit_compile=jit_compile)
 
     @contextlib.contextmanager
     def _recording(self) -> Iterator[None]:

@@ -6,13 +6,18 @@ In a file of its own, without TensorFlow, because the simulated allocator begins
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
-from accumtune.memory.allocator import FIRST_REGION_BYTES, MIB, Allocator
+from accumtune.memory.allocator import ALIGNMENT, FIRST_REGION_BYTES, MIB, Allocator
 
 # Sizes in bytes, and how many of each; as many of them, the smallest first, as come to no more than this of a budget.
-SHELF = ((256, 128), (1024, 64), (4096, 32), (16384, 16), (65536, 12), (262144, 8))
+SHELF = ((1024, 64), (4096, 32), (16384, 16), (65536, 12), (262144, 8))
 SHELF_SHARE = 1 / 8
+# Before them come chunks of the smallest size, which a graph's constants take for good, some 300 to 3,000: with what
+# keeps these chunks apart, up to this part of a budget.
+CONSTANTS_SHARE = 1 / 64
+CONSTANTS = 128  # ... cut at once
+MOST_CONSTANTS = 64 * CONSTANTS
 # Of a process without a limit; what does not fit there gets further regions.
 LARGEST_REGION_BYTES = 2048 * MIB
 
@@ -29,10 +34,18 @@ def region_bytes(budget_bytes: int | None, total_bytes: int) -> int:
     return budget_bytes - FIRST_REGION_BYTES
 
 
-def shelf_chunks(shelf: Sequence[tuple[int, int]], budget_bytes: int | None) -> Iterator[int]:
-    """The sizes that are cut, in bytes."""
+def constant_chunks(budget_bytes: int | None) -> int:
+    """How many chunks of the smallest size are cut, a multiple of `CONSTANTS`."""
+    if budget_bytes is None:
+        return MOST_CONSTANTS
+    wanted = int(budget_bytes * CONSTANTS_SHARE / (2 * ALIGNMENT)) // CONSTANTS * CONSTANTS
+    return min(MOST_CONSTANTS, max(CONSTANTS, wanted))
+
+
+def shelf_chunks(budget_bytes: int | None) -> Iterator[int]:
+    """The other sizes that are cut, in bytes."""
     room = math.inf if budget_bytes is None else budget_bytes * SHELF_SHARE
-    for chunk_bytes, count in shelf:
+    for chunk_bytes, count in SHELF:
         for _ in range(count):
             room -= chunk_bytes
             if room < 0:
@@ -47,5 +60,10 @@ def opened_allocator(budget_bytes: int | None) -> Allocator:
     region = allocator.allocate(region_bytes(budget_bytes, 2 * LARGEST_REGION_BYTES) // MIB * MIB)
     if region is not None:
         allocator.free(region)
-    allocator.cut_shelf(shelf_chunks(SHELF, budget_bytes))
+    constants = constant_chunks(budget_bytes)
+    whole = allocator.allocate(2 * CONSTANTS)
+    allocator.cut_shelf([ALIGNMENT] * constants)
+    if whole is not None:
+        allocator.free(whole)
+    allocator.cut_shelf(shelf_chunks(budget_bytes))
     return allocator

@@ -36,9 +36,10 @@ from typing import Any
 import tensorflow as tf
 from tensorflow.python.ops import control_flow_util_v2
 
+from accumtune.accumulation import sequence
 from accumtune.errors import BudgetError
 from accumtune.memory.device import MIB, Device, Recorder, check_limit
-from accumtune.memory.layout import SHELF, region_bytes, shelf_chunks
+from accumtune.memory.layout import CONSTANTS, constant_chunks, region_bytes, shelf_chunks
 from accumtune.memory.machine import machine_memory
 
 
@@ -113,6 +114,7 @@ def _one_operation_at_a_time() -> None:
         raise _too_late() from None
     control_flow_util_v2._DISABLE_LOWER_USING_SWITCH_MERGE = True
     tf.config.optimizer.set_experimental_options({"disable_meta_optimizer": True})
+    sequence.switch_on()
 
 
 def _reserve(budget_bytes: int | None) -> None:
@@ -134,9 +136,13 @@ def _shelf(budget_bytes: int | None) -> list[tf.Tensor]:
     Returns:
         What keeps the chunks apart.
     """
-    kept: list[tf.Tensor] = []
+    # Many with one operation: one for each would take a second.
+    whole = _empty(1, 2 * CONSTANTS)
+    cut = [tf.unstack(whole, axis=1) for _ in range(constant_chunks(budget_bytes) // CONSTANTS)]
+    kept: list[tf.Tensor] = [tensor for tensors in cut for tensor in tensors[1::2]]
+    del whole, cut
     chunks = []
-    for chunk_bytes in shelf_chunks(SHELF, budget_bytes):
+    for chunk_bytes in shelf_chunks(budget_bytes):
         chunks.append(_empty(chunk_bytes))
         kept.append(_empty(1))
     return kept
