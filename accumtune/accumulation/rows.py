@@ -119,7 +119,7 @@ def _converter(backend: str) -> Any:
         if tf.config.list_physical_devices("GPU"):
             return tf.convert_to_tensor
         # A tensor made of a NumPy array borrows its memory, which no allocator counts: a batch belongs to the device.
-        return lambda array: tf.raw_ops.DeepCopy(x=_aligned(array))
+        return lambda array: tf.raw_ops.DeepCopy(x=aligned(array))
     if backend == "torch":
         from keras import ops
 
@@ -127,9 +127,9 @@ def _converter(backend: str) -> Any:
     return lambda array: array  # JAX takes NumPy's arrays where it calls a function
 
 
-def _aligned(array: np.ndarray) -> np.ndarray:
+def aligned(array: np.ndarray) -> np.ndarray:
     """The array, where TensorFlow borrows memory instead of making a copy first: at multiples of 64 bytes."""
-    if array.ctypes.data % ALIGNMENT == 0:
+    if array.ctypes.data % ALIGNMENT == 0 or array.dtype.hasobject:
         return array
     memory = np.empty(array.nbytes + ALIGNMENT, np.uint8)
     start = -memory.ctypes.data % ALIGNMENT

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from accumtune.accumulation.rows import Column
+from accumtune.accumulation.rows import Column, aligned
 from accumtune.errors import DataError
 
 
@@ -113,9 +113,9 @@ def _tensorflow_batches(packed: Any, batch_size: int, shuffle: bool | str) -> An
     indices = ArrayDataAdapter(np.arange(samples), batch_size=batch_size, shuffle=shuffle).get_tf_dataset()
 
     def gather(rows: Any) -> Any:
-        # One numpy_function for all arrays. It hands over NumPy's own buffer, which no allocator counts; the copy
-        # puts the batch where a batch belongs, into the device's account.
-        flat = tf.numpy_function(lambda i: [leaf.take(i) for leaf in leaves], [rows], types)
+        # One numpy_function for all arrays. It hands over NumPy's own buffer where that is aligned, which no allocator
+        # counts; the copy puts the batch where a batch belongs, into the device's account.
+        flat = tf.numpy_function(lambda i: [aligned(leaf.take(i)) for leaf in leaves], [rows], types)
         full = rows.shape[0]  # None where the last batch is smaller
         for tensor, leaf in zip(flat, leaves, strict=True):
             tensor.set_shape((full, *leaf.row_shape))

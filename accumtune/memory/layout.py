@@ -60,10 +60,8 @@ def opened_allocator(budget_bytes: int | None) -> Allocator:
     region = allocator.allocate(region_bytes(budget_bytes, 2 * LARGEST_REGION_BYTES) // MIB * MIB)
     if region is not None:
         allocator.free(region)
-    constants = constant_chunks(budget_bytes)
     whole = allocator.allocate(2 * CONSTANTS)
-    allocator.cut_shelf([ALIGNMENT] * constants)
+    allocator.cut_shelf([*[ALIGNMENT] * constant_chunks(budget_bytes), *shelf_chunks(budget_bytes)])
     if whole is not None:
         allocator.free(whole)
-    allocator.cut_shelf(shelf_chunks(budget_bytes))
     return allocator

@@ -140,8 +140,7 @@ def _shelf(budget_bytes: int | None) -> list[tf.Tensor]:
     whole = _empty(1, 2 * CONSTANTS)
     cut = [tf.unstack(whole, axis=1) for _ in range(constant_chunks(budget_bytes) // CONSTANTS)]
     kept: list[tf.Tensor] = [tensor for tensors in cut for tensor in tensors[1::2]]
-    del whole, cut
-    chunks = []
+    chunks = [whole, cut]  # given back together, at the end: else what keeps the next apart would lie in them
     for chunk_bytes in shelf_chunks(budget_bytes):
         chunks.append(_empty(chunk_bytes))
         kept.append(_empty(1))

@@ -1,10 +1,13 @@
 """The simulated allocator follows TensorFlow's rules; that it follows TensorFlow itself is in test_rehearsal.py."""
 
+from collections import Counter
+
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from accumtune.memory.allocator import FIRST_REGION_BYTES, MIB, Allocator
-from accumtune.memory.layout import opened_allocator
+from accumtune.memory.allocator import ALIGNMENT, FIRST_REGION_BYTES, MIB, Allocator
+from accumtune.memory.layout import constant_chunks, opened_allocator, shelf_chunks
 
 
 def opened(region_mib):
@@ -61,6 +64,17 @@ def test_a_limit_is_one_region_beside_the_first():
     assert set_aside < MIB
     assert allocator.allocate(64 * MIB - FIRST_REGION_BYTES - 8 * MIB) is not None
     assert allocator.allocate(8 * MIB) is None
+
+
+@pytest.mark.parametrize("budget_mib", [8, 120, None])
+def test_small_chunks_stay_apart(budget_mib):
+    """Freed side by side, they would be one large one: a small request would cut what a large one needs next."""
+    budget_bytes = budget_mib and budget_mib * MIB
+    wanted = Counter([ALIGNMENT] * constant_chunks(budget_bytes) + list(shelf_chunks(budget_bytes)))
+    found = Counter(size for size, _, _ in opened_allocator(budget_bytes)._free)
+    # But for one beside what they were cut from, and one where a region ends.
+    assert all(found[size] >= count - 2 for size, count in wanted.items())
+    assert found.total() <= wanted.total() + 3  # what the first region has left, and the other one
 
 
 @given(st.lists(st.tuples(st.integers(0, 3 * MIB), st.integers(0, 10)), max_size=60))
