@@ -17,8 +17,8 @@ STEP = 1.04
 class Rehearsal:
     """Says from traces of a model what an update peaks at, and whether it runs under a limit.
 
-    The order of a step's requests may differ from process to process, and with the order the peak: mostly by a percent,
-    by a fifth where a few weights are most of a model. Each trace has one, so more than one is played through.
+    A step's requests come in one order (`accumtune.accumulation.sequence`), but for a graph that cannot run so, and for
+    what Python asks for. With the order the peak differs. Each trace has one, so more than one is played through.
 
     Args:
         traces: of at least two micro-batch sizes.

@@ -1,26 +1,23 @@
 """What TensorFlow's allocator holds, and its limit; on a CPU that of its GPUs, laid out and asked as there.
 
 The allocator (BFC) hands out a free chunk whole, and counts all of it, unless it is twice the size asked for. So the
-peak of the same training differs from process to process, by the order in which threads ask and the layout that
-comes of it. Four things make it nearly the same on a CPU: one region from the start, a shelf of small chunks, the
-graph as it was traced, and one operation at a time, which also makes it smaller (MiB, two or three processes each;
-micro-batch × accumulation steps):
+peak of the same training differs from process to process, by the order in which memory is asked for and the layout that
+comes of it. What makes it the same on a CPU, and smaller (MiB, two or three processes each; micro-batch × accumulation
+steps):
 
                                                  CNN 48 × 1    CNN 48 × 2   LSTM 24 × 1     LSTM 24 × 2
-    one region and a shelf                       77.1 to 77.7  76.1, 83.2   101.0, 101.2    79.0, 86.1
+    one region from the start, and a shelf       77.1 to 77.7  76.1, 83.2   101.0, 101.2    79.0, 86.1
     one thread for operations                    53.0 to 53.6  55.6, 56.1   71.3, 100.9     112.6, 112.8
     TensorFlow's single-threaded executor        52.1          55.6 to 59   53.6            59.3, 59.6
     one thread, loops not taken apart            53.02         55.57        52.43           60.4 to 60.7
+    ... operations in one order                  43.12         43.18        51.99           58.4
 
-(The single-threaded executor's order of a CNN's operations is another one from process to process: 82 × 1 took 67.7 or
-73.6 MiB, and the same graph cannot have TensorFlow 1's control flow.)
-
-Nor is the graph rewritten (Grappler): what comes of that has another order in each process. Attention over 512
-tokens, 7 × 1, peaked at 159.9 MiB in four processes, at 131.9 and 162.9 in two others; as it was traced, at 129.8 in
-all of six. (No single rewriter was to blame: of those left out one by one, none made it alike.) That costs no speed:
-five models ran 0.98 to 1.09 times as fast as with it (pairs of processes that took turns, medians of 6). A U-Net's peak
-still differs, rewritten or not: 24 × 1 took 82 to 91 or 120 MiB (with rewriting 102 or 125), also with the
-single-threaded executor, with PYTHONHASHSEED=0 and without address randomization. Why is not known.
+The order (`accumtune.accumulation.sequence`) is what a model with branches needs: a U-Net's 24 × 1 took 82 to 91 or 120
+MiB, and takes 87.51 in every process. Without it no setting helped, nor the single-threaded executor (of a CNN, 82 × 1
+took 67.7 or 73.6), PYTHONHASHSEED or addresses that are not randomized. The graph is not rewritten (Grappler): what comes
+of that had another order in each process. That costs no speed: five models ran 0.98 to 1.09 times as fast as with it
+(pairs of processes that took turns, medians of 6); six ran 0.98 to 1.03 times as fast in order as without (CPU seconds,
+medians of 7).
 
 What it costs on two cores, speed to TensorFlow's default in pairs of processes that took turns (medians of 4), measured
 with the two designs beside it: one thread MLP 0.96, CNN 0.83, transformer 0.74, LSTM 0.77; the single-threaded executor
