@@ -3,7 +3,8 @@
 TensorFlow runs what is ready in the order of its graph's edges, which it keeps by their addresses: another order in
 each process. With it differs when an activation is given back, and so the peak of a step: of a U-Net it was 82 MiB in
 one process and 120 in the next. Where memory is measured (`accumtune.memory`), each operation of a step therefore waits
-for the one before.
+for the one before. Small ones too: between validation's small tensors, in any order, a long-lived one took another
+place in each process, and large activations the room that was left.
 
 The order is that of tracing, but an operation that gives back as many tensors as it makes runs as soon as it can: a
 gradient goes into its sum before the next one is made.
@@ -11,17 +12,18 @@ gradient goes into its sum before the next one is made.
 
 from __future__ import annotations
 
+import functools
 import heapq
 import math
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import tensorflow as tf
 from keras import tree
 
-# A tensor needs no order below this: its memory comes and goes in the small chunks. The first dimension may be that of
-# the samples; the order must be the same for every number of them.
+# A smaller tensor is not worth running an operation early to give it back. The first dimension may be that of the
+# samples; the order must be the same for every number of them.
 LARGE_ELEMENTS = 16384
 LARGE_ELEMENTS_PER_SAMPLE = 256
 # What these give is there before the step and after it.
@@ -38,24 +40,51 @@ def switch_on() -> None:
     _is_on = True
 
 
-def compiled(function: Any, **options: Any) -> Any:
-    """`tf.function(function, **options)`, in order where that is switched on."""
-    plain = tf.function(function, **options)
-    return _Ordered(function, plain, options) if _is_on and not options.get("jit_compile") else plain
+def is_on() -> bool:
+    return _is_on
+
+
+def compiled(function: Any, compile: Callable[[Any], Any]) -> Any:
+    """`compile(function)`, in order where that is switched on."""
+    plain = compile(function)
+    return _Ordered(compile(_in_order(function)), plain) if _is_on else plain
+
+
+def make_test_function(model: Any, force: bool = False) -> Any:
+    """Stands in for `keras.Model.make_test_function`, so that validation is in order where training is."""
+    make = functools.partial(type(model).make_test_function, model)
+    if model.jit_compile or (model.test_function is not None and not force):
+        return make(force=force)
+
+    def compile(test_step: Any) -> Any:
+        own = {name: value for name, value in vars(model).items() if name == "test_step"}
+        object.__setattr__(model, "test_step", test_step)
+        try:
+            make(force=True)
+        finally:
+            object.__delattr__(model, "test_step")
+            vars(model).update(own)
+        return model.test_function
+
+    model.test_function = compiled(model.test_step, compile)
+
+
+def _in_order(function: Any) -> Any:
+    def in_order(*args: Any) -> Any:
+        results = function(*args)
+        if not tf.executing_eagerly():
+            put_in_order(tf.compat.v1.get_default_graph(), results)
+        return results
+
+    return tf.autograph.experimental.do_not_convert(in_order)
 
 
 class _Ordered:
     """A function that is in order, unless TensorFlow cannot run it so."""
 
-    def __init__(self, function: Any, plain: Any, options: dict[str, Any]) -> None:
-        def in_order(*args: Any) -> Any:
-            results = function(*args)
-            if not tf.executing_eagerly():
-                put_in_order(tf.compat.v1.get_default_graph(), results)
-            return results
-
+    def __init__(self, ordered: Any, plain: Any) -> None:
+        self._ordered = ordered
         self._plain = plain
-        self._ordered = tf.function(tf.autograph.experimental.do_not_convert(in_order), **options)
 
     def __call__(self, *args: Any) -> Any:
         try:
@@ -86,8 +115,8 @@ def put_in_order(graph: Any, results: Any) -> None:
     needed = _needed(operations, waits_for, wanted)
     previous = None
     for op in _sequence([op for op in operations if op in needed], waits_for):
-        is_large = any(map(_is_large, (*op.inputs, *op.outputs)))
-        if op.type == "Placeholder" or op.type in _VIEWS or not is_large or _may_be_merged(op):
+        is_scalar = all(tensor.shape.rank == 0 for tensor in (*op.inputs, *op.outputs))
+        if is_scalar or op.type == "Placeholder" or op.type in _VIEWS or _may_be_merged(op):
             continue
         if previous is not None and all(previous is not tensor.op for tensor in op.inputs):
             op._add_control_input(previous)

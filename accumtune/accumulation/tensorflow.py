@@ -8,6 +8,7 @@ of its own, without accumulators. A `tf.while_loop` in one graph was 1.5 times s
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import warnings
 from collections.abc import Iterator
@@ -190,8 +191,9 @@ class TensorFlowTraining:
             return function
         jit_compile = self.model.jit_compile if jit_compile is None else jit_compile
         function = tf.autograph.experimental.do_not_convert(function)
-        compiled = sequence.compiled if self.replicas.number == 1 else tf.function
-        return compiled(function, reduce_retracing=True, jit_compile=jit_compile)
+        compile = functools.partial(tf.function, reduce_retracing=True, jit_compile=jit_compile)
+        is_plain = jit_compile or self.replicas.number > 1
+        return compile(function) if is_plain else sequence.compiled(function, compile)
 
     @contextlib.contextmanager
     def _recording(self) -> Iterator[None]:

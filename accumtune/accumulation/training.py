@@ -2,8 +2,8 @@
 
 Three methods are replaced on the instance, never on its class: `make_train_function`, so that `fit` and
 `train_on_batch` run a window per step; `fit`, so that an epoch has as many steps as windows; and `_symbolic_build`,
-which looks at the first batch. Saving, pickling and cloning look at the class and its configuration, so what they
-give is a plain Keras model.
+which looks at the first batch. Where memory is measured on TensorFlow, `make_test_function` is a fourth one. Saving,
+pickling and cloning look at the class and its configuration, so what they give is a plain Keras model.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from accumtune.accumulation.window import Accumulation
 from accumtune.errors import CustomTrainStepError, ModelError, UncompiledModelError
 
 _ATTRIBUTES = (
-    "_accumtune_accumulation", "_accumtune_rows", "_accumtune_noise_meter", "make_train_function", "_symbolic_build",
-    "fit",
+    "_accumtune_accumulation", "_accumtune_rows", "_accumtune_noise_meter", "make_train_function", "make_test_function",
+    "_symbolic_build", "fit",
 )  # fmt: skip
 
 _ADAPT = """\
@@ -33,12 +33,19 @@ Losses of a layer go through self.add_loss(mean over samples)."""
 
 def install(model: Any, accumulation: Accumulation) -> Any:
     """`accumulate` after its arguments were read."""
+    import keras
+
     _check(model)
     remove(model)
     _set(model, "_accumtune_accumulation", accumulation)
     _set(model, "_accumtune_rows", None)  # the arrays of the fit that is running
     _set(model, "_accumtune_noise_meter", None)  # of the callback that listens to it, see noise_scale.py
     _set(model, "make_train_function", types.MethodType(_make_train_function, model))
+    if keras.backend.backend() == "tensorflow":
+        from accumtune.accumulation import sequence
+
+        if sequence.is_on() and "make_test_function" not in vars(model):
+            _set(model, "make_test_function", types.MethodType(sequence.make_test_function, model))
     _set(model, "_symbolic_build", types.MethodType(_symbolic_build, model))
     _set(model, "fit", _fit(model, accumulation))
     return model

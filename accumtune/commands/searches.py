@@ -63,12 +63,13 @@ def choose(folder: Path, options: argparse.Namespace) -> tuple[SearchRecord, lis
     """
     from accumtune.search import results
     from accumtune.search.selection import select
+    from accumtune.search.verifying import predicted_choice
 
     record, found = read_candidates(folder)
     choice = select(
         found, options.policy, options.tolerance, record.objective_direction, objective_name=record.objective_name
     )
-    return record, found, results.training_config(record, choice)
+    return record, found, results.training_config(record, predicted_choice(choice))
 
 
 def tracker_of(options: argparse.Namespace) -> Tracker:

@@ -13,11 +13,12 @@ steps):
     ... operations in one order                  43.12         43.18        51.99           58.4
 
 The order (`accumtune.accumulation.sequence`) is what a model with branches needs: a U-Net's 24 × 1 took 82 to 91 or 120
-MiB, and takes 87.51 in every process. Without it no setting helped, nor the single-threaded executor (of a CNN, 82 × 1
-took 67.7 or 73.6), PYTHONHASHSEED or addresses that are not randomized. The graph is not rewritten (Grappler): what comes
-of that had another order in each process. That costs no speed: five models ran 0.98 to 1.09 times as fast as with it
-(pairs of processes that took turns, medians of 6); six ran 0.98 to 1.03 times as fast in order as without (CPU seconds,
-medians of 7).
+MiB, and takes 87.51 in every process. Small operations and validation count too: MobileNetV2's 20 × 2 took 152.2 to
+154.2 MiB with only the large ones of training in order, and takes 152.52. Without it no setting helped, nor the single-
+threaded executor (of a CNN, 82 × 1 took 67.7 or 73.6), PYTHONHASHSEED or addresses that are not randomized. The graph
+is not rewritten (Grappler): what comes of that had another order in each process. That costs no speed: five models ran
+0.98 to 1.09 times as fast as with it (pairs of processes that took turns, medians of 6); six ran 0.98 to 1.03 times as
+fast in order as without (CPU seconds, medians of 7).
 
 What it costs on two cores, speed to TensorFlow's default in pairs of processes that took turns (medians of 4), measured
 with the two designs beside it: one thread MLP 0.96, CNN 0.83, transformer 0.74, LSTM 0.77; the single-threaded executor

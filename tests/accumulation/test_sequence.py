@@ -11,9 +11,24 @@ if BACKEND != "tensorflow":
 
 import tensorflow as tf
 
+from accumtune import accumulate
 from accumtune.accumulation import sequence
 
 SAMPLES = 12
+
+
+class Seen(keras.metrics.Metric):
+    """How many samples it was given: more than there are where a step was begun again."""
+
+    def __init__(self):
+        super().__init__(name="seen")
+        self.number = self.add_weight(initializer="zeros", name="number")
+
+    def update_state(self, y_true, y_pred, sample_weight=None):
+        self.number.assign_add(tf.cast(tf.shape(y_true)[0], self.number.dtype))
+
+    def result(self):
+        return tf.identity(self.number)
 
 
 def branches():
@@ -30,13 +45,18 @@ def branches():
     outputs = layers.Dense(2)(layers.Concatenate()([recurrent, layers.GlobalMaxPooling2D()(joined)]))
     model = keras.Model(inputs, outputs)
     optimizer = keras.optimizers.AdamW(0.01, weight_decay=0.1, global_clipnorm=0.5, use_ema=True)
-    model.compile(optimizer, "mse", metrics=["mae"])
+    model.compile(optimizer, "mse", metrics=["mae", Seen()])
     return model
 
 
 def data():
     random = np.random.default_rng(0)
     return {"x": random.normal(size=(SAMPLES, 8, 8, 3)), "y": random.normal(size=(SAMPLES, 2))}
+
+
+def validation():
+    """Batches of 4, 4 and 2."""
+    return {"validation_data": tuple(value[:10] for value in data().values()), "validation_batch_size": 4}
 
 
 @pytest.fixture
@@ -117,6 +137,36 @@ def test_training_in_order_is_the_same_training(graphs, monkeypatch, size):
     assert_same_training(ordered, train(branches, data(), micro_batch_size=size, batch_size=12), FLOAT64)
 
 
+def is_of_training(graph):
+    return any("Grad" in op.type for op in graph.get_operations())
+
+
+def test_validation_is_in_order_and_the_same(graphs, monkeypatch):
+    ordered = train(branches, data(), micro_batch_size=4, batch_size=12, **validation())
+    orders = [order_of(graph) for graph in graphs if not is_of_training(graph)]
+    assert orders and all(len(order) > 5 for order in orders)
+    assert set(ordered.history["val_seen"]) == {10}
+    monkeypatch.setattr(sequence, "_is_on", False)
+    assert_same_training(ordered, train(branches, data(), micro_batch_size=4, batch_size=12, **validation()), FLOAT64)
+    # The negative control: what Keras makes may run in several orders.
+    monkeypatch.setattr(sequence, "_is_on", True)
+    monkeypatch.setattr(sequence, "_sequence", lambda operations, waits_for: [])
+    graphs.clear()
+    train(branches, data(), micro_batch_size=4, batch_size=12, epochs=1, **validation())
+    assert None in [order_of(graph) for graph in graphs if not is_of_training(graph)]
+
+
+def test_an_own_test_step_is_kept(graphs):
+    def test_step(batch):
+        return {**keras.Model.test_step(model, batch), "own": tf.constant(7.0)}
+
+    model = branches()
+    model.test_step = test_step
+    accumulate(model, 4)
+    history = model.fit(**data(), batch_size=12, verbose=0, **validation()).history
+    assert history["val_own"] == [7.0] and model.test_step is test_step
+
+
 def test_there_is_one_order_for_every_size(graphs, monkeypatch):
     orders = []
     for size in (2, 6):
@@ -147,7 +197,7 @@ def test_what_nobody_needs_is_still_left_out(graphs):
         tf.linalg.matmul(x, x, name="unused")
         return tf.linalg.matmul(tf.linalg.matmul(x, x, name="used"), x, name="last")
 
-    compiled = sequence.compiled(function)
+    compiled = sequence.compiled(function, tf.function)
     compiled(tf.ones([300, 300]))
     (graph,) = graphs
     unused, last = (graph.get_operation_by_name(name) for name in ("unused", "last"))
@@ -164,7 +214,7 @@ def test_where_it_cannot_run_in_order_it_runs_in_any(graphs, monkeypatch):
     def build():
         layers = [keras.layers.Conv2D(8, 3, activation="relu") for _ in range(2)]
         model = keras.Sequential([keras.Input((8, 8, 3)), *layers, keras.layers.Flatten(), keras.layers.Dense(2)])
-        model.compile("sgd", "mse")
+        model.compile("sgd", "mse", metrics=[Seen()])
         return model
 
     fallen_back = []
@@ -172,11 +222,13 @@ def test_where_it_cannot_run_in_order_it_runs_in_any(graphs, monkeypatch):
 
     def spy(self, *args):
         results = call(self, *args)
-        fallen_back.append(self._ordered is self._plain)
+        function = "validation" if isinstance(args[0], tf.data.Iterator) else "training"
+        fallen_back.append((function, self._ordered is self._plain))
         return results
 
     monkeypatch.setattr(sequence._Ordered, "__call__", spy)
-    ordered = train(build, data(), micro_batch_size=4, batch_size=12)
-    assert any(fallen_back)
+    ordered = train(build, data(), micro_batch_size=4, batch_size=12, **validation())
+    assert {function for function, is_plain in fallen_back if is_plain} >= {"training", "validation"}
+    assert set(ordered.history["seen"]) == {12} and set(ordered.history["val_seen"]) == {10}
     monkeypatch.setattr(sequence, "_is_on", False)
-    assert_same_training(ordered, train(build, data(), micro_batch_size=4, batch_size=12), FLOAT32)
+    assert_same_training(ordered, train(build, data(), micro_batch_size=4, batch_size=12, **validation()), FLOAT32)

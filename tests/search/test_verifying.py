@@ -1,8 +1,12 @@
 """The winner has run under the budget before anybody relies on it."""
 
+import argparse
 from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
 
 import accumtune
+from accumtune.commands import searches
 from accumtune.search.selection import Candidate, select
 from accumtune.search.verifying import predicted_choice, verified_choice
 from accumtune.tracking.journal import Journal
@@ -49,6 +53,19 @@ def test_what_does_not_hold_falls_to_the_next():
     assert world.choose().candidate.micro_batch_size == 2 and 4 in world.ran
     assert World(fits=set()).choose().candidate.is_trained
     assert "confirmed" not in World(fits=set()).choose().reason
+
+
+def test_commands_say_of_a_choice_what_the_tuner_says(monkeypatch):
+    world = World(fits={1, 2, 4})
+    record = SimpleNamespace(objective_direction="min", objective_name="objective")
+    monkeypatch.setattr(searches, "read_candidates", lambda folder: (record, world.candidates))
+    monkeypatch.setattr("accumtune.search.results.training_config", lambda record, choice: choice)
+    options = argparse.Namespace(policy="quality", tolerance=0.01)
+    _, _, before = searches.choose(Path(), options)
+    assert before.reason.endswith("; its memory and speed are predicted, as it has not run in this micro-batch.")
+    said = world.choose().reason
+    _, _, after = searches.choose(Path(), options)
+    assert after.reason == said and said.endswith("; a few updates under the budget confirmed its memory and speed.")
 
 
 def test_surprises_end():
