@@ -53,5 +53,5 @@ def _first(tree: Any) -> Any:
     """The first shape of a structure of shapes, by the names of its keys."""
     if isinstance(tree, Mapping):
         return _first(tree[min(tree)]) if tree else None
-    is_shape = hasattr(tree, "rank") or not isinstance(tree, (list, tuple)) or all(isinstance(n, int) for n in tree)
+    is_shape = hasattr(tree, "rank") or not any(isinstance(part, (Mapping, list, tuple)) for part in tree or ())
     return tree if is_shape or not tree else _first(tree[0])

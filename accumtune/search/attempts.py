@@ -68,7 +68,10 @@ class Attempts:
             profile = self._profiler.profile(space)
             peak = profile.predict_peak_memory(pair.micro_batch_size, pair.accumulation_steps)
             values = {**space["values"], **pair.as_hyperparameters()}
-            journal.append("proposed", trial_id=trial_id, number=number, **_proposal(profile, pair, values, peak))
+            journal.append(
+                "proposed", trial_id=trial_id, number=number, **_proposal(profile, pair, values, peak),
+                sample_shapes=self._profiler.inspect(space).sample_shapes,
+            )  # fmt: skip
             attempt = read_trial(directory.path).attempt + 1
             finished = self._finished_before(directory, attempt, values)
             if finished is not None:

@@ -80,7 +80,7 @@ def training_config(record: SearchRecord, choice: Choice) -> TrainingConfig:
         backend=record.backend,
         versions=dict(record.versions),
         device=trial.device,
-        data_shapes=record.data.get("shapes"),
+        data_shapes=_data_shapes(record, trial),
         batch_coupled_layers=list(record.batch_coupled_layers),
         policy=choice.policy,
         reason=choice.reason,
@@ -152,6 +152,23 @@ def _shape(tree: Any) -> Any:
         return [_shape(value) for value in tree]
     shape = getattr(tree, "shape", None)
     return None if shape is None else [int(size) for size in shape]
+
+
+def _data_shapes(record: SearchRecord, trial: TrialRecord) -> Any:
+    """Of the arrays that the search got, or of a sample where a function loads them: it has no number of samples."""
+    known = record.data.get("shapes") or {}
+    if known.get("x") is not None or not trial.sample_shapes:
+        return record.data.get("shapes")
+    x, y, *_ = map(_batch_shape, trial.sample_shapes)
+    return {"x": x, "y": y}
+
+
+def _batch_shape(sample: Any) -> Any:
+    if isinstance(sample, Mapping):
+        return {name: _batch_shape(value) for name, value in sample.items()}
+    if sample and isinstance(sample[-1], str):  # a shape and the type of its values
+        return [None, *sample[0]]
+    return None if sample is None else [_batch_shape(value) for value in sample]
 
 
 def _is_exact(record: SearchRecord) -> bool:

@@ -49,6 +49,7 @@ class TrialRecord:
     training_seconds: float | None = None
     metrics: Mapping[str, float] = field(default_factory=dict)
     signature: str | None = None
+    sample_shapes: Any = None
     precision_policy: str | None = None
     reused_from: str | None = None
     reused_logs: Mapping[str, float] | None = None

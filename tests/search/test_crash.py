@@ -7,6 +7,7 @@ tried. `experiments/benchmarks/crash.py` kills real searches at random moments.
 import json
 from collections import Counter
 from concurrent.futures import Future
+from types import SimpleNamespace
 
 import keras_tuner
 import pytest
@@ -54,6 +55,9 @@ class Profiles:
     def profile(self, space):
         points = [Measurement(size, 1, 1000 * size, 0.01 * size, "made") for size in (4, 8)]
         return Profile(tuple(points), "CPU", "made", signature="s")
+
+    def inspect(self, space):
+        return SimpleNamespace(sample_shapes=None)
 
     def learn(self, signature, measurement):
         pass

@@ -175,6 +175,11 @@ def test_pipelines_from_functions_are_cut_to_the_effective_batch(tmp_path):
     keras.utils.set_random_seed(tuner.oracle.seed)
     history = dense().fit(X, Y, batch_size=16, epochs=2, shuffle=False, validation_data=(X, Y), verbose=0).history
     assert [epoch.logs["val_loss"] for epoch in trial.epochs] == pytest.approx(history["val_loss"], rel=1e-5)
+    # What the data are like is known, so production's pipelines can be told apart.
+    config = tuner.get_best_config()
+    assert config.data_shapes == {"x": [None, 16], "y": [None, 1]}
+    for pipeline in (train(), train().unbatch()):
+        assert [len(x) for x, _ in config.dataset(pipeline)] == [16] * 4
 
 
 def test_a_corrupt_search_directory_is_named_and_nothing_is_lost(tmp_path):
