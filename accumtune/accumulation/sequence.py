@@ -3,8 +3,8 @@
 TensorFlow runs what is ready in the order of its graph's edges, which it keeps by their addresses: another order in
 each process. With it differs when an activation is given back, and so the peak of a step: of a U-Net it was 82 MiB in
 one process and 120 in the next. Where memory is measured (`accumtune.memory`), each operation of a step therefore waits
-for the one before. Small ones too: between validation's small tensors, in any order, a long-lived one took another
-place in each process, and large activations the room that was left.
+for the one before. Scalars' too: among small tensors in any order, a long-lived one took another place in each process,
+and large activations the room that was left.
 
 The order is that of tracing, but an operation that gives back as many tensors as it makes runs as soon as it can: a
 gradient goes into its sum before the next one is made.
@@ -115,8 +115,7 @@ def put_in_order(graph: Any, results: Any) -> None:
     needed = _needed(operations, waits_for, wanted)
     previous = None
     for op in _sequence([op for op in operations if op in needed], waits_for):
-        is_scalar = all(tensor.shape.rank == 0 for tensor in (*op.inputs, *op.outputs))
-        if is_scalar or op.type == "Placeholder" or op.type in _VIEWS or _may_be_merged(op):
+        if op.type in ("Placeholder", "NoOp") or op.type in _VIEWS or _may_be_merged(op):
             continue
         if previous is not None and all(previous is not tensor.op for tensor in op.inputs):
             op._add_control_input(previous)
