@@ -85,7 +85,7 @@ def _row(costs: Profile, size: int, steps: int, budget: int | None) -> dict[str,
     measured = [m for m in costs.measurements if (m.micro_batch_size, m.accumulation_steps) == (size, steps)]
     return {
         "micro_batch_size": size,
-        "predicted_peak_memory_bytes": costs.predict_peak_memory(size, steps),
+        "predicted_peak_memory_bytes": costs.predict_peak_memory(size, steps, budget),
         "measured_peak_memory_bytes": measured[0].peak_memory_bytes if measured else None,
         "fits": None if budget is None else costs.fits(size, steps, budget),
         "throughput_samples_per_second": costs.predict_throughput(size, steps),

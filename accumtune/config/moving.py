@@ -100,7 +100,7 @@ def fitted(config: AnyConfig, profile: Profile, budget_bytes: int, backend: str)
         **batch,
         hyperparameters={**config.hyperparameters, **batch},
         memory_budget_bytes=budget_bytes,
-        peak_memory_bytes=profile.predict_peak_memory(micro, share // micro),
+        peak_memory_bytes=profile.predict_peak_memory(micro, share // micro, budget_bytes),
         memory_source=f"predicted from {profile.memory_source}",
         throughput_samples_per_second=speed[micro] if config.replicas == 1 else None,
         device=profile.device,

@@ -95,14 +95,43 @@ class Profile:
 
     # Memory
 
-    def predict_peak_memory(self, micro_batch_size: int, accumulation_steps: int = 1) -> int:
-        """The expected peak in bytes where memory is to spare, without a margin.
+    def predict_peak_memory(
+        self, micro_batch_size: int, accumulation_steps: int = 1, memory_budget: int | float | str | None = None
+    ) -> int:
+        """The expected peak in bytes, without a margin.
 
-        When hardly any is left of a limit, TensorFlow's allocator counts more, up to the limit.
+        Args:
+            micro_batch_size: any size.
+            accumulation_steps: micro-steps per update.
+            memory_budget: the limit that it trains under, `"2GiB"` or bytes. When hardly any is left of it,
+                TensorFlow's allocator counts more than was asked for. None: memory is to spare.
 
         Raises:
             BudgetTooSmallError: nothing has been measured that fits.
         """
+        limit = None if memory_budget is None else parse_budget(memory_budget)
+        within = None if limit is None else self._peak_within(micro_batch_size, accumulation_steps, limit)
+        return within or self._peak_with_room(micro_batch_size, accumulation_steps)
+
+    def _peak_within(self, micro_batch_size: int, accumulation_steps: int, limit_bytes: int) -> int | None:
+        """As measured under that limit, else as rehearsed under it; None where neither knows."""
+        group = group_of(accumulation_steps)
+        window = self._window_bytes(micro_batch_size, accumulation_steps)
+        measured = [
+            point.peak_memory_bytes + window - self._window_bytes(micro_batch_size, point.accumulation_steps)
+            for point in self.measurements
+            if (point.micro_batch_size, group_of(point.accumulation_steps)) == (micro_batch_size, group)
+            and point.memory_limit_bytes == limit_bytes and point.peak_memory_bytes is not None
+        ]  # fmt: skip
+        if measured or self._rehearsal is None:
+            return max(measured, default=None)
+        beside = window - self._window_bytes(micro_batch_size, group) + self._excess_bytes
+        if limit_bytes - beside <= SMALLEST_LIMIT_BYTES:
+            return None
+        rehearsed = self._rehearsal.peak_bytes(micro_batch_size, group, limit_bytes - beside)
+        return None if rehearsed is None else rehearsed + beside
+
+    def _peak_with_room(self, micro_batch_size: int, accumulation_steps: int) -> int:
         if self._rehearsal is None or not self._peaks:
             return self._peaks.with_room(micro_batch_size, accumulation_steps)
         group = group_of(accumulation_steps)

@@ -66,7 +66,8 @@ class Attempts:
         losses = 0
         while True:
             profile = self._profiler.profile(space)
-            peak = profile.predict_peak_memory(pair.micro_batch_size, pair.accumulation_steps)
+            budget = self._settings.memory_budget_bytes
+            peak = profile.predict_peak_memory(pair.micro_batch_size, pair.accumulation_steps, budget)
             values = {**space["values"], **pair.as_hyperparameters()}
             journal.append(
                 "proposed", trial_id=trial_id, number=number, **_proposal(profile, pair, values, peak),

@@ -202,13 +202,13 @@ def _untrained(candidate: Candidate, profile: Profile, record: SearchRecord) -> 
         profile, candidate.effective_batch_size, record.micro_batch_sizes, record.memory_budget_bytes
     )
     untrained = [pair for pair in pairs if pair.micro_batch_size != candidate.micro_batch_size]
-    others = [_in_pair(candidate, profile, pair) for pair in untrained]
     budget = record.memory_budget_bytes
+    others = [_in_pair(candidate, profile, pair, budget) for pair in untrained]
     # Where the backend has no allocator limit, a run may have taken more than was predicted.
     return [other for other in others if budget is None or (other.peak_memory_bytes or 0) <= budget]
 
 
-def _in_pair(candidate: Candidate, profile: Profile, pair: Pair) -> Candidate:
+def _in_pair(candidate: Candidate, profile: Profile, pair: Pair, budget_bytes: int | None) -> Candidate:
     """The same training in another micro-batch: measured, where it has run for a few updates, or predicted."""
     micro, steps = pair.micro_batch_size, pair.accumulation_steps
     same = [it for it in profile.measurements if (it.micro_batch_size, it.accumulation_steps) == (micro, steps)]
@@ -216,7 +216,7 @@ def _in_pair(candidate: Candidate, profile: Profile, pair: Pair) -> Candidate:
         candidate,
         micro_batch_size=micro,
         accumulation_steps=steps,
-        peak_memory_bytes=profile.predict_peak_memory(micro, steps),
+        peak_memory_bytes=profile.predict_peak_memory(micro, steps, budget_bytes),
         throughput_samples_per_second=profile.predict_throughput(micro, steps),
         hyperparameters={**candidate.hyperparameters, **pair.as_hyperparameters()},
         is_trained=False,
@@ -245,7 +245,7 @@ def _profile_points(record: SearchRecord, profiles_folder: Path, best: Candidate
         {
             "micro_batch_size": size,
             "accumulation_steps": 2,
-            "predicted_peak_memory_bytes": profile.predict_peak_memory(size, 2),
+            "predicted_peak_memory_bytes": profile.predict_peak_memory(size, 2, record.memory_budget_bytes),
             "predicted_throughput_samples_per_second": profile.predict_throughput(size, 2),
         }
         for size in record.micro_batch_sizes

@@ -156,11 +156,21 @@ def remaining(shape: str, time: float, late: float, steepness: float) -> float:
 # Searches
 
 
-def oracle_for(task: Task, seed: int, max_trials: int) -> Any:
-    """The oracle of `OptunaSearch`, with nothing written to disk."""
+def oracle_for(task: Task, seed: int, max_trials: int, guess: str | None = None) -> Any:
+    """The oracle of `OptunaSearch`, with nothing written to disk.
+
+    Args:
+        guess: what is made of the gradient noise scale that the first trial measured (within some 30 %). "second",
+            "start": the second trial, or all of those spread evenly but the first, have the effective batch that is
+            nearest to it. "then": the first proposal after those is their best one, moved to that batch, its rate
+            with the square root.
+    """
     import keras_tuner
 
     from accumtune.search.optuna_oracle import OptunaOracle
+
+    scale = task.noise_scale * math.exp(0.3 * random.Random(seed).gauss(0, 1))
+    near = min(task.space["effective_batch_size"], key=lambda batch: abs(math.log(batch / scale)))
 
     class Unwritten(OptunaOracle):
         def _save_trial(self, trial: Any) -> None:
@@ -168,6 +178,23 @@ def oracle_for(task: Task, seed: int, max_trials: int) -> Any:
 
         def save(self) -> None:
             pass
+
+        def _spread_values(self) -> dict[str, Any] | None:
+            values = super()._spread_values()
+            is_guessed = {"second": len(self.start_order) == 1, "start": len(self.start_order) > 0}.get(guess, False)
+            guessed = {**values, "effective_batch_size": int(near)} if values and is_guessed else values
+            return values if guessed is None or self._duplicate(guessed) else guessed
+
+        def _propose(self, trial_id: str) -> dict[str, Any] | None:
+            if guess == "then" and len(self.end_order) == self._startup_trials():
+                best = self.get_best_trials(1)[0].hyperparameters.values
+                rate = best["learning_rate"] * math.sqrt(near / best["effective_batch_size"])
+                rate = min(task.space["learning_rate"], key=lambda known: abs(math.log(known / rate)))
+                values = {**best, "effective_batch_size": int(near), "learning_rate": rate}
+                if not self._duplicate(values):
+                    self._informed_study()
+                    return values
+            return super()._propose(trial_id)
 
     hp = keras_tuner.HyperParameters()
     for name, values in task.space.items():
@@ -178,14 +205,16 @@ def oracle_for(task: Task, seed: int, max_trials: int) -> Any:
     return oracle
 
 
-def needed(task: Task, seed: int, pruner: Any, max_trials: int = 40) -> tuple[bool, float, int]:
+def needed(
+    task: Task, seed: int, pruner: Any, guess: str | None = None, max_trials: int = 40
+) -> tuple[bool, float, int]:
     """Whether a search comes within 1 % of the grid's best, whole trainings until then, and trials."""
     from keras_tuner.engine.trial import TrialStatus
 
     from accumtune.search import oracles
     from accumtune.search.pruning import Pruning
 
-    oracle = oracle_for(task, seed, max_trials)
+    oracle = oracle_for(task, seed, max_trials, guess)
     pruning = None if pruner is None else Pruning(pruner, oracle.objective)
     if pruning is not None:
         oracle.forecast = pruning.forecast
@@ -224,6 +253,7 @@ def designs() -> dict[str, tuple[Callable[[], Any], int]]:
         "whole": (lambda: None, 3), "median": (lambda: MedianPruner(n_startup_trials=6), 3),
         "forecast": (lambda: "forecast", 3), "forecast, start 4": (lambda: "forecast", 4),
         "forecast, start 6": (lambda: "forecast", 6), "forecast, start 8": (lambda: "forecast", 8),
+        "noise: second": (lambda: None, 3), "noise: start": (lambda: None, 3), "noise: then": (lambda: None, 3),
     }  # fmt: skip
 
 
@@ -242,8 +272,11 @@ def main() -> None:
     print(f"{'design':<20}{'trainings':>10}{'trials':>8}{'missed':>8}   by task")
     for name in options.designs:
         pruner, start = designs()[name]
+        guess = name.removeprefix("noise: ") if name.startswith("noise: ") else None
         with patch.object(optuna_oracle, "_FEWEST_STARTUP_TRIALS", start):
-            runs = {n: [needed(task(n), 1 + seed, pruner()) for seed in range(options.seeds)] for n in options.tasks}
+            runs = {
+                n: [needed(task(n), 1 + seed, pruner(), guess) for seed in range(options.seeds)] for n in options.tasks
+            }
         by_task = {number: statistics.mean(spent for _, spent, _ in some) for number, some in runs.items()}
         every = [run for some in runs.values() for run in some]
         missed = sum(not met for met, *_ in every)

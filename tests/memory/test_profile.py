@@ -247,3 +247,6 @@ def test_what_was_taken_under_a_full_limit_is_needed_for_the_next_one():
     assert profile.fits(110, 2, 117 * MIB)
     assert not profile.fits(98, 2, 110 * MIB)
     assert profile.predict_peak_memory(98, 2) < 0.98 * 117 * MIB
+    # Under that very limit it takes it again.
+    assert profile.predict_peak_memory(98, 2, "117MiB") == int(0.98 * 117 * MIB)
+    assert profile.predict_peak_memory(98, 2, "118MiB") == profile.predict_peak_memory(98, 2)

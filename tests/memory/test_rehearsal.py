@@ -102,11 +102,16 @@ def test_a_trace_that_lacks_something_is_not_believed(value_in_child):
 
 @tensorflow_only
 def test_a_limit_is_rehearsed_too(probed):
-    traces = [probed(size, 64 * MIB)[1] for size in (4, 16)]
+    probes = [probed(size, 64 * MIB) for size in (4, 16)]
+    traces = [trace for _, trace in probes]
     rehearsal = Rehearsal(traces)
     limit = next(mib for mib in range(16, 400) if rehearsal.peak_bytes(60, 2, mib * MIB) is not None)
     above, below = (probed(60, mib * MIB)[0] for mib in (round(1.06 * limit), round(0.94 * limit)))
     assert above and all(m.is_feasible for m in above)
+    profile = Profile([m for some, _ in probes for m in some], "CPU:0", "tensorflow allocator", traces=traces)
+    for point in above:
+        predicted = profile.predict_peak_memory(60, point.accumulation_steps, point.memory_limit_bytes)
+        assert predicted == pytest.approx(point.peak_memory_bytes, rel=0.025)
     assert not (below and all(m.is_feasible for m in below))
 
 
