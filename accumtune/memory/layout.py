@@ -5,14 +5,15 @@ In a file of its own, without TensorFlow, because the simulated allocator begins
 
 from __future__ import annotations
 
-import math
+import itertools
 from collections.abc import Iterator
 
 from accumtune.memory.allocator import ALIGNMENT, FIRST_REGION_BYTES, MIB, Allocator
 
-# Sizes in bytes, and how many of each; as many of them, the smallest first, as come to no more than this of a budget.
-SHELF = ((1024, 64), (4096, 32), (16384, 16), (65536, 12), (262144, 8))
-SHELF_SHARE = 1 / 8
+# Sizes in bytes, and how many of each, where those of one size come to no more than this part of a budget. A network of
+# two hundred layers holds some thousand small tensors: the rest of them would lie between its activations.
+SHELF = ((1024, 1024), (4096, 512), (16384, 128), (65536, 32), (262144, 8))
+SHELF_SHARE = 1 / 64
 # Before them come chunks of the smallest size, which a graph's constants take for good, some 300 to 3,000: with what
 # keeps these chunks apart, up to this part of a budget.
 CONSTANTS_SHARE = 1 / 64
@@ -44,13 +45,9 @@ def constant_chunks(budget_bytes: int | None) -> int:
 
 def shelf_chunks(budget_bytes: int | None) -> Iterator[int]:
     """The other sizes that are cut, in bytes."""
-    room = math.inf if budget_bytes is None else budget_bytes * SHELF_SHARE
-    for chunk_bytes, count in SHELF:
-        for _ in range(count):
-            room -= chunk_bytes
-            if room < 0:
-                return
-            yield chunk_bytes
+    for chunk_bytes, most in SHELF:
+        count = most if budget_bytes is None else min(most, int(budget_bytes * SHELF_SHARE) // chunk_bytes)
+        yield from itertools.repeat(chunk_bytes, count)
 
 
 def opened_allocator(budget_bytes: int | None) -> Allocator:
@@ -60,8 +57,10 @@ def opened_allocator(budget_bytes: int | None) -> Allocator:
     region = allocator.allocate(region_bytes(budget_bytes, 2 * LARGEST_REGION_BYTES) // MIB * MIB)
     if region is not None:
         allocator.free(region)
+    shapes = [allocator.allocate(1) for _ in (1, *SHELF)]
     whole = allocator.allocate(2 * CONSTANTS)
     allocator.cut_shelf([*[ALIGNMENT] * constant_chunks(budget_bytes), *shelf_chunks(budget_bytes)])
-    if whole is not None:
-        allocator.free(whole)
+    for chunk in (whole, *shapes):
+        if chunk is not None:
+            allocator.free(chunk)
     return allocator
