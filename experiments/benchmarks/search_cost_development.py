@@ -23,9 +23,10 @@ What a first guess from the gradient noise scale gives (`oracle_for` says how) i
 was sooner in 42 of 96 searches and later in 27, on the noisy quadratic models, whose noise scale is no invention, in 14
 and 11. So no proposal is made from it; it is measured, and a search ends with the advice.
 
-The first two miss on spaces of four hyperparameters (320 and 720 points). A forecast from a part of the epochs is 5 to 8 % off
-in the median, so the Gaussian process, told forecasts among ends, needs more trials. For that, and for the misses,
-`pruner="forecast"` is no default. On tasks of `search_cost.py` (eleven searches, seeds 1 to 3): 7.9 instead of 8.3.
+The first two miss on spaces of four hyperparameters (320 and 720 points). A forecast from a part of the epochs is 5 to
+8 % off in the median, so the Gaussian process, told forecasts among ends, needs more trials. For that, and for the
+misses, `pruner="forecast"` is no default. On tasks of `search_cost.py` (eleven searches, seeds 1 to 3): 7.9 instead of
+8.3.
 """
 
 from __future__ import annotations
