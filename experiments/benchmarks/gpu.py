@@ -38,7 +38,8 @@ from typing import Any
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 BACKENDS = ("jax", "torch", "tensorflow")
-WORKLOADS = {"cnn": ((32, 32, 3), 0), "transformer": ((128,), 8000)}  # a sample's shape; size of its vocabulary
+# A sample's shape; size of its vocabulary.
+WORKLOADS = {"mlp": ((784,), 0), "cnn": ((32, 32, 3), 0), "transformer": ((128,), 8000)}
 SIZES = (16, 64, 256, 1024)
 ROUNDS, WINDOWS = 5, 8
 # Two processes take turns on one device: neither may take all of it.
@@ -85,7 +86,10 @@ def build_model(workload: str) -> Any:
     from keras import layers
 
     shape, vocabulary = WORKLOADS[workload]
-    if workload == "cnn":
+    if workload == "mlp":
+        hidden = [layers.Dense(2048, activation="relu") for _ in range(4)]
+        model = keras.Sequential([keras.Input(shape), *hidden, layers.Dense(10)])
+    elif workload == "cnn":
         convolutions: list[Any] = []
         for width in (64, 128, 256, 512):
             convolutions += [layers.Conv2D(width, 3, padding="same", activation="relu"), layers.MaxPooling2D()]
