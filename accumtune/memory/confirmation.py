@@ -10,8 +10,10 @@ from __future__ import annotations
 
 from accumtune.memory.profile import HEADROOM, LARGEST_EXTRAPOLATION, MIB, Profile
 
-# How much of what could still be possible has to have run.
+# How much of what could still be possible has to have run. A rehearsal says what is possible within a few MiB, so that one
+# more try is worth it: of 0.9 of the largest that runs, `HEADROOM` alone costs 0.07 where most of a budget is parameters.
 ENOUGH = 0.95
+ENOUGH_REHEARSED = 0.97
 # What the allocator is expected to need beyond the prediction.
 _EXPECTED_WASTE = 0.03
 # How much of a limit the real step may need beyond the rehearsed one; less than `REHEARSED_MARGIN` leaves, so that
@@ -41,7 +43,8 @@ def next_to_run(profile: Profile, budget_bytes: int, accumulation_steps: int, la
         possible = _largest_below(profile, accumulation_steps, limit, highest)
     if failed is not None:
         possible = min(possible, failed - 1)
-    if possible <= ran or ran >= ENOUGH * possible:
+    enough = ENOUGH_REHEARSED if profile.is_rehearsed else ENOUGH
+    if possible <= ran or ran >= enough * possible:
         return None
     if failed is not None:
         return (ran + possible + 1) // 2
@@ -51,7 +54,7 @@ def next_to_run(profile: Profile, budget_bytes: int, accumulation_steps: int, la
         limit = budget_bytes / (1 + HEADROOM + _EXPECTED_WASTE) - MIB
     cautious = _largest_below(profile, accumulation_steps, limit, possible)
     # Near the limit all peaks can be alike, so that the prediction moves along with what has run: no small steps there.
-    return cautious if ENOUGH * cautious > ran else possible
+    return cautious if enough * cautious > ran else possible
 
 
 def _largest_below(profile: Profile, steps: int, limit_bytes: float, highest: int) -> int:

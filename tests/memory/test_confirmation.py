@@ -1,8 +1,10 @@
 """The search for the largest size that runs, on made-up steps whose need under a limit is known."""
 
+import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from accumtune.memory import confirmation
 from accumtune.memory.confirmation import ENOUGH, MOST_FAILURES, MOST_TRIES, next_to_run
 from accumtune.memory.exploration import next_probe_size
 from accumtune.memory.profile import HEADROOM, Measurement, Profile
@@ -91,3 +93,26 @@ def test_where_all_peaks_near_the_limit_are_alike_it_does_not_creep():
             profile = profile.with_measurement(measurement)
     # In steps of what the last peak leaves of the budget, eight.
     assert len(tried) <= 5 and max(size for size in tried if size <= 128) >= ENOUGH * 128
+
+
+class Rehearsed(Profile):
+    """What a rehearsal would say of a step that is mostly parameters, as a ResNet50's under 560 MiB."""
+
+    is_rehearsed = True
+
+    def largest_rehearsed(self, accumulation_steps, limit_bytes, highest):
+        return max(size for size in range(highest + 1) if need(size, 376, 6.66) * MIB <= limit_bytes or size == 0)
+
+
+@pytest.mark.parametrize(("enough", "is_at_least_090"), [(None, True), (ENOUGH, False)])  # negative control
+def test_what_is_rehearsed_is_run_closer_to_what_is_possible(monkeypatch, enough, is_at_least_090):
+    if enough:
+        monkeypatch.setattr(confirmation, "ENOUGH_REHEARSED", enough)
+    points = [Measurement(size, 2, int(need(size, 376, 6.66) * MIB), 0.1, "made up", 560 * MIB) for size in (1, 2, 16)]
+    profile, ran = Rehearsed(tuple(points), "CPU:0", "made up", memory_budget_bytes=560 * MIB), 16
+    while (size := next_to_run(profile, 560 * MIB, 2, LARGEST)) is not None:
+        ran = max(ran, size)  # as what was possible, all of it runs
+        peak = int(need(size, 376, 6.66) * MIB)
+        profile = profile.with_measurement(Measurement(size, 2, peak, 0.1, "made up", int(560 * (1 - HEADROOM)) * MIB))
+    true_largest = max(size for size in range(LARGEST) if need(size, 376, 6.66) <= 560)
+    assert (ran > 0.9 * true_largest) == is_at_least_090
