@@ -35,7 +35,7 @@ def add(commands: Any) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    from accumtune.memory.machine import device_memory
+    from accumtune.memory.machine import device_memory, workspace_hint
     from accumtune.trials.costs import profile
 
     device = device_memory()
@@ -71,6 +71,10 @@ def run(options: argparse.Namespace) -> int:
         if budget is not None:
             text = "none: not even 1 fits" if largest is None else str(largest)
             print(f"Largest micro-batch in {format_bytes(budget)} ({options.accumulation_steps} steps): {text}")
+            if largest is None:
+                import keras
+
+                print(f"Raise the budget, or make the model smaller.{workspace_hint(keras.config.backend())}")
     return 0 if budget is None or largest is not None else 1
 
 

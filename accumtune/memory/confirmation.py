@@ -10,8 +10,8 @@ from __future__ import annotations
 
 from accumtune.memory.profile import HEADROOM, LARGEST_EXTRAPOLATION, MIB, Profile
 
-# How much of what could still be possible has to have run. A rehearsal says what is possible within a few MiB, so that one
-# more try is worth it: of 0.9 of the largest that runs, `HEADROOM` alone costs 0.07 where most of a budget is parameters.
+# How much of what could still be possible has to have run. A rehearsal says what is possible within a few MiB, so that
+# one more try is worth it: where most of a budget is parameters, `HEADROOM` alone costs 0.07 of the largest that runs.
 ENOUGH = 0.95
 ENOUGH_REHEARSED = 0.97
 # What the allocator is expected to need beyond the prediction.

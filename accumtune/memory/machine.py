@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 import shutil
 import subprocess
 from dataclasses import dataclass
@@ -13,6 +14,9 @@ from accumtune.memory.units import format_bytes
 MIB = 2**20
 # Where a container's limit is written: version 2 of control groups, version 1.
 _CGROUP_FILES = ("memory.max", "memory.current"), ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes")
+
+# With one of these TensorFlow turns oneDNN on by itself.
+_ONEDNN_BY_DEFAULT = frozenset({"avx512_vnni", "avx512_bf16", "avx_vnni", "amx_tile", "amx_int8", "amx_bf16"})
 
 
 @dataclass(frozen=True)
@@ -53,6 +57,24 @@ def gpu_total_bytes() -> int | None:
     """The memory of the first visible NVIDIA GPU; None where there is none."""
     gpu = _gpu()
     return None if gpu is None else gpu.total_bytes
+
+
+def workspace_hint(backend: str, cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
+    """What else may let a model fit, to go on after an advice; empty where there is nothing to say.
+
+    TensorFlow uses oneDNN where an x86 CPU has instructions for neural networks. Elsewhere the gradients of
+    convolutions take a workspace as large as the last cache, such as 32 MiB, whatever the batch.
+    """
+    if backend != "tensorflow" or "TF_ENABLE_ONEDNN_OPTS" in os.environ or platform.machine() != "x86_64":
+        return ""
+    if _gpu() is not None or not cpuinfo.exists():
+        return ""
+    if not _ONEDNN_BY_DEFAULT.isdisjoint(cpuinfo.read_text().split()):
+        return ""
+    return (
+        " If it has convolutions, set TF_ENABLE_ONEDNN_OPTS=1 before TensorFlow is imported: without, they take a "
+        "workspace on this CPU as large as its cache."
+    )
 
 
 def _gpu() -> DeviceMemory | None:

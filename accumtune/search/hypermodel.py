@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import keras
 import keras_tuner
 
 from accumtune.accumulation import accumulate
 from accumtune.errors import BudgetTooSmallError
 from accumtune.memory.budget import format_bytes, parse_budget
+from accumtune.memory.machine import workspace_hint
 from accumtune.search.feasibility import Pair, realise
 from accumtune.trials.builder import ModelBuilder
 from accumtune.trials.costs import profile
@@ -127,6 +129,7 @@ class AccumulationHyperModel(keras_tuner.HyperModel):
                 f"Received memory_budget={format_bytes(self.memory_budget_bytes or 0)}, in which not even micro-batch "
                 "1 of this model fits.",
                 "a budget that holds the parameters, the optimizer's slots and one sample's activations.",
-                "raise memory_budget, or let the build function make a smaller model.",
+                "raise memory_budget, or let the build function make a smaller model."
+                + workspace_hint(keras.config.backend()),
             )
         return fitting

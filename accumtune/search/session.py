@@ -8,10 +8,12 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from typing import Any
 
+import keras
 from keras_tuner.engine.trial import TrialStatus
 
 from accumtune.errors import BudgetTooSmallError, SearchFailedError
 from accumtune.memory.budget import format_bytes
+from accumtune.memory.machine import workspace_hint
 from accumtune.search import oracles
 from accumtune.search.display import Display
 from accumtune.search.feasibility import BATCH_HYPERPARAMETERS
@@ -215,7 +217,8 @@ class SearchSession:
             f"Received memory_budget={format_bytes(self._memory_budget_bytes or 0)}, in which none of "
             f"{self._infeasible_in_a_row} proposals fits: {reason or 'not even micro-batch 1 fits'}.",
             "a budget that holds the parameters, the optimizer's slots and one sample's activations.",
-            "raise memory_budget, or let the build function make smaller models.",
+            "raise memory_budget, or let the build function make smaller models."
+            + workspace_hint(keras.config.backend()),
         )
 
     def _write(self, directory: TaskDirectory, trial_id: str, number: int, result: TrialResult) -> None:

@@ -72,3 +72,22 @@ def test_a_share_of_the_device():
     for wrong in ("0%", "101%"):
         with pytest.raises(BudgetError, match="100 %"):
             parse_budget(wrong)
+
+
+@pytest.mark.parametrize(
+    ("flags", "backend", "setting", "is_said"),
+    [
+        ("sse4_2 avx2 avx512f", "tensorflow", None, True),
+        ("sse4_2 avx2 avx512_vnni", "tensorflow", None, False),
+        ("sse4_2 avx2 avx512f", "tensorflow", "1", False),
+        ("sse4_2 avx2 avx512f", "torch", None, False),
+    ],
+)
+def test_workspace_of_convolutions_is_said_where_it_is_taken(host, monkeypatch, flags, backend, setting, is_said):
+    monkeypatch.setattr(machine.platform, "machine", lambda: "x86_64")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "-1")
+    monkeypatch.delenv("TF_ENABLE_ONEDNN_OPTS", raising=False)
+    if setting:
+        monkeypatch.setenv("TF_ENABLE_ONEDNN_OPTS", setting)
+    (host / "cpuinfo").write_text(f"processor\t: 0\nflags\t\t: {flags}\n")
+    assert ("TF_ENABLE_ONEDNN_OPTS=1" in machine.workspace_hint(backend, host / "cpuinfo")) == is_said
