@@ -12,7 +12,7 @@ slope through all points off the floor. Measured peaks are reproduced, but for t
 which are no more than a bound.
 
 Where the probes have left traces of what they asked of the allocator (TensorFlow on a CPU), no curve is needed: the
-step is rehearsed in the simulated allocator (`accumtune.memory.rehearsal`).
+step is rehearsed in the simulated allocator (`accumtune.memory.rehearsal`, `rehearsed_peaks`).
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ from accumtune.errors import BudgetError
 from accumtune.memory.budget import format_bytes, parse_budget
 from accumtune.memory.measurement import Measurement
 from accumtune.memory.peaks import MeasuredPeaks, group_of
-from accumtune.memory.rehearsal import ORDERS, Rehearsal, largest_before_failure
+from accumtune.memory.rehearsal import ORDERS, Rehearsal
+from accumtune.memory.rehearsed_peaks import RehearsedPeaks
 from accumtune.memory.seconds import fit_seconds
 from accumtune.memory.trace import Trace
 
@@ -48,9 +49,8 @@ REHEARSED_PER_DOUBLING = 0.01
 HEADROOM = 0.02
 # No promise is made further than this beyond the largest measured size: a floor can hide a slope.
 LARGEST_EXTRAPOLATION = 4
-# What TensorFlow's allocator takes before anything trains.
-SMALLEST_LIMIT_BYTES = 4 * MIB
 _LISTS = "measurements", "traces"
+
 
 @dataclass(frozen=True)
 class Profile:
@@ -84,6 +84,13 @@ class Profile:
     @cached_property
     def _rehearsal(self) -> Rehearsal | None:
         return Rehearsal(self.traces) if self.is_rehearsed else None
+
+    @cached_property
+    def _rehearsed(self) -> RehearsedPeaks | None:
+        if self._rehearsal is None:
+            return None
+        traced_sizes = {trace.micro_batch_size for trace in self.traces}
+        return RehearsedPeaks(self._rehearsal, traced_sizes, self._peaks, self._window_bytes)
 
     def __repr__(self) -> str:
         sizes = ", ".join(str(size) for size in self.measured_sizes()) or "nothing"
@@ -123,71 +130,24 @@ class Profile:
             if (point.micro_batch_size, group_of(point.accumulation_steps)) == (micro_batch_size, group)
             and point.memory_limit_bytes == limit_bytes and point.peak_memory_bytes is not None
         ]  # fmt: skip
-        if measured or self._rehearsal is None:
+        if measured or self._rehearsed is None:
             return max(measured, default=None)
-        beside = window - self._window_bytes(micro_batch_size, group) + self._excess_bytes
-        if limit_bytes - beside <= SMALLEST_LIMIT_BYTES:
-            return None
-        rehearsed = self._rehearsal.peak_bytes(micro_batch_size, group, limit_bytes - beside)
-        return None if rehearsed is None else rehearsed + beside
+        return self._rehearsed.within(micro_batch_size, accumulation_steps, limit_bytes)
 
     def _peak_with_room(self, micro_batch_size: int, accumulation_steps: int) -> int:
-        if self._rehearsal is None or not self._peaks:
+        if self._rehearsed is None or not self._peaks:
             return self._peaks.with_room(micro_batch_size, accumulation_steps)
-        group = group_of(accumulation_steps)
-        running = self._peaks.points.get((micro_batch_size, group))
+        running = self._peaks.points.get((micro_batch_size, group_of(accumulation_steps)))
         if running is None:
-            rehearsed = self._rehearsed_bytes(micro_batch_size, group)
-            running = rehearsed + self._excess_bytes - self._window_bytes(micro_batch_size, group)
+            running = self._rehearsed.with_room(micro_batch_size, accumulation_steps)
         window = self._window_bytes(micro_batch_size, accumulation_steps)
         return int(np.ceil(max(running + window, self._peaks.static(accumulation_steps) + 2 * window)))
 
-    def _rehearsed_bytes(self, micro_batch_size: int, group: int) -> float:
-        """The rehearsed peak, moved by what the traced steps were off: each had an order of its own."""
-        assert self._rehearsal is not None
-        traced, off = self._rehearsal_errors.get(group, ([1], [0.0]))
-        rehearsed = self._rehearsal.peak_bytes(micro_batch_size, group) or 0
-        return rehearsed + float(np.interp(micro_batch_size, traced, off))
-
-    @cached_property
-    def _rehearsal_errors(self) -> dict[int, tuple[list[int], list[float]]]:
-        """Traced sizes, and how many bytes more than the rehearsed one was measured, by number of accumulators."""
-        assert self._rehearsal is not None
-        errors: dict[int, tuple[list[int], list[float]]] = {}
-        for size, group in sorted(self._peaks.points):
-            if size in self._traced_sizes:
-                sizes, off = errors.setdefault(group, ([], []))
-                sizes.append(size)
-                measured = self._peaks.points[size, group] + self._window_bytes(size, group)
-                off.append(measured - (self._rehearsal.peak_bytes(size, group) or 0))
-        return errors
-
-    @cached_property
-    def _excess_bytes(self) -> int:
-        """What real trials took beyond the rehearsed step: a callback's own variables, say."""
-        excess = [0.0]
-        for (size, group), peak in self._peaks.points.items():
-            # Of smaller sizes the traces were dropped: they may have had another order.
-            if size > min(self._traced_sizes) and size not in self._traced_sizes:
-                excess.append(peak + self._window_bytes(size, group) - self._rehearsed_bytes(size, group))
-        return int(max(excess))
-
-    @cached_property
-    def _traced_sizes(self) -> set[int]:
-        return {trace.micro_batch_size for trace in self.traces}
-
     def largest_rehearsed(self, accumulation_steps: int, limit_bytes: float, highest: int) -> int:
         """The largest size up to `highest` that is expected to run under a limit, without any margin; 0 for none."""
-        rehearsal, group = self._rehearsal, group_of(accumulation_steps)
-        assert rehearsal is not None
-
-        def runs(size: int) -> bool:
-            further = self._window_bytes(size, accumulation_steps) - self._window_bytes(size, group)
-            limit = int(limit_bytes) - further - self._excess_bytes
-            return limit > SMALLEST_LIMIT_BYTES and rehearsal.peak_bytes(size, group, limit) is not None
-
+        assert self._rehearsed is not None
         smallest = min(highest, max(1, self.bracket(accumulation_steps, int(limit_bytes))[0]))
-        return largest_before_failure(runs, smallest, highest)
+        return self._rehearsed.largest(accumulation_steps, limit_bytes, smallest, highest)
 
     @property
     def is_rehearsed(self) -> bool:
