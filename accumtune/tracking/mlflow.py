@@ -15,6 +15,7 @@ from typing import Literal, cast
 from accumtune.errors import AccumtuneError, TrackingError
 from accumtune.tracking import browsing
 from accumtune.tracking.browsing import UI_PORT
+from accumtune.tracking.reaching import is_answering
 from accumtune.tracking.replay import Replay, described
 from accumtune.tracking.uris import DEFAULT_TRACKING_URI, absolute_uri, without_credentials
 
@@ -143,11 +144,13 @@ class Tracker:
         )
 
     def _await_end(self, thread: threading.Thread, replay: Replay) -> None:
-        """Waits for the last run of the background, but not for a server of which nothing is heard."""
+        """Waits for the last run of the background, but not for a server that says nothing, even if it is asked."""
         began = time.monotonic()
         while thread.is_alive() and (waited := time.monotonic() - began) < self._stop_seconds:
             if waited > _SILENT_STOP_SECONDS and replay.pulse.silent_seconds() > _SILENCE_SECONDS:
-                return
+                if not is_answering(replay.tracking_uri):
+                    return
+                replay.pulse.beat()
             thread.join(min(_JOIN_SECONDS, self._stop_seconds - waited))
 
     def ui_command(self, port: int = UI_PORT) -> str:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import http.client
 import math
 import socket
 import time
+import urllib.error
 import urllib.request
 from typing import Any
 from urllib.parse import urlsplit
@@ -39,6 +41,24 @@ def check_reachable(uri: str) -> None:
             "a running MLflow server",
             "start it, or check the address. What was searched is in the search's directory, nothing is lost.",
         ) from None
+
+
+def is_answering(uri: str) -> bool:
+    """Whether an MLflow server answers a request now, whatever it says; False of stores that are no servers.
+
+    A call that was on its way when a server went down waits in MLflow's own retries for up to minutes, long after the
+    server is back.
+    """
+    address = without_credentials(uri)
+    if not address.startswith(("http:", "https:")):
+        return False
+    try:
+        urllib.request.urlopen(address.rstrip("/") + "/health", timeout=_CONNECT_SECONDS).close()
+    except urllib.error.HTTPError:
+        return True
+    except (OSError, http.client.HTTPException):
+        return False
+    return True
 
 
 class Pulse:

@@ -6,6 +6,8 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 from made_search import report
@@ -35,6 +37,41 @@ def test_a_dead_server_harms_nothing(finished, uri):
         tracker.sync()
     assert "secret" not in str(error.value)
     assert len(sync(finished, uri).by_id) == 6
+
+
+def test_a_server_that_answers_again_is_waited_for_though_a_request_was_silent(
+    made, start_server, tmp_path, empty_store, monkeypatch
+):
+    """As where it was restarted: MLflow repeats what was on its way after up to minutes."""
+    monkeypatch.setattr(tracking, "_SILENCE_SECONDS", 0.0)
+    monkeypatch.setattr(reaching, "_CONNECT_SECONDS", 60.0)
+    (tmp_path / "server.db").write_bytes(empty_store.read_bytes())
+    port = free_port()
+    process = start_server(port)
+    made.start()
+    made.complete("00", 0)
+    tracker = Tracker(made.folder, f"http://127.0.0.1:{port}", interval_seconds=0.05, stop_seconds=300)
+    os.killpg(process.pid, signal.SIGSTOP)
+    tracker.start()
+    made.finish()
+    back = threading.Timer(2.0, os.killpg, (process.pid, signal.SIGCONT))
+    back.start()
+    assert tracker.stop() == ""
+    back.join()
+    assert set(Runs(tracker.tracking_uri).by_id) == {"parent", "00"}
+
+
+def test_any_answer_is_one(monkeypatch):
+    monkeypatch.setattr(reaching, "_CONNECT_SECONDS", 0.2)
+    with silent_server() as address:
+        assert not reaching.is_answering(address)
+    monkeypatch.setattr(reaching, "_CONNECT_SECONDS", 60.0)
+    with ThreadingHTTPServer(("127.0.0.1", 0), BaseHTTPRequestHandler) as server:  # answers 501
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        assert reaching.is_answering(f"http://me:secret@127.0.0.1:{server.server_port}/")
+        server.shutdown()
+    assert not reaching.is_answering(f"http://127.0.0.1:{free_port()}")
+    assert not reaching.is_answering("postgresql://127.0.0.1/mlflow"), "no server that could be asked"
 
 
 @contextlib.contextmanager
