@@ -137,7 +137,7 @@ def _against_micro_batch(
     )
     if predicted:
         axes.plot(*zip(*predicted, strict=True), color=_BLUE, linewidth=1.6, marker="_", markersize=9, zorder=2,
-                  label="predicted, chosen model")  # fmt: skip
+                  label="predicted, chosen model in 2 steps")  # fmt: skip
     same = [trial for trial in trials if signature is None or trial.signature == signature]
     others = [trial for trial in trials if trial not in same]
     for group, color, text in ((others, _GREY, "measured, other models"), (same, _ORANGE, "measured, chosen model")):
