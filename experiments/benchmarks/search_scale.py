@@ -4,8 +4,8 @@
 
 Trials of a free model: the executor answers at once with made outcomes, everything else is real: the oracle and its
 files, journals, profiles, the choice of the pair, and with tracking on a replay into MLflow (SQLite). The cost of the
-last tenth of the trials is compared with that of the first. Then a few real trials of a tiny network: wall time from
-the end of one trial to the end of the next, less what its process spent on building and training.
+last tenth of the trials is compared with that of the first. Before it a few real trials of a tiny network: wall time
+from the end of one trial to the end of the next, less what its process spent on building and training.
 """
 
 from __future__ import annotations
@@ -166,12 +166,22 @@ def main() -> None:
     parser.add_argument("--json", metavar="PATH", help="write all figures there, too")
     arguments = parser.parse_args()
     found: dict[str, object] = {"scale": []}
+    if arguments.real:
+        with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
+            found["real"] = real(arguments.real, Path(folder))
+        it = found["real"]
+        print(
+            f"{it['trials']} real trials, seconds beside training after the first: median {it['median']:.2f}, "
+            f"largest {it['largest']:.2f}\n"
+        )
     print(f"{arguments.tuner}, {arguments.trials} free trials: milliseconds per trial in the first and last tenth")
     print("(medians; the ratio of means in brackets)\n")
     print("| tracking | wall first | wall last | ratio          | CPU first | CPU last | ratio          |")
     print("|----------|------------|-----------|----------------|-----------|----------|----------------|")
     for name in arguments.tracking:
-        with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder), no_processes():
+        # On a busy machine the last of the replay goes on in the background, into a folder that is being removed.
+        temporary = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
+        with temporary as folder, contextlib.chdir(folder), no_processes():
             run = many(arguments.tuner, arguments.trials, name == "on", Path(folder), arguments.profile)
         found["scale"].append(run)
         cells = []
@@ -182,14 +192,6 @@ def main() -> None:
                 f"{it['ratio']:7.2f} ({it['mean_ratio']:.2f})",
             ]  # fmt: skip
         print(f"| {name:8} | " + " | ".join(cells) + " |", flush=True)
-    if arguments.real:
-        with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
-            found["real"] = real(arguments.real, Path(folder))
-        it = found["real"]
-        print(
-            f"\n{it['trials']} real trials, seconds beside training after the first: median {it['median']:.2f}, "
-            f"largest {it['largest']:.2f}"
-        )
     if arguments.json:
         Path(arguments.json).write_text(json.dumps(found, indent=1))
 
