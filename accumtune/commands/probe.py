@@ -35,7 +35,7 @@ def add(commands: Any) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    from accumtune.memory.machine import device_memory, workspace_hint
+    from accumtune.memory.machine import budget_hint, device_memory
     from accumtune.trials.costs import profile
 
     device = device_memory()
@@ -74,7 +74,7 @@ def run(options: argparse.Namespace) -> int:
             if largest is None:
                 import keras
 
-                print(f"Raise the budget, or make the model smaller.{workspace_hint(keras.config.backend())}")
+                print(f"Raise the budget, or make the model smaller.{budget_hint(keras.config.backend())}")
     return 0 if budget is None or largest is not None else 1
 
 

@@ -11,7 +11,7 @@ from accumtune.config.value import AnyConfig, ConfigValue
 from accumtune.config.versions import installed_versions
 from accumtune.errors import BatchSizeError, BudgetTooSmallError
 from accumtune.memory.budget import format_bytes, parse_budget
-from accumtune.memory.machine import workspace_hint
+from accumtune.memory.machine import budget_hint
 
 if TYPE_CHECKING:
     from accumtune.memory.profile import Profile
@@ -91,7 +91,7 @@ def fitted(config: AnyConfig, profile: Profile, budget_bytes: int, backend: str)
         raise BudgetTooSmallError(
             f"Not even micro-batch 1 fits in {format_bytes(budget_bytes)} on {profile.device}.",
             "a memory budget in which one sample can be trained",
-            f"raise the budget, or search a smaller model.{workspace_hint(backend)}",
+            f"raise the budget, or search a smaller model.{budget_hint(backend)}",
         )
     speed = {size: profile.predict_throughput(size, share // size) for size in fitting}
     micro = min(size for size in fitting if speed[size] >= max(speed.values()) * (1 - _SAME_SPEED))

@@ -59,21 +59,27 @@ def gpu_total_bytes() -> int | None:
     return None if gpu is None else gpu.total_bytes
 
 
-def workspace_hint(backend: str, cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
+def budget_hint(backend: str, cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
     """What else may let a model fit, to go on after an advice; empty where there is nothing to say.
 
-    TensorFlow uses oneDNN where an x86 CPU has instructions for neural networks. Elsewhere the gradients of
-    convolutions take a workspace as large as the last cache, such as 32 MiB, whatever the batch.
+    Where TensorFlow's device is the CPU, whatever it keeps is in the budget: the tensors of a pipeline, and the
+    workspace of convolutions without oneDNN. TensorFlow uses oneDNN where an x86 CPU has instructions for neural
+    networks; elsewhere the gradients of convolutions take a workspace as large as the last cache, such as 32 MiB,
+    whatever the batch.
     """
-    if backend != "tensorflow" or "TF_ENABLE_ONEDNN_OPTS" in os.environ or platform.machine() != "x86_64":
+    if backend != "tensorflow" or _gpu() is not None:
         return ""
-    if _gpu() is not None or not cpuinfo.exists():
-        return ""
+    hint = (
+        " On a CPU what a tf.data pipeline keeps (from_tensor_slices, shuffle, cache) is in the budget: a function "
+        "that returns arrays keeps it out."
+    )
+    if "TF_ENABLE_ONEDNN_OPTS" in os.environ or platform.machine() != "x86_64" or not cpuinfo.exists():
+        return hint
     if not _ONEDNN_BY_DEFAULT.isdisjoint(cpuinfo.read_text().split()):
-        return ""
-    return (
-        " If it has convolutions, set TF_ENABLE_ONEDNN_OPTS=1 before TensorFlow is imported: without, they take a "
-        "workspace on this CPU as large as its cache."
+        return hint
+    return hint + (
+        " If the model has convolutions, set TF_ENABLE_ONEDNN_OPTS=1 before TensorFlow is imported: without, they take "
+        "a workspace on this CPU as large as its cache."
     )
 
 

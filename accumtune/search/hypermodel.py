@@ -11,7 +11,7 @@ import keras_tuner
 from accumtune.accumulation import accumulate
 from accumtune.errors import BudgetTooSmallError
 from accumtune.memory.budget import format_bytes, parse_budget
-from accumtune.memory.machine import workspace_hint
+from accumtune.memory.machine import budget_hint
 from accumtune.search.feasibility import Pair, realise
 from accumtune.trials.builder import ModelBuilder
 from accumtune.trials.costs import profile
@@ -130,6 +130,6 @@ class AccumulationHyperModel(keras_tuner.HyperModel):
                 "1 of this model fits.",
                 "a budget that holds the parameters, the optimizer's slots and one sample's activations.",
                 "raise memory_budget, or let the build function make a smaller model."
-                + workspace_hint(keras.config.backend()),
+                + budget_hint(keras.config.backend()),
             )
         return fitting

@@ -13,7 +13,7 @@ from keras_tuner.engine.trial import TrialStatus
 
 from accumtune.errors import BudgetTooSmallError, SearchFailedError
 from accumtune.memory.budget import format_bytes
-from accumtune.memory.machine import workspace_hint
+from accumtune.memory.machine import budget_hint
 from accumtune.search import oracles
 from accumtune.search.display import Display
 from accumtune.search.feasibility import BATCH_HYPERPARAMETERS
@@ -65,6 +65,7 @@ class SearchSession:
         self._after_trial = after_trial
         self._reused_in_a_row = 0
         self._infeasible_in_a_row = 0
+        self._has_hinted = False
         self._is_exhausted = False
 
     def run(self) -> None:
@@ -159,6 +160,7 @@ class SearchSession:
         if result.status == "infeasible":
             self._infeasible_in_a_row += 1
             self._display.trial_ended(number, result)
+            self._hint_once()
             if self._may_redraw() and oracles.replace_infeasible(self._oracle, trial) is not None:
                 self._record_proposal(result)
                 return False
@@ -180,6 +182,13 @@ class SearchSession:
         self._count_reused(result)
         self._check_limits()
         return True
+
+    def _hint_once(self) -> None:
+        """With the first that does not fit, what may help: nobody waits for twenty to hear of a setting."""
+        if not self._has_hinted:
+            self._has_hinted = True
+            if hint := budget_hint(keras.config.backend()):
+                self._display.line(f" {hint}")
 
     def _may_redraw(self) -> bool:
         return oracles.can_redraw(self._oracle) and self._infeasible_in_a_row < oracles.MAX_DRAWS
@@ -218,7 +227,7 @@ class SearchSession:
             f"{self._infeasible_in_a_row} proposals fits: {reason or 'not even micro-batch 1 fits'}.",
             "a budget that holds the parameters, the optimizer's slots and one sample's activations.",
             "raise memory_budget, or let the build function make smaller models."
-            + workspace_hint(keras.config.backend()),
+            + budget_hint(keras.config.backend()),
         )
 
     def _write(self, directory: TaskDirectory, trial_id: str, number: int, result: TrialResult) -> None:

@@ -90,4 +90,6 @@ def test_workspace_of_convolutions_is_said_where_it_is_taken(host, monkeypatch, 
     if setting:
         monkeypatch.setenv("TF_ENABLE_ONEDNN_OPTS", setting)
     (host / "cpuinfo").write_text(f"processor\t: 0\nflags\t\t: {flags}\n")
-    assert ("TF_ENABLE_ONEDNN_OPTS=1" in machine.workspace_hint(backend, host / "cpuinfo")) == is_said
+    hint = machine.budget_hint(backend, host / "cpuinfo")
+    assert ("TF_ENABLE_ONEDNN_OPTS=1" in hint) == is_said
+    assert ("tf.data" in hint) == (backend == "tensorflow")

@@ -10,11 +10,12 @@ from pathlib import Path
 import keras
 import keras_tuner
 import pytest
-from made_tuner import make, search
+from made_tuner import X, Y, make, search
 from models import build_fixed, build_plain, build_wide, dense
 
 import accumtune
 from accumtune import errors
+from accumtune.search import session
 from accumtune.tracking.journal import Journal, read_search
 
 pytestmark = pytest.mark.usefixtures("one_fork_server")
@@ -116,12 +117,18 @@ def test_models_too_large_for_the_budget_are_replaced_and_do_not_count(tmp_path)
 
 
 @pytest.mark.parametrize("kind", [accumtune.RandomSearch, accumtune.GridSearch])
-def test_a_budget_in_which_nothing_fits(tmp_path, kind):
+def test_a_budget_in_which_nothing_fits(tmp_path, kind, monkeypatch, capsys):
     def build(hp):
         return dense(width=2**20)
 
-    with pytest.raises(errors.BudgetTooSmallError, match="16.0 MiB"):
-        search(make(tmp_path, kind, build=build))
+    monkeypatch.setattr(session, "budget_hint", lambda backend: " What may help.")
+    with pytest.raises(errors.BudgetTooSmallError, match="16.0 MiB") as error:
+        make(tmp_path, kind, build=build).search(X, Y, validation_data=(X, Y), verbose=1)
+    assert "What may help." in str(error.value)
+    lines = capsys.readouterr().out.splitlines()
+    first = next(index for index, line in enumerate(lines) if "infeasible" in line)
+    assert lines[first + 1].strip() == "What may help.", "with the first that does not fit"
+    assert sum("What may help." in line for line in lines) == 1
 
 
 def test_a_grid_that_begins_with_what_does_not_fit_goes_on(tmp_path):
