@@ -96,7 +96,7 @@ class Searching(Answers):
                     profiler = self._processes.profiler(display.probe)
                     if not is_first:
                         self._warn_of_an_edited_model(telling, profiler)
-                    self._session(display, profiler).run()
+                    self._session(display, profiler, telling).run()
                 best = self._chronicle.try_best(self._trial_run())
                 self._save_model(display, best)
                 status = "finished"
@@ -112,7 +112,7 @@ class Searching(Answers):
                 self._processes.close()
                 telling.end(status, reason, best, self.save, is_hurried=is_hurried)
 
-    def _session(self, display: Display, profiler: Profiler) -> SearchSession:
+    def _session(self, display: Display, profiler: Profiler, telling: Telling) -> SearchSession:
         settings = SearchSettings(
             memory_budget_bytes=self.memory_budget_bytes,
             micro_batch_sizes=self.micro_batch_sizes,
@@ -134,6 +134,7 @@ class Searching(Answers):
             display,
             workers=self.workers,
             memory_budget_bytes=self.memory_budget_bytes,
+            advise=telling.advise,
         )
 
     def _payload(self) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from typing import Any
 
@@ -42,6 +42,7 @@ class SearchSession:
         display: what the user sees.
         workers: trials at once.
         memory_budget_bytes: for messages.
+        advise: tells the user, once in a search, what may help.
         after_trial: called after each trial, with the state saved.
     """
 
@@ -54,6 +55,7 @@ class SearchSession:
         *,
         workers: int = 1,
         memory_budget_bytes: int | None = None,
+        advise: Callable[[Sequence[str]], None] = lambda texts: None,
         after_trial: Callable[[], None] = lambda: None,
     ) -> None:
         self._oracle = oracle
@@ -62,10 +64,10 @@ class SearchSession:
         self._display = display
         self._workers = workers
         self._memory_budget_bytes = memory_budget_bytes
+        self._advise = advise
         self._after_trial = after_trial
         self._reused_in_a_row = 0
         self._infeasible_in_a_row = 0
-        self._has_hinted = False
         self._is_exhausted = False
 
     def run(self) -> None:
@@ -160,7 +162,9 @@ class SearchSession:
         if result.status == "infeasible":
             self._infeasible_in_a_row += 1
             self._display.trial_ended(number, result)
-            self._hint_once()
+            if self._infeasible_in_a_row == 1:
+                # With the first that does not fit: nobody waits for twenty to hear of a setting.
+                self._advise([hint] if (hint := budget_hint(keras.config.backend()).strip()) else [])
             if self._may_redraw() and oracles.replace_infeasible(self._oracle, trial) is not None:
                 self._record_proposal(result)
                 return False
@@ -182,13 +186,6 @@ class SearchSession:
         self._count_reused(result)
         self._check_limits()
         return True
-
-    def _hint_once(self) -> None:
-        """With the first that does not fit, what may help: nobody waits for twenty to hear of a setting."""
-        if not self._has_hinted:
-            self._has_hinted = True
-            if hint := budget_hint(keras.config.backend()):
-                self._display.line(f" {hint}")
 
     def _may_redraw(self) -> bool:
         return oracles.can_redraw(self._oracle) and self._infeasible_in_a_row < oracles.MAX_DRAWS

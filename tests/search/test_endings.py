@@ -122,13 +122,15 @@ def test_a_budget_in_which_nothing_fits(tmp_path, kind, monkeypatch, capsys):
         return dense(width=2**20)
 
     monkeypatch.setattr(session, "budget_hint", lambda backend: " What may help.")
+    tuner = make(tmp_path, kind, build=build)
     with pytest.raises(errors.BudgetTooSmallError, match="16.0 MiB") as error:
-        make(tmp_path, kind, build=build).search(X, Y, validation_data=(X, Y), verbose=1)
+        tuner.search(X, Y, validation_data=(X, Y), verbose=1)
     assert "What may help." in str(error.value)
     lines = capsys.readouterr().out.splitlines()
     first = next(index for index, line in enumerate(lines) if "infeasible" in line)
     assert lines[first + 1].strip() == "What may help.", "with the first that does not fit"
     assert sum("What may help." in line for line in lines) == 1
+    assert "What may help." in tuner.record().advice, "so a resumed search does not say it again"
 
 
 def test_a_grid_that_begins_with_what_does_not_fit_goes_on(tmp_path):
