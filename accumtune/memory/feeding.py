@@ -8,6 +8,7 @@ training is the same run bit for bit. Under JAX and torch, Keras slices NumPy ar
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -107,29 +108,57 @@ def _tensorflow_batches(packed: Any, batch_size: int, shuffle: bool | str) -> An
     from keras.src.trainers.data_adapters.array_data_adapter import ArrayDataAdapter
 
     leaves = [Column(array) for array in keras.tree.flatten(packed) if array is not None]
-    types = [tf.string if leaf.dtype.kind == "O" else tf.as_dtype(leaf.dtype) for leaf in leaves]
     samples = leaves[0].samples
     # Keras's own adapter orders the indices instead of the data: the same operations with the same seeds.
     indices = ArrayDataAdapter(np.arange(samples), batch_size=batch_size, shuffle=shuffle).get_tf_dataset()
 
     def gather(rows: Any) -> Any:
-        # One numpy_function for all arrays. It hands over NumPy's own buffer where that is aligned, which no allocator
-        # counts; the copy puts the batch where a batch belongs, into the device's account.
-        flat = tf.numpy_function(lambda i: [aligned(leaf.take(i)) for leaf in leaves], [rows], types)
         full = rows.shape[0]  # None where the last batch is smaller
-        for tensor, leaf in zip(flat, leaves, strict=True):
-            tensor.set_shape((full, *leaf.row_shape))
-        flat = [tensor if tensor.dtype == tf.string else tf.raw_ops.DeepCopy(x=tensor) for tensor in flat]
-        remaining = iter(flat)
+        specs = [tf.TensorSpec((full, *leaf.row_shape), _tensor_type(leaf.dtype)) for leaf in leaves]
+        remaining = iter(counted_tensors(lambda i: [leaf.take(i) for leaf in leaves], rows, specs))
         structure = keras.tree.map_structure(lambda array: None if array is None else next(remaining), packed)
         return keras.tree.lists_to_tuples(structure)
 
-    # In order and one at a time: a batch that waits is a whole window of memory.
-    dataset = indices.map(gather, num_parallel_calls=None)
+    dataset = one_at_a_time(indices.map(gather, num_parallel_calls=None))
+    if shuffle:
+        options = tf.data.Options()
+        options.experimental_external_state_policy = tf.data.experimental.ExternalStatePolicy.IGNORE
+        dataset = dataset.with_options(options)
+    return dataset.apply(tf.data.experimental.assert_cardinality(-(-samples // batch_size)))
+
+
+def counted_tensors(
+    function: Callable[[np.ndarray], list[np.ndarray]], argument: Any, specs: Sequence[Any]
+) -> list[Any]:
+    """In a graph of TensorFlow: the arrays that a function gives, as tensors in the device's account.
+
+    Args:
+        function: from the value of `argument` to one array for each of `specs`.
+        argument: a tensor.
+        specs: a `tf.TensorSpec` for each array.
+    """
+    import tensorflow as tf
+
+    # One numpy_function for all arrays. It hands over NumPy's own buffer where that is aligned, which no allocator
+    # counts; the copy puts the batch where a batch belongs, into the device's account.
+    types = [spec.dtype for spec in specs]
+    tensors = tf.numpy_function(lambda value: [aligned(array) for array in function(value)], [argument], types)
+    for tensor, spec in zip(tensors, specs, strict=True):
+        tensor.set_shape(spec.shape)
+    return [tensor if tensor.dtype == tf.string else tf.raw_ops.DeepCopy(x=tensor) for tensor in tensors]
+
+
+def one_at_a_time(dataset: Any) -> Any:
+    """A `tf.data.Dataset` that makes a batch when it is asked for: one that waits is a whole window of memory."""
+    import tensorflow as tf
+
     options = tf.data.Options()
     options.experimental_optimization.apply_default_optimizations = False
     options.autotune.enabled = False
-    if shuffle:
-        options.experimental_external_state_policy = tf.data.experimental.ExternalStatePolicy.IGNORE
-    dataset = dataset.with_options(options)
-    return dataset.apply(tf.data.experimental.assert_cardinality(-(-samples // batch_size)))
+    return dataset.with_options(options)
+
+
+def _tensor_type(dtype: np.dtype) -> Any:
+    import tensorflow as tf
+
+    return tf.string if dtype.kind == "O" else tf.as_dtype(dtype)

@@ -62,22 +62,16 @@ def gpu_total_bytes() -> int | None:
 def budget_hint(backend: str, cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
     """What else may let a model fit, to go on after an advice; empty where there is nothing to say.
 
-    Where TensorFlow's device is the CPU, whatever it keeps is in the budget: the tensors of a pipeline, and the
-    workspace of convolutions without oneDNN. TensorFlow uses oneDNN where an x86 CPU has instructions for neural
-    networks; elsewhere the gradients of convolutions take a workspace as large as the last cache, such as 32 MiB,
-    whatever the batch.
+    Where TensorFlow's device is the CPU, it uses oneDNN if that has instructions for neural networks (x86); elsewhere
+    the gradients of convolutions take a workspace as large as the last cache, such as 32 MiB, whatever the batch.
     """
     if backend != "tensorflow" or _gpu() is not None:
         return ""
-    hint = (
-        " On a CPU what a tf.data pipeline keeps (from_tensor_slices, shuffle, cache) is in the budget: a function "
-        "that returns arrays keeps it out."
-    )
     if "TF_ENABLE_ONEDNN_OPTS" in os.environ or platform.machine() != "x86_64" or not cpuinfo.exists():
-        return hint
+        return ""
     if not _ONEDNN_BY_DEFAULT.isdisjoint(cpuinfo.read_text().split()):
-        return hint
-    return hint + (
+        return ""
+    return (
         " If the model has convolutions, set TF_ENABLE_ONEDNN_OPTS=1 before TensorFlow is imported: without, they take "
         "a workspace on this CPU as large as its cache."
     )

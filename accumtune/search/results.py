@@ -20,8 +20,9 @@ from accumtune.tracking.digest import data_digest
 from accumtune.tracking.mlflow import read_cache
 from accumtune.tracking.noise import noise_scale_of
 from accumtune.tracking.records import SearchRecord, TrialRecord
-from accumtune.trials.data import input_arguments, is_data_function
+from accumtune.trials.data import input_arguments
 from accumtune.trials.directory import SearchDirectory
+from accumtune.trials.pipeline_process import is_data_function
 
 
 def candidates(record: SearchRecord, profiles_folder: Path) -> list[Candidate]:

@@ -31,6 +31,7 @@ import keras
 from accumtune.tracking.journal import Journal
 from accumtune.trials.directory import TaskDirectory, atomic_file
 from accumtune.trials.outcome import StopRequested, Superseded
+from accumtune.trials.pipeline_process import PipelineProcess
 from accumtune.trials.training_state import (
     CallbackMemory,
     CannotContinue,
@@ -58,6 +59,7 @@ class Continuation:
         execution: which of the trial's trainings this process is for.
         earlier: the results of those before.
         least_seconds_between: between two saves.
+        pipelines: the process of the pipelines, which draws from generators of its own.
 
     Attributes:
         attempt, execution, earlier: as given.
@@ -72,12 +74,14 @@ class Continuation:
         execution: int = 0,
         earlier: Sequence[dict[str, Any]] = (),
         least_seconds_between: float = _LEAST_SECONDS_BETWEEN,
+        pipelines: PipelineProcess | None = None,
     ) -> None:
         self._directory = directory
         self.attempt = attempt
         self._journal = Journal(directory.journal_file)
         self._key = hashlib.sha256(json.dumps(key, sort_keys=True, default=repr).encode()).hexdigest()
         self._least_seconds_between = least_seconds_between
+        self._pipelines = pipelines
         self._saved = _load(directory, self._key)
         self._task = _identity(directory)
         self._began = self._last_saved = time.monotonic()
@@ -149,6 +153,9 @@ class Continuation:
 
     def taken_up(self) -> None:
         """The state was given back: what comes now is new."""
+        state = None if self._saved is None else self._saved.get("random_of_pipelines")
+        if self._pipelines is not None and state is not None:
+            self._pipelines.give_back_random_state(state)
         self._saved = None
 
     def epoch_ended(self, epoch: int, model: Any, callbacks: Sequence[CallbackMemory]) -> None:
@@ -186,6 +193,7 @@ class Continuation:
             "is_ended": bool(model.stop_training),
             "variables": values_of(model),
             "random": random_state(),
+            "random_of_pipelines": None if self._pipelines is None else self._pipelines.random_state(),
             "callbacks": [memory.state() for memory in callbacks],
         }
         with atomic_file(self._directory.checkpoint_file) as file:
@@ -228,7 +236,11 @@ def _pass_over(arguments: Mapping[str, Any], epochs: int) -> None:
     Keras makes one when an epoch begins and, where it knows the number of batches, another one when it has ended.
     """
     data: Any = arguments.get("x")
-    if hasattr(data, "element_spec") and not arguments.get("steps_per_epoch"):
+    if arguments.get("steps_per_epoch"):
+        return
+    if hasattr(data, "pass_over"):  # in a process of its own, where only iterators that are used are made
+        data.pass_over(epochs)
+    elif hasattr(data, "element_spec"):
         for _ in range(epochs * (2 if int(data.cardinality()) > 0 else 1)):
             iter(data)
 

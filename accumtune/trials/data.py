@@ -16,6 +16,7 @@ import numpy as np
 
 from accumtune.errors import DataError
 from accumtune.memory.feeding import batch_source, training_arguments
+from accumtune.trials.pipeline_process import called, is_data_function
 
 Samples = tuple[Any, Any, Any]  # x, y, sample_weight: trees of arrays, or None
 
@@ -33,16 +34,11 @@ def input_arguments(fit_args: Sequence[Any], fit_kwargs: Mapping[str, Any]) -> S
 def resolve(x: Any, y: Any = None, sample_weight: Any = None) -> Samples:
     """Calls the functions among the data; a function for `x` may return `(x, y)` or `(x, y, sample_weight)`."""
     if is_data_function(x):
-        x = x()
+        x = called(x)
         if y is None and isinstance(x, tuple) and 2 <= len(x) <= 3:
             x, y, *rest = x
             sample_weight = rest[0] if rest else sample_weight
     return x, y() if is_data_function(y) else y, sample_weight
-
-
-def is_data_function(value: Any) -> bool:
-    """Whether data come as a function to be called in the process of the trial."""
-    return inspect.isroutine(value) or isinstance(value, functools.partial)
 
 
 def is_tf_dataset(value: Any) -> bool:
@@ -145,7 +141,7 @@ def _with_validation_batches(model: Any, given: dict[str, Any], batch_size: int)
     if validation_data is None:
         return given
     if is_data_function(validation_data):
-        validation_data = validation_data()
+        validation_data = called(validation_data)
     parts = validation_data if isinstance(validation_data, (tuple, list)) else (validation_data,)
     x, y, sample_weight = resolve(*parts)
     if is_pipeline(x):

@@ -154,7 +154,7 @@ def _settle_child(request: dict[str, Any]) -> None:
     for number in (signal.SIGCHLD, signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_DFL)
     _make_group(0)
-    _die_with_parent()
+    die_with_parent()
     directory = Path(request["directory"])
     log = os.open(directory / "log.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     null = os.open(os.devnull, os.O_RDONLY)
@@ -175,8 +175,8 @@ def _settle_child(request: dict[str, Any]) -> None:
     apply_place()
 
 
-def _die_with_parent() -> None:
-    """Where the server itself is killed, its children go too (Linux)."""
+def die_with_parent() -> None:
+    """Where the process that forked this one is killed, this one goes too (Linux)."""
     if sys.platform == "linux":
         import ctypes
 

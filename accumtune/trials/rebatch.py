@@ -9,6 +9,7 @@ import keras
 import numpy as np
 
 from accumtune.errors import DataError
+from accumtune.trials.pipeline_process import PipelineElsewhere
 
 
 def rebatched(pipeline: Any, batch_size: int, is_batched: bool = True) -> Any:
@@ -21,6 +22,8 @@ def rebatched(pipeline: Any, batch_size: int, is_batched: bool = True) -> Any:
     """
     if not hasattr(pipeline, "element_spec"):
         return RebatchedDataset(pipeline, batch_size)
+    if isinstance(pipeline, PipelineElsewhere):
+        return (pipeline.rebatch(batch_size) if is_batched else pipeline.batch(batch_size)).as_tf_dataset()
     if not is_batched:
         return pipeline.batch(batch_size)
     return _with_cardinality(pipeline.rebatch(batch_size), pipeline, batch_size)

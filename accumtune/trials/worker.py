@@ -110,8 +110,7 @@ def probe(
     """Runs a few real updates at one micro-batch size and measures them."""
     from accumtune.memory import probe as probes
 
-    content = load_payload(Path(payload))
-    device = _open_device(memory_budget_bytes)
+    content, device, _ = _open(payload, memory_budget_bytes)
     recorder = device.recorder() if probes.TRACED_STEPS <= set(accumulation_steps) else None
     model = content["hypermodel"].build_plain(_hyperparameters(hyperparameters))
     samples, is_pipeline = _samples(model, content)
@@ -173,9 +172,8 @@ def train(
     from accumtune.trials.fitting import execute
     from accumtune.trials.training_state import CannotContinue
 
-    content = load_payload(Path(payload))
+    content, device, pipelines = _open(payload, memory_budget_bytes, seed + execution)
     content["fit_kwargs"] = {**content["fit_kwargs"], **(fit_overrides or {}), "verbose": 0}
-    device = _open_device(memory_budget_bytes)
     if execution == 0:
         found = {"device": device.name, "memory_source": device.memory_source}
         Journal(directory.journal_file).append("started", attempt=attempt, pid=os.getpid(), **found)
@@ -183,7 +181,7 @@ def train(
     same_training = {"values": hyperparameters["values"], "seed": seed, "executions": executions, "fit": numbers}
 
     def continuation() -> Continuation:
-        return Continuation(directory, attempt, same_training, execution, earlier)
+        return Continuation(directory, attempt, same_training, execution, earlier, pipelines=pipelines)
 
     def run(state: Continuation) -> dict[str, Any]:
         return execute(directory, content, _hyperparameters(hyperparameters), device, state, seed, initial_weights)
@@ -225,6 +223,23 @@ def _samples(model: Any, content: dict[str, Any]) -> tuple[Callable[[int], Any],
         return data.first_samples(x, y, sample_weight, count=count, is_batched=is_batched)
 
     return first, data.is_pipeline(x)
+
+
+def _open(payload: str, memory_budget_bytes: int | None, seed: int | None = None) -> tuple[dict[str, Any], Any, Any]:
+    """The content of a payload, the device of this process, and the process of the data's pipelines, if any."""
+    import keras
+
+    content = load_payload(Path(payload))
+    pipelines = None
+    if keras.backend.backend() == "tensorflow":
+        from accumtune.trials.pipeline_process import PipelineProcess
+
+        pipelines = PipelineProcess.of(content, Path(payload), seed)  # a fork: before TensorFlow runs anything
+    device = _open_device(memory_budget_bytes)
+    if pipelines is not None and not device.name.startswith("CPU"):  # what pipelines keep is the host's
+        pipelines.close()
+        pipelines = None
+    return content if pipelines is None else pipelines.moved(content), device, pipelines
 
 
 def _open_device(memory_budget_bytes: int | None) -> Any:

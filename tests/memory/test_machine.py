@@ -92,4 +92,3 @@ def test_workspace_of_convolutions_is_said_where_it_is_taken(host, monkeypatch, 
     (host / "cpuinfo").write_text(f"processor\t: 0\nflags\t\t: {flags}\n")
     hint = machine.budget_hint(backend, host / "cpuinfo")
     assert ("TF_ENABLE_ONEDNN_OPTS=1" in hint) == is_said
-    assert ("tf.data" in hint) == (backend == "tensorflow")

@@ -184,8 +184,19 @@ def uncounted():
     return shuffled().unbatch().filter(lambda x, y: True).batch(8)
 
 
+def drawn():
+    import tensorflow as tf
+
+    def samples():
+        for row in np.random.permutation(len(X)):
+            yield X[row], Y[row]
+
+    signature = (tf.TensorSpec((6,)), tf.TensorSpec((1,)))
+    return tf.data.Dataset.from_generator(samples, output_signature=signature).batch(8)
+
+
 @pytest.mark.skipif(keras.backend.backend() != "tensorflow", reason="a tf.data pipeline")
-@pytest.mark.parametrize("pipeline", [shuffled, uncounted])
+@pytest.mark.parametrize("pipeline", [shuffled, uncounted, drawn])
 def test_a_shuffled_pipeline_goes_on_with_its_next_order(pipeline, train):
     whole, _ = train("whole", x=pipeline)
     train("trial", x=pipeline, interruption=("stop", 4))
