@@ -25,7 +25,7 @@ FREE_MEMORY_SHARE = 0.9
 def for_budget(config: AnyConfig, budget: int | float | str, build_model: Any, x: Any, y: Any) -> AnyConfig:
     """See `TrainingConfig.for_budget`."""
     from accumtune.trials import costs
-    from accumtune.trials.profiling import current_backend
+    from accumtune.trials.device import current_backend
 
     budget_bytes = parse_budget(budget)
     profile = costs.profile(

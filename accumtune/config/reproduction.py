@@ -58,8 +58,8 @@ def reproduce(
     """See `TrainingConfig.reproduce`."""
     import keras_tuner
 
-    from accumtune.trials.profiling import finished
-    from accumtune.trials.training import FixedHyperModel, ran_out_of_memory, train_isolated
+    from accumtune.trials.outcome import finished
+    from accumtune.trials.training import FixedHyperModel, train_isolated
 
     missing = [name for name, value in (("seed", config.seed), ("epochs", config.epochs)) if value is None]
     if missing or config.objective.get("value") is None:
@@ -82,7 +82,7 @@ def reproduce(
         executions=int(config.trial.get("executions", 1)),
         memory_budget_bytes=config.memory_budget_bytes,
     )
-    if ran_out_of_memory(outcome):
+    if outcome.ran_out_of_memory:
         raise VerificationError(
             f"The trial's micro-batch {micro} ran out of memory here.",
             "to fit as it did in the search",

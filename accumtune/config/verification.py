@@ -47,8 +47,9 @@ def verify(config: ConfigValue, build_model: Any, x: Any, y: Any, peak_tolerance
     """See `TrainingConfig.verify`."""
     import keras_tuner
 
-    from accumtune.trials.profiling import current_backend, finished
-    from accumtune.trials.training import FirstUpdates, ran_out_of_memory, train_isolated
+    from accumtune.trials.device import current_backend
+    from accumtune.trials.outcome import finished
+    from accumtune.trials.training import FirstUpdates, train_isolated
 
     micro = config.micro_batch_size
     outcome = train_isolated(
@@ -59,7 +60,7 @@ def verify(config: ConfigValue, build_model: Any, x: Any, y: Any, peak_tolerance
         seed=config.seed or 0,
         memory_budget_bytes=config.memory_budget_bytes,
     )
-    if ran_out_of_memory(outcome):
+    if outcome.ran_out_of_memory:
         return compared(config, None, current_backend(), peak_tolerance)
     return compared(config, finished(outcome, "Training a few updates").result, current_backend(), peak_tolerance)
 

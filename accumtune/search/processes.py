@@ -15,8 +15,9 @@ from accumtune.search.session import shared_data
 from accumtune.search.workers import open_executor
 from accumtune.trials.directory import SearchDirectory, TaskDirectory
 from accumtune.trials.executors import Executor
+from accumtune.trials.outcome import finished
 from accumtune.trials.payload import dump_payload
-from accumtune.trials.profiling import Profiler, finished
+from accumtune.trials.profiling import Profiler
 
 
 class SearchProcesses:

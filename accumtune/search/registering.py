@@ -13,8 +13,8 @@ from accumtune.tracking.digest import file_digest
 from accumtune.tracking.registry import MODEL_FILE, MODEL_FOLDER
 from accumtune.trials.directory import SearchDirectory, TaskDirectory, write_atomically
 from accumtune.trials.executors import Executor
+from accumtune.trials.outcome import finished
 from accumtune.trials.payload import dump_payload
-from accumtune.trials.profiling import finished
 
 _SAMPLES = 2
 

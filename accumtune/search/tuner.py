@@ -25,8 +25,9 @@ from accumtune.search.searching import Searching, SearchOver
 from accumtune.search.workers import plan, refuse_chief_and_workers, resolve_pool
 from accumtune.tracking.lock import refuse_held
 from accumtune.trials.builder import ModelBuilder
+from accumtune.trials.device import current_backend
 from accumtune.trials.directory import SearchDirectory, check_writable
-from accumtune.trials.profiling import check_sizes, current_backend
+from accumtune.trials.profiling import check_sizes
 
 
 class Tuner(Searching):

@@ -10,9 +10,10 @@ from typing import Any
 from accumtune.memory.budget import parse_budget
 from accumtune.memory.profile import Profile
 from accumtune.trials.builder import ModelBuilder
+from accumtune.trials.device import current_backend
 from accumtune.trials.executors import LocalExecutor
 from accumtune.trials.payload import dump_payload
-from accumtune.trials.profiling import Profiler, check_sizes, current_backend
+from accumtune.trials.profiling import Profiler, check_sizes
 
 DEFAULT_MICRO_BATCH_SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 

@@ -8,8 +8,15 @@ from pathlib import Path
 from accumtune.memory.device import memory_limit_environment
 from accumtune.trials.directory import TaskDirectory
 from accumtune.trials.executors import LocalExecutor
+from accumtune.trials.outcome import finished
 from accumtune.trials.payload import dump_payload
-from accumtune.trials.profiling import current_backend, finished
+
+
+def current_backend() -> str:
+    """Keras's backend in this process, also where Keras is not imported yet."""
+    import keras
+
+    return str(keras.config.backend())
 
 
 def free_device_memory_bytes() -> int:

@@ -6,6 +6,7 @@ import signal
 from dataclasses import dataclass, field
 from typing import Any
 
+from accumtune import errors
 from accumtune.memory.exhaustion import died_of_memory
 from accumtune.trials.directory import TaskDirectory
 
@@ -44,6 +45,11 @@ class Outcome:
     def is_completed(self) -> bool:
         return self.status == "completed"
 
+    @property
+    def ran_out_of_memory(self) -> bool:
+        """Whether a task under a limit had too little memory; the kernel's SIGKILL counts as that."""
+        return self.status == "out_of_memory" or (self.status == "killed" and "SIGKILL" in self.reason)
+
 
 def read_outcome(
     directory: TaskDirectory, exit_code: int, pid: int | None = None, is_memory_limited: bool = False
@@ -67,4 +73,22 @@ def read_outcome(
         reason=f"its process ended with exit code {exit_code} and left no outcome",
         traceback=log_tail,
         pid=pid,
+    )
+
+
+def finished(outcome: Outcome, what: str) -> Outcome:
+    """The outcome, if the task completed.
+
+    Raises:
+        AccumtuneError: accumtune's own error from the child; for anything else a `BuildError` with its traceback.
+    """
+    if outcome.is_completed:
+        return outcome
+    if outcome.error is not None:
+        kind = getattr(errors, outcome.error["class"], errors.BuildError)
+        raise kind(*outcome.error["arguments"])
+    raise errors.BuildError(
+        f"{what} failed in its process: {outcome.reason}\n{outcome.traceback}".rstrip(),
+        "a build function that returns a compiled model which trains on the data.",
+        "call it by hand: `model = build_model(keras_tuner.HyperParameters()); model.fit(x[:8], y[:8])`.",
     )

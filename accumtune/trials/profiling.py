@@ -22,7 +22,7 @@ from accumtune.memory.trace import Trace
 from accumtune.trials.devices import current_place
 from accumtune.trials.directory import TaskDirectory, write_atomically
 from accumtune.trials.executors import Executor
-from accumtune.trials.outcome import Outcome
+from accumtune.trials.outcome import Outcome, finished
 
 # Memory knows only two cases, without and with an accumulator; of a longer window the bytes are known.
 _PROBED_ACCUMULATION_STEPS = (1, 2)
@@ -187,7 +187,7 @@ class Profiler:
         }
         outcome = self._run("probe", arguments, limit)
         trace = None
-        if outcome.status == "out_of_memory" or _was_killed_for_memory(outcome):
+        if outcome.ran_out_of_memory:
             measurements = [out_of_memory(micro_batch_size, 1, limit)]
         else:
             result = finished(outcome, "Training a few updates").result
@@ -231,13 +231,6 @@ def _grown(profile: Profile, measurements: Sequence[Measurement], trace: Trace |
     return profile if trace is None else profile.with_trace(trace)
 
 
-def current_backend() -> str:
-    """Keras's backend in this process, also where Keras is not imported yet."""
-    import keras
-
-    return str(keras.config.backend())
-
-
 def check_sizes(name: str, sizes: Sequence[int]) -> tuple[int, ...]:
     """Sorted, without repetition.
 
@@ -267,28 +260,6 @@ def out_of_memory(micro_batch_size: int, accumulation_steps: int, limit_bytes: i
         memory_source="out of memory",
         memory_limit_bytes=limit_bytes,
     )
-
-
-def finished(outcome: Outcome, what: str) -> Outcome:
-    """The outcome, if the task completed.
-
-    Raises:
-        AccumtuneError: accumtune's own error from the child; for anything else a `BuildError` with its traceback.
-    """
-    if outcome.is_completed:
-        return outcome
-    if outcome.error is not None:
-        kind = getattr(errors, outcome.error["class"], errors.BuildError)
-        raise kind(*outcome.error["arguments"])
-    raise errors.BuildError(
-        f"{what} failed in its process: {outcome.reason}\n{outcome.traceback}".rstrip(),
-        "a build function that returns a compiled model which trains on the data.",
-        "call it by hand: `model = build_model(keras_tuner.HyperParameters()); model.fit(x[:8], y[:8])`.",
-    )
-
-
-def _was_killed_for_memory(outcome: Outcome) -> bool:
-    return outcome.status == "killed" and "SIGKILL" in outcome.reason
 
 
 def _describe_probe(micro_batch_size: int, measurements: Sequence[Measurement]) -> str:

@@ -13,12 +13,12 @@ from accumtune.accumulation import accumulate
 from accumtune.memory.device import memory_limit_environment
 from accumtune.trials.builder import ModelBuilder
 from accumtune.trials.data import feed_by_batches, first_samples, has_batches, is_tf_dataset, resolve
+from accumtune.trials.device import current_backend
 from accumtune.trials.directory import TaskDirectory
 from accumtune.trials.executions import run_executions
 from accumtune.trials.executors import LocalExecutor
 from accumtune.trials.outcome import Outcome
 from accumtune.trials.payload import dump_payload
-from accumtune.trials.profiling import current_backend
 
 # Peaks differ from update to update (operations run at the same time in another order), and an epoch begins while the
 # one before is still in memory: so many of both are needed to see the highest, unless they are slow. What was seen
@@ -111,11 +111,6 @@ def train_isolated(
                 return executor.submit(directory, environment, is_memory_limited=is_limited).result()
 
             return run_executions(run, executions)
-
-
-def ran_out_of_memory(outcome: Outcome) -> bool:
-    """Whether a training under a limit had too little memory; the kernel's SIGKILL counts as that."""
-    return outcome.status == "out_of_memory" or (outcome.status == "killed" and "SIGKILL" in outcome.reason)
 
 
 def _stop_when_steady() -> Any:

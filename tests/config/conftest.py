@@ -3,8 +3,8 @@
 import pytest
 
 from accumtune.trials.directory import TaskDirectory
+from accumtune.trials.outcome import finished
 from accumtune.trials.payload import dump_payload
-from accumtune.trials.profiling import finished
 
 
 @pytest.fixture

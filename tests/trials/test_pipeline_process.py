@@ -180,7 +180,8 @@ def test_an_error_of_the_pipeline_reaches_the_trial_with_its_text(run):
         import tensorflow as tf
 
         def check(number, x, y):
-            with tf.control_dependencies([tf.debugging.assert_less(number, tf.constant(40, tf.int64), "a torn record")]):
+            is_whole = tf.debugging.assert_less(number, tf.constant(40, tf.int64), "a torn record")
+            with tf.control_dependencies([is_whole]):
                 return tf.identity(x), y
 
         return tf.data.Dataset.from_tensor_slices(arrays(64)).enumerate().map(lambda i, xy: check(i, *xy)).batch(8)
