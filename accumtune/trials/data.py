@@ -157,13 +157,40 @@ def _rebatched(model: Any, pipeline: Any, batch_size: int) -> Any:
 
 
 def has_batches(model: Any, dataset: Any) -> bool:
-    """Whether the elements of a `tf.data.Dataset` are batches, as `fit` wants them, or single samples."""
-    inputs = getattr(model, "inputs", None)
-    if not inputs:
-        return True
+    """Whether the elements of a `tf.data.Dataset` are batches, as `fit` wants them, or single samples.
+
+    Told by the ranks of what the model takes; batches, where it does not say what it takes.
+    """
     spec = dataset.element_spec
-    first = _leaves(spec[0] if isinstance(spec, tuple) else spec)[0]
-    return len(first.shape) >= len(inputs[0].shape)
+    if any(len(shape) == 0 for leaf in _leaves(spec) if (shape := _shape(leaf)) is not None):
+        return False  # a number is no batch
+    pairs = _with_inputs(model, spec[0] if isinstance(spec, tuple) else spec)
+    return not pairs or not all(_may_be_sample(_shape(leaf), tuple(tensor.shape)) for leaf, tensor in pairs)
+
+
+def _with_inputs(model: Any, features: Any) -> list[tuple[Any, Any]]:
+    """The features, each with the model's input that it is for: by name, as Keras has it, else in order."""
+    inputs = getattr(model, "inputs", None) or []
+    if inputs and isinstance(features, Mapping):
+        named = {tensor.name: tensor for tensor in inputs}
+        if isinstance(model.input, Mapping):
+            named |= model.input
+        known = [(features[name], named[name]) for name in named if name in features]
+        if known:
+            return known
+    return list(zip(_leaves(features), inputs, strict=False))
+
+
+def _may_be_sample(shape: tuple[int | None, ...] | None, batch_shape: tuple[int | None, ...]) -> bool:
+    if shape is None or len(shape) >= len(batch_shape):
+        return False
+    # Keras adds a last axis of 1 to batches that lack it.
+    return len(shape) < len(batch_shape) - 1 or batch_shape[-1] != 1 or shape[-1] == 1
+
+
+def _shape(spec: Any) -> tuple[int | None, ...] | None:
+    shape = getattr(spec, "shape", None)
+    return None if shape is None or shape.rank is None else tuple(shape)
 
 
 def _collect(batches: Iterator[Any], count: int) -> Samples:

@@ -1,11 +1,13 @@
 """The user's data inside a trial: samples for probes, and batches of the effective size."""
 
+from functools import partial
+
 import keras
 import numpy as np
 import pytest
 
 from accumtune.errors import DataError
-from accumtune.trials.data import feed_by_batches, first_samples, resolve
+from accumtune.trials.data import feed_by_batches, first_samples, has_batches, resolve
 from accumtune.trials.rebatch import RebatchedDataset
 
 X = np.arange(40, dtype="float32").reshape(20, 2)
@@ -97,3 +99,45 @@ def test_a_batch_size_of_the_user_gives_way_with_a_warning():
 def test_what_is_no_data_is_refused(x):
     with pytest.raises(DataError):
         first_samples(x, Y, count=2)
+
+
+def named_model():
+    """Its inputs are in the order of their names, which is not that of the data below."""
+    series, hour = keras.Input((64, 3), name="series"), keras.Input((64,), name="hour", dtype="int32")
+    hours = keras.layers.Embedding(24, 8)(hour)
+    return keras.Model({"series": series, "hour": hour}, keras.layers.Concatenate()([series, hours]))
+
+
+def listed_model():
+    first, second = keras.Input((64, 3), name="series"), keras.Input((1,), name="hour")
+    return keras.Model([first, second], [first, second])
+
+
+def taking(*shape, **options):
+    return keras.Sequential([keras.Input(*shape, **options), keras.layers.Identity()])
+
+
+@pytest.mark.skipif(keras.backend.backend() != "tensorflow", reason="a tf.data pipeline")
+@pytest.mark.parametrize(
+    ("make_model", "features"),
+    [
+        (named_model, {"series": np.zeros((9, 64, 3)), "hour": np.zeros((9, 64))}),
+        (named_model, {"unused": np.zeros((9, 2)), "series": np.zeros((9, 64, 3)), "hour": np.zeros((9, 64))}),
+        (listed_model, (np.zeros((9, 64, 3)), np.zeros((9, 1)))),
+        (listed_model, {"hour": np.zeros((9, 1)), "series": np.zeros((9, 64, 3))}),
+        (partial(taking, (1,)), np.zeros(9)),
+        (partial(taking, (1,)), np.zeros((9, 1))),
+        (partial(taking, (5, 1)), np.zeros((9, 5))),
+        (partial(taking, (32, 32, 3)), np.zeros((9, 40, 36, 3))),
+    ],
+)
+def test_batches_are_told_from_samples(make_model, features):
+    import tensorflow as tf
+
+    model = make_model()
+    for targets in (np.zeros((9, 1)), np.zeros(9)):
+        samples = tf.data.Dataset.from_tensor_slices((features, targets))
+        if not isinstance(features, np.ndarray) or features.ndim > 1:
+            assert not has_batches(model, samples), samples.element_spec
+        for batches in (samples.batch(4), samples.batch(3, drop_remainder=True)):
+            assert has_batches(model, batches), batches.element_spec
