@@ -13,16 +13,43 @@ An oracle keeps its own class and algorithm; accumtune uses its public methods a
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
+import keras_tuner
 from keras_tuner.engine.trial import TrialStatus
 
+from accumtune.errors import SearchError
 from accumtune.search.directions import metric_direction
 from accumtune.search.state import is_grid
 
 # Draws of random values before a space is taken to hold nothing (new, feasible); Keras Tuner's own limit is 20.
 MAX_DRAWS = 20
+
+
+def learn_space(oracle: Any, trial: Any, space: Sequence[Mapping[str, Any]], values: Mapping[str, Any]) -> None:
+    """Adds hyperparameters that appeared when a trial's model was built, as Keras Tuner does when it has trained.
+
+    Args:
+        oracle: whose space grows, unless it was made with `tune_new_entries=False`.
+        trial: that gets them, with their defaults.
+        space, values: as in the configuration of Keras Tuner's `HyperParameters`.
+
+    Raises:
+        SearchError: the oracle was made with `allow_new_entries=False`.
+    """
+    found = keras_tuner.HyperParameters.from_config({"space": list(space), "values": {}})
+    own = trial.hyperparameters
+    own.merge(found)
+    own.values.update({hp.name: values[hp.name] for hp in found.space if hp.name in values})
+    unknown = [hp.name for hp in own.space if not oracle.hyperparameters._exists(hp.name, hp.conditions)]
+    if unknown and not oracle.allow_new_entries:
+        raise SearchError(
+            f"Received allow_new_entries=False, and the build function asks for {', '.join(unknown)} too.",
+            "a build function that asks for nothing but what `hyperparameters` holds.",
+            "add these to `hyperparameters`, or allow new entries.",
+        )
+    oracle.update_space(own)
 
 
 def redraw(oracle: Any, trial: Any) -> dict[str, Any] | None:
@@ -148,8 +175,11 @@ def consecutive_failures(oracle: Any) -> list[Any]:
 
 
 def _end(oracle: Any, trial: Any) -> None:
+    proposed = oracle._id_to_hash.get(trial.trial_id)
     limit, oracle.max_consecutive_failed_trials = oracle.max_consecutive_failed_trials, math.inf
     try:
         oracle.end_trial(trial)
     finally:
         oracle.max_consecutive_failed_trials = limit
+    if proposed is not None:  # forgotten where another pair ran, it would be proposed for ever
+        oracle._tried_so_far.add(proposed)

@@ -84,7 +84,9 @@ class TrialRunner:
         directory = self._directory.trial(trial_id)
         try:
             with contextlib.nullcontext() if self._places is None else self._places.lease():
-                return self._run(directory, trial_id, number, space, fit_overrides)
+                facts = self._profiler.inspect(space)
+                result = self._run(directory, trial_id, number, facts.completed(space), fit_overrides)
+                return replace(result, space=facts.appeared["space"])
         except AccumtuneError as error:
             if self._trainings.is_stopping:  # a probe that was ended with the search
                 return TrialResult("stopped", dict(space["values"]), reason=STOPPED)

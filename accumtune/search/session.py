@@ -159,6 +159,8 @@ class SearchSession:
     def _end_trial(self, trial: Any, result: TrialResult) -> bool:
         """Tells journal, oracle and user; False where the trial is to run again with other values."""
         number = self._number(trial)
+        if result.space:
+            oracles.learn_space(self._oracle, trial, result.space, result.values)
         if result.status == "infeasible":
             self._infeasible_in_a_row += 1
             self._display.trial_ended(number, result)

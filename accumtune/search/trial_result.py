@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -21,6 +21,7 @@ class TrialResult:
         reason: one line for a person; of a completed trial only where it was pruned.
         values: the hyperparameters that really ran, the three batch sizes included.
         metrics: the best epoch's, by name.
+        space: of the hyperparameters that appeared when the model was built, as in Keras Tuner's configuration.
     """
 
     status: str
@@ -32,6 +33,7 @@ class TrialResult:
     predicted_peak_memory_bytes: float | None = None
     report: Mapping[str, Any] = field(default_factory=dict)
     reused_from: str | None = None
+    space: Sequence[Mapping[str, Any]] = ()
 
 
 def judged(

@@ -8,7 +8,7 @@ import os
 import shutil
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,11 @@ _BATCH_HYPERPARAMETERS = ("effective_batch_size", "micro_batch_size", "accumulat
 
 @dataclass(frozen=True)
 class ModelFacts:
-    """What `inspect` finds: models with one `signature` share a profile."""
+    """What `inspect` finds: models with one `signature` share a profile.
+
+    `appeared` are the hyperparameters that only this model's building has asked for, `space` and `values` as in Keras
+    Tuner's configuration of them.
+    """
 
     signature: str
     device: str
@@ -40,6 +44,15 @@ class ModelFacts:
     batch_coupled_layers: tuple[str, ...]
     precision_policy: str
     sample_shapes: Any
+    appeared: Mapping[str, Any] = field(default_factory=lambda: {"space": [], "values": {}})
+
+    def completed(self, hyperparameters: Mapping[str, Any]) -> dict[str, Any]:
+        """Keras Tuner's configuration of hyperparameters, with those that appeared."""
+        return {
+            **hyperparameters,
+            "space": [*hyperparameters["space"], *self.appeared["space"]],
+            "values": {**self.appeared["values"], **hyperparameters["values"]},
+        }
 
 
 class Profiler:
@@ -81,15 +94,15 @@ class Profiler:
 
     def inspect(self, hyperparameters: Mapping[str, Any]) -> ModelFacts:
         """Builds the model of these hyperparameters (Keras Tuner's configuration of them) and describes it."""
-        values = {k: v for k, v in hyperparameters["values"].items() if k not in _BATCH_HYPERPARAMETERS}
-        # Its device is among the facts: what was found on one type of device says nothing of another.
-        key = json.dumps([current_place().kind, values], sort_keys=True, default=repr)
+        key = _key_of(hyperparameters)
         facts = self._facts.get(key)
         if facts is None:  # without the lock: nothing is timed, and other trials need not wait for it
             outcome = self._run("inspect", {"hyperparameters": dict(hyperparameters)}, None)
             result = dict(finished(outcome, "The build function").result)
             result["batch_coupled_layers"] = tuple(result["batch_coupled_layers"])
             facts = self._facts.setdefault(key, ModelFacts(**result))
+            nothing_new = replace(facts, appeared={"space": [], "values": {}})
+            self._facts.setdefault(_key_of(facts.completed(hyperparameters)), nothing_new)
         return facts
 
     def profile(self, hyperparameters: Mapping[str, Any]) -> Profile:
@@ -223,6 +236,12 @@ class Profiler:
 
     def _file(self, signature: str) -> Path:
         return self._profiles_folder / f"{signature}.json"
+
+
+def _key_of(hyperparameters: Mapping[str, Any]) -> str:
+    values = {k: v for k, v in hyperparameters["values"].items() if k not in _BATCH_HYPERPARAMETERS}
+    # Its device is among the facts: what was found on one type of device says nothing of another.
+    return json.dumps([current_place().kind, values], sort_keys=True, default=repr)
 
 
 def _grown(profile: Profile, measurements: Sequence[Measurement], trace: Trace | None) -> Profile:

@@ -88,15 +88,22 @@ def discover(directory: TaskDirectory, payload: str) -> dict[str, Any]:
 
 
 def inspect(directory: TaskDirectory, payload: str, hyperparameters: dict[str, Any]) -> dict[str, Any]:
-    """Builds the model of one set of hyperparameters and says what decides its memory."""
+    """Builds the model of one set of hyperparameters and says what decides its memory.
+
+    And which hyperparameters have appeared: a build function may ask for `units_2` only where there are three layers.
+    """
     from accumtune.memory.device import open_device
     from accumtune.trials.signature import describe_model
 
     content = load_payload(Path(payload))
     device = open_device()
-    model = content["hypermodel"].build_plain(_hyperparameters(hyperparameters))
+    hp = _hyperparameters(hyperparameters)
+    known = len(hp.space)
+    model = content["hypermodel"].build_plain(hp)
     samples, is_pipeline = _samples(model, content)
-    return describe_model(model, samples(1), device.name, hyperparameters["values"], is_pipeline=is_pipeline)
+    facts = describe_model(model, samples(1), device.name, hp.values, is_pipeline=is_pipeline)
+    values = {name: value for name, value in hp.values.items() if name not in hyperparameters["values"]}
+    return {**facts, "appeared": {"space": hp.get_config()["space"][known:], "values": values}}
 
 
 def probe(

@@ -7,12 +7,11 @@ tried. `experiments/benchmarks/crash.py` kills real searches at random moments.
 import json
 from collections import Counter
 from concurrent.futures import Future
-from types import SimpleNamespace
 
 import keras_tuner
 import pytest
 
-from accumtune.errors import SearchDirectoryError
+from accumtune.errors import SearchDirectoryError, SearchError
 from accumtune.memory.profile import Measurement, Profile
 from accumtune.search import state
 from accumtune.search.display import Display
@@ -23,6 +22,7 @@ from accumtune.tracking.journal import Journal, read_search
 from accumtune.trials import directory as directories
 from accumtune.trials.directory import SearchDirectory
 from accumtune.trials.executors import Outcome
+from accumtune.trials.profiling import ModelFacts
 
 TRIALS = 4
 
@@ -57,7 +57,14 @@ class Profiles:
         return Profile(tuple(points), "CPU", "made", signature="s")
 
     def inspect(self, space):
-        return SimpleNamespace(sample_shapes=None)
+        """Of a build function that asks for one more hyperparameter at one of the rates."""
+        hp = keras_tuner.HyperParameters.from_config(dict(space))
+        known, names = len(hp.space), set(hp.values)
+        if hp.get("learning_rate") == 0.1:
+            hp.Choice("momentum", [0.5, 0.9])
+        values = {name: value for name, value in hp.values.items() if name not in names}
+        appeared = {"space": hp.get_config()["space"][known:], "values": values}
+        return ModelFacts("s", "CPU", 0, 0, (), "float32", None, appeared)
 
     def learn(self, signature, measurement):
         pass
@@ -90,7 +97,8 @@ class Trainings:
             }  # fmt: skip
             outcome = {"status": "completed", "result": result}
         directory.write_outcome(outcome)
-        trained = {name: values[name] for name in ("effective_batch_size", "learning_rate")}
+        assert ("momentum" in values) or values["learning_rate"] != 0.1
+        trained = {name: values.get(name) for name in ("effective_batch_size", "learning_rate", "momentum")}
         self.finished[directory.path.name, json.dumps(trained)] += outcome["status"] == "completed"
         future = Future()
         future.set_result(Outcome(**outcome))
@@ -203,3 +211,43 @@ def test_what_cannot_be_repaired_is_named(tmp_path):
     with pytest.raises(SearchDirectoryError, match="oracle.json.*cannot be read"):
         state.repair_state_files(folder)
     assert (folder / "oracle.json").read_text() == "{"
+
+
+@pytest.mark.parametrize("kind", ORACLES)
+def test_a_hyperparameter_that_appears_later_is_searched_from_then_on(kind, tmp_path, monkeypatch):
+    monkeypatch.setattr(f"{__name__}.TRIALS", 4 if kind == "bayesian" else 40)
+    folder = tmp_path / "s"
+    oracle, whole = session(folder, kind, Trainings())
+    whole.run()
+    ran = [values for _, values, _ in told(folder).values()]
+    if kind != "bayesian":  # four trials: its Gaussian process takes seconds for each
+        assert {values["momentum"] for values in ran if values["learning_rate"] == 0.1} == {0.5, 0.9}
+    if kind == "grid":
+        at_that_rate = {(v["effective_batch_size"], v["momentum"]) for v in ran if v["learning_rate"] == 0.1}
+        assert len(at_that_rate) == 3 * 2
+    # Keras Tuner, and the search that goes on, know it too.
+    assert "momentum" in {hp.name for hp in oracle.hyperparameters.space}
+    again, _ = session(folder, kind, Trainings())
+    assert again.hyperparameters.get_config()["space"] == oracle.hyperparameters.get_config()["space"]
+
+
+def test_a_search_ends_where_all_there_is_was_trained(tmp_path, monkeypatch):
+    """Without coupled layers, micro-batches 4 and 8 are one training: half of the proposals were trained before."""
+    monkeypatch.setattr(f"{__name__}.TRIALS", 100)
+    session(tmp_path / "s", "random", Trainings())[1].run()
+    statuses = Counter(status for status, *_ in told(tmp_path / "s").values())
+    assert statuses["completed"] < 24 and 0 < statuses["reused"] < 24
+
+
+@pytest.mark.parametrize("setting", ["allow_new_entries", "tune_new_entries"])
+def test_settings_for_new_hyperparameters_hold(setting, tmp_path):
+    oracle, whole = session(tmp_path / "s", "random", Trainings())
+    setattr(oracle, setting, False)
+    if setting == "allow_new_entries":
+        with pytest.raises(SearchError, match="momentum.*\n.*\nFix: "):
+            whole.run()
+        return
+    whole.run()
+    ran = [values for _, values, _ in told(tmp_path / "s").values()]
+    assert {values["momentum"] for values in ran if values["learning_rate"] == 0.1} == {0.5}
+    assert "momentum" not in {hp.name for hp in oracle.hyperparameters.space}

@@ -48,6 +48,27 @@ def test_a_search_trains_different_things_within_the_budget_and_resumes(tmp_path
         assert sum(event["event"] == "started" for event in Journal(trial.folder / "journal.jsonl").events()) == 1
 
 
+def build_deep(hp):
+    """As in Keras Tuner's guide: a width for each layer, asked for where that layer is."""
+    widths = [hp.Choice(f"width_{index}", [4, 8]) for index in range(hp.Int("layers", 1, 3))]
+    return dense(layers=[keras.layers.Dense(width) for width in widths])
+
+
+@pytest.mark.parametrize("kind", [accumtune.RandomSearch, accumtune.OptunaSearch])
+def test_hyperparameters_that_only_some_models_ask_for_are_searched_and_recorded(tmp_path, kind):
+    sizes = {"micro_batch_sizes": (4,), "memory_budget": None}
+    tuner = search(make(tmp_path, kind, build=build_deep, max_trials=5, **sizes), epochs=1)
+    ran = [trial.hyperparameters for trial in tuner.record().with_status("completed")]
+    deep = [values for values in ran if values["layers"] == 3]
+    assert deep and all(f"width_{index}" in values for values in deep for index in range(3))
+    widths = {values["width_1"] for values in ran if "width_1" in values}
+    assert widths == {4, 8}
+    best = tuner.get_best_config()
+    assert set(best.hyperparameters) >= {f"width_{index}" for index in range(best.hyperparameters["layers"])}
+    trained = [layer.units for layer in best.build(build_deep).layers[1:-1]]
+    assert trained == [best.hyperparameters[f"width_{index}"] for index in range(best.hyperparameters["layers"])]
+
+
 def test_seed_zero_is_a_seed(tmp_path):
     """Keras Tuner takes it for none."""
     tuners = [make(tmp_path, kind, seed=0, project_name=f"{kind.__name__}{number}")
