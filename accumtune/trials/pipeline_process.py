@@ -25,6 +25,7 @@ from typing import Any
 
 import numpy as np
 
+from accumtune.errors import DataError
 from accumtune.memory.device import memory_limit_environment
 from accumtune.trials.forkserver import die_with_parent
 
@@ -150,9 +151,11 @@ class PipelineProcess:
                 self._connection.send((dropped, *request))
                 answer, error = self._connection.recv()
             except (EOFError, ConnectionError):
-                raise RuntimeError(
+                raise DataError(
                     "The process of the data pipeline has ended: it crashed, or was killed because the machine had no "
-                    "memory left. The log of the trial has what it printed."
+                    "memory left.",
+                    "a function whose tf.data pipeline can be read to its end.",
+                    "read it by hand: `for batch in make_data(): pass`; the trial's log.txt has what it printed.",
                 ) from None
         if error is not None:
             raise error
