@@ -127,9 +127,9 @@ def _converter(backend: str) -> Any:
     return lambda array: array  # JAX takes NumPy's arrays where it calls a function
 
 
-def aligned(array: np.ndarray) -> np.ndarray:
-    """The array, where TensorFlow borrows memory instead of making a copy first: at multiples of 64 bytes."""
-    if array.ctypes.data % ALIGNMENT == 0 or array.dtype.hasobject:
+def aligned(array: np.ndarray, copy: bool = False) -> np.ndarray:
+    """The array or a copy of it, where TensorFlow borrows memory instead of copying it: at multiples of 64 bytes."""
+    if array.dtype.hasobject or (array.ctypes.data % ALIGNMENT == 0 and not copy):
         return array
     memory = np.empty(array.nbytes + ALIGNMENT, np.uint8)
     start = -memory.ctypes.data % ALIGNMENT

@@ -3,7 +3,7 @@
 On a GPU, the tensors of `from_tensor_slices`, the buffer of `shuffle` and a `cache` are in the host's memory. On a CPU
 TensorFlow has one allocator for all: they would be counted as the training's, and a data set larger than the budget
 could not be trained on. So the function that makes the pipeline is called in a fork of the task's process, which has
-the plain allocator, and batches come through a pipe, one of them made ahead.
+the plain allocator, and batches come through memory that both have, one of them made ahead.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ import numpy as np
 from accumtune.errors import DataError
 from accumtune.memory.device import memory_limit_environment
 from accumtune.trials.forkserver import die_with_parent
+from accumtune.trials.shared_arrays import SharedArrays
 
 _OPEN = "accumtune_open"
 _NAMES = ("x", "validation_data")
@@ -66,9 +67,10 @@ class PipelineProcess:
         self._numbers = itertools.count()
         self._dropped: list[int] = []
         self._connection, theirs = Pipe()
+        self._arrays = SharedArrays()
         if os.fork() == 0:
             self._connection.close()
-            _run(theirs, functions, seed)
+            _run(theirs, self._arrays, functions, seed)
         theirs.close()
 
     @classmethod
@@ -157,6 +159,8 @@ class PipelineProcess:
                     "a function whose tf.data pipeline can be read to its end.",
                     "read it by hand: `for batch in make_data(): pass`; the trial's log.txt has what it printed.",
                 ) from None
+            if request[0] == "take" and answer is not None:  # before the next request, which writes over them
+                answer = self._arrays.take(answer)
         if error is not None:
             raise error
         return answer
@@ -244,7 +248,9 @@ def _note_of(payload: Path, name: str) -> Path:
     return payload.with_name(f"{payload.stem}-{payload.stat().st_mtime_ns}-{name}-is-no-pipeline")
 
 
-def _run(connection: Connection, functions: Mapping[str, Callable[[], Any]], seed: int | None) -> None:
+def _run(
+    connection: Connection, arrays: SharedArrays, functions: Mapping[str, Callable[[], Any]], seed: int | None
+) -> None:
     """The process: it never returns."""
     exit_code = 1
     try:
@@ -253,7 +259,7 @@ def _run(connection: Connection, functions: Mapping[str, Callable[[], Any]], see
         for variable in memory_limit_environment("tensorflow", 2**30):
             os.environ.pop(variable, None)
         os.environ["CUDA_VISIBLE_DEVICES"] = "-1"
-        _Pipelines(functions, seed).serve(connection)
+        _Pipelines(functions, seed).serve(connection, arrays)
         exit_code = 0
     except BaseException:
         traceback.print_exc()
@@ -273,7 +279,7 @@ class _Pipelines:
         self._iterators: dict[int, Iterator[Any]] = {}
         self._ahead: dict[int, tuple[Any, Exception | None]] = {}
 
-    def serve(self, connection: Connection) -> None:
+    def serve(self, connection: Connection, arrays: SharedArrays) -> None:
         while True:
             try:
                 dropped, request, *arguments = connection.recv()
@@ -282,7 +288,10 @@ class _Pipelines:
             for number in dropped:
                 self._iterators.pop(number, None)
                 self._ahead.pop(number, None)
-            connection.send(_answer(getattr(self, request), *arguments))
+            answer, error = _answer(getattr(self, request), *arguments)
+            if request == "take" and answer is not None:
+                answer = arrays.put(answer)
+            connection.send((answer, error))
             if request == "take":
                 self._look_ahead(arguments[0])
 

@@ -118,11 +118,15 @@ def small_batches(kind):
         return tf.data.Dataset.from_tensor_slices((np.array([b"a", b"bc"] * 5), x)).batch(3)
     if kind == "uncounted":
         return tf.data.Dataset.from_tensor_slices((x, x)).filter(lambda a, b: a[0] > 3).batch(3)
+    if kind == "growing":  # from less than a page to 40 MB, in every kind of number, one of them without any
+        lengths = tf.data.Dataset.from_tensor_slices([0, 3, 500, 10**6, 7] * 2)
+        types = [tf.float32, tf.bfloat16, tf.bool, tf.uint8, tf.complex64]
+        return lengths.map(lambda n: tuple(tf.cast(tf.range(n) % 2, kind) for kind in types)).padded_batch(2)
     return tf.data.Dataset.from_tensor_slices(x).batch(3).repeat()
 
 
 @pytest.mark.parametrize("size", [None, 4])
-@pytest.mark.parametrize("kind", ["pair", "names", "strings", "uncounted", "infinite"])
+@pytest.mark.parametrize("kind", ["pair", "names", "strings", "uncounted", "growing", "infinite"])
 def test_its_elements_and_what_is_known_of_them_are_those_of_the_pipeline(executor, tmp_path, kind, size):
     def compare(function, size):
         import tensorflow as tf
