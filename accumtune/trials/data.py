@@ -221,6 +221,13 @@ def _join(trees: list[Any]) -> Any:
         return {key: _join([tree[key] for tree in trees]) for key in first}
     if isinstance(first, (tuple, list)):
         return type(first)(_join([tree[index] for tree in trees]) for index in range(len(first)))
+    shapes = sorted({tuple(array.shape[1:]) for array in trees})
+    if len(shapes) > 1:
+        raise DataError(
+            f"Received batches whose samples have different shapes: {shapes[0]} in one, {shapes[-1]} in another.",
+            "samples of one shape: a search cuts batches anew, to the sizes that it tries.",
+            "pad them to one length: padded_batch(32, padded_shapes=...), keras.utils.pad_sequences(..., maxlen=...).",
+        )
     return np.concatenate(trees)
 
 

@@ -42,6 +42,16 @@ def test_samples_of_data_sets_and_functions():
     assert resolve(lambda: X, lambda: Y)[1] is Y
 
 
+@pytest.mark.skipif(keras.backend.backend() != "tensorflow", reason="a tf.data pipeline")
+def test_batches_that_cannot_be_cut_anew_are_refused_with_what_to_do():
+    import tensorflow as tf
+
+    padded = tf.data.Dataset.range(1, 7).map(lambda n: (tf.zeros([n, 2]), n)).padded_batch(2)
+    assert first_samples(padded, count=2)[0].shape == (2, 2, 2)
+    with pytest.raises(DataError, match=r"\(2, 2\) in one, \(4, 2\) in another.*\n.*\nFix: pad them"):
+        first_samples(padded, count=3)
+
+
 @pytest.mark.parametrize("inner", [1, 3, 6, 20, 32])
 @pytest.mark.parametrize("size", [1, 4, 7, 20, 50])
 def test_a_py_dataset_is_cut_anew_in_order(inner, size):

@@ -1,5 +1,6 @@
 """What a `tf.data` pipeline keeps is in no trial's memory budget, and training on it is the same training."""
 
+import itertools
 import os
 import signal
 import time
@@ -125,8 +126,10 @@ def small_batches(kind):
     return tf.data.Dataset.from_tensor_slices(x).batch(3).repeat()
 
 
-@pytest.mark.parametrize("size", [None, 4])
-@pytest.mark.parametrize("kind", ["pair", "names", "strings", "uncounted", "growing", "infinite"])
+KINDS = ("pair", "names", "strings", "uncounted", "infinite")
+
+
+@pytest.mark.parametrize(("kind", "size"), [("growing", None), *itertools.product(KINDS, (None, 4))])
 def test_its_elements_and_what_is_known_of_them_are_those_of_the_pipeline(executor, tmp_path, kind, size):
     def compare(function, size):
         import tensorflow as tf
