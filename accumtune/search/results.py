@@ -22,7 +22,7 @@ from accumtune.tracking.noise import noise_scale_of
 from accumtune.tracking.records import SearchRecord, TrialRecord
 from accumtune.trials.data import input_arguments
 from accumtune.trials.directory import SearchDirectory
-from accumtune.trials.pipeline_process import is_data_function
+from accumtune.trials.payload import is_data_function
 
 
 def candidates(record: SearchRecord, profiles_folder: Path) -> list[Candidate]:

@@ -16,7 +16,8 @@ import numpy as np
 
 from accumtune.errors import DataError
 from accumtune.memory.feeding import batch_source, training_arguments
-from accumtune.trials.pipeline_process import called, is_data_function
+from accumtune.trials.payload import is_data_function
+from accumtune.trials.pipeline_process import called
 
 Samples = tuple[Any, Any, Any]  # x, y, sample_weight: trees of arrays, or None
 

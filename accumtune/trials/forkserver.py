@@ -30,8 +30,9 @@ import sys
 import tempfile
 import traceback
 import warnings
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from accumtune.trials.devices import apply_place
 from accumtune.trials.notes import without_notes
@@ -134,18 +135,27 @@ def _kill_group(pid: int) -> None:
 
 def _run_child(request: dict[str, Any]) -> None:
     """Runs one task in a forked child and never returns."""
-    exit_code = 1
-    try:
+
+    def run() -> int:
         _settle_child(request)
         from accumtune.trials.worker import run_task
 
-        exit_code = run_task(Path(request["directory"]))
+        return run_task(Path(request["directory"]))
+
+    end_process(run)
+
+
+def end_process(run: Callable[[], int]) -> NoReturn:
+    """In a forked process: does what it is there for, and ends it with the exit code that comes of it."""
+    exit_code = 1
+    try:
+        exit_code = run()
     except BaseException:
         traceback.print_exc()
     finally:
         sys.stdout.flush()
         sys.stderr.flush()
-        # No interpreter shutdown: the handlers of a forked copy belong to the server.
+        # No interpreter shutdown: the handlers of a forked copy belong to the process that it was forked from.
         os._exit(exit_code)
 
 

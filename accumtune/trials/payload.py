@@ -6,7 +6,9 @@ the search maps into its memory, so neither the payload nor the trials hold a co
 
 from __future__ import annotations
 
+import functools
 import hashlib
+import inspect
 import io
 import os
 import pickle
@@ -72,6 +74,11 @@ def load_payload(path: Path) -> dict[str, Any]:
     with open(path, "rb") as file:
         # Beside the payload, wherever that lies: it may have come from another machine.
         return dict(_Unpickler(file, path.parent / "arrays").load())
+
+
+def is_data_function(value: Any) -> bool:
+    """Whether data come as a function to be called in the process of the trial."""
+    return inspect.isroutine(value) or isinstance(value, functools.partial)
 
 
 def _store_array(array: np.ndarray, folder: Path) -> Path:

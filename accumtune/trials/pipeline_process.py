@@ -10,44 +10,26 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import inspect
 import itertools
 import os
-import pickle
 import sys
 import threading
-import traceback
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
-from multiprocessing.connection import Connection, Pipe
+from dataclasses import replace
+from multiprocessing.connection import Pipe
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from accumtune.errors import DataError
-from accumtune.memory.device import memory_limit_environment
-from accumtune.trials.forkserver import die_with_parent
+from accumtune.trials.forkserver import end_process
+from accumtune.trials.payload import is_data_function
+from accumtune.trials.pipeline_server import View, serve
 from accumtune.trials.shared_arrays import SharedArrays
 
 _OPEN = "accumtune_open"
 _NAMES = ("x", "validation_data")
-
-
-@dataclass(frozen=True)
-class View:
-    """A pipeline as it is, or its samples in batches of another size (see `accumtune.trials.rebatch`).
-
-    Args:
-        name: of the function.
-        call: which call of it made the pipeline.
-        batch_size, is_batched: as for `rebatched`; None for the batches of its own.
-    """
-
-    name: str
-    call: int
-    batch_size: int | None = None
-    is_batched: bool = True
 
 
 class PipelineProcess:
@@ -70,7 +52,7 @@ class PipelineProcess:
         self._arrays = SharedArrays()
         if os.fork() == 0:
             self._connection.close()
-            _run(theirs, self._arrays, functions, seed)
+            end_process(lambda: serve(theirs, self._arrays, functions, seed))
         theirs.close()
 
     @classmethod
@@ -238,138 +220,6 @@ def called(function: Callable[[], Any]) -> Any:
     return function() if elsewhere is None else elsewhere
 
 
-def is_data_function(value: Any) -> bool:
-    """Whether data come as a function to be called in the process of the trial."""
-    return inspect.isroutine(value) or isinstance(value, functools.partial)
-
-
 def _note_of(payload: Path, name: str) -> Path:
     # By the time of writing too: a search that goes on may have been given another function.
     return payload.with_name(f"{payload.stem}-{payload.stat().st_mtime_ns}-{name}-is-no-pipeline")
-
-
-def _run(
-    connection: Connection, arrays: SharedArrays, functions: Mapping[str, Callable[[], Any]], seed: int | None
-) -> None:
-    """The process: it never returns."""
-    exit_code = 1
-    try:
-        die_with_parent()
-        # Before TensorFlow's first operation: the plain allocator, and no GPU, which is the training's.
-        for variable in memory_limit_environment("tensorflow", 2**30):
-            os.environ.pop(variable, None)
-        os.environ["CUDA_VISIBLE_DEVICES"] = "-1"
-        _Pipelines(functions, seed).serve(connection, arrays)
-        exit_code = 0
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(exit_code)
-
-
-class _Pipelines:
-    """What the process does: one request after the other, until the other end is closed."""
-
-    def __init__(self, functions: Mapping[str, Callable[[], Any]], seed: int | None) -> None:
-        self._functions = functions
-        self._seed = seed
-        self._datasets: dict[View, Any] = {}
-        self._iterators: dict[int, Iterator[Any]] = {}
-        self._ahead: dict[int, tuple[Any, Exception | None]] = {}
-
-    def serve(self, connection: Connection, arrays: SharedArrays) -> None:
-        while True:
-            try:
-                dropped, request, *arguments = connection.recv()
-            except (EOFError, ConnectionError):
-                return
-            for number in dropped:
-                self._iterators.pop(number, None)
-                self._ahead.pop(number, None)
-            answer, error = _answer(getattr(self, request), *arguments)
-            if request == "take" and answer is not None:
-                answer = arrays.put(answer)
-            connection.send((answer, error))
-            if request == "take":
-                self._look_ahead(arguments[0])
-
-    def open(self, view: View) -> tuple[Any, int] | None:
-        import tensorflow as tf
-
-        dataset = self._dataset(view)
-        if not isinstance(dataset, tf.data.Dataset):
-            return None
-        specs = tf.nest.flatten(dataset.element_spec)
-        if not all(isinstance(spec, tf.TensorSpec) and spec.shape.rank is not None for spec in specs):
-            return None
-        return dataset.element_spec, int(dataset.cardinality())
-
-    def take(self, number: int, view: View) -> list[np.ndarray] | None:
-        if number in self._ahead:
-            arrays, error = self._ahead.pop(number)
-            if error is not None:
-                raise error
-            return arrays  # type: ignore[no-any-return]
-        if number not in self._iterators:
-            self._iterators[number] = iter(self._dataset(view))
-        return self._next(number)
-
-    def pass_over(self, view: View, epochs: int) -> None:
-        for _ in range(epochs):
-            iter(self._dataset(view))
-
-    def random_state(self) -> dict[str, Any]:
-        from accumtune.trials.training_state import random_state
-
-        return random_state()
-
-    def give_back_random_state(self, state: Mapping[str, Any]) -> None:
-        from accumtune.trials.training_state import give_back_random_state
-
-        give_back_random_state(state)
-
-    def _dataset(self, view: View) -> Any:
-        from accumtune.trials.rebatch import rebatched
-
-        if view not in self._datasets:
-            if view.batch_size is None:
-                made = self._made(view.name)
-            else:
-                whole = self._dataset(View(view.name, view.call))
-                made = rebatched(whole, view.batch_size, view.is_batched)
-            self._datasets[view] = made
-        return self._datasets[view]
-
-    def _made(self, name: str) -> Any:
-        import keras
-        import tensorflow as tf
-
-        if self._seed is not None and not self._datasets:
-            keras.utils.set_random_seed(self._seed)
-        made = self._functions[name]()
-        return made if isinstance(made, tf.data.Dataset) else None  # arrays are not kept for nobody
-
-    def _next(self, number: int) -> list[np.ndarray] | None:
-        import tensorflow as tf
-
-        element = next(self._iterators[number], None)
-        return None if element is None else [tensor.numpy() for tensor in tf.nest.flatten(element)]
-
-    def _look_ahead(self, number: int) -> None:
-        self._ahead[number] = _answer(self._next, number)
-
-
-def _answer(function: Callable[..., Any], *arguments: Any) -> tuple[Any, Exception | None]:
-    """What a function returns, or the error that it raises, as far as that can be sent."""
-    try:
-        return function(*arguments), None
-    except Exception as error:
-        text = "In the process of the data pipeline:\n" + "".join(traceback.format_exception(error))
-        try:
-            pickle.loads(pickle.dumps(error))
-        except Exception:  # whatever a user's exception raises when it is made from its arguments
-            error = RuntimeError(f"{type(error).__name__}: {error}")
-        error.add_note(text)
-        return None, error

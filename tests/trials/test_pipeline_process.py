@@ -15,8 +15,10 @@ import pytest
 
 from accumtune.memory.device import memory_limit_environment
 from accumtune.search.hypermodel import AccumulationHyperModel
+from accumtune.trials.builder import ModelBuilder
 from accumtune.trials.directory import TaskDirectory
 from accumtune.trials.payload import dump_payload
+from accumtune.trials.training import FirstUpdates, train_isolated
 
 pytestmark = pytest.mark.skipif(keras.backend.backend() != "tensorflow", reason="a tf.data pipeline")
 
@@ -102,6 +104,18 @@ def test_a_pipeline_larger_than_the_budget_trains_in_what_arrays_take(run, pipel
     assert peak == pytest.approx(probed, rel=0.05)
 
 
+@pytest.mark.usefixtures("one_fork_server")
+def test_a_configuration_is_verified_on_it_too():
+    hypermodel = FirstUpdates(ModelBuilder(build), 8, 16)
+    objective = keras_tuner.Objective("loss", "min")
+    outcome = train_isolated(
+        hypermodel, {"x": large, "y": None}, hyperparameters=VALUES, objective=objective, seed=5,
+        memory_budget_bytes=BUDGET,
+    )  # fmt: skip
+    assert outcome.is_completed, outcome.traceback
+    assert outcome.result["peak_memory_bytes"] <= BUDGET
+
+
 def test_the_same_pipeline_in_the_trial_s_own_process_is_more_than_the_budget(run):
     """The control: without a process of its own, the pipeline is in the budget."""
     assert run("train", large, hypermodel=MakesItHere()).status == "out_of_memory"
@@ -180,6 +194,7 @@ def test_an_error_of_the_function_is_the_trial_s_with_its_place(run):
     assert outcome.status == "failed"
     assert "no file and no data" in outcome.reason
     assert "in broken" in outcome.traceback
+    assert outcome.traceback.count("In the process of the data pipeline:") == 1
 
 
 def test_an_error_of_the_pipeline_reaches_the_trial_with_its_text(run):
