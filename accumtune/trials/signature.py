@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 from collections.abc import Mapping
 from importlib.metadata import version
@@ -11,9 +12,12 @@ from typing import Any
 
 import numpy as np
 
+from accumtune.trials.fingerprint import describe, plain_attributes
+
 # Raised when figures of the same model are no longer comparable: cached profiles are then measured anew.
-_HOW_IT_IS_MEASURED = 4
-_ADDRESS = re.compile(r"0x[0-9a-f]+")
+_HOW_IT_IS_MEASURED = 5
+# Kernels and compilers with other workspaces.
+_ENVIRONMENT = ("TF_ENABLE_ONEDNN_OPTS", "TF_XLA_FLAGS", "XLA_FLAGS", "PYTORCH_CUDA_ALLOC_CONF", "TF_GPU_ALLOCATOR")
 
 
 def describe_model(
@@ -40,20 +44,23 @@ def describe_model(
 
     facts = {
         "architecture": _architecture(model, hyperparameters),
+        # What no configuration shows: rematerialization, which kernel an LSTM uses, the code of the user's own layers.
+        "layers": [[plain_attributes(layer), _remat_mode(layer)] for layer in _layers(model)],
         "variables": [(list(v.shape), str(v.dtype), bool(v.trainable)) for v in model.variables],
-        "optimizer": _without_magnitudes(keras.saving.serialize_keras_object(model.optimizer)),
-        "loss": _plain(model.loss),
-        "jit_compile": bool(model.jit_compile),
+        "optimizer": describe(model.optimizer),
+        "compiled": _compiled(model),
         "sample": _shapes(sample),
         "is_pipeline": is_pipeline,
         "policy": keras.config.dtype_policy().name,
+        "settings": [keras.config.floatx(), keras.config.image_data_format(), _flash_attention()],
+        "environment": {name: os.environ[name] for name in _ENVIRONMENT if name in os.environ},
         "backend": keras.config.backend(),
         "keras": keras.__version__,
         "backend_version": version(keras.config.backend()),
         "measured_as": _HOW_IT_IS_MEASURED,
         "device": device,
     }
-    text = json.dumps(facts, sort_keys=True, default=_plain)
+    text = json.dumps(facts, sort_keys=True)
     return {
         "signature": hashlib.sha256(text.encode()).hexdigest()[:32],
         "device": device,
@@ -67,33 +74,37 @@ def describe_model(
 
 def _architecture(model: Any, hyperparameters: Mapping[str, Any]) -> Any:
     """The model's configuration; for a subclass that has none, every hyperparameter may matter."""
+    chosen = describe(hyperparameters)
     try:
-        config = model.get_config()
-        json.dumps(config, default=_plain)
+        config = describe(model.get_config())
     except Exception:  # whatever a user's get_config raises: it only costs a probe
-        return {"class": _plain(type(model)), "hyperparameters": dict(hyperparameters)}
+        return {"class": describe(type(model)), "hyperparameters": chosen}
     if not hasattr(model, "inputs") or not model.inputs:
         # A subclass may hide in its call() what its configuration does not show.
-        batch = {"effective_batch_size", "micro_batch_size", "accumulation_steps", "learning_rate"}
-        config = {**config, "hyperparameters": {k: v for k, v in hyperparameters.items() if k not in batch}}
-    return _without_magnitudes(config)
-
-
-def _without_magnitudes(config: Any) -> Any:
-    """A real number (a learning rate, a dropout rate) takes no memory, but whether it is zero may matter."""
-    if isinstance(config, Mapping):
-        return {str(key): _without_magnitudes(value) for key, value in config.items()}
-    if isinstance(config, (list, tuple)):
-        return [_without_magnitudes(value) for value in config]
-    if isinstance(config, float):
-        return config != 0.0
+        return {"config": config, "hyperparameters": chosen}
     return config
 
 
-def _plain(value: Any) -> str:
-    if isinstance(value, type):
-        return f"{value.__module__}.{value.__qualname__}"
-    return _ADDRESS.sub("", repr(value))
+def _layers(model: Any) -> list[Any]:
+    return list(model._flatten_layers(include_self=True))
+
+
+def _remat_mode(layer: Any) -> Any:
+    mode = getattr(layer, "_remat_mode", None)
+    return None if mode is None else describe(tuple(mode))
+
+
+def _compiled(model: Any) -> dict[str, Any]:
+    """The arguments of `compile`, as objects: serialized, a function of the user's is its name alone."""
+    given = getattr(getattr(model, "_compile_config", None), "config", {})
+    described = {name: describe(value) for name, value in given.items() if name != "optimizer"}
+    return {**described, "jit_compile": bool(model.jit_compile), "run_eagerly": bool(model.run_eagerly)}
+
+
+def _flash_attention() -> Any:
+    import keras
+
+    return getattr(keras.config, "is_flash_attention_enabled", lambda: None)()
 
 
 def _shapes(tree: Any) -> Any:
