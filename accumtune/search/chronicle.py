@@ -45,6 +45,13 @@ class Chronicle:
         self._journal.append("search_started", search_id=uuid.uuid4().hex, **description())
         return True
 
+    def position(self) -> int:
+        """How far the journal has come: it grows with every session."""
+        try:
+            return self._files.journal_file.stat().st_size
+        except FileNotFoundError:
+            return 0
+
     def advise(self, texts: Sequence[str], display_line: Callable[[str], None]) -> None:
         """Tells the user what matters, once: a resumed search does not say it again."""
         given = read_search_journal(self._files.path).advice

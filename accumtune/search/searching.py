@@ -52,6 +52,8 @@ class Searching(Answers):
     _mended: list[str]
     _places: list[Place]
     _processes: SearchProcesses
+    # How far the journal had come when the state was read or written last.
+    _seen: int
     # Of the last call of `search`.
     _fit_arguments: tuple[tuple[Any, ...], dict[str, Any]] | None
 
@@ -88,6 +90,7 @@ class Searching(Answers):
         )
         folder = self._files.path
         with clear_disk_errors(folder), only_search(folder), self._processes.sharing(self._payload()):
+            self._take_up()
             self.save()  # Keras Tuner itself saves after the first trial: too late for a kill during that one
             is_first = telling.begin(self._description, [*self._mended, *lines], self._advice())
             status, reason, best, is_hurried = "failed", "", None, False
@@ -111,6 +114,7 @@ class Searching(Answers):
             finally:
                 self._processes.close()
                 telling.end(status, reason, best, self.save, is_hurried=is_hurried)
+                self._seen = self._chronicle.position()
 
     def _session(self, display: Display, profiler: Profiler, telling: Telling) -> SearchSession:
         settings = SearchSettings(
@@ -136,6 +140,9 @@ class Searching(Answers):
             memory_budget_bytes=self.memory_budget_bytes,
             advise=telling.advise,
         )
+
+    def _take_up(self) -> None:
+        """Reads the state anew, where another process has searched since; `Tuner` knows how."""
 
     def _payload(self) -> dict[str, Any]:
         """What the processes of trials and probes get."""

@@ -32,6 +32,8 @@ class _WholeState:
 
     _file: ChangingState | None = None
     _is_in_step = _is_updating = False
+    # Another process searches: what it has written is read, and nothing is.
+    _is_looking = False
 
     def save(self: Any) -> None:
         if self._file is None:  # its folder is told to it after it was made
@@ -65,9 +67,12 @@ class _WholeState:
         path = Path(self._get_oracle_fname())
         state = _load(path)
         complete = with_changes(state, path)
-        if complete != state and "hyperparameters" in complete:  # without, there is neither file nor changes
-            _save(path, complete)
-        super().reload()  # type: ignore[misc]
+        if self._is_looking:
+            self._read_only(complete)
+        else:
+            if complete != state and "hyperparameters" in complete:  # without, there is neither file nor changes
+                _save(path, complete)
+            super().reload()  # type: ignore[misc]
         # The oracle is saved while a trial that has just ended is still among those that run.
         ended = set(self.end_order)
         self._retry_queue = [trial_id for trial_id in dict.fromkeys(self._retry_queue) if trial_id not in ended]
@@ -75,13 +80,26 @@ class _WholeState:
         # A new trial is saved before the oracle that knows it.
         for trial_id in sorted(set(self.trials) - set(self.start_order)):
             folder = Path(self._get_trial_dir(trial_id))
-            if read_trial(folder).proposed_at is None or is_grid(self):
+            if self._is_looking:
+                del self.trials[trial_id]
+            elif read_trial(folder).proposed_at is None or is_grid(self):
                 del self.trials[trial_id]  # proposed again, under the same name
                 (folder / "trial.json").unlink(missing_ok=True)
             else:
                 self.start_order.append(trial_id)
                 self._retry_queue.append(trial_id)
                 self._record_values(self.trials[trial_id])
+
+
+    def _read_only(self: Any, complete: dict[str, Any]) -> None:
+        """As Keras Tuner reloads, from a state that is not in its file yet."""
+        for file in Path(self._project_dir).glob("trial_*/trial.json"):
+            trial = Trial.load(str(file))
+            self.trials[trial.trial_id] = trial
+        known = set(self.trials)
+        complete["ongoing_trials"] = {}
+        complete["start_order"] = [trial_id for trial_id in complete["start_order"] if trial_id in known]
+        self.set_state(complete)
 
 
 class _WholeGridState(_WholeState):
@@ -126,15 +144,32 @@ def _in_order(linked: Any) -> list[str]:
     return ids
 
 
-def with_whole_state(oracle: Any) -> Any:
-    """The same oracle, writing its files whole; its class is a subclass of what it was."""
+def with_whole_state(oracle: Any, *, is_looking: bool = False) -> Any:
+    """The same oracle, writing its files whole; its class is a subclass of what it was.
+
+    Args:
+        oracle: Keras Tuner's.
+        is_looking: another process searches in the folder: nothing is written when the state is read.
+    """
     kind = type(oracle)
     if not issubclass(kind, _WholeState):
         mixin = _WholeGridState if is_grid(oracle) else _WholeState
         oracle.__class__ = type(kind.__name__, (mixin, kind), {"__module__": kind.__module__})
         if mixin is _WholeGridState:
             oracle.replaced_proposals = {}
+    oracle._is_looking = is_looking
     return oracle
+
+
+def is_looking(oracle: Any) -> bool:
+    """Whether the oracle's state was read while another process searched."""
+    return bool(oracle._is_looking)
+
+
+def read_anew(oracle: Any) -> None:
+    """Prepares an oracle for `reload`: what it knew is forgotten."""
+    oracle._is_looking, oracle._file = False, None
+    oracle.trials = {}
 
 
 def is_grid(oracle: Any) -> bool:

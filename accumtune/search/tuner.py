@@ -11,7 +11,7 @@ import keras_tuner
 
 from accumtune.memory.budget import parse_budget
 from accumtune.memory.device import memory_limit_environment
-from accumtune.search import state
+from accumtune.search import ownership, state
 from accumtune.search.checks import check_choice, refuse_unknown_arguments
 from accumtune.search.chronicle import Chronicle
 from accumtune.search.feasibility import effective_batch_sizes
@@ -23,7 +23,7 @@ from accumtune.search.hypermodel import (
 from accumtune.search.processes import SearchProcesses
 from accumtune.search.searching import Searching, SearchOver
 from accumtune.search.workers import plan, refuse_chief_and_workers, resolve_pool
-from accumtune.tracking.lock import refuse_held
+from accumtune.tracking.lock import held, running_already
 from accumtune.trials.builder import ModelBuilder
 from accumtune.trials.device import current_backend
 from accumtune.trials.directory import SearchDirectory, check_writable
@@ -120,6 +120,7 @@ class Tuner(Searching):
         self._compiled_with = {"optimizer": optimizer, "loss": loss, "metrics": metrics}
         memory_limit_environment(self._backend, self.memory_budget_bytes)  # refuses what no allocator can keep to
         self._fit_arguments: tuple[tuple[Any, ...], dict[str, Any]] | None = None
+        ownership.check_project_name(project_name)
         folder = Path(directory) / project_name
         self._files = SearchDirectory(folder)
         self._processes = SearchProcesses(
@@ -131,10 +132,6 @@ class Tuner(Searching):
         )
         self._chronicle = Chronicle(self._files, oracle.objective, tracking_uri)
         self._mended: list[str] = []
-        if overwrite:
-            refuse_held(folder)
-        else:
-            self._mended = state.repair_state_files(folder)
         builder = ModelBuilder(
             hypermodel,
             optimizer=optimizer,
@@ -151,19 +148,46 @@ class Tuner(Searching):
             builder=builder,
         )
         check_writable(folder)
+        ownership.claim(folder)
         try:
-            super().__init__(
-                state.with_whole_state(oracle),
-                model,
-                directory=str(directory),
-                project_name=project_name,
-                overwrite=overwrite,
-                executions_per_trial=executions_per_trial,
-                **kwargs,
-            )
+            with held(folder) as is_held:
+                self._prepare_folder(is_held, overwrite)
+                super().__init__(
+                    state.with_whole_state(oracle, is_looking=not is_held),
+                    model,
+                    directory=str(directory),
+                    project_name=project_name,
+                    overwrite=False,  # Keras Tuner would delete all that is in the folder
+                    executions_per_trial=executions_per_trial,
+                    **kwargs,
+                )
+                self._seen = self._chronicle.position()
         except BaseException:
             self._processes.close()
             raise
+
+    def _prepare_folder(self, is_held: bool, overwrite: bool) -> None:
+        """Deletes or mends the state of an earlier search; one that runs is only looked at.
+
+        Raises:
+            SearchDirectoryError: a search runs there, and there is nothing to look at or it would be deleted.
+        """
+        folder = self._files.path
+        if not is_held:
+            if overwrite or not (folder / "tuner0.json").exists():
+                raise running_already(folder)
+        elif overwrite:
+            ownership.clear(folder)
+        else:
+            self._mended = state.repair_state_files(folder)
+
+    def _take_up(self) -> None:
+        """Reads the state anew, where another process has searched since this tuner read it."""
+        if self._chronicle.position() == self._seen and not state.is_looking(self.oracle):
+            return
+        self._mended = state.repair_state_files(self._files.path)
+        state.read_anew(self.oracle)
+        self.reload()
 
     # The space, discovered in a child
 

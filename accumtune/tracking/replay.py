@@ -198,7 +198,7 @@ def _locked(path: Path, wait_seconds: float) -> Iterator[None]:
     """One process at a time, so that the search and `accumtune sync` do not both make a run."""
     end = time.monotonic() + wait_seconds
     with open(path, "a") as file:
-        while not try_lock(file.fileno()):
+        while try_lock(file.fileno()) is False:
             if time.monotonic() > end:
                 raise TrackingError(
                     f"Another process is bringing {path.parent} into MLflow at this moment.",

@@ -184,8 +184,8 @@ class SearchDirectory:
 
     @property
     def payload_file(self) -> Path:
-        """The hypermodel and the data, for all trials. Its arrays are in `data/arrays`."""
-        return self.path / "data" / "payload.pkl"
+        """The hypermodel and the data, for all trials. Its arrays are in `payload/arrays`."""
+        return self.path / "payload" / "payload.pkl"
 
     @property
     def profiles_folder(self) -> Path:

@@ -82,7 +82,7 @@ def test_seed_zero_is_a_seed(tmp_path):
 
 def test_data_are_read_from_disk_and_do_not_stay_there(tmp_path):
     search(make(tmp_path, max_trials=1))
-    assert not (tmp_path / "search" / "data").exists()
+    assert not (tmp_path / "search" / "payload").exists()
     assert (tmp_path / "search" / "trial_0" / "log.txt").exists()
 
 

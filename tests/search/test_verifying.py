@@ -103,7 +103,7 @@ def test_a_search_runs_its_winner_once_and_keeps_what_that_took(tmp_path, one_fo
     assert config.micro_batch_size != trial.micro_batch_size and "confirmed" in config.reason
     measured = [it for it in tuner.candidates() if it.micro_batch_size == config.micro_batch_size]
     assert measured[0].is_measured and measured[0].peak_memory_bytes == config.peak_memory_bytes <= 16 * 2**20
-    assert not (tmp_path / "search" / "data").exists()
+    assert not (tmp_path / "search" / "payload").exists()
 
     started = []
     tuner._processes.executor = lambda: started.append(1)

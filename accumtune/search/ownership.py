@@ -1,0 +1,78 @@
+"""What in a search's folder belongs to the search: it writes, replaces and deletes nothing else."""
+
+from __future__ import annotations
+
+import fnmatch
+import json
+import shutil
+from pathlib import Path
+
+from accumtune.errors import SearchDirectoryError
+from accumtune.tracking.journal import SEARCH_JOURNAL, read_search_journal
+from accumtune.tracking.lock import LOCK_FILE
+from accumtune.trials.directory import write_atomically
+
+MARKER = ".accumtune"
+_OWN = (
+    "oracle.json", "oracle.changes.jsonl", "tuner*.json", ".oracle.json.*", ".tuner*.json.*", "oracle.json.broken",
+    "tuner*.json.broken", "trial_*", "infeasible_*", SEARCH_JOURNAL, LOCK_FILE, "tracking.*", ".tracking.*",
+    "profiles", "report", "scratch", "payload", "model", "model.json",
+)  # fmt: skip
+
+
+def check_project_name(name: object) -> None:
+    """Refuses what is not the name of a folder.
+
+    Raises:
+        SearchDirectoryError: it is none.
+    """
+    if isinstance(name, str) and name.strip() not in ("", ".", "..") and not set(name) & set("/\\\0"):
+        return
+    raise SearchDirectoryError(
+        f"Received project_name={name!r}.",
+        "the name of a folder of the search's own inside directory=.",
+        'a name such as project_name="digits"; the folders above it go into directory=.',
+    )
+
+
+def claim(folder: Path) -> None:
+    """Marks a folder as a search's own. Other files may be there already, but none under a name that searches use.
+
+    Raises:
+        SearchDirectoryError: such a file is there, and no search has made it.
+    """
+    if (folder / MARKER).exists():
+        return
+    theirs = _own_entries(folder)
+    if theirs and not _is_unmarked_search(folder):
+        raise SearchDirectoryError(
+            f"Received the search directory {folder}, which holds {theirs[0].name}, and no search of accumtune made "
+            "it.",
+            "a new folder, a search's own, or one without files that are named as a search's are.",
+            "give another project_name, or move these files away.",
+        )
+    write_atomically(folder / MARKER, json.dumps({"kind": "search", "format": 1}))
+
+
+def clear(folder: Path) -> None:
+    """Deletes what the search has made in its folder; its mark and its lock stay."""
+    for entry in _own_entries(folder):
+        if entry.name == LOCK_FILE:
+            continue
+        if entry.is_dir() and not entry.is_symlink():
+            shutil.rmtree(entry)
+        else:
+            entry.unlink(missing_ok=True)
+
+
+def _own_entries(folder: Path) -> list[Path]:
+    try:
+        entries = sorted(folder.iterdir())
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    return [entry for entry in entries if any(fnmatch.fnmatchcase(entry.name, pattern) for pattern in _OWN)]
+
+
+def _is_unmarked_search(folder: Path) -> bool:
+    """Whether accumtune searched here before it marked folders."""
+    return bool(read_search_journal(folder).search_id) or (folder / "data" / "payload.pkl").exists()
