@@ -17,7 +17,8 @@
     │   └── WorkerError             the process that starts trials does not work here
     ├── ConfigError             a training configuration that cannot be read
     │   └── VerificationError       ... or that does not hold what it promised on this machine
-    └── TrackingError           a tracking store that cannot be used
+    ├── TrackingError           a tracking store that cannot be used
+    └── CompatibilityError      an installed Keras that lacks what accumulation takes hold of
 
 Running out of memory and exceeding the budget are outcomes of a trial, never exceptions of a search.
 """
@@ -120,3 +121,7 @@ class VerificationError(ConfigError):
 
 class TrackingError(AccumtuneError):
     """A tracking store that cannot be used."""
+
+
+class CompatibilityError(AccumtuneError):
+    """The installed Keras lacks something inside that accumulation takes hold of."""

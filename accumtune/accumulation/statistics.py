@@ -143,7 +143,6 @@ def _keeps_statistics(layer: Any) -> bool:
         and layer.built
         and layer.trainable
         and not getattr(layer, "renorm", False)
-        and hasattr(type(layer), "_moments")
     )
 
 

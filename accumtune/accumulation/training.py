@@ -12,7 +12,7 @@ import functools
 import types
 from typing import Any
 
-from accumtune.accumulation import optimizers
+from accumtune.accumulation import compatibility, optimizers
 from accumtune.accumulation.window import Accumulation
 from accumtune.errors import CustomTrainStepError, ModelError, UncompiledModelError
 
@@ -36,6 +36,7 @@ def install(model: Any, accumulation: Accumulation) -> Any:
     import keras
 
     _check(model)
+    compatibility.check()
     remove(model)
     _set(model, "_accumtune_accumulation", accumulation)
     _set(model, "_accumtune_rows", None)  # the arrays of the fit that is running

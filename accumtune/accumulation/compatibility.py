@@ -1,0 +1,152 @@
+"""Every name inside Keras that accumtune uses and Keras does not promise, and the check that it is there.
+
+`accumulate` checks them when it takes hold of a model: after a change in Keras, training would otherwise crash in the
+middle of a window, or, worse, go on without what a name was for.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import inspect
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from accumtune.errors import CompatibilityError
+
+# Tested with; others are tried, and refused where a name is missing.
+TESTED = "3.13 to 3.15"
+
+
+@dataclass(frozen=True)
+class Name:
+    """Something that accumtune takes from Keras.
+
+    Args:
+        path: `module:object.attribute`.
+        called_with: what accumtune passes, as Keras names it, in Keras's order; None for what is not called.
+        backend: the only one on which it is used; None for all.
+    """
+
+    path: str
+    called_with: tuple[str, ...] | None = None
+    backend: str | None = None
+
+    def fault(self) -> str | None:
+        """What is wrong with it in the installed Keras; None if nothing is."""
+        module_name, _, attributes = self.path.partition(":")
+        try:
+            found: Any = importlib.import_module(module_name)
+            for attribute in attributes.split("."):
+                found = getattr(found, attribute)
+        except (ImportError, AttributeError) as error:
+            return f"{self.path} is missing ({error})"
+        if self.called_with is None:
+            return None
+        taken = tuple(inspect.signature(found).parameters)
+        positions = [taken.index(name) if name in taken else -1 for name in self.called_with]
+        if -1 in positions or positions != sorted(positions):
+            return f"{self.path} takes ({', '.join(taken)}) instead of ({', '.join(self.called_with)})"
+        return None
+
+
+_MODEL = "keras:Model."
+_ADAPTERS = "keras.src.trainers.data_adapters"
+_TENSORFLOW = "keras.src.backend.tensorflow"
+_JAX = "keras.src.backend.jax.trainer:JAXTrainer."
+
+NAMES = (
+    # The model: what accumulation replaces on it, and what it calls.
+    Name(_MODEL + "fit", ("self", "x", "y", "batch_size", "epochs", "validation_data", "validation_batch_size")),
+    Name(_MODEL + "make_train_function", ("self", "force")),
+    Name(_MODEL + "_symbolic_build", ("self", "iterator", "data_batch")),
+    Name(_MODEL + "_compute_loss", ("self", "x", "y", "y_pred", "sample_weight", "training")),
+    Name(_MODEL + "compute_metrics", ("self", "x", "y", "y_pred", "sample_weight")),
+    Name(_MODEL + "_flatten_layers", ("self", "include_self", "recursive")),
+    Name("keras.src.trainers.compile_utils:CompileLoss", ("loss",)),
+    Name("keras.src.losses.loss:apply_mask"),
+    Name("keras.src.losses.loss:squeeze_or_expand_to_same_rank", ("x1", "x2")),
+    Name("keras.src.backend:get_keras_mask", ("x",)),
+    # Data.
+    Name(f"{_ADAPTERS}:get_data_adapter", ("x", "y", "sample_weight", "batch_size", "shuffle", "class_weight")),
+    Name(f"{_ADAPTERS}.data_adapter:DataAdapter"),
+    Name(f"{_ADAPTERS}.array_data_adapter:ArrayDataAdapter", ("x", "y", "sample_weight", "batch_size", "shuffle")),
+    Name(f"{_ADAPTERS}.data_adapter_utils:unpack_x_y_sample_weight", ("data",)),
+    Name(f"{_ADAPTERS}.array_slicing:train_validation_split", ("arrays", "validation_split")),
+    # Layers.
+    Name("keras.layers:BatchNormalization._moments", ("self", "inputs", "mask")),
+    # Optimizers.
+    Name("keras.optimizers:Optimizer._apply_weight_decay"),
+    Name("keras.optimizers:Optimizer.update_step", ("self", "gradient", "variable", "learning_rate")),
+    Name("keras.optimizers:Optimizer.scale_loss", ("self", "loss")),
+    # One backend each.
+    Name("keras.src.losses.loss:unscale_loss_for_distribution", ("value",), "tensorflow"),
+    Name(f"{_TENSORFLOW}.trainer:reduce_per_replica", ("values", "strategy", "reduction"), "tensorflow"),
+    Name(f"{_TENSORFLOW}.optimizer:TFOptimizer._all_reduce_sum_gradients", ("self", "grads_and_vars"), "tensorflow"),
+    Name(
+        _JAX + "compute_loss_and_updates",
+        ("self", "trainable_variables", "non_trainable_variables", "metrics_variables", "x", "y", "sample_weight"),
+        "jax",
+    ),
+    Name(
+        _JAX + "_update_metrics_variables",
+        ("self", "metrics_variables", "unscaled_loss", "x", "y", "y_pred", "sample_weight"),
+        "jax",
+    ),
+    Name("keras.src.backend.jax.trainer:_distribute_data", ("data",), "jax"),
+    Name(_MODEL + "_should_torch_compile", ("self",), "torch"),
+    Name(
+        "keras.src.backend.torch.optimizers.torch_sgd:SGD._parallel_update_step",
+        ("self", "grads", "variables", "learning_rate"),
+        "torch",
+    ),
+)
+
+# What instances have, by what makes one.
+_INSTANCES = {
+    "a CompileLoss": ("_flat_losses", "_metrics", "_user_loss"),
+    "a compiled functional model": (
+        "_build_shapes_dict", "_call_has_training_arg", "_compile_loss", "_compile_metrics", "_inbound_nodes",
+        "_inputs_struct", "_loss_tracker",
+    ),
+    "an ArrayDataAdapter": ("_inputs",),
+}  # fmt: skip
+
+
+def check() -> None:
+    """Raises CompatibilityError where the installed Keras lacks a name, or calls it differently."""
+    import keras
+
+    found = faults(keras.backend.backend())
+    if found:
+        raise CompatibilityError(
+            f"Received Keras {keras.__version__}, in which " + "; ".join(found) + ".",
+            f"a version whose inner names accumtune knows: it was tested with {TESTED}.",
+            "install one of those (pip install 'keras<3.16'), or a newer accumtune.",
+        )
+
+
+@functools.cache
+def faults(backend: str) -> tuple[str, ...]:
+    """What is wrong with the names that are used on a backend."""
+    used = [name for name in NAMES if name.backend in (None, backend)]
+    return tuple(fault for fault in (*(name.fault() for name in used), *_behaviour()) if fault is not None)
+
+
+def _behaviour() -> Iterable[str]:
+    import keras
+    from keras.src.trainers import compile_utils
+    from keras.src.trainers.data_adapters.array_data_adapter import ArrayDataAdapter
+
+    inputs = keras.Input((1,))
+    model = keras.Model(inputs, inputs)
+    model.compile(loss="mse")
+    instances = (compile_utils.CompileLoss("mse"), model, ArrayDataAdapter(np.zeros((1, 1))))
+    for (source, names), instance in zip(_INSTANCES.items(), instances, strict=True):
+        yield from (f"{source} has no {name}" for name in names if not hasattr(instance, name))
+    # Accumulation listens there: statistics that were computed elsewhere would move once per micro-batch.
+    if "_moments" not in keras.layers.BatchNormalization.call.__code__.co_names:
+        yield "BatchNormalization.call does not use _moments"

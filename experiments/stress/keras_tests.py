@@ -1,0 +1,52 @@
+"""Runs Keras's own tests with accumulation switched on under every `fit`, beside the untouched ones.
+
+FOLDER holds Keras's unpacked source distribution, of the version that is installed:
+
+    pip download --no-deps --no-binary :all: keras==3.15.1 && tar xzf keras-3.15.1.tar.gz
+    python experiments/stress/keras_tests.py keras-3.15.1 [--micro-batch-sizes 2 3] [--only trainers] [--json PATH]
+
+Set KERAS_BACKEND for another backend than TensorFlow. Needs pytest, and what Keras's tests import beside it. Exits with
+1 where a test passes only without accumulation and no reason is documented below.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+from pathlib import Path
+
+import suites
+
+# What trains a model: the trainer, models, callbacks, layers with a training check, optimizers.
+ONLY = ("/trainers/", "/models/", "/callbacks/", "/layers/", "/optimizers/")
+DOCUMENTED: dict[str, str] = {}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, help="Keras's unpacked source distribution")
+    parser.add_argument("--micro-batch-sizes", type=int, nargs="+", default=[2, 3])
+    parser.add_argument("--only", nargs="+", default=ONLY, help="parts of the paths of the test files to run")
+    parser.add_argument("--timeout-seconds", type=float, default=3600, help="of each run")
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+
+    files = suites.test_files(options.folder.resolve(), options.only)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+
+        def run(variant: str) -> dict[str, dict[str, str]]:
+            return suites.run(files, "keras_tests_plugin", variant, folder, {}, options.timeout_seconds)
+
+        untouched = run("")
+        changed = {variant: run(variant) for variant in (f"micro-batch {size}" for size in options.micro_batch_sizes)}
+    result = suites.report(untouched, changed, DOCUMENTED)
+    if options.json is not None:
+        options.json.write_text(json.dumps(result, indent=1) + "\n")
+    return 1 if result["undocumented"] else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
