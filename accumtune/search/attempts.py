@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 from accumtune.memory.profile import Measurement, Profile
@@ -76,7 +77,7 @@ class Attempts:
             attempt = read_trial(directory.path).attempt + 1
             finished = self._finished_before(directory, attempt, values)
             if finished is not None:
-                return self._result(values, peak, profile.signature, pair, finished)
+                return _with_appeared(self._result(values, peak, profile.signature, pair, finished), directory)
             if _crashes(journal) >= _MAX_CRASHES:
                 reason = f"the search was gone {_MAX_CRASHES} times while it ran: it may take the machine down"
                 return TrialResult("failed", values, reason=reason, traceback=directory.log_tail())
@@ -94,7 +95,7 @@ class Attempts:
                 reason = f"it was lost {losses} times, the last time because {outcome.reason}"
                 return TrialResult("failed", values, reason=reason)
             if outcome.status != "out_of_memory":
-                return self._result(values, peak, profile.signature, pair, outcome)
+                return _with_appeared(self._result(values, peak, profile.signature, pair, outcome), directory)
             journal.append("stopped", attempt=attempt, why="out of memory")
             # A surprise: the profile learns it, and the same effective batch is tried with a smaller micro-batch.
             self._profiler.learn(
@@ -136,6 +137,13 @@ class Attempts:
         self._profiler.learn(signature, measurement)
         settings = self._settings
         return judged(values, predicted, report, settings.objective_name, settings.memory_budget_bytes)
+
+
+def _with_appeared(result: TrialResult, directory: TaskDirectory) -> TrialResult:
+    """With the hyperparameters that were asked for only while the model trained."""
+    record = read_trial(directory.path)
+    values = {**record.hyperparameters, **result.values}
+    return replace(result, values=values, space=record.appeared_space)
 
 
 def _proposal(profile: Profile, pair: Pair, values: Mapping[str, Any], peak: int) -> dict[str, Any]:

@@ -86,7 +86,7 @@ class TrialRunner:
             with contextlib.nullcontext() if self._places is None else self._places.lease():
                 facts = self._profiler.inspect(space)
                 result = self._run(directory, trial_id, number, facts.completed(space), fit_overrides)
-                return replace(result, space=facts.appeared["space"])
+                return replace(result, space=[*facts.appeared["space"], *result.space])
         except AccumtuneError as error:
             if self._trainings.is_stopping:  # a probe that was ended with the search
                 return TrialResult("stopped", dict(space["values"]), reason=STOPPED)
@@ -124,15 +124,17 @@ class TrialRunner:
         if isinstance(earlier, tuple):
             source, result = earlier
             reason = f"the same training as trial {source}"
-            return replace(
-                result, status="reused", values={**values, **_batch_of(result)}, reason=reason, reused_from=source
-            )
+            values = {**result.values, **values, **_batch_of(result)}
+            return replace(result, status="reused", values=values, reason=reason, reused_from=source)
         try:
             result = self._attempts.train(directory, trial_id, number, {**space, "values": values}, pair, fit_overrides)
         except BaseException as error:
             self._claims.release(key, earlier, None)
             raise error
-        self._claims.release(key, earlier, (trial_id, result) if result.status == "completed" else None)
+        trained = (trial_id, result) if result.status == "completed" else None
+        self._claims.release(key, earlier, trained)
+        if trained is not None and result.space:  # the next proposal of the same names them
+            self.remember(trial_id, result)
         return result
 
     def _ended_before(self, directory: TaskDirectory, values: Mapping[str, Any]) -> TrialResult | None:

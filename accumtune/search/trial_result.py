@@ -21,7 +21,8 @@ class TrialResult:
         reason: one line for a person; of a completed trial only where it was pruned.
         values: the hyperparameters that really ran, the three batch sizes included.
         metrics: the best epoch's, by name.
-        space: of the hyperparameters that appeared when the model was built, as in Keras Tuner's configuration.
+        space: of the hyperparameters that appeared when the model was built or trained, as in Keras Tuner's
+            configuration.
     """
 
     status: str
@@ -73,4 +74,5 @@ def completed_result(record: TrialRecord) -> TrialResult:
         best_epoch=record.best_epoch or 0,
         predicted_peak_memory_bytes=record.predicted_peak_memory_bytes,
         report={name: getattr(record, name) for name in names},
+        space=record.appeared_space,
     )

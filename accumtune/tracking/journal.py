@@ -113,6 +113,8 @@ def read_trial(folder: Path) -> TrialRecord:
     folder = Path(folder)
     values: dict[str, Any] = {"trial_id": folder.name.removeprefix("trial_")}
     epochs: dict[tuple[int, int], EpochRecord] = {}
+    late: dict[str, Any] = {}
+    late_space: list[Any] = []
     for event in Journal(folder / TRIAL_JOURNAL).events():
         kind = event["event"]
         if kind == "proposed":
@@ -122,6 +124,12 @@ def read_trial(folder: Path) -> TrialRecord:
             _forget_outcome(values)
             values |= _known(TrialRecord, event) | {"started_at": event.get("time")}
             epochs.clear()
+            late, late_space = {}, []
+        elif kind == "appeared":
+            space, found = event.get("space"), event.get("values")
+            if isinstance(space, list) and isinstance(found, Mapping):  # each execution of a trial tells the same
+                late_space += [item for item in space if item not in late_space]
+                late |= found
         elif kind == "epoch":
             record = _epoch(event)
             # A process that was given up may still write an epoch of its own attempt.
@@ -130,7 +138,9 @@ def read_trial(folder: Path) -> TrialRecord:
         elif kind == "ended":
             known = {name: value for name, value in _known(TrialRecord, event).items() if value is not None}
             values |= known | {"ended_at": event.get("time"), "status": event.get("status") or "failed"}
-    return TrialRecord(**values | {"folder": folder, "epochs": tuple(epochs.values())})
+    values["hyperparameters"] = {**late, **values.get("hyperparameters", {})}
+    values |= {"folder": folder, "epochs": tuple(epochs.values()), "appeared_space": tuple(late_space)}
+    return TrialRecord(**values)
 
 
 def read_search(folder: Path) -> SearchRecord:

@@ -34,6 +34,8 @@ class TrialRecord:
     traceback: str = ""
     description: str = ""
     hyperparameters: Mapping[str, Any] = field(default_factory=dict)
+    # Of those hyperparameters that were asked for only while the model trained, as in Keras Tuner's configuration.
+    appeared_space: tuple[Mapping[str, Any], ...] = ()
     predicted_peak_memory_bytes: float | None = None
     predicted_throughput_samples_per_second: float | None = None
     attempt: int = 0

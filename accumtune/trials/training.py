@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import tempfile
 import time
 from collections.abc import Mapping
@@ -26,6 +27,9 @@ from accumtune.trials.payload import dump_payload
 _STEADY_UPDATES, _STEADY_EPOCHS, _LEAST_UPDATES, _PATIENCE_SECONDS = 200, 2, 5, 5.0
 
 
+_TWICE = re.compile(r"got multiple values for (?:keyword )?argument '(\w+)'")
+
+
 @dataclass(frozen=True)
 class FixedHyperModel:
     """Builds and fits as the hypermodel of a search does, with one pair of batch sizes.
@@ -45,7 +49,15 @@ class FixedHyperModel:
     def fit(self, hp: Any, model: Any, *args: Any, **kwargs: Any) -> Any:
         feed_by_batches(model, self.effective_batch_size, self.micro_batch_size)
         fit = getattr(self.builder.hypermodel, "fit", None)
-        return model.fit(*args, **kwargs) if fit is None else fit(hp, model, *args, **kwargs)
+        if fit is None:
+            return model.fit(*args, **kwargs)
+        while True:
+            try:
+                return fit(hp, model, *args, **kwargs)
+            except TypeError as error:  # it brings epochs, or another argument of the configuration's, of its own
+                name = _TWICE.search(str(error))
+                if name is None or kwargs.pop(name[1], None) is None:
+                    raise
 
 
 @dataclass(frozen=True)

@@ -98,12 +98,10 @@ def inspect(directory: TaskDirectory, payload: str, hyperparameters: dict[str, A
     content = load_payload(Path(payload))
     device = open_device()
     hp = _hyperparameters(hyperparameters)
-    known = len(hp.space)
     model = content["hypermodel"].build_plain(hp)
     samples, is_pipeline = _samples(model, content)
     facts = describe_model(model, samples(1), device.name, hp.values, is_pipeline=is_pipeline)
-    values = {name: value for name, value in hp.values.items() if name not in hyperparameters["values"]}
-    return {**facts, "appeared": {"space": hp.get_config()["space"][known:], "values": values}}
+    return {**facts, "appeared": appeared(hp, hyperparameters)}
 
 
 def probe(
@@ -191,7 +189,13 @@ def train(
         return Continuation(directory, attempt, same_training, execution, earlier, pipelines=pipelines)
 
     def run(state: Continuation) -> dict[str, Any]:
-        return execute(directory, content, _hyperparameters(hyperparameters), device, state, seed, initial_weights)
+        hp = _hyperparameters(hyperparameters)
+        try:
+            return execute(directory, content, hp, device, state, seed, initial_weights)
+        finally:  # a HyperModel's fit, a model that is first called, a callback may ask for more: also where one fails
+            found = appeared(hp, hyperparameters)
+            if found["space"]:
+                Journal(directory.journal_file).append("appeared", **found)
 
     state = continuation()
     if execution == 0:
@@ -263,3 +267,11 @@ def _hyperparameters(config: dict[str, Any]) -> Any:
     import keras_tuner
 
     return keras_tuner.HyperParameters.from_config(config)
+
+
+def appeared(hp: Any, given: dict[str, Any]) -> dict[str, Any]:
+    """What was asked for and not given: `space` and `values`, as in Keras Tuner's configuration."""
+    config = hp.get_config()
+    known = len(_hyperparameters(given).space)
+    values = {name: value for name, value in config["values"].items() if name not in given["values"]}
+    return {"space": config["space"][known:], "values": values}

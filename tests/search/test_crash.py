@@ -23,8 +23,12 @@ from accumtune.trials import directory as directories
 from accumtune.trials.directory import SearchDirectory
 from accumtune.trials.executors import Outcome
 from accumtune.trials.profiling import ModelFacts
+from accumtune.trials.worker import appeared
 
 TRIALS = 4
+
+
+SEARCHED = ("effective_batch_size", "learning_rate")
 
 
 class Killed(BaseException):
@@ -81,9 +85,13 @@ class Trainings:
 
     def submit(self, directory, *args, **kwargs):
         _, arguments = directory.read_task()
-        values = arguments["hyperparameters"]["values"]
+        hp = keras_tuner.HyperParameters.from_config(arguments["hyperparameters"])
+        values = dict(hp.values)
         journal = Journal(directory.journal_file)
         journal.append("started", attempt=arguments["attempt"], pid=1, device="CPU", memory_source="made")
+        if values["learning_rate"] == 0.3:  # one more, that is asked for in `fit`
+            values["patience"] = hp.Choice("patience", [1, 2])
+            journal.append("appeared", **appeared(hp, arguments["hyperparameters"]))
         loss = values["learning_rate"] + values["effective_batch_size"]
         for epoch in range(2):
             journal.append("epoch", attempt=arguments["attempt"], execution=0, epoch=epoch, logs={"val_loss": loss})
@@ -98,7 +106,7 @@ class Trainings:
             outcome = {"status": "completed", "result": result}
         directory.write_outcome(outcome)
         assert ("momentum" in values) or values["learning_rate"] != 0.1
-        trained = {name: values.get(name) for name in ("effective_batch_size", "learning_rate", "momentum")}
+        trained = {name: values.get(name) for name in (*SEARCHED, "momentum", "patience")}
         self.finished[directory.path.name, json.dumps(trained)] += outcome["status"] == "completed"
         future = Future()
         future.set_result(Outcome(**outcome))
@@ -220,13 +228,17 @@ def test_a_hyperparameter_that_appears_later_is_searched_from_then_on(kind, tmp_
     oracle, whole = session(folder, kind, Trainings())
     whole.run()
     ran = [values for _, values, _ in told(folder).values()]
-    if kind != "bayesian":  # four trials: its Gaussian process takes seconds for each
+    found = {values.get(name) for values in ran for name in ("momentum", "patience")}
+    # Four trials, where a Gaussian process takes seconds for each; eleven of Hyperband.
+    assert found & {0.9, 2} or kind == "bayesian"
+    if kind in ("random", "grid"):
         assert {values["momentum"] for values in ran if values["learning_rate"] == 0.1} == {0.5, 0.9}
+        assert {values["patience"] for values in ran if values["learning_rate"] == 0.3} == {1, 2}
     if kind == "grid":
-        at_that_rate = {(v["effective_batch_size"], v["momentum"]) for v in ran if v["learning_rate"] == 0.1}
-        assert len(at_that_rate) == 3 * 2
-    # Keras Tuner, and the search that goes on, know it too.
-    assert "momentum" in {hp.name for hp in oracle.hyperparameters.space}
+        for rate, name in ((0.1, "momentum"), (0.3, "patience")):
+            assert len({(v["effective_batch_size"], v[name]) for v in ran if v["learning_rate"] == rate}) == 3 * 2
+    # Keras Tuner, and the search that goes on, know them too.
+    assert {"momentum", "patience"} <= {hp.name for hp in oracle.hyperparameters.space}
     again, _ = session(folder, kind, Trainings())
     assert again.hyperparameters.get_config()["space"] == oracle.hyperparameters.get_config()["space"]
 
@@ -236,7 +248,7 @@ def test_a_search_ends_where_all_there_is_was_trained(tmp_path, monkeypatch):
     monkeypatch.setattr(f"{__name__}.TRIALS", 100)
     session(tmp_path / "s", "random", Trainings())[1].run()
     statuses = Counter(status for status, *_ in told(tmp_path / "s").values())
-    assert statuses["completed"] < 24 and 0 < statuses["reused"] < 24
+    assert statuses["completed"] < 48 and 0 < statuses["reused"] < 48
 
 
 @pytest.mark.parametrize("setting", ["allow_new_entries", "tune_new_entries"])

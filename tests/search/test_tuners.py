@@ -69,6 +69,40 @@ def test_hyperparameters_that_only_some_models_ask_for_are_searched_and_recorded
     assert trained == [best.hyperparameters[f"width_{index}"] for index in range(best.hyperparameters["layers"])]
 
 
+class Late(keras_tuner.HyperModel):
+    """Asks for hyperparameters where Keras Tuner's guide does: in `fit`, and while the model is called."""
+
+    def build(self, hp):
+        class Scaled(keras.Model):
+            def __init__(self):
+                super().__init__()
+                self.dense = keras.layers.Dense(1)
+
+            def call(self, x):
+                return self.dense(x) * hp.Choice("scale", [1.0, 2.0])
+
+        model = Scaled()
+        model.compile(optimizer="sgd", loss="mse")
+        return model
+
+    def fit(self, hp, model, *args, **kwargs):
+        return model.fit(*args, epochs=hp.Int("passes", 1, 2), **kwargs)
+
+
+def test_hyperparameters_of_fit_and_of_the_first_call_are_searched_trained_and_recorded(tmp_path):
+    sizes = {"micro_batch_sizes": (4,), "accumulation_steps": (4,), "memory_budget": None}
+    tuner = make(tmp_path, accumtune.GridSearch, Late(), max_trials=None, **sizes)
+    tuner.search(X, Y, validation_data=(X, Y), verbose=0)
+    trials = tuner.record().with_status("completed")
+    ran = [(trial.hyperparameters["scale"], trial.hyperparameters["passes"]) for trial in trials]
+    assert sorted(ran) == [(1, 1), (1, 2), (2, 1), (2, 2)]
+    assert [len(trial.epochs) for trial in trials] == [passes for _, passes in ran]
+    config = tuner.get_best_config()
+    assert config.fit_arguments()["epochs"] == config.hyperparameters["passes"]
+    # The configuration's epochs and those of `fit` do not get into each other's way.
+    assert config.reproduce(Late(), X, Y, validation_data=(X, Y)).holds(peak_tolerance=1.0)
+
+
 def test_seed_zero_is_a_seed(tmp_path):
     """Keras Tuner takes it for none."""
     tuners = [make(tmp_path, kind, seed=0, project_name=f"{kind.__name__}{number}")
