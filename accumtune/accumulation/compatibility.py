@@ -108,7 +108,7 @@ NAMES = (
 # What instances have, by what makes one.
 _INSTANCES = {
     "a CompileLoss": ("_flat_losses", "_metrics", "_user_loss"),
-    "a compiled functional model": (
+    "a functional model": (
         "_build_shapes_dict", "_call_has_training_arg", "_compile_loss", "_compile_metrics", "_inbound_nodes",
         "_inputs_struct", "_loss_tracker",
     ),
@@ -141,9 +141,9 @@ def _behaviour() -> Iterable[str]:
     from keras.src.trainers import compile_utils
     from keras.src.trainers.data_adapters.array_data_adapter import ArrayDataAdapter
 
-    inputs = keras.Input((1,))
-    model = keras.Model(inputs, inputs)
-    model.compile(loss="mse")
+    # Names of their own: those that Keras numbers are the user's.
+    inputs = keras.Input((1,), name="accumtune_inputs")
+    model = keras.Model(inputs, keras.layers.Identity(name="accumtune_identity")(inputs), name="accumtune_model")
     instances = (compile_utils.CompileLoss("mse"), model, ArrayDataAdapter(np.zeros((1, 1))))
     for (source, names), instance in zip(_INSTANCES.items(), instances, strict=True):
         yield from (f"{source} has no {name}" for name in names if not hasattr(instance, name))
