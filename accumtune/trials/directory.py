@@ -15,15 +15,20 @@ from accumtune.errors import SearchDirectoryError
 
 
 @contextlib.contextmanager
-def atomic_file(path: Path) -> Iterator[BinaryIO]:
+def atomic_file(path: Path, *, outlives_a_power_cut: bool = True) -> Iterator[BinaryIO]:
     """A file to write, of which a reader, or the next process after a kill, sees all or nothing."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with open(temporary, "wb") as file:
-        yield file
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        with open(temporary, "wb") as file:
+            yield file
+            file.flush()
+            if outlives_a_power_cut:
+                os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)  # of a disk that is full, the space is wanted
+        raise
 
 
 def write_atomically(path: Path, content: bytes | str) -> None:
@@ -60,13 +65,18 @@ def clear_disk_errors(folder: Path) -> Iterator[None]:
         where = Path(error.filename).resolve() if isinstance(error.filename, str) else folder.resolve()
         if error.errno not in _DISK_ERRORS or not where.is_relative_to(folder.resolve()):
             raise
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        full = is_disk_full(error)
         raise SearchDirectoryError(
             f"The search directory {folder} cannot be written to: {error.strerror} ({error.filename or folder}).",
             "a folder on a disk with space left" if full else "a folder that can be written to",
             ("free some space" if full else "mend its permissions, or give another directory=")
             + ", then run the same script again: what has completed is kept.",
         ) from error
+
+
+def is_disk_full(error: BaseException) -> bool:
+    """Whether there is no space left, or not for this user."""
+    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
 
 
 _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST)
@@ -164,7 +174,7 @@ class TaskDirectory:
         """The last lines that the child printed."""
         try:
             return "\n".join(self.log_file.read_text(errors="replace").splitlines()[-lines:])
-        except FileNotFoundError:
+        except OSError:  # not written, or on a file system that is gone
             return ""
 
 

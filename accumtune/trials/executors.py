@@ -2,26 +2,25 @@
 
 from __future__ import annotations
 
-import json
 import os
-import socket
-import subprocess
+import shutil
 import sys
 import tempfile
 import threading
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol
 
-from accumtune.errors import WorkerError
 from accumtune.trials.devices import current_place
 from accumtune.trials.directory import TaskDirectory
+from accumtune.trials.forkserver_client import ForkServerClient
 from accumtune.trials.outcome import Outcome, read_outcome
 
-_START_SECONDS = 300.0  # importing TensorFlow from a cold disk has taken more than a minute
+_MAX_LOSSES = 2
+_STOPPED = Outcome("killed", reason="the search was stopped")
 
 
 class Executor(Protocol):
@@ -54,14 +53,13 @@ class LocalExecutor:
 
     def __init__(self, backend: str) -> None:
         self.backend = backend
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         self._tasks: dict[int, _Task] = {}
         self._next_number = 0
         self._is_closing = False
-        self._log = tempfile.NamedTemporaryFile(prefix="accumtune-forkserver-", suffix=".log")
-        self._connection, self._process = self._start_server()
-        self._reader = threading.Thread(target=self._read, name="accumtune-executor", daemon=True)
-        self._reader.start()
+        # Beside the system's temporary files: the name of a socket in there may have 107 characters.
+        self._folder = tempfile.TemporaryDirectory(prefix="accumtune-", ignore_cleanup_errors=True)
+        self._server = self._start_server()
 
     def submit(
         self,
@@ -84,27 +82,29 @@ class LocalExecutor:
             path, cwd: where the child looks for modules, and where it runs; default: as this process.
 
         Returns:
-            A future that always ends in an `Outcome`; `future.cancel()` has no effect on a task that runs, use
+            A future that always ends in an `Outcome`, or in a WorkerError where processes can no longer be started;
+            `future.cancel()` has no effect on a task that runs, use
             `kill(directory)`.
         """
         future: Future[Outcome] = Future()
         future.set_running_or_notify_cancel()
         with self._lock:
             if self._is_closing:
-                future.set_result(Outcome("killed", reason="the search was stopped"))
+                future.set_result(_STOPPED)
                 return future
             number = self._next_number
             self._next_number += 1
-            self._tasks[number] = _Task(directory, future, is_memory_limited)
             request = {
                 "start": number,
                 "directory": str(directory.path.resolve()),
+                "temporary": str(self._temporary(number)),
                 "environment": {**(environment or {}), **current_place().environment},
-                "path": list(path or sys.path),
+                # Python looks for modules in the texts among these.
+                "path": [entry for entry in (path or sys.path) if isinstance(entry, str)],
                 "cwd": cwd or os.getcwd(),
             }
-            self._send(request)
-            task = self._tasks[number]
+            task = _Task(directory, future, request, is_memory_limited)
+            self._begin(number, task)
         if timeout_seconds is not None:
             timer = threading.Timer(timeout_seconds, self._time_out, (number, timeout_seconds))
             timer.daemon = True
@@ -117,11 +117,7 @@ class LocalExecutor:
         with self._lock:
             for number, task in self._tasks.items():
                 if task.directory == directory:
-                    self._send({"kill": number})
-
-    def is_alive(self) -> bool:
-        """Whether it can start tasks."""
-        return not self._is_closing and self._process.poll() is None
+                    self._server.send({"kill": number})
 
     def close(self) -> None:
         """Ends every task and the server; returns when they are gone."""
@@ -129,15 +125,8 @@ class LocalExecutor:
             if self._is_closing:
                 return
             self._is_closing = True
-        self._connection.shutdown(socket.SHUT_WR)
-        try:
-            self._process.wait(timeout=10)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
-        self._reader.join(timeout=10)
-        self._connection.close()
-        self._log.close()
+        self._server.close()
+        self._folder.cleanup()
 
     def __enter__(self) -> LocalExecutor:
         return self
@@ -147,62 +136,34 @@ class LocalExecutor:
     ) -> None:
         self.close()
 
-    def _start_server(self) -> tuple[socket.socket, subprocess.Popen[bytes]]:
-        ours, theirs = socket.socketpair()
-        command = [sys.executable, "-m", "accumtune.trials.forkserver", str(theirs.fileno()), _preload(self.backend)]
-        with theirs:
-            process = subprocess.Popen(
-                command,
-                pass_fds=[theirs.fileno()],
-                # Its own session: Ctrl-C in the terminal is for the search, which then decides about its trials.
-                start_new_session=True,
-                env={**os.environ, "KERAS_BACKEND": self.backend, "PYTHONPATH": _python_path()},
-                stdin=subprocess.DEVNULL,
-                stdout=self._log,
-                stderr=self._log,
-            )
-        ours.settimeout(_START_SECONDS)
-        try:
-            ready = ours.recv(2**16)
-        except TimeoutError:
-            ready = b""
-        if not ready:
-            process.kill()
-            raise self._broken(f"did not start within {_START_SECONDS:.0f} s or ended at once")
-        ours.settimeout(None)
-        return ours, process
+    def _start_server(self) -> ForkServerClient:
+        return ForkServerClient(self.backend, Path(self._folder.name), self._handle, self._take_over)
 
-    def _send(self, request: dict[str, Any]) -> None:
-        try:
-            self._connection.sendall(json.dumps(request).encode() + b"\n")
-        except OSError as error:
-            if not self._is_closing:
-                raise self._broken(f"does not answer ({error})") from error
-
-    def _read(self) -> None:
-        received = b""
-        while True:
-            try:
-                chunk = self._connection.recv(2**16)
-            except OSError:
-                chunk = b""
-            if not chunk:
-                break
-            received += chunk
-            *lines, received = received.split(b"\n")
-            for line in lines:
-                self._handle(json.loads(line))
-        self._fail_the_rest()
+    def _begin(self, number: int, task: _Task) -> None:
+        if not self._server.is_alive():
+            self._server = self._start_server()
+        task.server = self._server
+        self._tasks[number] = task
+        self._server.send(task.request)
 
     def _handle(self, message: dict[str, Any]) -> None:
-        if "started" in message:
-            self._tasks[message["started"]].pid = message["pid"]
-            return
         with self._lock:
+            if "started" in message:
+                self._tasks[message["started"]].pid = message["pid"]
+                return
             task = self._tasks.pop(message["ended"])
+        try:
+            if "error" in message:
+                reason = f"no process could be started for it: {message['error']}"
+                self._end(task, Outcome("lost", reason=reason))
+            else:
+                self._end(task, _outcome(task, message["exit_code"]))
+        except Exception as error:  # it must reach whoever waits
+            task.future.set_exception(error)
+
+    def _end(self, task: _Task, outcome: Outcome) -> None:
         if task.timer is not None:
             task.timer.cancel()
-        outcome = read_outcome(task.directory, message["exit_code"], task.pid, task.is_memory_limited)
         if task.timed_out_after is not None and not outcome.is_completed:
             reason = f"it was stopped after {task.timed_out_after:g} s (trial_timeout_seconds)"
             outcome = Outcome("timed_out", reason=reason, traceback=task.directory.log_tail(), pid=task.pid)
@@ -212,47 +173,57 @@ class LocalExecutor:
         with self._lock:
             if number in self._tasks:
                 self._tasks[number].timed_out_after = seconds
-                self._send({"kill": number})
+                self._server.send({"kill": number})
 
-    def _fail_the_rest(self) -> None:
+    def _take_over(self, server: ForkServerClient) -> None:
+        """The tasks of a server that is gone: they have ended, or begin anew, or the search decides about them."""
         with self._lock:
-            tasks, self._tasks = list(self._tasks.values()), {}
-        for task in tasks:
-            if self._is_closing:
-                task.future.set_result(Outcome("killed", reason="the search was stopped", pid=task.pid))
-            else:
-                task.future.set_exception(self._broken("ended unexpectedly"))
+            tasks = {number: task for number, task in self._tasks.items() if task.server is server}
+            for number in tasks:
+                del self._tasks[number]
+        for number, task in tasks.items():
+            shutil.rmtree(self._temporary(number), ignore_errors=True)
+            try:
+                self._end_or_begin_again(number, task)
+            except Exception as error:  # as above
+                task.future.set_exception(error)
 
-    def _broken(self, what: str) -> WorkerError:
-        log = Path(self._log.name).read_text(errors="replace").splitlines()[-15:]
-        return WorkerError(
-            f"The process that starts trials {what}. Its last lines:\n" + "\n".join(log),
-            f'a Python environment in which `import keras` works with KERAS_BACKEND="{self.backend}".',
-            "run `python -m accumtune.trials.forkserver` 's imports by hand: "
-            f"{_preload(self.backend).replace(',', ', ')}.",
-        )
+    def _end_or_begin_again(self, number: int, task: _Task) -> None:
+        outcome = _outcome(task, None)
+        with self._lock:
+            if outcome.status == "lost" and not self._is_closing and self._may_begin_again(task):
+                self._begin(number, task)
+                return
+        if outcome.status == "lost" and self._is_closing:
+            outcome = replace(_STOPPED, pid=task.pid)
+        self._end(task, outcome)
+
+    def _may_begin_again(self, task: _Task) -> bool:
+        """A probe is just repeated; a training has a journal, which its next attempt goes on with."""
+        task.losses += 1
+        if task.losses > _MAX_LOSSES or task.timed_out_after is not None:
+            return False
+        return task.directory.read_task()[0] != "train"
+
+    def _temporary(self, number: int) -> Path:
+        return Path(self._folder.name) / str(number)
 
 
 @dataclass
 class _Task:
     directory: TaskDirectory
     future: Future[Outcome]
+    request: dict[str, Any]
     is_memory_limited: bool = False
+    server: ForkServerClient | None = None
     pid: int | None = None
     timer: threading.Timer | None = None
     timed_out_after: float | None = None
+    losses: int = 0
 
 
-def _preload(backend: str) -> str:
-    modules = [backend, "keras", "keras_tuner", "cloudpickle", f"accumtune.accumulation.{backend}"]
-    if backend == "tensorflow":
-        # Keras Tuner imports it in every trial.
-        modules.append("tensorboard.plugins.hparams.api")
-    ours = ("trials.worker", "trials.signature", "trials.fitting", "trials.checkpoint", "trials.callbacks")
-    return ",".join([*modules, *(f"accumtune.{name}" for name in (*ours, f"memory.{backend}", "memory.watching"))])
-
-
-def _python_path() -> str:
-    # The server finds accumtune where this process found it, also when it is not installed.
-    here = str(Path(__file__).resolve().parents[2])
-    return os.pathsep.join([here, *filter(None, [os.environ.get("PYTHONPATH")])])
+def _outcome(task: _Task, exit_code: int | None) -> Outcome:
+    """What became of a task; an exit code of None: nobody saw its end."""
+    if exit_code is None and not task.directory.outcome_file.exists():
+        return Outcome("lost", reason="the process that starts trials ended unexpectedly", pid=task.pid)
+    return read_outcome(task.directory, exit_code or 0, task.pid, task.is_memory_limited)

@@ -6,11 +6,12 @@ server would do, but it imports the user's script a second time in every child (
 
 The search starts it with one end of a socket pair and writes a line of JSON per request:
 
-    {"start": 7, "directory": "...", "environment": {...}, "path": [...], "cwd": "..."}
+    {"start": 7, "directory": "...", "temporary": "...", "environment": {...}, "path": [...], "cwd": "..."}
     {"kill": 7}
 
 It answers `{"started": 7, "pid": 4242}` and `{"ended": 7, "exit_code": 0}` (a signal's number is negative, as in
-`subprocess`). When the search is gone, the socket closes, and the server takes all children with it.
+`subprocess`), or `{"ended": 7, "error": "..."}` where no process could be forked. When the search is gone, the socket
+closes, and the server takes all children with it.
 
 Forking after the import is safe while no operation has run and no device was listed; the server only imports. (Keras
 asks torch for a GPU when it is imported; torch then asks the driver's NVML instead of CUDA, which no fork survives:
@@ -19,6 +20,7 @@ PYTORCH_NVML_BASED_CUDA_CHECK, in torch's notes on CUDA semantics.)
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import json
 import os
@@ -28,6 +30,7 @@ import signal
 import socket
 import sys
 import tempfile
+import time
 import traceback
 import warnings
 from collections.abc import Callable
@@ -35,16 +38,22 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from accumtune.trials.devices import apply_place
+from accumtune.trials.directory import is_disk_full
 from accumtune.trials.notes import without_notes
+from accumtune.trials.outcome import DISK_FULL_EXIT_CODE
 
-_PR_SET_PDEATHSIG = 1  # linux/prctl.h
+# linux/prctl.h
+_PR_SET_PDEATHSIG = 1
+_PR_SET_CHILD_SUBREAPER = 36
+_FORK_TRIES, _FORK_PAUSE_SECONDS = 5, 0.5
+_ORPHAN_SECONDS = 2.0
 
 
 class _Server:
     def __init__(self, connection: socket.socket) -> None:
         self._connection = connection
         self._received = b""
-        self._children: dict[int, tuple[int, Path]] = {}  # process id -> task and its directory
+        self._children: dict[int, tuple[int, Path]] = {}  # process id -> task and its temporary files
 
     def serve(self) -> None:
         wake_reader, wake_writer = os.pipe()
@@ -63,9 +72,11 @@ class _Server:
                 break
         for pid in self._children:
             _kill_group(pid)
-        for pid, (_, directory) in self._children.items():
+        for pid in self._children:
             os.waitpid(pid, 0)
-            shutil.rmtree(_temporary_folder(directory), ignore_errors=True)
+        deadline = time.monotonic() + _ORPHAN_SECONDS
+        while _wait_for_any() is not None and time.monotonic() < deadline:
+            time.sleep(0.01)
 
     def _receive(self) -> bool:
         """Handles the requests that have come in; False when the search is gone."""
@@ -86,23 +97,27 @@ class _Server:
         return bool(chunk)
 
     def _start(self, request: dict[str, Any]) -> None:
-        pid = os.fork()
+        try:
+            pid = _fork()
+        except OSError as error:
+            self._send({"ended": request["start"], "error": str(error)})
+            return
         if pid == 0:
             self._connection.close()
             _run_child(request)
         _make_group(pid)
-        self._children[pid] = (request["start"], Path(request["directory"]))
+        self._children[pid] = (request["start"], Path(request["temporary"]))
         self._send({"started": request["start"], "pid": pid})
 
     def _reap(self) -> None:
-        while self._children:
-            pid, status = os.waitpid(-1, os.WNOHANG)
-            if pid == 0:
-                return
+        while ended := _wait_for_any():
+            pid, status = ended
+            if pid not in self._children:
+                continue  # an orphan: what a task has started came here when the task ended
             # What the task itself has started must not outlive it.
             _kill_group(pid)
-            task, directory = self._children.pop(pid)
-            shutil.rmtree(_temporary_folder(directory), ignore_errors=True)
+            task, temporary = self._children.pop(pid)
+            shutil.rmtree(temporary, ignore_errors=True)
             self._send({"ended": task, "exit_code": os.waitstatus_to_exitcode(status)})
 
     def _send(self, message: dict[str, Any]) -> None:
@@ -112,8 +127,22 @@ class _Server:
             pass  # the search is gone: the next read says so, and serve() ends
 
 
-def _temporary_folder(directory: Path) -> Path:
-    return directory / "tmp"
+def _fork() -> int:
+    for _ in range(_FORK_TRIES - 1):
+        try:
+            return os.fork()
+        except OSError:  # no memory, or too many processes, at this moment
+            time.sleep(_FORK_PAUSE_SECONDS)
+    return os.fork()
+
+
+def _wait_for_any() -> tuple[int, int] | tuple[()] | None:
+    """The process id and status of a child that has ended, () where all run, None where there is none."""
+    try:
+        pid, status = os.waitpid(-1, os.WNOHANG)
+    except ChildProcessError:
+        return None
+    return (pid, status) if pid else ()
 
 
 def _make_group(pid: int) -> None:
@@ -130,7 +159,8 @@ def _kill_group(pid: int) -> None:
     except ProcessLookupError:
         pass
     except PermissionError:
-        os.kill(pid, signal.SIGKILL)
+        with contextlib.suppress(OSError):
+            os.kill(pid, signal.SIGKILL)
 
 
 def _run_child(request: dict[str, Any]) -> None:
@@ -150,11 +180,15 @@ def end_process(run: Callable[[], int]) -> NoReturn:
     exit_code = 1
     try:
         exit_code = run()
-    except BaseException:
-        traceback.print_exc()
+    except BaseException as error:
+        if is_disk_full(error):
+            exit_code = DISK_FULL_EXIT_CODE
+        with contextlib.suppress(OSError):
+            traceback.print_exc()
     finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
+        with contextlib.suppress(OSError):
+            sys.stdout.flush()
+            sys.stderr.flush()
         # No interpreter shutdown: the handlers of a forked copy belong to the process that it was forked from.
         os._exit(exit_code)
 
@@ -176,9 +210,8 @@ def _settle_child(request: dict[str, Any]) -> None:
     os.environ.update(request["environment"])
     # A forked child ends without interpreter shutdown, and may be killed: what it leaves in its own folder for
     # temporary files (TensorFlow's autograph leaves a module per function) is removed with it.
-    temporary = _temporary_folder(directory)
-    temporary.mkdir(exist_ok=True)
-    os.environ["TMPDIR"] = str(temporary)
+    os.makedirs(request["temporary"], exist_ok=True)
+    os.environ["TMPDIR"] = request["temporary"]
     tempfile.tempdir = None
     os.chdir(request["cwd"])
     sys.path[:] = request["path"]
@@ -186,31 +219,39 @@ def _settle_child(request: dict[str, Any]) -> None:
 
 
 def die_with_parent() -> None:
-    """Where the process that forked this one is killed, this one goes too (Linux)."""
+    """Where the process that forked this one is killed, this one goes too."""
+    _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def _adopt_orphans() -> None:
+    """What tasks have started comes here when they end: a search that is PID 1 of a container would keep zombies."""
+    _prctl(_PR_SET_CHILD_SUBREAPER, 1)
+
+
+def _prctl(option: int, value: int) -> None:
     if sys.platform == "linux":
         import ctypes
 
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        ctypes.CDLL(None).prctl(option, value)
 
 
 def main() -> None:
-    """`python -m accumtune.trials.forkserver FILE_DESCRIPTOR MODULE,MODULE,...`"""
-    connection = socket.socket(fileno=int(sys.argv[1]))
+    """`python -P -c ... FILE_DESCRIPTOR MODULE,MODULE,... FOLDER`, see `accumtune.trials.forkserver_client`."""
+    _, descriptor, modules, folder = sys.argv
+    connection = socket.socket(fileno=int(descriptor))
     connection.set_inheritable(False)
     os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
-    for module in sys.argv[2].split(","):
+    for module in modules.split(","):
         try:
             with warnings.catch_warnings(), without_notes():
                 warnings.simplefilter("ignore")
                 importlib.import_module(module)
         except ImportError:
             traceback.print_exc()  # the task that needs it says so with its own traceback
+    _adopt_orphans()
     _Server(connection).serve()
+    shutil.rmtree(folder, ignore_errors=True)
     # No interpreter shutdown: with a framework it takes seconds, for which whoever has pressed Ctrl-C would wait.
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0)
-
-
-if __name__ == "__main__":
-    main()

@@ -10,6 +10,8 @@ from accumtune import errors
 from accumtune.memory.exhaustion import died_of_memory
 from accumtune.trials.directory import TaskDirectory
 
+DISK_FULL_EXIT_CODE = 74  # EX_IOERR of sysexits.h
+
 
 class StopRequested(BaseException):
     """In a task: the search has asked for the end, and the state is saved. Nothing of the user's may handle it."""
@@ -55,25 +57,37 @@ def read_outcome(
     directory: TaskDirectory, exit_code: int, pid: int | None = None, is_memory_limited: bool = False
 ) -> Outcome:
     """What became of a task whose process has ended with `exit_code` (negative: by a signal)."""
-    written = directory.read_outcome()
-    if written is not None:
-        return Outcome(pid=pid, **written)
     log_tail = directory.log_tail()
+    try:
+        written = directory.read_outcome()
+        if written is not None:
+            return Outcome(pid=pid, **written)
+    except (OSError, ValueError, TypeError) as error:  # a file system that is gone, a file that is damaged
+        reason = f"its outcome cannot be read: {type(error).__name__}: {error}"
+        return Outcome("failed", reason=reason, traceback=log_tail, pid=pid)
     # A SIGKILL may be anybody's; what asked for the task decides what it takes it for.
     if exit_code < 0 and exit_code != -signal.SIGKILL:
         if died_of_memory(-exit_code, log_tail, is_limited=is_memory_limited):
-            reason = f"its process ran out of memory and ended by {signal.Signals(-exit_code).name}"
+            reason = f"its process ran out of memory and ended by {_signal_name(-exit_code)}"
             return Outcome("out_of_memory", reason=reason, traceback=log_tail, pid=pid)
     if exit_code < 0:
-        name = signal.Signals(-exit_code).name
+        name = _signal_name(-exit_code)
         hint = " (the kernel does this when the machine runs out of memory)" if name == "SIGKILL" else ""
         return Outcome("killed", reason=f"its process was killed by {name}{hint}", traceback=log_tail, pid=pid)
+    why = " (there is no space left on the disk)" if exit_code == DISK_FULL_EXIT_CODE else ""
     return Outcome(
         "failed",
-        reason=f"its process ended with exit code {exit_code} and left no outcome",
+        reason=f"its process ended with exit code {exit_code} and left no outcome{why}",
         traceback=log_tail,
         pid=pid,
     )
+
+
+def _signal_name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:  # most real-time signals have none
+        return f"signal {number}"
 
 
 def finished(outcome: Outcome, what: str) -> Outcome:

@@ -10,7 +10,6 @@ import functools
 import hashlib
 import inspect
 import io
-import os
 import pickle
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,7 +19,7 @@ import cloudpickle
 import numpy as np
 
 from accumtune.errors import UnsendableDataError
-from accumtune.trials.directory import write_atomically
+from accumtune.trials.directory import atomic_file, clear_disk_errors, is_disk_full, write_atomically
 
 # Smaller arrays cost less inside the pickle than as a file of their own.
 _SMALLEST_MAPPED_BYTES = 64 * 2**10
@@ -56,17 +55,21 @@ def dump_payload(payload: Mapping[str, Any], path: Path) -> None:
 
     Raises:
         UnsendableDataError: one of the objects cannot be pickled, or is a live pipeline that belongs to this process.
+        SearchDirectoryError: there is no space for them.
     """
     arrays_folder = path.parent / "arrays"
     arrays_folder.mkdir(parents=True, exist_ok=True)
     for name, value in payload.items():
         _refuse_live_pipelines(name, value)
     buffer = io.BytesIO()
-    try:
-        _Pickler(buffer, arrays_folder.resolve()).dump(dict(payload))
-    except Exception as error:
-        raise _unsendable(payload, arrays_folder.resolve(), error) from error
-    write_atomically(path, buffer.getvalue())
+    with clear_disk_errors(path.parent):
+        try:
+            _Pickler(buffer, arrays_folder.resolve()).dump(dict(payload))
+        except Exception as error:
+            if is_disk_full(error):
+                raise
+            raise _unsendable(payload, arrays_folder.resolve(), error) from error
+        write_atomically(path, buffer.getvalue())
 
 
 def load_payload(path: Path) -> dict[str, Any]:
@@ -89,10 +92,10 @@ def _store_array(array: np.ndarray, folder: Path) -> Path:
     digest.update(contiguous.reshape(-1).view(np.uint8).data)
     path = folder / f"{digest.hexdigest()}.npy"
     if not path.exists():
-        temporary = path.with_suffix(f".{os.getpid()}.tmp")
-        with open(temporary, "wb") as file:
-            np.save(file, contiguous)
-        os.replace(temporary, path)
+        with atomic_file(path, outlives_a_power_cut=False) as file:  # of the data there is another copy
+            # As np.save, which of a disk that is full says only how many elements it wrote.
+            np.lib.format.write_array_header_1_0(file, np.lib.format.header_data_from_array_1_0(contiguous))
+            file.write(contiguous.reshape(-1).view(np.uint8).data)
     return path
 
 

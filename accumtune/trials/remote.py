@@ -163,11 +163,7 @@ def _executor_of_process(backend: str, pid: int) -> LocalExecutor:
 def _local_executor(backend: str) -> LocalExecutor:
     """One for all tasks that this process runs: importing the framework takes longer than many a trial."""
     with _lock:
-        executor = _executor_of_process(backend, os.getpid())
-        if not executor.is_alive():
-            _executor_of_process.cache_clear()
-            executor = _executor_of_process(backend, os.getpid())
-        return executor
+        return _executor_of_process(backend, os.getpid())
 
 
 def _unpack(request: Request, payload: Mapping[str, bytes], files: Files, folder: Path) -> TaskDirectory:
@@ -187,7 +183,7 @@ def _unpack(request: Request, payload: Mapping[str, bytes], files: Files, folder
 
 
 def _pack_results(directory: TaskDirectory, sent: Files) -> dict[str, bytes]:
-    results = {name: content for name, content in read_folder(directory.path).items() if not name.startswith("tmp/")}
+    results = read_folder(directory.path)
     results.pop(directory.task_file.name, None)
     journal = directory.journal_file.name
     if journal in results:

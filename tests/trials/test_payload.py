@@ -1,11 +1,12 @@
 """What can be sent to a trial, and what an error says about the rest."""
 
+import errno
 import threading
 
 import numpy as np
 import pytest
 
-from accumtune.errors import UnsendableDataError
+from accumtune.errors import SearchDirectoryError, UnsendableDataError
 from accumtune.trials.payload import dump_payload, load_payload
 
 
@@ -59,3 +60,14 @@ def test_a_live_tf_dataset_is_refused_with_the_function_to_write(tmp_path):
         dump_payload({"x": dataset}, tmp_path / "payload.pkl")
     assert "x of type" in str(caught.value)
     dump_payload({"x": lambda: tf.data.Dataset.range(3)}, tmp_path / "payload.pkl")
+
+
+def test_a_full_disk_is_said_as_such_and_given_back_its_space(tmp_path, monkeypatch):
+    def write(file, header):
+        file.write(b"0" * 1000)
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(np.lib.format, "write_array_header_1_0", write)
+    with pytest.raises(SearchDirectoryError, match="No space left.*\n.*\nFix: free some space"):
+        dump_payload({"x": np.zeros(100_000)}, tmp_path / "payload.pkl")
+    assert not list((tmp_path / "arrays").iterdir())
