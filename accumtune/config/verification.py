@@ -49,6 +49,7 @@ def verify(config: ConfigValue, build_model: Any, x: Any, y: Any, peak_tolerance
 
     from accumtune.trials.device import current_backend
     from accumtune.trials.outcome import finished
+    from accumtune.trials.time_limits import DEFAULT_SECONDS
     from accumtune.trials.training import FirstUpdates, train_isolated
 
     micro = config.micro_batch_size
@@ -59,6 +60,7 @@ def verify(config: ConfigValue, build_model: Any, x: Any, y: Any, peak_tolerance
         objective=keras_tuner.Objective("loss", "min"),
         seed=config.seed or 0,
         memory_budget_bytes=config.memory_budget_bytes,
+        timeout_seconds=DEFAULT_SECONDS,
     )
     if outcome.ran_out_of_memory:
         return compared(config, None, current_backend(), peak_tolerance)

@@ -18,6 +18,7 @@ from accumtune.trials.executors import Executor
 from accumtune.trials.outcome import finished
 from accumtune.trials.payload import dump_payload
 from accumtune.trials.profiling import Profiler
+from accumtune.trials.time_limits import DEFAULT_SECONDS
 
 
 class SearchProcesses:
@@ -29,6 +30,7 @@ class SearchProcesses:
         backend: Keras's.
         memory_budget_bytes: what probes run under.
         micro_batch_sizes: those that matter to the search.
+        timeout_seconds: after which a process that builds or probes is ended.
     """
 
     def __init__(
@@ -39,12 +41,14 @@ class SearchProcesses:
         *,
         memory_budget_bytes: int | None,
         micro_batch_sizes: Sequence[int],
+        timeout_seconds: float = DEFAULT_SECONDS,
     ) -> None:
         self._files = files
         self._pool = pool
         self._backend = backend
         self._memory_budget_bytes = memory_budget_bytes
         self._micro_batch_sizes = tuple(micro_batch_sizes)
+        self._timeout_seconds = timeout_seconds
         self._executor: Executor | None = None
 
     @property
@@ -71,7 +75,8 @@ class SearchProcesses:
         directory = TaskDirectory(self._files.scratch_folder / "discover")
         directory.write_task("discover", {"payload": str(self._files.payload_file.resolve())})
         environment = memory_limit_environment(self._backend, None)
-        outcome = finished(self.executor().submit(directory, environment).result(), "The build function")
+        future = self.executor().submit(directory, environment, self._timeout_seconds)
+        outcome = finished(future.result(), "The build function")
         shutil.rmtree(directory.path, ignore_errors=True)
         return dict(outcome.result)
 
@@ -91,6 +96,7 @@ class SearchProcesses:
             memory_budget_bytes=self._memory_budget_bytes,
             micro_batch_sizes=self._micro_batch_sizes,
             on_probe=on_probe,
+            timeout_seconds=self._timeout_seconds,
         )
 
     def runs(

@@ -15,6 +15,7 @@ from accumtune.trials.directory import SearchDirectory, TaskDirectory, write_ato
 from accumtune.trials.executors import Executor
 from accumtune.trials.outcome import finished
 from accumtune.trials.payload import dump_payload
+from accumtune.trials.time_limits import DEFAULT_SECONDS
 
 _SAMPLES = 2
 
@@ -52,7 +53,7 @@ def save_model_for_registry(
     dump_payload({"function": save_with_signature, "arguments": function_arguments}, payload_file)
     directory.write_task("call", {"payload": str(payload_file.resolve())})
     environment = memory_limit_environment(executor.backend, None)
-    finished(executor.submit(directory, environment).result(), "Saving the best model")
+    finished(executor.submit(directory, environment, DEFAULT_SECONDS).result(), "Saving the best model")
     shutil.rmtree(directory.path, ignore_errors=True)
     write_atomically(marker, json.dumps(wanted))
 

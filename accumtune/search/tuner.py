@@ -28,6 +28,7 @@ from accumtune.trials.builder import ModelBuilder
 from accumtune.trials.device import current_backend
 from accumtune.trials.directory import SearchDirectory, check_writable
 from accumtune.trials.profiling import check_sizes
+from accumtune.trials.time_limits import preparation_seconds
 
 
 class Tuner(Searching):
@@ -48,7 +49,8 @@ class Tuner(Searching):
         learning_rate_scaling: None, `"linear"` or `"sqrt"`: how the learning rate grows with the effective batch.
         base_effective_batch_size: the effective batch for which the learning rate is meant as it is written; default
             the smallest.
-        trial_timeout_seconds: a trial that takes longer is stopped and counts as failed.
+        trial_timeout_seconds: a trial that takes longer is stopped and counts as failed; so is building or probing
+            its model, for which there is a minute at least. None: 30 minutes for those, any time for training.
         workers: trials at once.
         devices: what they run on, on this machine. `"auto"`: each worker gets a GPU of its own; more workers than
             GPUs share them, if the device holds `memory_budget` for each; without GPUs workers divide the cores.
@@ -129,6 +131,7 @@ class Tuner(Searching):
             self._backend,
             memory_budget_bytes=self.memory_budget_bytes,
             micro_batch_sizes=self.micro_batch_sizes,
+            timeout_seconds=preparation_seconds(trial_timeout_seconds),
         )
         self._chronicle = Chronicle(self._files, oracle.objective, tracking_uri)
         self._mended: list[str] = []

@@ -10,6 +10,7 @@ from accumtune.trials.directory import TaskDirectory
 from accumtune.trials.executors import LocalExecutor
 from accumtune.trials.outcome import finished
 from accumtune.trials.payload import dump_payload
+from accumtune.trials.time_limits import DEFAULT_SECONDS
 
 
 def current_backend() -> str:
@@ -31,7 +32,7 @@ def free_device_memory_bytes() -> int:
         payload_file = Path(folder) / "payload.pkl"
         dump_payload({"function": _free_memory_bytes, "arguments": ()}, payload_file)
         directory.write_task("call", {"payload": str(payload_file)})
-        outcome = executor.submit(directory, memory_limit_environment(backend, None)).result()
+        outcome = executor.submit(directory, memory_limit_environment(backend, None), DEFAULT_SECONDS).result()
         return int(finished(outcome, "Looking at the device").result["value"])
 
 

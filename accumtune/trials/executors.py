@@ -165,7 +165,7 @@ class LocalExecutor:
         if task.timer is not None:
             task.timer.cancel()
         if task.timed_out_after is not None and not outcome.is_completed:
-            reason = f"it was stopped after {task.timed_out_after:g} s (trial_timeout_seconds)"
+            reason = f"it was stopped after {task.timed_out_after:g} s (see trial_timeout_seconds)"
             outcome = Outcome("timed_out", reason=reason, traceback=task.directory.log_tail(), pid=task.pid)
         task.future.set_result(outcome)
 

@@ -101,6 +101,12 @@ def finished(outcome: Outcome, what: str) -> Outcome:
     if outcome.error is not None:
         kind = getattr(errors, outcome.error["class"], errors.BuildError)
         raise kind(*outcome.error["arguments"])
+    if outcome.status == "timed_out":
+        raise errors.BuildError(
+            f"{what} did not come to an end: {outcome.reason}\n{outcome.traceback}".rstrip(),
+            "a model that is built, and trains a few updates, in the time that a trial has.",
+            "call it by hand and look where it waits; where it needs longer, raise trial_timeout_seconds.",
+        )
     raise errors.BuildError(
         f"{what} failed in its process: {outcome.reason}\n{outcome.traceback}".rstrip(),
         "a build function that returns a compiled model which trains on the data.",

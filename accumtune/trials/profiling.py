@@ -23,6 +23,7 @@ from accumtune.trials.devices import current_place
 from accumtune.trials.directory import TaskDirectory, write_atomically
 from accumtune.trials.executors import Executor
 from accumtune.trials.outcome import Outcome, finished
+from accumtune.trials.time_limits import DEFAULT_SECONDS
 
 # Memory knows only two cases, without and with an accumulator; of a longer window the bytes are known.
 _PROBED_ACCUMULATION_STEPS = (1, 2)
@@ -66,6 +67,7 @@ class Profiler:
         memory_budget_bytes: probes run under it; None for no limit.
         micro_batch_sizes: the sizes that matter to the search.
         on_probe: called with one line of text for each probe.
+        timeout_seconds: after which a process that builds or probes is ended.
     """
 
     def __init__(
@@ -78,6 +80,7 @@ class Profiler:
         memory_budget_bytes: int | None,
         micro_batch_sizes: Sequence[int],
         on_probe: Callable[[str], None] = lambda line: None,
+        timeout_seconds: float = DEFAULT_SECONDS,
     ) -> None:
         self._executor = executor
         self._payload_file = payload_file
@@ -86,6 +89,7 @@ class Profiler:
         self._memory_budget_bytes = memory_budget_bytes
         self._micro_batch_sizes = tuple(sorted(micro_batch_sizes))
         self._on_probe = on_probe
+        self._timeout_seconds = timeout_seconds
         self._facts: dict[str, ModelFacts] = {}
         self._profiles: dict[str, Profile] = {}
         self._numbers = itertools.count()
@@ -214,7 +218,8 @@ class Profiler:
         directory = TaskDirectory(self._scratch_folder / f"{task}_{os.getpid()}_{next(self._numbers):04d}")
         directory.write_task(task, {"payload": str(self._payload_file.resolve()), **arguments})
         environment = memory_limit_environment(self._executor.backend, limit_bytes)
-        outcome = self._executor.submit(directory, environment, is_memory_limited=limit_bytes is not None).result()
+        is_limited = limit_bytes is not None
+        outcome = self._executor.submit(directory, environment, self._timeout_seconds, is_limited).result()
         if outcome.is_completed:
             shutil.rmtree(directory.path, ignore_errors=True)
         return outcome

@@ -83,6 +83,7 @@ def train_isolated(
     seed: int,
     executions: int = 1,
     memory_budget_bytes: int | None = None,
+    timeout_seconds: float | None = None,
 ) -> Outcome:
     """Runs the task of a trial.
 
@@ -93,6 +94,7 @@ def train_isolated(
         objective: a `keras_tuner.Objective`; its best epoch counts.
         seed, executions: as in a search.
         memory_budget_bytes: the limit of the process's allocator; None for none.
+        timeout_seconds: after which it is ended; None for none.
 
     Returns:
         The outcome, `result` as `worker.train` returns it.
@@ -120,7 +122,7 @@ def train_isolated(
 
             def run(execution: int, earlier: list[dict[str, Any]]) -> Outcome:
                 directory.write_task("train", {**arguments, "execution": execution, "earlier": earlier})
-                return executor.submit(directory, environment, is_memory_limited=is_limited).result()
+                return executor.submit(directory, environment, timeout_seconds, is_limited).result()
 
             return run_executions(run, executions)
 
