@@ -70,6 +70,7 @@ NAMES = (
     Name("keras.src.losses.loss:apply_mask"),
     Name("keras.src.losses.loss:squeeze_or_expand_to_same_rank", ("x1", "x2")),
     Name("keras.src.backend:get_keras_mask", ("x",)),
+    Name("keras.src.random.seed_generator:global_seed_generator", ()),
     # Data.
     Name(f"{_ADAPTERS}:get_data_adapter", ("x", "y", "sample_weight", "batch_size", "shuffle", "class_weight")),
     Name(f"{_ADAPTERS}.data_adapter:DataAdapter"),

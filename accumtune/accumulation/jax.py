@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import keras
 import numpy as np
 
-from accumtune.accumulation import feeding, losses, noise_scale, statistics
+from accumtune.accumulation import feeding, known_samples, losses, noise_scale, statistics
 from accumtune.accumulation.window import Accumulation, factors, shares
 
 
@@ -62,6 +62,7 @@ class JaxTraining:
 
     def _train(self, state: Any, window: list[Any]) -> tuple[Any, Any]:
         batch = window[0].take()
+        known_samples.note(self.model, batch)
         if len(window) == 1:
             return self._only(state, batch)
         trainable, non_trainable, optimizer, metrics = state

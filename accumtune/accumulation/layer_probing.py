@@ -1,32 +1,46 @@
-"""Does a user's layer look at the batch as a whole, or keep state? It is asked with random numbers in place of a proof.
+"""Does a user's layer look at the batch as a whole, or keep state? It is run on five samples in place of a proof.
 
-What is called is a whole layer (or a model that is more than its layers) on four samples, together and in parts,
-within a `StatelessScope`: no variable changes, and seeds start anew in every scope.
+A whole layer (or a model that is more than its layers) is called within a `StatelessScope`, so that no variable
+changes and seeds start anew in every scope. Other samples beside the same two must not change their results: batches
+of one shape draw the same noise. Where there is no noise, parts of the batch must give what the batch gives.
 """
 
 from __future__ import annotations
 
+import contextlib
+import random
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
 
 STATE = "changes variables of its own in every forward pass, hence several times per update."
 NOT_ALONE = "gives each sample a result that depends on the others in its micro-batch."
+ADDS_LOSS = "adds a loss of its own that is not a mean over samples."
 
 # Made by arithmetic between tensors (`x + shortcut`): an entry of the result depends on these entries alone.
 _ELEMENTWISE = frozenset(
     "Absolute Add Cast Clip Divide Exp Gelu Log Maximum Minimum Multiply Negative Relu Sigmoid Silu Sqrt Square "
     "Subtract Tanh TrueDivide".split()
 )
-_WHOLE = slice(0, 4)
-_PARTS = (slice(0, 2), slice(2, 4))
+# Keras's by name, but what they run is the user's.
+_FOREIGN = frozenset({"Lambda", "TorchModuleWrapper", "JaxLayer", "FlaxLayer", "TFSMLayer"})
+SAMPLES = 5  # seldom the size of another axis
+_FIRST, _REST = slice(0, 2), slice(2, SAMPLES)
+_OTHERS = (0, 1, 0, 0, 1)  # the first two samples, beside others
+_LARGE_ELEMENTS = 2**20
+# Of numbers that are made up, for each sample: unlike each other, and 0 and 1 where they are taken for tokens.
+_LARGEST = (1.9, 0.5, 1.9, 1.2, 0.8)
+
+# The arguments with which a layer was called: `(args, kwargs)`.
+Call = tuple[tuple, dict[str, Any]]
 
 
 def has_code_of_the_user(layer: Any) -> bool:
     """Whether this layer or model does more than Keras's own layers, which are known."""
     import keras
 
-    if isinstance(layer, keras.layers.Lambda):
+    if type(layer).__name__ in _FOREIGN:
         return True
     if type(layer).__module__.startswith(("keras.", "keras_hub.")):
         operations = getattr(layer, "operations", None) or []
@@ -37,94 +51,292 @@ def has_code_of_the_user(layer: Any) -> bool:
     return True
 
 
-def why_coupled(layer: Any) -> str:
-    """Why the results of micro-batches do not make the result of their batch; "" where they do or cannot be tried.
+def recorded_calls(model: Any, x: Any = None) -> dict[int, Call]:
+    """Runs `model` once and returns how each of its layers was called, by the layer's id; {} where it cannot run.
 
-    A layer can be tried once it is built, where it has one input (in a Functional model: any).
+    Args:
+        x: samples of the user's data, NumPy arrays; where None, the model's inputs are made up if their shapes are
+            known. A model that is not built yet is built with them, as by a call.
     """
-    from keras import tree
+    import keras
 
-    called_with = _four_samples(layer)
-    if called_with is None:
-        return ""
+    calls: dict[int, Call] = {}
+    candidates = list(_made_up(model)) if x is None else [((_five(x),), {})]
+    for args, kwargs in candidates:
+        try:
+            if x is not None and not all(layer.built for layer in model._flatten_layers()):
+                _invoked(model, args, kwargs, training=False)
+            with _recording(model, calls), keras.StatelessScope(), _fixed_seeds(model):
+                _invoked(model, args, kwargs, training=True)
+        except Exception:  # a user's model may want what cannot be made up here: other numbers, shapes or arguments
+            calls.clear()
+            continue
+        break
+    return calls
 
-    def results(part: slice, training: bool) -> tuple[list[Any], bool, bool]:
-        args, kwargs = tree.map_structure(lambda leaf: leaf[part] if _is_array(leaf) else leaf, called_with)
-        return _called(layer, args, kwargs, training)
 
+def why_coupled(layer: Any, call: Call | None = None) -> str | None:
+    """Why the results of micro-batches do not make the result of their batch; "" where they do, None where unknown.
+
+    Args:
+        call: how it was called with five samples; where None, its arguments are made up if their shapes are known.
+    """
+    for args, kwargs in [call] if call else _made_up(layer):
+        try:
+            return _tried(layer, args, kwargs)
+        except Exception:  # a user's layer may want what cannot be made up here: other numbers, shapes or arguments
+            continue
+    return None
+
+
+def _tried(layer: Any, args: tuple, kwargs: dict[str, Any]) -> str | None:
+    from keras import ops, tree
+
+    def run(part: Callable[[Any], Any], training: bool, skip: int = 0) -> _Results:
+        given, named = tree.map_structure(lambda leaf: part(leaf) if _has_samples(leaf) else leaf, (args, kwargs))
+        return _run(layer, given, named, training, skip)
+
+    def rows(part: slice) -> Callable[[Any], Any]:
+        return lambda leaf: leaf[part]
+
+    def same(leaf: Any) -> Any:
+        return leaf
+
+    whole = run(same, True)
+    if whole.changes_state:
+        return STATE
+    if not whole.equals(run(same, True)):
+        return None  # noise that no seed holds: nothing can be compared
+    others = run(lambda leaf: ops.take(ops.convert_to_tensor(leaf), np.asarray(_OTHERS), axis=0), True)
+    if not whole.agrees(others):
+        return NOT_ALONE
+    training = whole.equals(run(same, True, skip=1))
+    if not training:  # dropout: what it drops depends on the shape
+        whole = run(same, False)
+        if not whole.equals(run(same, False, skip=1)):  # noise that never ends: the losses alone can be compared
+            parts = [run(rows(part), True) for part in (_FIRST, _REST)]
+            return "" if whole.has_mean_losses(*parts) else ADDS_LOSS
+    parts = [run(rows(part), training) for part in (_FIRST, _REST)]
+    if not whole.has_mean_losses(*parts):
+        return ADDS_LOSS
+    return "" if whole.joins(*parts) else NOT_ALONE
+
+
+class _Results:
+    """What a call gave: outputs and losses as arrays, and whether it changed a weight."""
+
+    def __init__(self, outputs: list[np.ndarray], losses: list[np.ndarray], changes_state: bool) -> None:
+        self.outputs, self.losses, self.changes_state = outputs, losses, changes_state
+
+    def equals(self, other: _Results) -> bool:
+        pairs = zip([*self.outputs, *self.losses], [*other.outputs, *other.losses], strict=True)
+        return all(_close(one, another) for one, another in pairs)
+
+    def agrees(self, other: _Results) -> bool:
+        """Whether the first two of five samples have the same results, and what is no sample's is the same."""
+        for one, another in zip(self.outputs, other.outputs, strict=True):
+            axis = _axis_of_samples(one)
+            if axis is not None:
+                first = range(one.shape[axis] // SAMPLES * 2)
+                one, another = np.take(one, first, axis), np.take(another, first, axis)
+            if not _close(one, another):
+                return False
+        return True
+
+    def joins(self, first: _Results, rest: _Results) -> bool:
+        """Whether the results of two parts are those of the whole."""
+        for whole, *parts in zip(self.outputs, first.outputs, rest.outputs, strict=True):
+            axis = _axis_of_samples(whole)
+            if axis is None:
+                if not all(_close(whole, part) for part in parts):
+                    return False
+            elif any(part.ndim != whole.ndim for part in parts) or not _close(whole, np.concatenate(parts, axis)):
+                return False
+        return True
+
+    def has_mean_losses(self, first: _Results, rest: _Results) -> bool:
+        if not len(self.losses) == len(first.losses) == len(rest.losses):
+            return False
+        return all(
+            _close(whole, (2 * one + (SAMPLES - 2) * other) / SAMPLES, tolerance=1e-5)
+            for whole, one, other in zip(self.losses, first.losses, rest.losses, strict=True)
+        )
+
+
+def _run(layer: Any, args: tuple, kwargs: dict[str, Any], training: bool, skip: int) -> _Results:
+    """One call in a scope of its own; with `skip`, further calls come before it, so that it draws other noise."""
+    import keras
+    from keras import ops, tree
+
+    def array(leaf: Any) -> np.ndarray:
+        return np.asarray(ops.convert_to_numpy(ops.cast(leaf, "float32")))
+
+    with (
+        keras.StatelessScope(state_mapping=_in_general_position(layer), collect_losses=True) as scope,
+        _fixed_seeds(layer),
+    ):
+        before = [scope.get_current_value(weight) for weight in layer.weights]
+        for _ in range(skip + 1):
+            scope.losses.clear()
+            outputs = _invoked(layer, args, kwargs, training)
+        changed = [
+            scope.get_current_value(weight) is not value for weight, value in zip(layer.weights, before, strict=True)
+        ]
+        losses = [array(loss) for loss in scope.losses]
+    leaves = [leaf for leaf in tree.flatten(outputs) if leaf is not None]
+    return _Results([array(leaf) for leaf in leaves], losses, any(changed))
+
+
+def _invoked(layer: Any, args: tuple, kwargs: dict[str, Any], training: bool) -> Any:
+    from keras import ops, tree
+
+    def tensor(leaf: Any) -> Any:
+        return ops.convert_to_tensor(leaf) if isinstance(leaf, np.ndarray) else leaf
+
+    args, kwargs = tree.map_structure(tensor, (args, kwargs))
+    if layer._call_has_training_arg:
+        kwargs = kwargs | {"training": training}
+    return layer(*args, **kwargs)
+
+
+def _in_general_position(layer: Any) -> list[tuple[Any, Any]]:
+    """Other values for weights that begin as zeros or ones: they would hide what they multiply."""
+    from keras import ops
+
+    generator = np.random.default_rng(0)
+    mapping = []
+    for weight in layer.trainable_weights:
+        if len(weight.shape) and np.prod(weight.shape) <= _LARGE_ELEMENTS and "float" in str(weight.dtype):
+            value = np.asarray(ops.convert_to_numpy(ops.cast(weight.value, "float32")))
+            if value.size and np.ptp(value) == 0:
+                drawn = value + generator.uniform(-0.5, 0.5, value.shape)
+                mapping.append((weight, ops.cast(ops.convert_to_tensor(drawn, "float32"), weight.dtype)))
+    return mapping
+
+
+@contextlib.contextmanager
+def _recording(model: Any, calls: dict[int, Call]) -> Iterator[None]:
+    def noting(layer: Any) -> Callable[..., Any]:
+        call = layer.call
+
+        def noted(*args: Any, **kwargs: Any) -> Any:
+            calls.setdefault(id(layer), (args, kwargs))
+            return call(*args, **kwargs)
+
+        return noted
+
+    layers = [layer for layer in model._flatten_layers(include_self=True) if "call" not in vars(layer)]
+    for layer in layers:
+        object.__setattr__(layer, "call", noting(layer))
     try:
-        whole, changes_state, is_random = results(_WHOLE, training=True)
-        if changes_state:
-            return STATE
-        training = not is_random
-        if is_random:  # dropout: what it drops depends on the shape
-            whole, _, is_random = results(_WHOLE, training)
-        parts = [results(part, training)[0] for part in _PARTS]
-    except Exception:  # a user's layer may want what cannot be made up here: other numbers, shapes or arguments
-        return ""
-    if is_random:
-        return ""
-    return "" if all(_equal(*values) for values in zip(whole, *parts, strict=True)) else NOT_ALONE
+        yield
+    finally:
+        for layer in layers:
+            object.__delattr__(layer, "call")
 
 
-def _four_samples(layer: Any) -> tuple[tuple, dict[str, Any]] | None:
-    """Random arguments for a call of `layer`, or None where it is not known what it takes."""
+@contextlib.contextmanager
+def _fixed_seeds(layer: Any) -> Iterator[None]:
+    """While open, generators outside of Keras start from the same seed; they and torch's buffers are put back."""
+    import keras
+    from keras.src.random.seed_generator import global_seed_generator
+
+    global_seed_generator()  # it cannot come into being within a scope
+    numpy_state, python_state = np.random.get_state(), random.getstate()  # noqa: NPY002
+    np.random.seed(0)  # noqa: NPY002
+    random.seed(0)
+    with contextlib.ExitStack() as stack:
+        if keras.backend.backend() == "torch":
+            import torch
+
+            buffers = [(buffer, buffer.clone()) for buffer in layer.buffers()]
+            stack.enter_context(torch.no_grad())
+            stack.enter_context(torch.random.fork_rng())
+            torch.manual_seed(0)
+            stack.callback(lambda: [buffer.copy_(value) for buffer, value in buffers])
+        if keras.backend.backend() == "tensorflow":
+            stack.enter_context(_fixed_seeds_of_tensorflow())
+        try:
+            yield
+        finally:
+            np.random.set_state(numpy_state)  # noqa: NPY002
+            random.setstate(python_state)
+
+
+@contextlib.contextmanager
+def _fixed_seeds_of_tensorflow() -> Iterator[None]:
+    import tensorflow as tf
+    from tensorflow.python.eager import context
+
+    eager = context.context()
+    seed, generator = eager._seed, eager._rng if eager._seed is not None else None
+    state = generator.getstate() if generator else None
+    tf.random.set_seed(0)
+    try:
+        yield
+    finally:
+        eager._set_global_seed(seed)
+        if state:
+            eager._rng.setstate(state)
+
+
+def _made_up(layer: Any) -> Iterator[Call]:
+    """Random arguments for a call of `layer`, if it is known what it takes."""
     from keras import KerasTensor, tree
 
     generator = np.random.default_rng(0)
 
     def array(shape: tuple[int | None, ...], dtype: str) -> Any:
-        sizes = (4, *(8 if size is None else size for size in shape[1:]))
+        sizes = (SAMPLES, *(8 if size is None else size for size in shape[1:]))
         if "float" in str(dtype):
-            return generator.uniform(0.1, 0.9, sizes).astype("float32")
+            largest = np.reshape(_LARGEST, (SAMPLES, *[1] * (len(sizes) - 1)))
+            return generator.uniform(0.1, largest, sizes).astype("float32")
         return generator.integers(0, 2, sizes, "int32")
 
     def drawn(leaf: Any) -> Any:
         return array(leaf.shape, leaf.dtype) if isinstance(leaf, KerasTensor) else leaf
 
     if getattr(layer, "operations", None) and getattr(layer, "_inputs_struct", None) is not None:
-        known: Any = ((layer._inputs_struct,), {})
+        known: list[Any] = [((layer._inputs_struct,), {})]
     elif layer._inbound_nodes:
-        known = (layer._inbound_nodes[0].arguments.args, layer._inbound_nodes[0].arguments.kwargs)
+        arguments = layer._inbound_nodes[0].arguments
+        known = [(arguments.args, arguments.kwargs)]
     elif layer.built and len(layer._build_shapes_dict or {}) == 1:
         (shapes,) = layer._build_shapes_dict.values()
-        # Of whatever batch it was built with.
-        tensors = tree.map_shape_structure(lambda shape: KerasTensor((None, *shape[1:]), layer.compute_dtype), shapes)
-        known = ((tensors,), {})
+
+        def tensors(dtype: str) -> Any:  # of whatever batch it was built with
+            return tree.map_shape_structure(lambda shape: KerasTensor((None, *shape[1:]), dtype), shapes)
+
+        known = [((tensors(dtype),), {}) for dtype in (layer.compute_dtype, "int32")]
     else:
-        return None
-    tensors = [leaf for leaf in tree.flatten(known) if isinstance(leaf, KerasTensor)]
-    if not tensors or any(not tensor.shape or tensor.shape[0] is not None for tensor in tensors):
-        return None  # a batch of fixed size has no parts
-    return tree.map_structure(drawn, known)
+        return
+    for call in known:
+        leaves = [leaf for leaf in tree.flatten(call) if isinstance(leaf, KerasTensor)]
+        if leaves and all(leaf.shape and leaf.shape[0] is None for leaf in leaves):  # a fixed batch has no parts
+            yield tree.map_structure(drawn, call)
 
 
-def _called(layer: Any, args: tuple, kwargs: dict[str, Any], training: bool) -> tuple[list[Any], bool, bool]:
-    """The results, whether the call changed a weight, and whether it would give other results the next time."""
-    import keras
-    from keras import ops, tree
+def _five(x: Any) -> Any:
+    """Five samples of NumPy arrays; a few are repeated."""
+    from keras import tree
 
-    def tensor(leaf: Any) -> Any:
-        return ops.convert_to_tensor(leaf) if _is_array(leaf) else leaf
-
-    args, kwargs = tree.map_structure(tensor, (args, kwargs))
-    if layer._call_has_training_arg:
-        kwargs = kwargs | {"training": training}
-    with keras.StatelessScope() as scope:
-        once, again = (tree.flatten(layer(*args, **kwargs)) for _ in range(2))
-        changes_state = any(scope.get_current_value(weight) is not None for weight in layer.weights)
-    once, again = ([ops.convert_to_numpy(ops.cast(leaf, "float32")) for leaf in leaves] for leaves in (once, again))
-    is_random = not all(np.array_equal(one, other) for one, other in zip(once, again, strict=True))
-    return once, changes_state, is_random
+    return tree.map_structure(lambda leaf: np.resize(leaf[:SAMPLES], (SAMPLES, *leaf.shape[1:])), x)
 
 
-def _is_array(leaf: Any) -> bool:
-    return isinstance(leaf, np.ndarray)
+def _has_samples(leaf: Any) -> bool:
+    shape = getattr(leaf, "shape", None)
+    return bool(shape is not None and len(shape) and shape[0] == SAMPLES)
 
 
-def _equal(whole: np.ndarray, *parts: np.ndarray) -> bool:
-    if not whole.ndim:  # a number of the whole batch
+def _axis_of_samples(array: np.ndarray) -> int | None:
+    """The axis of five samples, or of several entries for each; None where there is none."""
+    if array.ndim and array.shape[0] and array.shape[0] % SAMPLES == 0:
+        return 0
+    return array.shape.index(SAMPLES) if SAMPLES in array.shape else None
+
+
+def _close(one: np.ndarray, other: np.ndarray, tolerance: float = 1e-4) -> bool:
+    if one.shape != other.shape:
         return False
-    together = np.concatenate(parts)
-    scale = float(np.max(np.abs(whole), initial=0.0))
-    return together.shape == whole.shape and np.allclose(whole, together, rtol=0, atol=1e-4 * scale + 1e-6)
+    scale = float(np.max(np.abs(one[np.isfinite(one)]), initial=0.0))
+    return np.allclose(one, other, rtol=0, atol=tolerance * scale + 1e-6, equal_nan=True)

@@ -50,6 +50,7 @@ def scaled(model: Any, factors: Any, on_mask: Callable[[], None], metric_weight:
     """While open, compiled losses multiply by their factor: a tensor of shape `(losses,)`.
 
     Args:
+        factors: None where the micro-batch is the whole window, and nothing is to be corrected.
         on_mask: called (while tracing) when predictions carry a mask.
         metric_weight: what a micro-batch counts for in the logged loss of each output (a scalar tensor); None
             leaves that to Keras, which takes the samples where it knows their number.
@@ -59,7 +60,14 @@ def scaled(model: Any, factors: Any, on_mask: Callable[[], None], metric_weight:
         def call(y_true: Any, y_pred: Any, sample_weight: Any = None) -> Any:
             if mask_of(y_pred) is not None:
                 on_mask()
-            value = loss(y_true, y_pred, sample_weight)
+            if factors is None:
+                return loss(y_true, y_pred, sample_weight)
+            with _values(loss) as values:
+                value = loss(y_true, y_pred, sample_weight)
+            if values and not len(values[0].shape):
+                _refuse_weighted_number(loss, sample_weight, mask_of(y_pred))
+                if mask_of(y_pred) is not None:  # it would take away the mean of a micro-batch without valid entries
+                    value = ops.convert_to_tensor(values[0], dtype=loss.dtype)
             return value * ops.cast(factors[index], value.dtype)
 
         return call
@@ -69,6 +77,40 @@ def scaled(model: Any, factors: Any, on_mask: Callable[[], None], metric_weight:
         metrics = [_Weighted(metric, metric_weight) for metric in model._compile_loss.metrics]
     with _replaced(model, scale, metrics):
         yield
+
+
+@contextlib.contextmanager
+def _values(loss: Any) -> Iterator[list[Any]]:
+    """While open, what `loss.call` returns ends up in the list."""
+    values: list[Any] = []
+    own = vars(loss).get("call")
+    call = loss.call
+
+    def noting(y_true: Any, y_pred: Any) -> Any:
+        result = call(y_true, y_pred)
+        values.append(ops.convert_to_tensor(result))
+        return result
+
+    loss.call = noting
+    try:
+        yield values
+    finally:
+        del loss.call
+        if own is not None:
+            loss.call = own
+
+
+def _refuse_weighted_number(loss: Any, sample_weight: Any, mask: Any) -> None:
+    """Keras multiplies one number per batch by the mean (or sum) of the weights: a product of two sums."""
+    if sample_weight is None and (mask is None or not is_sum(loss)):
+        return
+    received = "a mask" if sample_weight is None else "sample weights or class weights"
+    raise ModelError(
+        f"Received {received} and the loss {loss.name!r}, which returns one number for its whole batch.",
+        "a loss that returns one value per sample: one number cannot be weighted sample by sample, and its product "
+        "with the weights of an effective batch is not a sum over micro-batches.",
+        "return ops.mean(..., axis=-1) in place of ops.mean(...), or train without weights.",
+    )
 
 
 @contextlib.contextmanager

@@ -21,6 +21,7 @@ from keras.src.losses.loss import unscale_loss_for_distribution
 from accumtune.accumulation import (
     building,
     feeding,
+    known_samples,
     losses,
     noise_scale,
     optimizers,
@@ -93,6 +94,7 @@ class TensorFlowTraining:
 
     def _train(self, window: Window, is_sized: bool) -> Any:
         first = [part.take() for part in window[0]]
+        known_samples.note(self.model, first[0])
         building.build(self.model, first[0])
         parts = self._parts(window, is_sized)
         join = self.replicas.join
@@ -216,7 +218,8 @@ class TensorFlowTraining:
             yield
 
     def _only_step(self, batch: Any, share: Any, scales: Any, metric_weight: Any) -> Any:
-        gradients, logs = self._gradients(batch, share, scales, metric_weight)
+        is_window = self.replicas.number == 1
+        gradients, logs = self._gradients(batch, share, None if is_window else scales, metric_weight)
         dense = [None if gradient is None else tf.convert_to_tensor(gradient) for gradient in gradients]
         self._apply(self.replicas.summed(dense))
         if self.replicas.number > 1:

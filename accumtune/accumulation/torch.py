@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from keras import tree
 
-from accumtune.accumulation import feeding, groups, losses, noise_scale, optimizers, statistics
+from accumtune.accumulation import feeding, groups, known_samples, losses, noise_scale, optimizers, statistics
 from accumtune.accumulation.window import Accumulation, factors, shares
 
 
@@ -38,6 +38,7 @@ class TorchTraining:
         moments: Any = ()
         self._normalizations = []
         batch = window[0].take()
+        known_samples.note(model, batch)
         if len(window) == 1:
             logs = self._only(batch)
         else:
@@ -59,7 +60,7 @@ class TorchTraining:
         return logs
 
     def _only(self, batch: Any) -> Any:
-        return self._part(batch, 1.0, [1.0] * len(losses.flat_losses(self.model)))
+        return self._part(batch, 1.0, None)
 
     def _factors(
         self, window: list[feeding.MicroBatch], first: tuple[Any, Any, Any], samples: list[int]
@@ -94,7 +95,7 @@ class TorchTraining:
     def _predict(self, x: Any, training: bool) -> Any:
         return self.model(x, training=training) if self.model._call_has_training_arg else self.model(x)
 
-    def _backward(self, batch: Any, share: float, scales: list[float]) -> Any:
+    def _backward(self, batch: Any, share: float, scales: list[float] | None) -> Any:
         """One forward and backward pass, as in Keras's train_step; adds this micro-batch's part to `.grad`."""
         model = self.model
         x, y, sample_weight = batch

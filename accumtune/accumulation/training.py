@@ -17,7 +17,8 @@ from accumtune.accumulation.window import Accumulation
 from accumtune.errors import CustomTrainStepError, ModelError, UncompiledModelError
 
 _ATTRIBUTES = (
-    "_accumtune_accumulation", "_accumtune_rows", "_accumtune_noise_meter", "make_train_function", "make_test_function",
+    "_accumtune_accumulation", "_accumtune_rows", "_accumtune_samples", "_accumtune_noise_meter",
+    "make_train_function", "make_test_function",
     "_symbolic_build", "fit",
 )  # fmt: skip
 
@@ -40,6 +41,7 @@ def install(model: Any, accumulation: Accumulation) -> Any:
     remove(model)
     _set(model, "_accumtune_accumulation", accumulation)
     _set(model, "_accumtune_rows", None)  # the arrays of the fit that is running
+    _set(model, "_accumtune_samples", None)  # a few of the first batch, see known_samples.py
     _set(model, "_accumtune_noise_meter", None)  # of the callback that listens to it, see noise_scale.py
     _set(model, "make_train_function", types.MethodType(_make_train_function, model))
     if keras.backend.backend() == "tensorflow":

@@ -50,6 +50,7 @@ class SearchProcesses:
         self._micro_batch_sizes = tuple(micro_batch_sizes)
         self._timeout_seconds = timeout_seconds
         self._executor: Executor | None = None
+        self._is_sharing = False
 
     @property
     def is_local(self) -> bool:
@@ -68,12 +69,18 @@ class SearchProcesses:
     def discover(self, hypermodel: Any, space: Any) -> dict[str, Any]:
         """Builds the model once: which hyperparameters it asks for, and what couples its samples.
 
+        Within `sharing`, the model's own code is tried with the data.
+
         Raises:
             BuildError: the build function raised or returned something else than a compiled model.
         """
-        dump_payload({"hypermodel": hypermodel, "hyperparameters": space}, self._files.payload_file)
+        arguments: dict[str, Any] = {"payload": str(self._files.payload_file.resolve())}
+        if self._is_sharing:
+            arguments["space"] = space.get_config()
+        else:
+            dump_payload({"hypermodel": hypermodel, "hyperparameters": space}, self._files.payload_file)
         directory = TaskDirectory(self._files.scratch_folder / "discover")
-        directory.write_task("discover", {"payload": str(self._files.payload_file.resolve())})
+        directory.write_task("discover", arguments)
         environment = memory_limit_environment(self._backend, None)
         future = self.executor().submit(directory, environment, self._timeout_seconds)
         outcome = finished(future.result(), "The build function")
@@ -85,7 +92,11 @@ class SearchProcesses:
         """While this lasts, processes find the hypermodel and the data on the disk."""
         with shared_data(self._files) as payload_file:
             dump_payload(payload, payload_file)
-            yield
+            self._is_sharing = True
+            try:
+                yield
+            finally:
+                self._is_sharing = False
 
     def profiler(self, on_probe: Callable[[str], None] = lambda line: None) -> Profiler:
         return Profiler(

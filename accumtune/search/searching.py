@@ -91,6 +91,7 @@ class Searching(Answers):
         folder = self._files.path
         with clear_disk_errors(folder), only_search(folder), self._processes.sharing(self._payload()):
             self._take_up()
+            self._try_with_data()
             self.save()  # Keras Tuner itself saves after the first trial: too late for a kill during that one
             is_first = telling.begin(self._description, [*self._mended, *lines], self._advice())
             status, reason, best, is_hurried = "failed", "", None, False
@@ -115,6 +116,10 @@ class Searching(Answers):
                 self._processes.close()
                 telling.end(status, reason, best, self.save, is_hurried=is_hurried)
                 self._seen = self._chronicle.position()
+
+    def _try_with_data(self) -> None:
+        """Decides what is searched over, where that depends on the data."""
+        raise NotImplementedError
 
     def _session(self, display: Display, profiler: Profiler, telling: Telling) -> SearchSession:
         settings = SearchSettings(

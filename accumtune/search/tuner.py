@@ -118,6 +118,7 @@ class Tuner(Searching):
         self.tracking_uri = tracking_uri
         self.register_as = register_as
         self.batch_coupled_layers: list[str] = []
+        self._wants_data = False
         self.search_over = search_over
         self._compiled_with = {"optimizer": optimizer, "loss": loss, "metrics": metrics}
         memory_limit_environment(self._backend, self.memory_budget_bytes)  # refuses what no allocator can keep to
@@ -197,11 +198,25 @@ class Tuner(Searching):
     def _populate_initial_space(self) -> None:
         discovered = self._processes.discover(self.hypermodel, self.oracle.hyperparameters.copy())
         self.batch_coupled_layers = discovered["batch_coupled_layers"]
-        if self.search_over == "auto":
-            self.search_over = "pairs" if self.batch_coupled_layers else "effective_batch_size"
+        self._wants_data = discovered["wants_data"]
+        if self.search_over == "auto" and not self._wants_data:
+            self._choose_what_to_search_over()
         found = keras_tuner.HyperParameters.from_config(discovered["hyperparameters"])
         self._declare_batch_hyperparameters()
         self.oracle.update_space(found)
+
+    def _try_with_data(self) -> None:
+        """What a model's own code does with the data decides what is searched over; kept by a search that goes on."""
+        if self._wants_data and not self.oracle.trials:
+            discovered = self._processes.discover(self.hypermodel, self.oracle.hyperparameters.copy())
+            self.batch_coupled_layers = discovered["batch_coupled_layers"]
+            self._wants_data = False
+        if self.search_over == "auto":
+            self._choose_what_to_search_over()
+            self._declare_batch_hyperparameters()
+
+    def _choose_what_to_search_over(self) -> None:
+        self.search_over = "pairs" if self.batch_coupled_layers else "effective_batch_size"
 
     def _declare_batch_hyperparameters(self) -> None:
         """Ordered choices: Bayesian optimisation sees their rank, which for powers of two is the logarithm."""

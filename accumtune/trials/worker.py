@@ -55,8 +55,12 @@ def _describe(error: Exception) -> dict[str, Any]:
     }
 
 
-def discover(directory: TaskDirectory, payload: str) -> dict[str, Any]:
+def discover(directory: TaskDirectory, payload: str, space: dict[str, Any] | None = None) -> dict[str, Any]:
     """Finds the hyperparameters of a build function and whether its models couple the samples of a batch.
+
+    Args:
+        space: Keras Tuner's configuration of the hyperparameters that are known; with it, the payload has the data,
+            with which the models' own code is tried. None: `hyperparameters` of the payload.
 
     Follows Keras Tuner's `BaseTuner._activate_all_conditions`: builds until each conditional scope was active once.
     """
@@ -64,17 +68,22 @@ def discover(directory: TaskDirectory, payload: str) -> dict[str, Any]:
     from keras_tuner.engine.oracle import Oracle
 
     from accumtune.accumulation import batch_coupled_layers
+    from accumtune.accumulation.coupling import runs_code_of_the_user
 
     content = load_payload(Path(payload))
     hypermodel = content["hypermodel"]
     coupled: dict[str, None] = {}
+    wants_data: set[bool] = set()
+    known = content["hyperparameters"] if space is None else keras_tuner.HyperParameters.from_config(space)
     # A bare Oracle and BaseTuner lend their bookkeeping; nothing is searched here.
-    oracle = Oracle(objective="val_loss", hyperparameters=content["hyperparameters"])
+    oracle = Oracle(objective="val_loss", hyperparameters=known)
 
     class Recorder:
         def build(self, hp: keras_tuner.HyperParameters) -> None:
             model = hypermodel.build_plain(hp)
-            coupled.update(dict.fromkeys(str(layer) for layer in batch_coupled_layers(model)))
+            wants_data.add(runs_code_of_the_user(model))
+            data = () if space is None or not runs_code_of_the_user(model) else _some_data(model, content)
+            coupled.update(dict.fromkeys(str(layer) for layer in batch_coupled_layers(model, *data)))
 
     class Explorer(keras_tuner.engine.base_tuner.BaseTuner):
         def __init__(self) -> None:
@@ -84,7 +93,20 @@ def discover(directory: TaskDirectory, payload: str) -> dict[str, Any]:
     hypermodel.declare_hyperparameters(hp)
     oracle.update_space(hp)
     Explorer()._activate_all_conditions()
-    return {"hyperparameters": oracle.hyperparameters.get_config(), "batch_coupled_layers": list(coupled)}
+    return {
+        "hyperparameters": oracle.hyperparameters.get_config(),
+        "batch_coupled_layers": list(coupled),
+        "wants_data": any(wants_data),
+    }
+
+
+def _some_data(model: Any, content: dict[str, Any]) -> tuple[Any, ...]:
+    """Some x and y, or nothing where the data cannot be read: that is for the trials to say."""
+    try:
+        x, y, _ = _samples(model, content)[0](16)
+    except Exception:
+        return ()
+    return x, y
 
 
 def inspect(directory: TaskDirectory, payload: str, hyperparameters: dict[str, Any]) -> dict[str, Any]:

@@ -3,11 +3,12 @@
 import keras
 import numpy as np
 import pytest
-from equality import dense, largest_difference, regression, train
+from equality import dense, largest_difference, numbers, regression, train
 from keras import layers, ops
 from promises import holds
 
-from accumtune.accumulation import batch_coupled_layers
+from accumtune.accumulation import accumulate, batch_coupled_layers
+from accumtune.errors import ModelError
 
 
 def in_batch(y_true, y_pred):
@@ -221,3 +222,234 @@ def test_recurrent_layers_that_carry_their_state():
 def test_losses_along_the_axis_of_the_samples():
     for loss in (keras.losses.CosineSimilarity(axis=0), keras.losses.Dice(axis=(0, 1))):
         assert len(batch_coupled_layers(dense(loss)())) == 1
+
+
+# Losses whose denominator the data decide: random numbers alone never meet a missing target
+
+MISSING = -777.0
+
+
+class Settings:
+    ignored = 4321
+
+
+def ratio(values, known):
+    known = ops.cast(known, values.dtype)
+    return ops.sum(ops.where(known > 0, values, ops.zeros_like(values))) / ops.maximum(ops.sum(known), 1.0)
+
+
+def known_nan(y_true, y_pred):
+    known = ops.logical_not(ops.isnan(y_true))
+    return ratio(ops.square(ops.where(known, y_true, ops.zeros_like(y_true)) - y_pred), known)
+
+
+def known_global(y_true, y_pred):
+    return ratio(ops.square(y_true - y_pred), y_true != MISSING)
+
+
+def known_class(y_true, y_pred):
+    return ratio(ops.square(y_true - y_pred), y_true != Settings.ignored)
+
+
+def by_positives(y_true, y_pred):
+    return ops.sum(ops.square(y_true - y_pred)) / ops.maximum(ops.sum(ops.cast(y_true == 1, y_pred.dtype)), 1.0)
+
+
+def by_found(y_true, y_pred):
+    return ratio(ops.square(y_true - y_pred), y_pred > 0)
+
+
+def inverse_frequency(y_true, y_pred):
+    frequency = ops.mean(y_true, axis=0, keepdims=True)
+    return ops.mean(ops.square(y_true - y_pred) / (frequency + 0.1), axis=-1)
+
+
+def ignored_tokens(y_true, y_pred):
+    labels = ops.cast(y_true, "int32")
+    values = ops.sparse_categorical_crossentropy(ops.maximum(labels, 0), y_pred, from_logits=True)
+    return ratio(values, labels != -100)
+
+
+class KnownOnly(keras.losses.Loss):
+    def __init__(self, missing, **kwargs):
+        super().__init__(**kwargs)
+        self.missing = missing
+
+    def call(self, y_true, y_pred):
+        return ratio(ops.square(y_true - y_pred), y_true != self.missing)
+
+
+def known_of_each_sample(y_true, y_pred):
+    known = ops.cast(y_true != -1, y_pred.dtype)
+    return ops.sum(known * ops.square(y_true - y_pred), axis=-1) / ops.maximum(ops.sum(known, axis=-1), 1.0)
+
+
+def zero_where_missing(y_true, y_pred):
+    return ops.mean(ops.where(y_true == MISSING, ops.zeros_like(y_pred), ops.square(y_true - y_pred)))
+
+
+def weighted_entropy(y_true, y_pred):
+    return -ops.mean(2 * y_true * ops.log(ops.clip(y_pred, 1e-7, 1.0)))
+
+
+def outputs_of(loss, shape=(4,)):
+    model = keras.Sequential([keras.Input(shape), layers.Dense(3)])
+    model.compile("sgd", loss)
+    return model
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [known_nan, known_global, known_class, by_positives, by_found, inverse_frequency, KnownOnly(-98765.0)],
+)
+@holds("losses that compare samples, or are one ratio over the batch")
+def test_a_ratio_of_two_sums_is_found_whatever_marks_a_missing_target(loss):
+    assert [item.is_known for item in batch_coupled_layers(outputs_of(loss))] == [True]
+
+
+@holds("losses that compare samples, or are one ratio over the batch")
+def test_a_mean_over_the_tokens_that_are_not_ignored():
+    assert [item.name for item in batch_coupled_layers(outputs_of(ignored_tokens, (5, 4)))] == ["ignored_tokens"]
+
+
+@pytest.mark.parametrize("loss", [known_of_each_sample, zero_where_missing, weighted_entropy])
+def test_masks_that_stay_within_a_sample_are_no_ratio(loss):
+    assert batch_coupled_layers(outputs_of(loss)) == []
+
+
+def test_the_data_show_what_the_code_does_not():
+    def hidden(y_true, y_pred):  # no number that its code mentions marks anything
+        return ratio(ops.square(y_true - y_pred), ops.abs(y_true) < np.exp(np.pi * 3))
+
+    x, y = numbers(8, 4), numbers(8, 3)
+    y[1:6] = 2 * np.exp(np.pi * 3)
+    model = outputs_of(hidden)
+    assert [item.name for item in batch_coupled_layers(model, x, y)] == ["hidden"]
+    accumulate(model, 4).fit(x, y, batch_size=8, verbose=0)
+    assert [item.name for item in batch_coupled_layers(model)] == ["hidden"]
+
+
+# What a loss of one number does with weights
+
+
+@holds("one number per batch with sample or class weights is refused; one value per sample can be weighted")
+@pytest.mark.parametrize("reduction", ["sum_over_batch_size", "sum"])
+def test_one_number_per_batch_cannot_be_weighted(reduction):
+    class Number(keras.losses.Loss):
+        def call(self, y_true, y_pred):
+            total = ops.mean if reduction != "sum" else ops.sum
+            return total(ops.square(y_true - y_pred))
+
+    weighted = regression(8, sample_weight=np.linspace(0.1, 2, 8))
+    build = dense(Number(reduction=reduction))
+    with pytest.raises(ModelError, match="one number for its whole batch"):
+        train(build, weighted, micro_batch_size=3, epochs=1)
+    plain = train(build, weighted, epochs=1)  # a window of one micro-batch is plain Keras
+    assert largest_difference(train(build, weighted, micro_batch_size=8, epochs=1), plain) < 1e-12
+    assert largest_difference(train(build, regression(8), micro_batch_size=3), train(build, regression(8))) < 1e-9
+
+
+# Not looked is not exact
+
+
+class Tokens(keras.Model):
+    def __init__(self, mixes, **kwargs):
+        super().__init__(**kwargs)
+        self.embed, self.drop, self.out = layers.Embedding(9, 4), layers.Dropout(0.3), layers.Dense(2)
+        self.mixes = mixes
+
+    def call(self, tokens, training=None):
+        hidden = self.drop(ops.mean(self.embed(tokens), axis=1), training=training)
+        return self.out(hidden - ops.mean(hidden, axis=0, keepdims=True) if self.mixes else hidden)
+
+
+def tokens(mixes):
+    model = Tokens(mixes)
+    model.compile("sgd", "mse")
+    return model
+
+
+@holds("what could not be tried out, as unknown (give it data, or declare it)")
+@pytest.mark.parametrize("mixes", [True, False])
+def test_a_model_over_tokens_is_unknown_until_it_has_data(mixes):
+    x, y = np.random.default_rng(0).integers(0, 9, (8, 6)), numbers(8, 2)
+    model = tokens(mixes)
+    (unknown,) = batch_coupled_layers(model)
+    assert not unknown.is_known and "samples_are_independent" in unknown.reason
+    assert [item.kind for item in batch_coupled_layers(model, x, y)] == ["Tokens"] * mixes
+    trained = accumulate(tokens(mixes), 3)
+    trained.fit(x, y, batch_size=8, verbose=0)
+    assert [item.kind for item in batch_coupled_layers(trained)] == ["Tokens"] * mixes
+    declared = tokens(mixes)
+    declared.samples_are_independent = True
+    assert batch_coupled_layers(declared) == []
+
+
+class Noisy(layers.Layer):
+    """Draws noise also when it does not train."""
+
+    def __init__(self, mixes, **kwargs):
+        super().__init__(**kwargs)
+        self.mixes, self.seed = mixes, keras.random.SeedGenerator(1)
+
+    def call(self, inputs):
+        noisy = inputs + keras.random.normal(ops.shape(inputs), dtype=inputs.dtype, seed=self.seed)
+        return noisy - ops.mean(noisy, axis=0, keepdims=True) if self.mixes else noisy
+
+
+class Gate(layers.Layer):
+    """What it mixes counts for nothing at first."""
+
+    def build(self, shape):
+        self.gate = self.add_weight(shape=(shape[-1],), initializer="zeros")
+
+    def call(self, inputs):
+        return inputs + self.gate * ops.mean(inputs, axis=0, keepdims=True)
+
+
+class AddsMean(Noisy):
+    def __init__(self):
+        super().__init__(False)
+
+    def call(self, inputs):
+        self.add(ops.mean(ops.square(inputs)))
+        return super().call(inputs)
+
+    def add(self, value):
+        self.add_loss(value)
+
+
+class AddsRatio(AddsMean):
+    def add(self, value):
+        self.add_loss(ops.sqrt(value))
+
+
+@pytest.mark.parametrize(
+    "layer, is_coupled", [(lambda: Noisy(True), True), (lambda: Noisy(False), False), (Gate, True)]
+)
+@holds("layers, Lambdas and models of your own that mix samples, or whose forward pass moves variables")
+def test_noise_and_zeros_hide_nothing(layer, is_coupled):
+    found = batch_coupled_layers(functional(lambda x: layer()(x)))
+    assert [item.is_known for item in found] == [True] * is_coupled
+
+
+@pytest.mark.parametrize("layer, is_coupled", [(AddsMean, False), (AddsRatio, True)])
+@holds("what a layer or a `compute_loss` of your own adds, where it is no mean over samples")
+def test_losses_of_layers_that_add_them_somewhere(layer, is_coupled):
+    found = batch_coupled_layers(functional(lambda x: layer()(x)))
+    assert [item.kind for item in found] == [layer.__name__] * is_coupled
+
+
+def test_a_declaration_counts_for_layers_and_losses():
+    def centred(y_true, y_pred):
+        return in_batch(y_true, y_pred)
+
+    assert len(batch_coupled_layers(dense(centred)())) == 1
+    centred.samples_are_independent = True
+    assert batch_coupled_layers(dense(centred)()) == []
+
+    def plain(y_true, y_pred):
+        return sample_values(y_true, y_pred)
+
+    plain.samples_are_independent = False
+    assert len(batch_coupled_layers(dense(plain)())) == 1

@@ -30,6 +30,23 @@ def build_coupled(hp):
     return dense(layers=(keras.layers.BatchNormalization(),))
 
 
+class Subclassed(keras.Model):
+    """Has no weights before its first call."""
+
+    def __init__(self):
+        super().__init__()
+        self.hidden, self.out = keras.layers.Dense(8, activation="relu"), keras.layers.Dense(1)
+
+    def call(self, inputs):
+        return self.out(self.hidden(inputs))
+
+
+def build_subclassed(hp):
+    model = Subclassed()
+    model.compile("sgd", "mse")
+    return model
+
+
 def build_wide(hp):
     return dense(width=hp.Choice("width", [8, 2**20]))
 

@@ -7,7 +7,7 @@ import keras_tuner
 import numpy as np
 import pytest
 from made_tuner import X, Y, make, search
-from models import build_coupled, build_fixed, build_nothing, build_plain, build_uncompiled, dense
+from models import build_coupled, build_fixed, build_nothing, build_plain, build_subclassed, build_uncompiled, dense
 
 import accumtune
 from accumtune import errors
@@ -157,6 +157,14 @@ def test_executions_of_a_trial_are_averaged_and_do_not_add_up_in_memory(tmp_path
     best = [min(e.logs["val_loss"] for e in trial.epochs if e.execution == execution) for execution in range(3)]
     assert trial.objective_value == pytest.approx(np.mean(best), rel=1e-6)
     assert trial.peak_memory_bytes <= 1.2 * once.peak_memory_bytes
+
+
+def test_a_model_that_cannot_be_tried_without_data_is_tried_with_those_of_the_search(tmp_path):
+    tuner = make(tmp_path, build=build_subclassed, max_trials=1)
+    assert tuner.search_over == "auto" and "unknown" in tuner.batch_coupled_layers[0]
+    search(tuner, epochs=1)
+    assert tuner.search_over == "effective_batch_size" and tuner.batch_coupled_layers == []
+    assert tuner.record().trials[0].status == "completed"
 
 
 def test_batch_coupled_models_search_pairs_and_say_so(tmp_path):
