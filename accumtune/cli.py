@@ -55,7 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 128 + signal.SIGINT
     except BrokenPipeError:  # as in `accumtune candidates | head`; nothing more is to be written there
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        return 128 + signal.SIGPIPE
+        return 128 + 13  # SIGPIPE, which Windows does not name
     except AccumtuneError as error:
         print(f"accumtune: {error}", file=sys.stderr)
         return 1 if isinstance(error, _THE_ANSWER_IS_NO) else 2

@@ -16,6 +16,7 @@ from accumtune.search.feasibility import Pair, realise
 from accumtune.trials.builder import ModelBuilder
 from accumtune.trials.costs import profile
 from accumtune.trials.data import feed_by_batches
+from accumtune.trials.platforms import require_linux
 from accumtune.trials.profiling import check_sizes
 
 DEFAULT_MICRO_BATCH_SIZES = (8, 16, 32, 64, 128)
@@ -61,6 +62,8 @@ class AccumulationHyperModel(keras_tuner.HyperModel):
         super().__init__(name=name, tunable=tunable)
         self.hypermodel = hypermodel
         self.memory_budget_bytes = None if memory_budget is None else parse_budget(memory_budget)
+        if memory_budget is not None:
+            require_linux("AccumulationHyperModel with a memory_budget")
         self.micro_batch_sizes = check_sizes("micro_batch_sizes", micro_batch_sizes)
         self.accumulation_steps = check_sizes("accumulation_steps", accumulation_steps)
         self.builder = builder or ModelBuilder(

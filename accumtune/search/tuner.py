@@ -27,6 +27,7 @@ from accumtune.tracking.lock import held, running_already
 from accumtune.trials.builder import ModelBuilder
 from accumtune.trials.device import current_backend
 from accumtune.trials.directory import SearchDirectory, check_writable
+from accumtune.trials.platforms import require_linux
 from accumtune.trials.profiling import check_sizes
 from accumtune.trials.time_limits import preparation_seconds
 
@@ -99,6 +100,7 @@ class Tuner(Searching):
         metrics: Any = None,
         **kwargs: Any,
     ) -> None:
+        require_linux("A search")
         refuse_unknown_arguments(kwargs, Tuner.__init__)
         check_choice("search_over", search_over, ("auto", "effective_batch_size", "pairs"))
         check_choice("learning_rate_scaling", learning_rate_scaling, (None, "linear", "sqrt"))

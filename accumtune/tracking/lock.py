@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import json
 import os
 import socket
@@ -76,6 +75,10 @@ def try_lock(descriptor: int) -> bool | None:
     Returns:
         None where the disk has no locks.
     """
+    try:
+        import fcntl
+    except ImportError:  # Windows, where nothing searches
+        return None
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:

@@ -13,6 +13,7 @@ from accumtune.trials.builder import ModelBuilder
 from accumtune.trials.device import current_backend
 from accumtune.trials.executors import LocalExecutor
 from accumtune.trials.payload import dump_payload
+from accumtune.trials.platforms import require_linux
 from accumtune.trials.profiling import Profiler, check_sizes
 
 DEFAULT_MICRO_BATCH_SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
@@ -60,6 +61,7 @@ def profile(
     >>> profile.largest_micro_batch_size("2GiB", accumulation_steps=2)  # doctest: +SKIP
     96
     """
+    require_linux("accumtune.profile()")
     budget_bytes = None if memory_budget is None else parse_budget(memory_budget)
     sizes = check_sizes("micro_batch_sizes", micro_batch_sizes or DEFAULT_MICRO_BATCH_SIZES)
     values = (

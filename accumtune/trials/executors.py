@@ -18,6 +18,7 @@ from accumtune.trials.devices import current_place
 from accumtune.trials.directory import TaskDirectory
 from accumtune.trials.forkserver_client import ForkServerClient
 from accumtune.trials.outcome import Outcome, read_outcome
+from accumtune.trials.platforms import require_linux
 
 _MAX_LOSSES = 2
 _STOPPED = Outcome("killed", reason="the search was stopped")
@@ -48,10 +49,11 @@ class LocalExecutor:
         backend: the Keras backend that is imported ahead, `"tensorflow"`, `"jax"` or `"torch"`.
 
     Raises:
-        WorkerError: the process that starts the tasks could not be started.
+        WorkerError: the process that starts the tasks could not be started, or this is not Linux.
     """
 
     def __init__(self, backend: str) -> None:
+        require_linux("What runs a model in a process of its own")
         self.backend = backend
         self._lock = threading.RLock()
         self._tasks: dict[int, _Task] = {}
