@@ -1,13 +1,15 @@
 """One train function on JAX: a Python loop over a jitted micro-step, and one jitted update.
 
-The accumulators are donated from micro-step to micro-step, weights and optimizer state to the update only. What a
-micro-step changes besides (seeds, metrics) is not donated, so an interrupted window leaves the model whole.
+The model's state is donated to the update only, so an interrupted window leaves the model whole. What a micro-step
+hands on to the next one (sums, metrics, the non-trainable variables that have changed, such as seeds) is donated from
+micro-step to micro-step. What has not changed is not returned: a compiled function would copy it, frozen weights too.
 """
 
 from __future__ import annotations
 
 import functools
 import itertools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -17,6 +19,9 @@ import numpy as np
 
 from accumtune.accumulation import feeding, known_samples, losses, noise_scale, statistics
 from accumtune.accumulation.window import Accumulation, factors, shares
+
+# Compiles a step's functions; memory/jax.py replaces it, where memory is measured.
+compiled: Callable[..., Any] = jax.jit
 
 
 class JaxTraining:
@@ -29,10 +34,12 @@ class JaxTraining:
         self.has_mask = False
         self._traced: set[Any] = set()
         self._normalizations: list[Any] = []
-        self._only = self._jitted(model.train_step, donate=(0,))
-        self._first = self._jitted(self._first_step)
-        self._next = self._jitted(self._next_step, donate=(0,))
-        self._update = self._jitted(self._update_step, donate=(0, 1))
+        state = trainable, non_trainable, optimizer, metrics = _shardings(model)
+        carried = (trainable, _replicated(), non_trainable, metrics)
+        self._only = self._jitted(model.train_step, (None, state), donate=(0,))
+        self._first = self._jitted(self._first_step, (None, carried))
+        self._next = self._jitted(self._next_step, (None, carried), donate=(0,))
+        self._update = self._jitted(self._update_step, (trainable, optimizer, non_trainable), donate=(0, 1))
         # Only what the denominators need of this forward pass is compiled: masks, seldom predictions.
         self._count = self._jitted(self._count_step)
         self._squared_norm = self._jitted(self._squared_norm_step)
@@ -68,18 +75,20 @@ class JaxTraining:
         trainable, non_trainable, optimizer, metrics = state
         scales = self._scales(state, window, batch)
         listener = noise_scale.listening(self.model, [part.samples for part in window])
-        logs, sums = None, None
+        logs, carried = None, None
         for index in range(len(scales)):
             part = window.pop(0)
             batch = part.take() if index else batch
-            inputs = (trainable, non_trainable, optimizer, metrics, batch, *scales[index])
-            result = self._first(*inputs) if sums is None else self._next(sums, *inputs)
-            logs, sums, non_trainable, metrics = result
+            inputs = (trainable, non_trainable, optimizer, batch, *scales[index])
+            logs, carried = self._first(metrics, *inputs) if carried is None else self._next(carried, *inputs)
             del inputs
             batch = None  # gone before the next one is taken
-            listener(index, functools.partial(self._squared_norm, sums[0]))
-        trainable, optimizer, non_trainable = self._update(trainable, optimizer, sums, non_trainable)
-        return logs, (trainable, non_trainable, optimizer, metrics)
+            listener(index, functools.partial(self._squared_norm, carried[0]))
+        sums, moments, changed, metrics = carried
+        del carried
+        non_trainable = _with(changed, non_trainable)
+        trainable, optimizer, changed = self._update(trainable, optimizer, sums, moments, non_trainable)
+        return logs, (trainable, _with(changed, non_trainable), optimizer, metrics)
 
     # What each micro-batch counts for
 
@@ -111,7 +120,7 @@ class JaxTraining:
             self._traced.add(shapes)
             # Traced before it runs: whether predictions carry a mask shows only then. JAX keeps the trace.
             trainable, non_trainable, optimizer, metrics = state
-            self._first.trace(trainable, non_trainable, optimizer, metrics, *first)
+            self._first.trace(metrics, trainable, non_trainable, optimizer, *first)
         return self.has_mask or not self.is_jitted
 
     def _count_step(self, trainable: Any, non_trainable: Any, batch: Any) -> Any:
@@ -128,43 +137,51 @@ class JaxTraining:
 
     # The jitted functions
 
-    def _jitted(self, function: Any, donate: tuple[int, ...] = ()) -> Any:
-        return jax.jit(function, donate_argnums=donate) if self.is_jitted else function
+    def _jitted(self, function: Any, out_shardings: Any = None, donate: tuple[int, ...] = ()) -> Any:
+        if not self.is_jitted:
+            return function
+        if keras.distribution.distribution() is None:
+            return compiled(function, donate_argnums=donate)
+        # As Keras does: else what comes back is laid out in another way, and each function compiled once more for it.
+        return compiled(function, donate_argnums=donate, out_shardings=out_shardings)
 
-    def _first_step(self, *inputs: Any) -> tuple[Any, ...]:
-        logs, gradients, moments, non_trainable, metrics = self._gradients(*inputs)
+    def _first_step(self, metrics: Any, trainable: Any, non_trainable: Any, *inputs: Any) -> tuple[Any, Any]:
+        logs, gradients, moments, new, metrics = self._gradients(metrics, trainable, non_trainable, *inputs)
         sums = [gradient.astype(_accumulator_dtype(gradient)) for gradient in gradients]
-        return logs, (sums, moments), non_trainable, metrics
+        return logs, (sums, moments, _changed(new, non_trainable), metrics)
 
-    def _next_step(self, sums: Any, *inputs: Any) -> tuple[Any, ...]:
-        logs, gradients, moments, non_trainable, metrics = self._gradients(*inputs)
-        accumulators, moments_so_far = sums
+    def _next_step(self, carried: Any, trainable: Any, non_trainable: Any, *inputs: Any) -> tuple[Any, Any]:
+        sums, moments_so_far, changed, metrics = carried
+        so_far = _with(changed, non_trainable)
+        logs, gradients, moments, new, metrics = self._gradients(metrics, trainable, so_far, *inputs)
         added = []
-        for variable, total, gradient in zip(self.model.trainable_variables, accumulators, gradients, strict=True):
+        for variable, total, gradient in zip(self.model.trainable_variables, sums, gradients, strict=True):
             gradient = gradient.astype(total.dtype)
             # float8 scales are not summed: their "gradient" is a new value
             added.append(gradient if getattr(variable, "overwrite_with_gradient", False) else total + gradient)
-        return logs, (added, statistics.combined(moments_so_far, moments)), non_trainable, metrics
+        moments = statistics.combined(moments_so_far, moments)
+        return logs, (added, moments, _changed(new, non_trainable), metrics)
 
     def _squared_norm_step(self, accumulators: Any) -> Any:
         pairs = zip(self.model.trainable_variables, accumulators, strict=True)
         sums = [total for variable, total in pairs if not getattr(variable, "overwrite_with_gradient", False)]
         return sum(jnp.sum(jnp.square(total)) for total in sums)
 
-    def _update_step(self, trainable: Any, optimizer: Any, sums: Any, non_trainable: Any) -> tuple[Any, Any, Any]:
+    def _update_step(
+        self, trainable: Any, optimizer: Any, sums: Any, moments: Any, non_trainable: Any
+    ) -> tuple[Any, Any, Any]:
         from keras import StatelessScope
 
-        accumulators, moments = sums
-        gradients = [total.astype(value.dtype) for total, value in zip(accumulators, trainable, strict=True)]
+        gradients = [total.astype(value.dtype) for total, value in zip(sums, trainable, strict=True)]
         trainable, optimizer = self.model.optimizer.stateless_apply(optimizer, gradients, trainable)
         variables = self.model.non_trainable_variables
         with StatelessScope(state_mapping=list(zip(variables, non_trainable, strict=True))) as scope:
             statistics.moved(self._normalizations, moments)
-        non_trainable = [scope.get_current_value(variable) for variable in variables]
-        return trainable, optimizer, non_trainable
+        moved = [scope.get_current_value(variable) for variable in variables]
+        return trainable, optimizer, _changed(moved, non_trainable)
 
     def _gradients(
-        self, trainable: Any, non_trainable: Any, optimizer: Any, metrics: Any, batch: Any, share: Any, scales: Any
+        self, metrics: Any, trainable: Any, non_trainable: Any, optimizer: Any, batch: Any, share: Any, scales: Any
     ) -> tuple[Any, ...]:
         """One forward and backward pass, as in Keras's train_step; gradients of this micro-batch's part."""
         x, y, sample_weight = batch
@@ -193,6 +210,30 @@ class JaxTraining:
 
     def _see_mask(self) -> None:
         self.has_mask = True
+
+
+def _changed(values: list[Any], before: list[Any]) -> list[Any]:
+    """The values, with None in place of each that a step has handed through: known while it is traced."""
+    return [None if value is old else value for value, old in zip(values, before, strict=True)]
+
+
+def _with(changed: list[Any], before: list[Any]) -> list[Any]:
+    return [old if value is None else value for value, old in zip(changed, before, strict=True)]
+
+
+def _shardings(model: Any) -> tuple[Any, Any, Any, Any]:
+    """How the state of a model is laid out: trainable, non-trainable, the optimizer's and the metrics' variables."""
+    if keras.distribution.distribution() is None:
+        return None, None, None, None
+    shardings: tuple[Any, Any, Any, Any] = model._get_state_sharding_spec()
+    return shardings
+
+
+def _replicated() -> Any:
+    distribution = keras.distribution.distribution()
+    if distribution is None:
+        return None
+    return jax.sharding.NamedSharding(distribution.device_mesh.backend_mesh, jax.sharding.PartitionSpec())
 
 
 def _data_parallel_devices() -> int:

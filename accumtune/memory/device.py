@@ -9,7 +9,7 @@ comes from is part of the figure (`Device.memory_source`), because the sources d
     tensorflow allocator         every tensor TensorFlow holds on that device, exact; on a GPU without the CUDA
                                  context (300 to 600 MB)
     cuda allocator               the same for torch
-    jax compile-time analysis    arrays that are held, and what XLA's plan of each compiled program adds to them
+    jax compile-time analysis    arrays that are held, and what XLA's plan of each function of training adds to them
     process high-water mark      the process's resident memory above what it had when the device was opened
 """
 
@@ -114,10 +114,6 @@ class Device(ABC):
     @abstractmethod
     def peak_memory_bytes(self) -> int:
         """The most bytes held at once since the last `reset_peak`, or since the device was opened."""
-
-    def certain_peak_bytes(self) -> int:
-        """No more than the peak, even when asked for in the middle of a step: what a process may be stopped by."""
-        return self.peak_memory_bytes()
 
     @abstractmethod
     def reset_peak(self) -> None:

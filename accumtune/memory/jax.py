@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import jax
+import numpy as np
+from keras.src.backend.jax import trainer
 
+from accumtune.accumulation import jax as engine
 from accumtune.errors import BudgetError
 from accumtune.memory.device import Device
 
 # The driver and CUDA do not call quite the same the whole of a device.
 _LIMIT_TOLERANCE = 0.01
+# Of the time between two looks at all that JAX holds, what one look may take.
+_LOOKING = 0.01
 
 
 class JaxDevice(Device):
-    """A device under JAX: what is held now, and on top of it what XLA planned for each compiled program.
+    """A device under JAX: the most that it held while a compiled function of training ran.
 
-    A program's arguments are held already; it adds its temporaries and those outputs that do not reuse an argument's
-    memory.
+    Looked at are the functions of the engine and of Keras's trainer (validation, prediction). What else was compiled,
+    such as a weight's initializer, takes its memory when training has not begun, and gives it back.
     """
 
     backend = "jax"
@@ -25,28 +31,64 @@ class JaxDevice(Device):
 
     def __init__(self, name: str, budget_bytes: int | None = None) -> None:
         super().__init__(name, budget_bytes)
-        self._seen = self._executables()
+        self._peak = 0
+        self.resets = 0
+        engine.compiled = trainer.jit = self._compiled
 
     def peak_memory_bytes(self) -> int:
-        added = 0
-        for stats in self._plans():
-            added = max(added, stats.temp_size_in_bytes + stats.output_size_in_bytes - stats.alias_size_in_bytes)
-        return self.current_memory_bytes() + added
-
-    def certain_peak_bytes(self) -> int:
-        # In the middle of a step a program's outputs are held already.
-        return self.current_memory_bytes() + max((stats.temp_size_in_bytes for stats in self._plans()), default=0)
+        return max(self._peak, self.current_memory_bytes())
 
     def reset_peak(self) -> None:
-        """Forgets no program: one compiled earlier may run again, and cannot be told from one that will not."""
+        self._peak = 0
+        self.resets += 1
 
-    def _plans(self) -> list[Any]:
-        """Of each program compiled since the device was opened."""
-        found = self._executables().items()
-        return [executable.get_compiled_memory_stats() for key, executable in found if key not in self._seen]
+    def note(self, held_bytes: int) -> None:
+        """Takes what is held while a function runs."""
+        self._peak = max(self._peak, held_bytes)
 
-    def _executables(self) -> dict[int, Any]:
-        return {id(executable): executable for executable in jax.local_devices()[0].client.live_executables()}
+    def _compiled(self, function: Any, **options: Any) -> WatchedFunction:
+        return WatchedFunction(jax.jit(function, **options), self)
+
+
+class WatchedFunction:
+    """A compiled function that tells a device what is held while it runs.
+
+    That is all that was held when it was called, the arrays that still were the host's, and on top of it XLA's plan:
+    the function's temporaries, and those of its outputs that do not reuse an argument's memory.
+    """
+
+    def __init__(self, compiled: Any, device: JaxDevice) -> None:
+        self._compiled = compiled
+        self._device = device
+        self._added: int | None = None
+        self._held = 0
+        self._resets = -1
+        self._look_at = 0.0
+
+    def __call__(self, *args: Any) -> Any:
+        known = self._compiled._cache_size()
+        self._look(args)
+        result = self._compiled(*args)
+        if self._added is None or self._compiled._cache_size() != known:
+            # JAX finds what it has just compiled; nothing is compiled again.
+            stats = self._compiled.lower(*args).compile().memory_analysis()
+            added = stats.temp_size_in_bytes + stats.output_size_in_bytes - stats.alias_size_in_bytes
+            self._added = max(self._added or 0, added)
+        self._device.note(self._held + self._added)
+        return result
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._compiled, name)
+
+    def _look(self, args: Any) -> None:
+        start = time.monotonic()
+        if self._resets == self._device.resets and start < self._look_at:
+            return
+        self._resets = self._device.resets
+        self._held = self._device.current_memory_bytes()
+        self._held += sum(leaf.nbytes for leaf in jax.tree.leaves(args) if isinstance(leaf, np.ndarray))
+        now = time.monotonic()
+        self._look_at = now + (now - start) / _LOOKING
 
 
 class JaxGpu(JaxDevice):
@@ -91,12 +133,12 @@ class JaxCpu(JaxDevice):
     has_limits = False
 
     def current_memory_bytes(self) -> int:
-        buffers = {array.unsafe_buffer_pointer(): array.nbytes for array in jax.live_arrays() if _is_plain(array)}
+        buffers: dict[int, int] = {}
+        for array in jax.live_arrays():
+            if not array.is_deleted():
+                own = array if len(array.devices()) == 1 else array.addressable_data(0)
+                buffers[own.unsafe_buffer_pointer()] = own.nbytes
         return sum(buffers.values())
-
-
-def _is_plain(array: Any) -> bool:
-    return not array.is_deleted() and array.is_fully_addressable and len(array.devices()) == 1
 
 
 def open_device(budget_bytes: int | None) -> Device:

@@ -67,7 +67,7 @@ def _exceeds(device: Device, budget_bytes: int, is_over: threading.Event) -> boo
     """Returns when the peak is above the budget, or the body is over."""
     while not is_over.wait(_LOOK_EVERY_SECONDS):
         try:
-            peak = device.certain_peak_bytes()
+            peak = device.peak_memory_bytes()
         except RuntimeError:  # JAX: an array was deleted while it was looked at
             continue
         if peak > budget_bytes:

@@ -112,6 +112,25 @@ def test_a_last_batch_that_the_devices_do_not_share_evenly():
     run(21, [{"micro_batch_size": 2}, {"micro_batch_size": 1}])
 
 
+COMPILED_ONCE = """
+    from equality import numbers, train
+    from test_compiled_once import traces
+    from test_state import normalizing
+
+    data = {{"x": numbers({samples}, 4), "y": numbers({samples}, 2)}}
+    with scope():
+        for how in {hows}:
+            trained = train(normalizing(learning_rate=0.1), data, **how)
+            assert set(traces(trained.model).values()) <= {{0, 1}}, traces(trained.model)
+"""
+
+
+@pytest.mark.skipif(BACKEND != "jax", reason="TensorFlow's functions are compiled for their arguments' shapes alone")
+def test_each_function_is_compiled_once_for_several_devices():
+    """Left to choose how its results are laid out, JAX compiles a function again for what it gave the first time."""
+    run(16, [{"micro_batch_size": 2}, {"micro_batch_size": 4}], COMPILED_ONCE)
+
+
 # BatchNormalization
 
 HOWS = [{"micro_batch_size": 2}, {"micro_batch_size": 3}, {"micro_batch_size": 8}]

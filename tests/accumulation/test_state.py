@@ -130,6 +130,57 @@ class Sees(keras.layers.Layer):
         return inputs * self.scale
 
 
+# What does not change
+
+
+def with_a_frozen_layer(shape):
+    model = keras.Sequential(
+        [keras.Input(shape[:1]), keras.layers.Dense(shape[1], trainable=False), keras.layers.Dropout(0.1, seed=1)]
+    )
+    model.add(keras.layers.Dense(2))
+    return model
+
+
+def with_low_rank_adaptation(shape):
+    model = keras.Sequential([keras.Input(shape[:1]), keras.layers.Dense(shape[1]), keras.layers.Dense(2)])
+    model.layers[0].enable_lora(2)
+    return model
+
+
+@pytest.mark.skipif(BACKEND != "jax", reason="compiled functions of JAX return copies of what they hand through")
+@pytest.mark.parametrize(("build", "shape"), [(with_a_frozen_layer, (123, 45)), (with_low_rank_adaptation, (124, 45))])
+def test_frozen_weights_are_held_once(build, shape):
+    import jax
+
+    held = []
+
+    def copies():
+        return len({array.unsafe_buffer_pointer() for array in jax.live_arrays() if array.shape == shape})
+
+    def counting(function):
+        def call(*args):
+            result = function(*args)
+            held.append(copies())
+            return result
+
+        return call
+
+    model = build(shape)
+    model.compile("adam", "mse")
+    accumulate(model, 2)
+    data = {"x": numbers(8, shape[0]), "y": numbers(8, 2), "batch_size": 8, "verbose": 0}
+    model.fit(**data)
+    functions = model.train_function
+    for name in ("_first", "_next", "_update"):
+        setattr(functions, name, counting(getattr(functions, name)))
+    before = as_array(next(v for v in model.non_trainable_variables if tuple(v.shape) == shape))
+    model.fit(**data, epochs=2)
+    assert held == [1] * 10  # two windows of four micro-steps and an update
+    np.testing.assert_array_equal(
+        as_array(next(v for v in model.non_trainable_variables if tuple(v.shape) == shape)), before
+    )
+
+
 # Precision
 
 

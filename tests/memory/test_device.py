@@ -2,7 +2,6 @@
 
 import os
 import signal
-from types import SimpleNamespace
 
 import pytest
 
@@ -111,28 +110,36 @@ def test_opening_the_device_too_late_is_an_error():
 
 
 @pytest.mark.skipif(BACKEND != "jax" or device_memory().is_gpu, reason="JAX on a CPU")
-def test_known_allocation_gives_known_peak_on_jax(value_in_child):
-    def allocate():
-        import jax
-        import jax.numpy as jnp
+def test_known_training_gives_known_peak_on_jax(value_in_child):
+    """A weight of 4 MiB, its sum and a gradient: not what its initializer took, and not without the sum."""
 
+    def train(initializer, validation_samples, momentum):
+        import keras
+        import numpy as np
+
+        from accumtune.accumulation import accumulate
         from accumtune.memory.device import open_device
 
         device = open_device("jax")
-        array = jnp.zeros((16 * 2**18,), "float32")  # 16 MiB
-        one = device.current_memory_bytes()
+        wide = keras.layers.Dense(1024, kernel_initializer=initializer)
+        model = keras.Sequential([keras.Input((1024,)), wide, keras.layers.Dense(1)])
+        model.compile(keras.optimizers.SGD(0.1, momentum=momentum), "mse")
+        accumulate(model, 1)
+        x, y = np.zeros((8, 1024), "float32"), np.zeros((8, 1), "float32")
+        validation = (np.zeros((validation_samples, 1024), "float32"), np.zeros((validation_samples, 1), "float32"))
+        device.reset_peak()
+        model.fit(x, y, batch_size=4, verbose=0, validation_data=validation, validation_batch_size=validation_samples)
+        peaks = [device.current_memory_bytes(), device.peak_memory_bytes()]
+        device.reset_peak()
+        return [*peaks, device.peak_memory_bytes(), device.memory_source]
 
-        @jax.jit
-        def step(x):  # an output of 16 MiB beside its argument, and a sorted copy of 16 MiB between the two
-            return jnp.cumsum(jnp.sort(x))
-
-        kept = step(array)
-        return [one, device.current_memory_bytes(), device.peak_memory_bytes(), kept.nbytes, device.memory_source]
-
-    one, both, peak, _, source = value_in_child(allocate)
-    assert (one / MIB, both / MIB) == pytest.approx((16, 32), abs=0.1)
-    assert 48 <= peak / MIB <= 96.1
+    *peaks, source = value_in_child(train, "orthogonal", 1, 0.0)  # of which the QR decomposition takes 16 MiB
+    assert [peak / MIB for peak in peaks] == pytest.approx([4, 12, 4], abs=0.2)
     assert source == "jax compile-time analysis"
+    *peaks, _ = value_in_child(train, "zeros", 1, 0.9)
+    assert [peak / MIB for peak in peaks] == pytest.approx([8, 16, 8], abs=0.2)
+    *peaks, _ = value_in_child(train, "zeros", 4096, 0.0)  # validation: 16 MiB in, and as much between the layers
+    assert [peak / MIB for peak in peaks] == pytest.approx([4, 36, 4], abs=0.2)
 
 
 @pytest.mark.skipif(BACKEND != "torch" or device_memory().is_gpu, reason="torch on a CPU")
@@ -159,22 +166,19 @@ class FakeJaxGpu:
 
     platform, device_kind = "gpu", "NVIDIA H100"
 
-    def __init__(self, stats, programs):
+    def __init__(self, stats):
         self.memory_stats = lambda: stats
-        self.client = SimpleNamespace(live_executables=lambda: programs)
 
 
-class FakeProgram:
-    """Takes two bytes between its arguments and what it returns, which is one more."""
-
-    def get_compiled_memory_stats(self):
-        return SimpleNamespace(temp_size_in_bytes=2, output_size_in_bytes=4, alias_size_in_bytes=3)
-
-
-def open_fake_gpu(monkeypatch, stats, budget_bytes, programs=()):
+def open_fake_gpu(monkeypatch, stats, budget_bytes):
     import jax
+    from keras.src.backend.jax import trainer
 
-    monkeypatch.setattr(jax, "local_devices", lambda: [FakeJaxGpu(stats, programs)])
+    from accumtune.accumulation import jax as engine
+
+    monkeypatch.setattr(jax, "local_devices", lambda: [FakeJaxGpu(stats)])
+    monkeypatch.setattr(trainer, "jit", jax.jit)
+    monkeypatch.setattr(engine, "compiled", jax.jit)
     return open_device("jax", budget_bytes)
 
 
@@ -190,13 +194,19 @@ def test_a_gpu_whose_allocator_did_not_take_the_limit_is_compared_with_it(monkey
 
 @pytest.mark.skipif(BACKEND != "jax", reason="JAX")
 def test_what_xla_tries_out_when_it_compiles_for_a_gpu_is_not_the_peak_of_a_step(monkeypatch):
-    stats, programs = {"bytes_in_use": 5, "peak_bytes_in_use": 700}, []
-    device = open_fake_gpu(monkeypatch, stats, None, programs)
-    assert (device.current_memory_bytes(), device.peak_memory_bytes()) == (5, 5)
-    programs.append(FakeProgram())
-    assert (device.peak_memory_bytes(), device.certain_peak_bytes()) == (8, 7)
-    stats["peak_bytes_in_use"] = 6  # no step took more than that
-    assert device.peak_memory_bytes() == 6
+    import numpy as np
+
+    from accumtune.accumulation import jax as engine
+
+    stats = {"bytes_in_use": 5000, "peak_bytes_in_use": 700_000}
+    device = open_fake_gpu(monkeypatch, stats, None)
+    assert (device.current_memory_bytes(), device.peak_memory_bytes()) == (5000, 5000)
+    engine.compiled(lambda x: x + 1)(np.zeros(256, "float32"))  # a batch of 1 KiB, and as much that is returned
+    assert device.peak_memory_bytes() == 7048
+    stats["peak_bytes_in_use"] = 6000  # no step took more than that
+    assert device.peak_memory_bytes() == 6000
+    device.reset_peak()
+    assert device.peak_memory_bytes() == 5000
 
 
 @pytest.mark.skipif(BACKEND != "torch", reason="torch")
