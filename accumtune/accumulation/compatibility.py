@@ -84,6 +84,7 @@ NAMES = (
     Name("keras.optimizers:Optimizer.update_step", ("self", "gradient", "variable", "learning_rate")),
     Name("keras.optimizers:Optimizer.scale_loss", ("self", "loss")),
     # One backend each.
+    Name("keras.src.losses.loss:scale_loss_for_distribution", ("value",), "tensorflow"),
     Name("keras.src.losses.loss:unscale_loss_for_distribution", ("value",), "tensorflow"),
     Name(f"{_TENSORFLOW}.trainer:reduce_per_replica", ("values", "strategy", "reduction"), "tensorflow"),
     Name(f"{_TENSORFLOW}.optimizer:TFOptimizer._all_reduce_sum_gradients", ("self", "grads_and_vars"), "tensorflow"),
@@ -97,6 +98,8 @@ NAMES = (
         ("self", "metrics_variables", "unscaled_loss", "x", "y", "y_pred", "sample_weight"),
         "jax",
     ),
+    Name(_JAX + "_get_state_sharding_spec", ("self",), "jax"),
+    Name("keras.src.backend.jax.trainer:jit", None, "jax"),
     Name("keras.src.backend.jax.trainer:_distribute_data", ("data",), "jax"),
     Name(_MODEL + "_should_torch_compile", ("self",), "torch"),
     Name(

@@ -75,7 +75,8 @@ class JaxTraining:
         trainable, non_trainable, optimizer, metrics = state
         scales = self._scales(state, window, batch)
         listener = noise_scale.listening(self.model, [part.samples for part in window])
-        logs, carried = None, None
+        logs: Any = None
+        carried: Any = None
         for index in range(len(scales)):
             part = window.pop(0)
             batch = part.take() if index else batch
