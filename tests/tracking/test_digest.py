@@ -1,7 +1,10 @@
 """A data set's digest tells equal content from other content."""
 
+import copy
+
 import numpy as np
 import pytest
+from scipy.sparse import coo_array, csr_array
 
 from accumtune.tracking import digest
 from accumtune.tracking.digest import data_digest
@@ -21,6 +24,47 @@ def test_equal_content_has_equal_digests():
 )
 def test_other_content_has_another(other):
     assert data_digest(other) not in (None, data_digest(X))
+
+
+def changed(array, index):
+    other = array.copy()
+    other[index] = "another"
+    return other
+
+
+TEXTS = np.array([f"text {number}" for number in range(3000)], dtype=object)
+INNER = np.empty(2, dtype=object)
+INNER[:] = [np.arange(5000.0), [np.arange(5000.0), {"a": np.arange(5000.0)}]]
+LABELLED = np.array([(number, str(number)) for number in range(2000)], dtype=[("a", "i8"), ("b", object)])
+
+
+@pytest.mark.parametrize("index", [0, 1500, 2999])
+def test_every_object_of_an_array_counts(index):
+    assert data_digest(TEXTS) == data_digest(np.array(TEXTS.tolist(), dtype=object))
+    assert data_digest(TEXTS) != data_digest(changed(TEXTS, index))
+
+
+def test_arrays_within_arrays_count_whole():
+    same, other = copy.deepcopy(INNER), copy.deepcopy(INNER)
+    other[1][1]["a"][2500] = -1.0
+    assert data_digest(INNER) == data_digest(same) != data_digest(other)
+    other = copy.deepcopy(LABELLED)
+    other["b"][1000] = "another"
+    assert data_digest(LABELLED) == data_digest(copy.deepcopy(LABELLED)) != data_digest(other)
+
+
+def test_sparse_and_masked_arrays_count_whole():
+    dense = np.diag(np.arange(1.0, 2001.0))
+    other = dense.copy()
+    other[1000, 1000] = -1.0
+    assert data_digest(csr_array(dense)) == data_digest(coo_array(dense)) != data_digest(csr_array(other))
+    masked = np.ma.masked_array(X, X > 3)
+    assert data_digest(masked) == data_digest(masked.copy()) not in (data_digest(X), data_digest(X.copy()))
+    assert data_digest(np.ma.masked_array(X, X > 4)) != data_digest(masked)
+
+
+def test_objects_whose_content_cannot_be_told_have_none():
+    assert data_digest(np.array([object(), object()])) is None
 
 
 def test_what_cannot_be_read_without_running_it_has_none():
