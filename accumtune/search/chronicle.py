@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
 from accumtune.config import TrainingConfig
@@ -67,8 +68,9 @@ class Chronicle:
     def end(self, status: str, reason: str) -> None:
         self._journal.append("search_ended", status=status, reason=reason)
 
-    def write_report(self, best: Best | None) -> None:
-        results.write_report(self._files, self.record(), best or self.try_best(None))
+    def write_report(self, best: Best | None, status: str, reason: str) -> None:
+        record = replace(self.record(), status=status, reason=reason)
+        results.write_report(self._files, record, best or self.try_best(None))
 
     def stop_tracking(self) -> str:
         """Sends the rest; what to tell the user, "" where everything has arrived."""

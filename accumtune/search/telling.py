@@ -52,13 +52,14 @@ class Telling:
             is_hurried: somebody waits for the end: what MLflow lacks comes with the next session, or `accumtune sync`.
         """
         try:
-            self._chronicle.end(status, reason)
             save()
+            if not is_hurried:
+                self._chronicle.write_report(best, status, reason)
+        finally:
+            # After the report: MLflow gets it before the search's run is said to have ended.
+            self._chronicle.end(status, reason)
             if is_hurried:
                 self._chronicle.tracker = None
-                return
-            self._chronicle.write_report(best)
-        finally:
             message = self._chronicle.stop_tracking()
             if message:
                 self._display.line(message)

@@ -58,7 +58,7 @@ class Tuner(Searching):
             `"cpu"`, or a list of GPUs such as `[0, 1]`.
         executor: where trials run: None for this machine, `"ray"` or the address of a Ray cluster, or any object
             with `submit(function, *arguments) -> Future`, such as Dask's `client.get_executor()`.
-        tracking_uri: MLflow's; None for `sqlite:///mlruns/mlflow.db`, False for no tracking.
+        tracking_uri: MLflow's; None for `MLFLOW_TRACKING_URI`, else `sqlite:///mlruns/mlflow.db`; False for none.
         register_as: a name in MLflow's model registry for the best model, under the alias `best`.
         directory, project_name: where the search keeps its state; the same script run again goes on.
         overwrite: begin anew.

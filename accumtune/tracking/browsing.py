@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shlex
 import shutil
 import socket
 import sys
@@ -23,7 +24,7 @@ def ui_command(tracking_uri: str, port: int = UI_PORT) -> str:
     path = sqlite_path(uri)
     if path is not None and path.is_relative_to(Path.cwd()):
         uri = f"sqlite:///{path.relative_to(Path.cwd())}"
-    return f"{_mlflow()} ui --backend-store-uri {uri} --port {port}"
+    return shlex.join([_mlflow(), "ui", "--backend-store-uri", uri, "--port", str(port)])
 
 
 def ui_address(tracking_uri: str, experiment_id: str, view_key: str | None, port: int = UI_PORT) -> str:

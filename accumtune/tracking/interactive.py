@@ -15,7 +15,6 @@ from typing import Any
 from accumtune.memory.budget import format_bytes, mib
 from accumtune.tracking.records import SearchRecord
 from accumtune.tracking.tables import is_among, number, own_hyperparameters, size, speed
-from accumtune.tracking.uris import redacted
 
 _TEMPLATE = "pareto.html"
 
@@ -44,7 +43,7 @@ def pareto_html(record: SearchRecord, candidates: Sequence[Any], front: Sequence
         "points": points,
     }
     # "</" would end the script that holds it, wherever a hyperparameter has it.
-    data = redacted(json.dumps(content, ensure_ascii=False)).replace("</", "<\\/").replace("<!--", "<\\!--")
+    data = json.dumps(content, ensure_ascii=False).replace("</", "<\\/").replace("<!--", "<\\!--")
     template = files("accumtune.tracking").joinpath(_TEMPLATE).read_text(encoding="utf-8")
     title = html.escape(f"{record.name}: quality, memory and speed")
     return template.replace("{{title}}", title).replace("{{data}}", data)

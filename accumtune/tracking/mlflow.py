@@ -6,6 +6,7 @@ import contextlib
 import json
 import logging
 import os
+import shlex
 import threading
 import time
 from collections.abc import Iterator
@@ -15,9 +16,10 @@ from typing import Literal, cast
 from accumtune.errors import AccumtuneError, TrackingError
 from accumtune.tracking import browsing
 from accumtune.tracking.browsing import UI_PORT
+from accumtune.tracking.files import read_small
 from accumtune.tracking.reaching import is_answering
 from accumtune.tracking.replay import Replay, described
-from accumtune.tracking.uris import DEFAULT_TRACKING_URI, absolute_uri, without_credentials
+from accumtune.tracking.uris import DEFAULT_TRACKING_URI, absolute_uri, default_tracking_uri, without_credentials
 
 __all__ = ["DEFAULT_TRACKING_URI", "Tracker"]
 
@@ -29,6 +31,7 @@ _SILENCE_SECONDS = 20.0
 # ... so soon after the search has ended; it will not hold up anyone who waits for the result.
 _SILENT_STOP_SECONDS = 1.0
 _JOIN_SECONDS = 0.1
+_MOST_CACHE_BYTES = 2**16
 _LAST_ATTEMPTS = 3
 _RETRY_SECONDS = 0.2
 # How long `sync` lets another process finish.
@@ -43,8 +46,8 @@ class Tracker:
 
     Args:
         search_folder: the search's folder, with `search.jsonl`.
-        tracking_uri: MLflow's; None for `sqlite:///mlruns/mlflow.db` with artifacts in `mlruns/artifacts`, False for
-            no tracking.
+        tracking_uri: MLflow's; None for `MLFLOW_TRACKING_URI`, else `sqlite:///mlruns/mlflow.db` with artifacts in
+            `mlruns/artifacts`; False for no tracking.
         interval_seconds: how often the background looks for news.
         stop_seconds: how long `stop` waits for what is still to be sent, as long as the store answers.
 
@@ -79,7 +82,7 @@ class Tracker:
         if tracking_uri is False:
             return None
         # Absolute now: the user's code may change the working directory later.
-        return absolute_uri(tracking_uri if tracking_uri else DEFAULT_TRACKING_URI)
+        return absolute_uri(tracking_uri or default_tracking_uri())
 
     @property
     def parent_run_id(self) -> str | None:
@@ -98,6 +101,7 @@ class Tracker:
         """
         if self._replay is None:
             return
+        uri = self._replay.tracking_uri
         for attempt in range(1, _LAST_ATTEMPTS + 1):
             try:
                 return self._run(is_fresh=True, wait_seconds=_WAIT_SECONDS)
@@ -106,7 +110,7 @@ class Tracker:
             except Exception as error:  # whatever the store's driver raises: SQLAlchemy's, requests', MLflow's
                 if attempt == _LAST_ATTEMPTS:
                     raise TrackingError(
-                        f"MLflow at {without_credentials(self._replay.tracking_uri)} refused: {described(error)}",
+                        f"MLflow at {without_credentials(uri)} refused: {described(error, uri)}",
                         "a store that can be written to",
                         f"mend it, then `{self._sync_command()}`: nothing is lost.",
                     ) from error
@@ -168,9 +172,12 @@ class Tracker:
 
     def _sync_command(self) -> str:
         folder = self.folder.relative_to(Path.cwd()) if self.folder.is_relative_to(Path.cwd()) else self.folder
-        # What a journal or a terminal keeps has no password: the next sync is told it anew.
-        has_secret = self.tracking_uri != without_credentials(self.tracking_uri or "")
-        return f"accumtune sync {folder}" + (" --tracking-uri ADDRESS" if has_secret else "")
+        command = ["accumtune", "sync", str(folder)]
+        uri = self.tracking_uri or ""
+        if uri != absolute_uri(default_tracking_uri()):
+            # What a journal or a terminal keeps has no password: the next sync is told it anew.
+            command += ["--tracking-uri", uri if uri == without_credentials(uri) else "ADDRESS"]
+        return shlex.join(command)
 
     def _loop(self) -> None:
         is_fresh = True
@@ -186,7 +193,7 @@ class Tracker:
         try:
             self._run(is_fresh)
         except Exception as error:  # the search goes on whatever the store does; `stop` tells
-            self._fault = described(error)
+            self._fault = described(error, str(self.tracking_uri))
             return False
         self._fault = ""
         return True
@@ -224,7 +231,7 @@ class Tracker:
 def read_cache(folder: Path) -> dict[str, str | None]:
     """Where a search's runs were last seen: `tracking_uri` (without credentials), `experiment_id`, `parent_run_id`."""
     try:
-        content = json.loads((Path(folder) / CACHE_FILE).read_text())
+        content = json.loads(read_small(Path(folder) / CACHE_FILE, _MOST_CACHE_BYTES))
     except (OSError, ValueError):
         return {}
     return content if isinstance(content, dict) else {}

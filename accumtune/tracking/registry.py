@@ -3,7 +3,8 @@
     <search folder>/model/                  the model as MLflow saves it, with its signature
     <search folder>/model.json              under which name, of which trial; written last
 
-The version's run is the search's, which holds `best_config.json`; the version's tag `accumtune.config` says so.
+The version's run is the search's; the version's tag `accumtune.config` says which of its artifacts is the configuration
+of that model.
 """
 
 from __future__ import annotations
@@ -13,11 +14,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from accumtune.tracking.origin import CONFIG_FILE, REPORT_FOLDER, source_of
+from accumtune.tracking.runs import TRIAL_TAG
+
 MODEL_FOLDER = "model"
 MODEL_FILE = "model.json"
 ALIAS = "best"
 CONFIG_TAG = "accumtune.config"
-_TRIAL_TAG = "accumtune.trial_id"
 _KEY_TAG = "accumtune.model_key"
 
 
@@ -31,14 +34,13 @@ def wanted(folder: Path) -> dict[str, str] | None:
     return content if is_complete and (folder / MODEL_FOLDER / "MLmodel").exists() else None
 
 
-def bring_model(client: Any, run_id: str, folder: Path, config_file: str) -> str | None:
+def bring_model(client: Any, run_id: str, folder: Path) -> str | None:
     """Logs the model and registers it under its name, once; the alias `best` moves to it.
 
     Args:
         client: MLflow's.
         run_id: the search's.
         folder: the search's.
-        config_file: the artifact of that run with the configuration.
 
     Returns:
         `name/version`, or None where there is no model to register.
@@ -52,7 +54,13 @@ def bring_model(client: Any, run_id: str, folder: Path, config_file: str) -> str
         path = f"{MODEL_FOLDER}_{model['key'][:8]}"
         client.log_artifacts(run_id, str(folder / MODEL_FOLDER), path)
         source = f"{client.get_run(run_id).info.artifact_uri}/{path}"
-        tags = {CONFIG_TAG: config_file, _TRIAL_TAG: model["trial_id"], _KEY_TAG: model["key"]}
+        config = folder / REPORT_FOLDER / CONFIG_FILE
+        config_artifact = CONFIG_FILE
+        if source_of(config.parent).get("trial_id") == model["trial_id"]:
+            # Beside the model: the search's own is that of another trial as soon as one is better.
+            client.log_artifact(run_id, str(config), path)
+            config_artifact = f"{path}/{CONFIG_FILE}"
+        tags = {CONFIG_TAG: config_artifact, TRIAL_TAG: model["trial_id"], _KEY_TAG: model["key"]}
         version = client.create_model_version(name, source, run_id=run_id, tags=tags).version
         client.set_registered_model_alias(name, ALIAS, version)
     return f"{name}/{version}"

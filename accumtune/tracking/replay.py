@@ -4,25 +4,22 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
 import os
+import re
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from accumtune.errors import TrackingError
 from accumtune.tracking import registry, runs, view
 from accumtune.tracking.journal import TRIAL_JOURNAL, read_search_journal, read_trial, trial_folders
 from accumtune.tracking.lock import try_lock
+from accumtune.tracking.origin import NOTE_FILE, REPORT_FOLDER, name_run, source_of
 from accumtune.tracking.reaching import Pulse
 from accumtune.tracking.records import SearchRecord, TrialRecord
+from accumtune.tracking.redaction import first_line, redacted
 from accumtune.tracking.store import PARENT, RunState, Store
-from accumtune.tracking.uris import redacted
 
-REPORT_FOLDER = "report"
-NOTE_FILE = "note.md"
-CONFIG_FILE = "best_config.json"
 LOG_FILE = "log.txt"
 _LOCK_FILE = "tracking.lock"
 _SYNCED_TAG = "accumtune.synced"
@@ -76,7 +73,7 @@ class Replay:
             return
         store = self._open(search, is_fresh)
         self._read_trials()
-        self._bring_parent(store, search)
+        parent = self._bring_parent(store, search)
         trials = sorted(self._trials.items(), key=lambda item: (item[1][1].number, item[1][1].trial_id))
         is_changed = self._view is None
         for folder, (size, trial) in trials:
@@ -87,6 +84,7 @@ class Replay:
                 is_changed = True
         self._bring_report(store, search)
         self._bring_model(store, search)
+        store.end(self._states[PARENT], parent)
         if is_changed:
             self._bring_view(store, search, [trial for _, (_, trial) in trials])
 
@@ -120,20 +118,25 @@ class Replay:
                 if trial.proposed_at or trial.started_at or trial.ended_at:
                     self._trials[folder] = (size, trial)
 
-    def _bring_parent(self, store: Store, search: SearchRecord) -> None:
+    def _bring_parent(self, store: Store, search: SearchRecord) -> runs.RunContent:
         statuses = runs.count_statuses({folder: trial for folder, (_, trial) in self._trials.items()})
-        content = runs.search_run(search, statuses, self._note(search))
         if PARENT not in self._states:
-            self._states[PARENT] = store.create(content)
+            self._states[PARENT] = store.create(runs.search_run(search, statuses, None))
         state = self._states[PARENT]
         self.parent_run_id = state.run_id
+        if search.is_ended:
+            name_run(self.folder / REPORT_FOLDER, state.run_id, self.tracking_uri)
+        content = runs.search_run(search, statuses, self._note(search))
         store.bring(state, content)
         store.bring_dataset(state, runs.dataset(search))
+        return content
 
     def _bring_trial(self, store: Store, folder: Path, size: int, trial: TrialRecord, search: SearchRecord) -> None:
         state = self._states.get(trial.trial_id)
         fingerprint = f"{_CONTENT_VERSION}:{size}" if trial.is_ended else ""
         if state is not None and fingerprint and state.tags.get(_SYNCED_TAG) == fingerprint:
+            # The search's run may be another one than it was.
+            store.set_tags(state, {"mlflow.parentRunId": self.parent_run_id or ""})
             return
         content = runs.trial_run(trial, search)
         if state is None:
@@ -148,6 +151,8 @@ class Replay:
             log = _read_log(folder / LOG_FILE)
             for name, text in {**content.texts, **({LOG_FILE: log} if log else {})}.items():
                 store.client.log_text(state.run_id, text, name)
+        store.end(state, content)
+        if trial.is_ended:
             # Last, so that a run which has it has everything.
             store.set_tags(state, {_SYNCED_TAG: fingerprint})
 
@@ -157,13 +162,12 @@ class Replay:
             return
         state, report = self._states[PARENT], self.folder / REPORT_FOLDER
         fingerprint = f"{_CONTENT_VERSION}:{_digest(report)}"
-        if state.tags.get(_SYNCED_TAG) == fingerprint:
-            return
-        for file in _files(report):
-            store.client.log_artifact(state.run_id, str(file))
+        if state.tags.get(_SYNCED_TAG) != fingerprint:
+            for file in _files(report):
+                store.client.log_artifact(state.run_id, str(file))
         tags = {_SYNCED_TAG: fingerprint}
-        best = self._best_trial_id(report)
-        if best is not None and best in self._states:
+        best = source_of(report).get("trial_id")
+        if best in self._states:
             tags = {"accumtune.best_trial_id": best, "accumtune.best_run_id": self._states[best].run_id} | tags
         store.set_tags(state, tags)
 
@@ -173,7 +177,7 @@ class Replay:
         state = self._states[PARENT]
         if model is None or not search.is_ended or state.tags.get(_MODEL_TAG) == model["key"]:
             return
-        version = registry.bring_model(store.client, state.run_id, self.folder, CONFIG_FILE)
+        version = registry.bring_model(store.client, state.run_id, self.folder)
         store.set_tags(state, {"accumtune.registered_model": version or "", _MODEL_TAG: model["key"]})
 
     def _note(self, search: SearchRecord) -> str | None:
@@ -183,13 +187,6 @@ class Replay:
         try:
             return (self.folder / REPORT_FOLDER / NOTE_FILE).read_text(encoding="utf-8")
         except FileNotFoundError:
-            return None
-
-    @staticmethod
-    def _best_trial_id(report: Path) -> str | None:
-        try:
-            return str(json.loads((report / CONFIG_FILE).read_text())["source"]["trial_id"])
-        except (OSError, ValueError, KeyError, TypeError):
             return None
 
 
@@ -224,17 +221,20 @@ def _digest(folder: Path) -> str:
 
 
 def _read_log(path: Path) -> str:
-    """The end of a trial's log, without credentials in addresses."""
+    """The end of a trial's log, without secrets."""
     try:
         with open(path, "rb") as file:
-            file.seek(max(0, os.fstat(file.fileno()).st_size - _MAXIMUM_LOG_BYTES))
+            start = max(0, os.fstat(file.fileno()).st_size - _MAXIMUM_LOG_BYTES)
+            file.seek(start)
             content = file.read()
     except FileNotFoundError:
         return ""
+    if start:
+        # Of the line in which the cut lies, the rest may be that of a secret. A progress bar ends lines with \r.
+        content = b"".join(re.split(rb"[\r\n]", content, maxsplit=1)[1:])
     return redacted(content.decode(errors="replace"))
 
 
-def described(error: BaseException) -> str:
+def described(error: BaseException, tracking_uri: str) -> str:
     """An exception in one line, without credentials."""
-    lines: list[Any] = str(error).strip().splitlines()
-    return redacted(lines[0][:300] if lines else type(error).__name__)
+    return first_line(str(error), tracking_uri) or type(error).__name__

@@ -6,7 +6,6 @@ Nothing here knows MLflow; the tracker uploads whatever is in the folder.
 from __future__ import annotations
 
 import json
-import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,7 +15,9 @@ from accumtune.memory.budget import format_bytes
 from accumtune.tracking import pictures
 from accumtune.tracking.interactive import pareto_html
 from accumtune.tracking.noise import noise_scale_of
+from accumtune.tracking.origin import CONFIG_FILE, NOTE_FILE, import_line, write
 from accumtune.tracking.records import SearchRecord
+from accumtune.tracking.redaction import first_line, redacted
 from accumtune.tracking.runs import STATUSES
 from accumtune.tracking.tables import (
     CandidateLike,
@@ -31,7 +32,6 @@ from accumtune.tracking.tables import (
     size,
     speed,
 )
-from accumtune.tracking.uris import redacted
 
 __all__ = ["candidates_csv", "candidates_table", "note", "write_report"]
 
@@ -73,17 +73,17 @@ def write_report(
             `predicted_peak_memory_bytes` and `predicted_throughput_samples_per_second`.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    _write(folder / "note.md", note(record, candidates, front, best, config_json, folder))
-    _write(folder / "candidates.csv", candidates_csv(record, candidates, front))
+    write(folder / NOTE_FILE, note(record, candidates, front, best, config_json, folder))
+    write(folder / "candidates.csv", candidates_csv(record, candidates, front))
     if config_json is not None:
-        _write(folder / "best_config.json", config_json)
+        write(folder / CONFIG_FILE, config_json)
     winner = None if best is None else best.candidate
     images = pictures.draw_all(record, candidates, front, winner, profile_points or ())
     for name, content in images.items():
-        _write(folder / name, content)
+        write(folder / name, content)
     page = pareto_html(record, candidates, front, winner)
     if page is not None:
-        _write(folder / "pareto.html", page)
+        write(folder / "pareto.html", page)
 
 
 def note(
@@ -131,15 +131,10 @@ def _answer(record: SearchRecord, best: ChoiceLike | None) -> str:
 
 
 def _import_lines(config_json: str | None, folder: Path) -> str:
-    origin = json.loads(config_json or "{}").get("source") or {}
-    source = json.dumps(str(folder / "best_config.json"))
-    if origin.get("run_id"):
-        source = f'"runs:/{origin["run_id"]}/best_config.json"'
-        # accumtune looks into its default store by itself.
-        source += f', tracking_uri="{origin["tracking_uri"]}"' if origin.get("tracking_uri") else ""
+    source = json.loads(config_json or "{}").get("source") or {}
     return (
         "### Train with it\n\n```python\n"
-        f'config = accumtune.load_config({source})\n'
+        f"{import_line(source, folder)}\n"
         "model = config.build(build_model)\n"
         "model.fit(x, y, **config.fit_arguments())\n```"
     )
@@ -223,11 +218,5 @@ def _sizes(sizes: Sequence[int]) -> str:
 
 
 def _first_line(text: str) -> str:
-    lines = text.strip().splitlines()
-    return escaped(lines[0][:300]) if lines else "no reason given"
+    return escaped(first_line(text)) or "no reason given"
 
-
-def _write(path: Path, content: str | bytes) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_bytes(content.encode() if isinstance(content, str) else content)
-    os.replace(temporary, path)

@@ -16,7 +16,7 @@ from typing import Any
 
 from accumtune.memory.budget import format_bytes, mib
 from accumtune.tracking.records import SearchRecord, TrialRecord
-from accumtune.tracking.uris import redacted
+from accumtune.tracking.redaction import first_line, redacted, redacted_value
 
 SEARCH_TAG = "accumtune.search_id"
 TRIAL_TAG = "accumtune.trial_id"
@@ -64,7 +64,7 @@ class RunContent:
 
 def trial_run(trial: TrialRecord, search: SearchRecord) -> RunContent:
     """The run of one trial."""
-    params = {clean_name(name): str(value)[:_MAXIMUM_PARAM] for name, value in trial.hyperparameters.items()}
+    params = {clean_name(name): _param(name, value) for name, value in trial.hyperparameters.items()}
     scalars = _scalars(trial, search)
     # A metric of the user's with such a name must not be mixed with ours, whichever comes first.
     taken = set(_scalar_values(trial, search))
@@ -118,7 +118,7 @@ def search_run(search: SearchRecord, statuses: Mapping[str, int], note: str | No
     return RunContent(
         name=search.name or "search",
         tags=_clean_tags(tags),
-        params={name: str(value)[:_MAXIMUM_PARAM] for name, value in params.items() if value not in (None, "")},
+        params={name: _param(name, value) for name, value in params.items() if value not in (None, "")},
         status=status,
         started_milliseconds=_milliseconds(search.started_at or 0.0),
         ended_milliseconds=_milliseconds(search.ended_at or search.started_at or 0.0),
@@ -155,10 +155,18 @@ def dataset(search: SearchRecord) -> dict[str, str] | None:
 
 @functools.lru_cache(maxsize=4096)  # one name of a metric comes back with every epoch
 def clean_name(name: str) -> str:
-    """A name that MLflow takes: letters, digits and `_ - . : / space`, and no path that could climb."""
+    """A name that MLflow takes: letters, digits and `_ - . : / space`, and no path that could climb.
+
+    One that had to be changed ends with a digest of what it was: `a|b` and `a*b` are not the same.
+    """
     cleaned = re.sub(r"[^\w\-.: /]", "_", name)[:_MAXIMUM_KEY]
     # MLflow refuses what os.path.normpath would change.
-    return "/".join(part for part in cleaned.split("/") if part.strip() not in ("", ".", "..")) or "_"
+    cleaned = "/".join(part for part in cleaned.split("/") if part.strip() not in ("", ".", "..")) or "_"
+    return cleaned if cleaned == name else f"{cleaned[: _MAXIMUM_KEY - 9]}-{_crc(name)}"
+
+
+def _param(name: str, value: Any) -> str:
+    return str(redacted_value(name, value))[:_MAXIMUM_PARAM]
 
 
 def _trial_name(trial: TrialRecord) -> str:
@@ -205,7 +213,7 @@ def _trial_note(trial: TrialRecord, search: SearchRecord) -> str:
     if trial.reused_from:
         parts.append(f"reused from trial {trial.reused_from}")
     if trial.reason and trial.status != "completed":
-        parts.append(redacted(trial.reason.strip().splitlines()[0]))
+        parts.append(first_line(trial.reason))
     status = trial.status.capitalize()
     return f"{status}: {', '.join(parts)}" if parts else f"{status} ({trial.description or 'no result yet'})"
 
@@ -274,4 +282,4 @@ def _milliseconds(seconds: float | None) -> int:
 def _crc(text: str) -> str:
     import zlib
 
-    return f"{zlib.crc32(text.encode()):08x}"
+    return f"{zlib.crc32(text.encode(errors='surrogatepass')):08x}"

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from accumtune.errors import TrackingError
-from accumtune.tracking.reaching import Listening, Pulse, check_reachable
+from accumtune.tracking.reaching import Listening, Pulse, check_reachable, refuse_other_server
 from accumtune.tracking.runs import ATTEMPT_TAG, REASON_TAG, REUSED_TAG, SEARCH_TAG, TRIAL_TAG, Point, RunContent
 from accumtune.tracking.uris import absolute_uri, sqlite_path
 
@@ -96,6 +96,7 @@ class Store:
                 found = self.client.get_experiment_by_name(name)
                 if found is None:
                     raise
+        refuse_other_server(self.uri, found.artifact_location)
         if found.lifecycle_stage == "deleted":
             self.client.restore_experiment(found.experiment_id)
         return str(found.experiment_id)
@@ -159,7 +160,10 @@ class Store:
         return self.create(content, parent_run_id)
 
     def bring(self, state: RunState, content: RunContent) -> None:
-        """Writes what is missing in a run or is different; nothing where all is there."""
+        """Writes what is missing in a run or is different; nothing where all is there.
+
+        That it has ended is for `end` to say, when its files are there too.
+        """
         from mlflow.entities import Metric, Param, RunTag
 
         points = self._missing_points(state, content)
@@ -187,7 +191,11 @@ class Store:
                 del state.tags[name]
         state.tags |= tags
         state.params |= params
-        self._bring_status(state, content)
+        if state.name != content.name:
+            self.client.update_run(state.run_id, name=content.name)
+            state.name = content.name
+        if content.status == "RUNNING":
+            self.end(state, content)
 
     def _missing_points(self, state: RunState, content: RunContent) -> list[Point]:
         if state.points is None:
@@ -202,10 +210,8 @@ class Store:
         assert state.points is not None
         state.points |= {(point.name, point.step) for point in points}
 
-    def _bring_status(self, state: RunState, content: RunContent) -> None:
-        if state.name != content.name:
-            self.client.update_run(state.run_id, name=content.name)
-            state.name = content.name
+    def end(self, state: RunState, content: RunContent) -> None:
+        """Brings the status: what looks for finished runs finds everything in them."""
         if state.status == content.status:
             return
         if content.status == "RUNNING":

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 
 from accumtune.memory.budget import format_bytes, mib
 from accumtune.tracking.records import SearchRecord
+from accumtune.tracking.redaction import redacted_value
 from accumtune.tracking.runs import BATCH
 
 
@@ -53,7 +54,7 @@ def candidates_csv(
         row = [item.trial_id, item.objective, peak, item.throughput_samples_per_second]
         row += [getattr(item, name) for name in BATCH]
         row += [is_among(item, front), item.is_trained]
-        writer.writerow(row + [item.hyperparameters.get(name) for name in names])
+        writer.writerow(row + [redacted_value(name, item.hyperparameters.get(name)) for name in names])
     return text.getvalue()
 
 
@@ -113,7 +114,7 @@ def _own(hyperparameters: Mapping[str, Any]) -> dict[str, Any]:
 def own_hyperparameters(hyperparameters: Mapping[str, Any], quote: str = "") -> str:
     """The user's own hyperparameters in one line, without the batch's and Keras Tuner's."""
     own = _own(hyperparameters)
-    return ", ".join(f"{quote}{name}={_value(value)}{quote}" for name, value in own.items())
+    return ", ".join(f"{quote}{name}={_value(redacted_value(name, value))}{quote}" for name, value in own.items())
 
 
 def _value(value: Any) -> str:

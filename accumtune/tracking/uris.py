@@ -5,17 +5,23 @@ from __future__ import annotations
 import os
 import re
 from pathlib import Path
-from urllib.parse import urlsplit, urlunsplit
+from urllib.parse import unquote, urlsplit
+
+from accumtune.tracking.redaction import redacted
 
 # Named explicitly: MLflow's own default still resolves to an old ./mlruns/<n>/meta.yaml where there is one, and a
 # file store is refused since MLflow 3.13.
 DEFAULT_TRACKING_URI = "sqlite:///mlruns/mlflow.db"
 
-_SECRET_PARAMETER = re.compile(r"pass|pwd|token|secret|key|credential|signature|sig\b", re.IGNORECASE)
-_SECRET_VARIABLE = re.compile(
-    r"(?:^|_)(?:PASS(?:WORD|WD|PHRASE)?|PW|\w*TOKEN|SECRET|CREDENTIALS?|(?:API)?KEY)(?:_|$)|_PWD$", re.IGNORECASE
+_SECRET_PARAMETER = re.compile(
+    r"pass|pwd|token|secret|key|credential|signature|sig\b|auth|odbc_connect", re.IGNORECASE
 )
-_LEAST_SECRET_LENGTH = 8
+_DATABASES = ("postgresql", "mysql", "mariadb", "mssql", "oracle", "cockroachdb")
+
+
+def default_tracking_uri() -> str:
+    """The caller's store: `MLFLOW_TRACKING_URI`, which `mlflow.set_tracking_uri` sets too, or accumtune's own."""
+    return os.environ.get("MLFLOW_TRACKING_URI") or DEFAULT_TRACKING_URI
 
 
 def absolute_uri(uri: str) -> str:
@@ -32,40 +38,45 @@ def sqlite_path(uri: str) -> Path | None:
     return Path(uri.removeprefix(prefix))
 
 
+def server_of(uri: str) -> tuple[str, str, int | None] | None:
+    """Scheme (without a driver), host and port as whoever connects reads them; None where no host is named.
+
+    Raises:
+        ValueError: the address cannot be read.
+    """
+    scheme = uri.partition("://")[0].partition("+")[0].lower()
+    if scheme not in _DATABASES:
+        parts = urlsplit(uri)
+        return (scheme, parts.hostname, parts.port) if parts.hostname else None
+    from sqlalchemy.engine import make_url
+    from sqlalchemy.exc import ArgumentError
+
+    try:
+        url = make_url(uri)
+    except ArgumentError:
+        raise ValueError("SQLAlchemy cannot read it") from None
+    return (scheme, url.host, url.port) if url.host else None
+
+
 def without_credentials(uri: str) -> str:
     """The address without user, password and secret query parameters.
+
+    Everything before the last `@` goes: whoever connects may end a password elsewhere where it holds `/`, `?`, `#` or
+    `@`, but no part of it is left.
 
     >>> without_credentials("postgresql://me:secret@db:5432/mlflow?sslmode=require&password=x")
     'postgresql://db:5432/mlflow?sslmode=require'
     """
-    try:
-        parts = urlsplit(uri)
-    except ValueError:
+    scheme, mark, rest = uri.partition("://")
+    if not mark:
         return redacted(uri)
-    query = "&".join(item for item in parts.query.split("&") if not _SECRET_PARAMETER.search(item.split("=")[0]))
-    if parts.netloc == parts.netloc.rpartition("@")[2] and query == parts.query:
-        return uri
-    return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2], query=query))
+    if any("@" in item and _is_secret(item) for item in rest.partition("?")[2].split("&")):
+        return f"{scheme}{mark}..."  # the end of a password, or of a parameter: nobody can tell
+    address, _, query = (rest if rest.startswith("/") else rest.rpartition("@")[2]).partition("?")
+    kept = [item for item in query.split("&") if item and not _is_secret(item)]
+    return redacted(f"{scheme}{mark}{address}{'?' if kept else ''}{'&'.join(kept)}")
 
 
-def redacted(text: str) -> str:
-    """A text, such as a log or an exception's message, without the secrets that stand in it.
-
-    Dots take the place of the credentials of every address, and of the value of every environment variable whose name
-    says that it is a secret (`MLFLOW_TRACKING_PASSWORD`, `HF_TOKEN`, `AWS_SECRET_ACCESS_KEY`).
-    """
-    text = re.sub(r"(?<=://)[^/\s@'\"]+@", "...@", text)
-    text = re.sub(r"(?i)\b(password|passwd|pwd|token|secret)=[^&\s'\"]+", r"\1=...", text)
-    for secret in _secrets_of_environment():
-        text = text.replace(secret, "...")
-    return text
-
-
-def _secrets_of_environment() -> list[str]:
-    values = {value for name, value in os.environ.items() if _SECRET_VARIABLE.search(name)}
-    # A short value would be found in innocent words, and where a key lies is no secret. Longest first: one may hold
-    # another.
-    return sorted(
-        (value for value in values if len(value) >= _LEAST_SECRET_LENGTH and not os.path.exists(value)),
-        key=len, reverse=True,
-    )  # fmt: skip
+def _is_secret(item: str) -> bool:
+    name, _, value = (unquote(part) for part in item.partition("="))
+    return bool(_SECRET_PARAMETER.search(name)) or redacted(value) != value

@@ -1,5 +1,6 @@
 """Syncs that are interrupted, killed, two at once, or into a store that was wiped: the next one makes it whole."""
 
+import json
 import os
 import signal
 import sqlite3
@@ -14,6 +15,7 @@ from stored_runs import Runs, sync
 
 from accumtune.errors import TrackingError
 from accumtune.tracking.mlflow import Tracker
+from accumtune.tracking.origin import import_line
 
 
 class Interrupted(Exception):
@@ -90,6 +92,40 @@ def test_a_wiped_store_gets_everything_again(finished, new_uri):
     tracker.sync()
     assert Runs(uri).experiment.lifecycle_stage == "active"
     assert sync(finished, other).content() == expected
+
+
+def test_the_report_names_the_run_that_is_there(finished, new_uri):
+    """Written while the store was out of reach, or before it lost its runs."""
+    line = import_line({}, finished.folder / "report")
+    source = {"trial_id": "01", "run_id": None, "tracking_uri": None}
+    report(finished, note=f"# Answer\n{line}\n", **{"best_config.json": json.dumps({"epochs": 3, "source": source})})
+    uris = [new_uri(), new_uri()]  # the second has never heard of it
+    for uri, wiped in [(uris[0], False), (uris[0], True), (uris[1], False)]:
+        if wiped:
+            for run in Runs(uri).by_id.values():
+                Runs(uri).client.delete_run(run.info.run_id)
+        runs = sync(finished, uri)
+        run_id = runs["parent"].info.run_id
+        config = json.loads(runs.text("parent", "best_config.json"))
+        assert config == {"epochs": 3, "source": {"trial_id": "01", "run_id": run_id, "tracking_uri": uri}}
+        load = f'load_config("runs:/{run_id}/best_config.json", tracking_uri="{uri}")'
+        expected = f"# Answer\nconfig = accumtune.{load}\n"
+        assert runs.text("parent", "note.md") == expected
+        assert runs["parent"].data.tags["mlflow.note.content"] == expected
+        assert runs["parent"].data.tags["accumtune.best_run_id"] == runs["01"].info.run_id
+
+
+def test_what_is_left_after_one_run_was_deleted_names_its_successor(finished, uri):
+    report(finished, **{"best_config.json": json.dumps({"source": {"trial_id": "01"}})})
+    before = sync(finished, uri)
+    for name in ("parent", "01"):
+        before.client.delete_run(before[name].info.run_id)
+        after = sync(finished, uri)
+        assert after[name].info.run_id != before[name].info.run_id
+        parent = after["parent"]
+        assert parent.data.tags["accumtune.best_run_id"] == after["01"].info.run_id
+        children = [run for key, run in after.by_id.items() if key != "parent"]
+        assert {run.data.tags["mlflow.parentRunId"] for run in children} == {parent.info.run_id}
 
 
 def test_a_removed_database_is_noticed(made, uri):

@@ -3,13 +3,18 @@
 import logging
 import math
 import os
+import posixpath
 import re
+import shlex
 
+from hypothesis import given
+from hypothesis import strategies as st
 from made_search import report
 from stored_runs import Runs, dump, sync
 
 from accumtune.tracking import browsing
 from accumtune.tracking.mlflow import Tracker
+from accumtune.tracking.runs import clean_name
 
 
 def test_every_trial_has_its_run(finished, uri):
@@ -109,13 +114,76 @@ def test_odd_names_and_long_values_arrive(made, uri):
     made.trial("00").append("epoch", attempt=1, execution=0, epoch=0, logs=logs)
     made.end("00", "failed", reason="r" * 9000, traceback="t" * 50_000, objective=math.nan)
     runs = sync(made, uri)
-    assert len(runs["00"].data.params) == 2 and len(runs["00"].data.params["a_b"]) == 6000
+    assert len(runs["00"].data.params) == 2 and max(map(len, runs["00"].data.params.values())) == 6000
     metrics = runs["00"].data.metrics
     assert metrics["updates"] == 30 and metrics["epoch_updates"] == 7.0
     assert metrics["huge"] == -metrics["low"] > 1e308
     assert len(runs.text("00", "traceback.txt")) == 50_000
     before = dump(uri)
     assert sync(made, uri) and dump(uri) == before
+
+
+def test_two_names_stay_two(made, uri):
+    made.start()
+    values = {"a|b": 1, "a_b": 2, "a*b": 3, "x" * 300: 4, "x" * 299 + "y": 5, "./a": 6, "a": 7}
+    made.trial("00").append("proposed", trial_id="00", number=0, hyperparameters=values)
+    made.begin("00")
+    made.trial("00").append("epoch", attempt=1, execution=0, epoch=0, logs={"m(1)": 1.0, "m[1]": 2.0, "m_1_": 3.0})
+    runs = sync(made, uri)
+    params, metrics = runs["00"].data.params, runs["00"].data.metrics
+    assert sorted(params.values()) == list("1234567") and (params["a_b"], params["a"]) == ("2", "7")
+    assert sorted(metrics.values()) == [1.0, 2.0, 3.0] and metrics["m_1_"] == 3.0
+
+
+NAMES = st.text(alphabet="aä_|*./\\ -:", max_size=6) | st.text(max_size=4) | st.integers(240, 260).map("n".__mul__)
+
+
+@given(one=NAMES, other=NAMES)
+def test_names_are_such_as_mlflow_takes_and_differ_where_they_differed(one, other):
+    for name in (one, other):
+        assert re.fullmatch(r"[\w\-.: /]{1,250}", clean_name(name)) and clean_name(clean_name(name)) == clean_name(name)
+        assert posixpath.normpath(clean_name(name)) == clean_name(name)
+    assert (clean_name(one) == clean_name(other)) == (one == other)
+
+
+def test_a_run_has_ended_when_its_files_are_there(finished, uri, monkeypatch):
+    """Who looks for the finished runs of an experiment, as load_config does, finds the configuration in them."""
+    from mlflow import MlflowClient
+
+    report(finished, **{"best_config.json": "{}"})
+    seen = []
+    for name in ("log_artifact", "log_text"):
+        log = getattr(MlflowClient, name)
+
+        def logged(client, run_id, *arguments, log=log):
+            seen.append(client.get_run(run_id).info.status)
+            return log(client, run_id, *arguments)
+
+        monkeypatch.setattr(MlflowClient, name, logged)
+    assert sync(finished, uri)["parent"].info.status == "FINISHED"
+    assert len(seen) > 6 and set(seen) == {"RUNNING"}
+
+
+def test_the_environments_store_is_the_default(finished, new_uri, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    uri = new_uri()
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    Tracker(finished.folder).sync()
+    assert len(Runs(uri).by_id) == 6 and not (tmp_path / "mlruns").exists()
+    assert Tracker(finished.folder, f"{uri}x").tracking_uri == f"{uri}x", "an argument comes first"
+
+
+def test_commands_can_be_pasted(tmp_path, monkeypatch):
+    folder = tmp_path / "my searches;" / "$(one)"
+    folder.mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "my searches;")
+    tracker = Tracker(folder, f"sqlite:///{tmp_path}/my store.db")
+    assert shlex.split(tracker._sync_command()) == [
+        "accumtune", "sync", "$(one)", "--tracking-uri", f"sqlite:///{tmp_path}/my store.db"
+    ]  # fmt: skip
+    assert shlex.split(tracker.ui_command())[1:] == [
+        "ui", "--backend-store-uri", f"sqlite:///{tmp_path}/my store.db", "--port", "5000"
+    ]  # fmt: skip
 
 
 def test_no_tracking_is_no_tracking(finished, tmp_path, monkeypatch):
@@ -148,8 +216,13 @@ def test_no_password_reaches_the_store(made, uri):
     made.start()
     made.propose("00")
     made.begin("00")
-    secret = "postgresql://me:hunter2@db/x?password=hunter2"
+    secret = "postgresql://me:a#/?hunter2@db/x?password=hunter2"
     made.end("00", "failed", reason=f"cannot reach {secret}", traceback=f"in {secret}", objective=None)
+    # A cut in the middle of the address would leave a part of it that nobody recognizes.
+    made.propose("01", 1)
+    made.end("01", "failed", reason=f"{'x' * 280} {secret}", objective=None)
+    hidden = {"url": secret, "api_key": "hunter2", "note": 'token=hunter2"', "long": "x" * 5980 + secret}
+    made.trial("02").append("proposed", trial_id="02", number=2, hyperparameters=hidden)
     (made.folder / "trial_00" / "log.txt").write_text(f"trying {secret}\n")
     made.finish("failed", f"cannot reach {secret}")
     runs = sync(made, uri)

@@ -38,7 +38,8 @@ def test_the_model_is_registered_once_with_its_alias_and_configuration(finished,
     for _ in range(2):
         Tracker(finished.folder, uri).sync()
     (version,) = versions(uri)
-    assert version.tags["accumtune.config"] == "best_config.json" and version.tags["accumtune.trial_id"] == "01"
+    config = f"model_{'a' * 8}/best_config.json"
+    assert version.tags["accumtune.config"] == config and version.tags["accumtune.trial_id"] == "01"
     client = mlflow.MlflowClient(uri, uri)
     tracker = Tracker(finished.folder, uri)
     assert version.run_id == tracker.parent_run_id

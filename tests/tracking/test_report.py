@@ -144,6 +144,8 @@ def test_the_interactive_page_needs_no_network_and_escapes_what_it_is_given(fini
     search = dataclasses.replace(read_search(finished.folder), name="</script><b>x")
     found = candidates_of(search)
     hostile = {**found[0].hyperparameters, "note": "</script><script>alert(1)//"}
+    quoted = {**found[1].hyperparameters, "api_key": "hunter2", "url": 'token=hunter2"b', "other": "Bearer hunter2"}
+    found[1] = dataclasses.replace(found[1], hyperparameters=quoted)
     found = [dataclasses.replace(found[0], hyperparameters=hostile), *found[1:]]
     page = pareto_html(search, found, found[:1], found[0])
     assert len(page) < 100_000
@@ -154,5 +156,7 @@ def test_the_interactive_page_needs_no_network_and_escapes_what_it_is_given(fini
     assert len(data["points"]) == len(found) and data["budgetText"] == "64.0 MiB"
     assert [point["isBest"] for point in data["points"]].count(True) == 1
     assert data["points"][0]["hyperparameters"].endswith("alert(1)//")
+    assert data["points"][1]["hyperparameters"].endswith("api_key=..., url=token=..., other=Bearer ...")
+    assert "hunter2" not in report.candidates_csv(search, found, found[:1])
     nothing = [dataclasses.replace(item, objective=None) for item in found]
     assert pareto_html(search, nothing, [], None) is None
