@@ -99,7 +99,8 @@ def load_config(options):
 
 def start_run(config, options):
     """In the search's experiment; the same run after a kill."""
-    uri = options.tracking_uri or os.environ.get("MLFLOW_TRACKING_URI") or config.source.get("tracking_uri")
+    # Not the address in the configuration: whoever wrote that would get this machine's token.
+    uri = options.tracking_uri or os.environ.get("MLFLOW_TRACKING_URI")
     mlflow.set_tracking_uri(uri or DEFAULT_TRACKING_URI)
     if not uri:
         Path("mlruns").mkdir(exist_ok=True)

@@ -36,12 +36,7 @@ def for_budget(config: AnyConfig, budget: int | float | str, build_model: Any, x
         confirm_largest=False,
     )  # fmt: skip
     moved = fitted(config, profile, budget_bytes, current_backend())
-    if moved.micro_batch_size != config.micro_batch_size and config.batch_coupled_layers:
-        warnings.warn(
-            f"The samples of a micro-batch meet in {', '.join(config.batch_coupled_layers)}: with micro-batches of "
-            f"{moved.micro_batch_size} instead of {config.micro_batch_size} the training is not the same.",
-            stacklevel=3,
-        )
+    _warn_where_coupled(config, moved)
     return moved
 
 
@@ -68,15 +63,27 @@ def for_replicas(config: AnyConfig, replicas: int) -> AnyConfig:
     share = effective // replicas
     micro = max(size for size in divisors(share) if size <= config.micro_batch_size)
     batch = batch_values(micro, effective, replicas)
-    return replace(
+    # One replica holds no more than before; how much, and how fast they are together, nobody has measured.
+    unknown: dict[str, Any] = dict.fromkeys(("peak_memory_bytes", "memory_source", "throughput_samples_per_second"))
+    moved = replace(
         config,
         **batch,
         replicas=replicas,
         hyperparameters={**config.hyperparameters, **batch},
-        # One replica holds no more than the single device did; how fast they are together nobody has measured.
-        throughput_samples_per_second=config.throughput_samples_per_second if replicas == config.replicas else None,
+        **(unknown if replicas != config.replicas else {}),
         reason=f"Effective batch {effective} over {replicas} replicas: {micro} × {share // micro} on each.",
     )
+    _warn_where_coupled(config, moved)
+    return moved
+
+
+def _warn_where_coupled(config: ConfigValue, moved: ConfigValue) -> None:
+    if moved.micro_batch_size != config.micro_batch_size and config.batch_coupled_layers:
+        warnings.warn(
+            f"The samples of a micro-batch meet in {', '.join(config.batch_coupled_layers)}: with micro-batches of "
+            f"{moved.micro_batch_size} instead of {config.micro_batch_size} the training is not the same.",
+            stacklevel=4,
+        )
 
 
 def fitted(config: AnyConfig, profile: Profile, budget_bytes: int, backend: str) -> AnyConfig:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from accumtune.config.production import builder_of, replayed_values
+from accumtune.config.production import batch_values, builder_of, replayed_values
 from accumtune.config.value import ConfigValue
 from accumtune.errors import ConfigError, VerificationError
 from accumtune.memory.budget import format_bytes
@@ -76,7 +76,7 @@ def reproduce(
     outcome = train_isolated(
         FixedHyperModel(builder_of(config, build_model), micro, config.effective_batch_size),
         {"x": x, "y": y, "validation_data": validation_data, **options},
-        hyperparameters=replayed_values(config, micro),
+        hyperparameters={**replayed_values(config, micro), **batch_values(micro, config.effective_batch_size)},
         objective=keras_tuner.Objective(name, direction),
         seed=config.seed or 0,
         executions=int(config.trial.get("executions", 1)),

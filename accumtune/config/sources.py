@@ -8,12 +8,17 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from accumtune.config.stores import open_store, store_uris
+from accumtune.config.stores import download, open_store, store_uris
 from accumtune.config.training_config import TrainingConfig
-from accumtune.errors import ConfigError
-from accumtune.tracking.uris import redacted, without_credentials
+from accumtune.config.validation import MAXIMUM_BYTES
+from accumtune.errors import ConfigError, TrackingError
+from accumtune.tracking.files import read_small
+from accumtune.tracking.origin import CONFIG_FILE
+from accumtune.tracking.redaction import first_line
+from accumtune.tracking.registry import CONFIG_TAG
+from accumtune.tracking.runs import TRIAL_TAG
+from accumtune.tracking.uris import without_credentials
 
-CONFIG_FILE = "best_config.json"
 _SOURCES = (
     'a path ("best_config.json"), "runs:/<run_id>/best_config.json", "models:/<name>@<alias>", an MLflow run, '
     "or the name of an experiment"
@@ -63,7 +68,7 @@ def _from_file(path: Path) -> TrainingConfig:
     try:
         if path.is_dir():
             path = path / CONFIG_FILE
-        content = path.read_bytes()
+        content = read_small(path, MAXIMUM_BYTES)
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or str(error)
         raise ConfigError(f"The file {str(path)!r} cannot be read: {reason}.", _SOURCES, "check the path.") from None
@@ -75,12 +80,15 @@ def _from_run(run_id: str, artifact: str | None, tracking_uri: str | None) -> Tr
     for uri in store_uris(tracking_uri):
         client = open_store(uri)
         try:
-            # A trial's run has no configuration of its own: its search, the parent, has.
-            parent = client.get_run(run_id).data.tags.get("mlflow.parentRunId")
+            tags = client.get_run(run_id).data.tags
         except Exception as error:  # MLflow raises what its store raises, SQLAlchemy's and requests' errors included
             faults.append(f"{without_credentials(uri)}: {_first_line(error)}")
             continue
-        return _download(client, parent if parent and artifact is None else run_id, artifact or CONFIG_FILE)
+        # A trial's run has no configuration of its own: its search, the parent, has that of its best trial.
+        parent = tags.get("mlflow.parentRunId")
+        if parent and artifact is None:
+            return _download(client, parent, CONFIG_FILE, of_trial=tags.get(TRIAL_TAG))
+        return _download(client, run_id, artifact or CONFIG_FILE)
     raise _not_found(f"The run {run_id!r}", faults)
 
 
@@ -93,7 +101,9 @@ def _from_model(name: str, alias: str | None, version: str | None, tracking_uri:
         except Exception as error:
             faults.append(f"{without_credentials(uri)}: {_first_line(error)}")
             continue
-        return _from_run(found.run_id, None, uri)
+        if CONFIG_TAG not in found.tags:  # registered by hand
+            return _from_run(found.run_id, None, uri)
+        return _download(client, found.run_id, found.tags[CONFIG_TAG], of_trial=found.tags.get(TRIAL_TAG))
     raise _not_found(f"The registered model {name!r}", faults)
 
 
@@ -122,18 +132,30 @@ def _from_experiment(name: str, tracking_uri: str | None) -> TrainingConfig:
     raise _not_found(f"{name!r}, which is no file, was taken for an experiment's name. It", faults)
 
 
-def _download(client: Any, run_id: str, artifact: str) -> TrainingConfig:
+def _download(client: Any, run_id: str, artifact: str, of_trial: str | None = None) -> TrainingConfig:
+    """The configuration among a run's artifacts; `of_trial` is the one that it must be of, None for any."""
     origin = f"runs:/{run_id}/{artifact}"
     with tempfile.TemporaryDirectory(prefix="accumtune-") as folder:
         try:
-            content = Path(client.download_artifacts(run_id, artifact, folder)).read_bytes()
+            content = read_small(download(client, run_id, artifact, folder), MAXIMUM_BYTES)
+        except TrackingError as error:
+            raise ConfigError(f"{origin}: {error.received}", error.expected, error.fix) from None
         except Exception as error:
             raise ConfigError(
                 f"{origin} cannot be downloaded: {_first_line(error)}",
                 "the run of a search that has finished with a best configuration",
                 "pass the search's (parent) run; `accumtune best SEARCH` prints its configuration.",
             ) from None
-    return TrainingConfig.from_json(content, origin)
+    config = TrainingConfig.from_json(content, origin)
+    if of_trial is not None and config.source.get("trial_id") != of_trial:
+        raise ConfigError(
+            f"{origin} is the configuration of trial {config.source.get('trial_id')}, the best of its search, and not "
+            f"of trial {of_trial}.",
+            "the run of the search, or that of its best trial",
+            f'accumtune.load_config("{origin}") for the best one; tuner.get_best_config(lambda candidates: next(it for '
+            f'it in candidates if it.trial_id == "{of_trial}")) for this one.',
+        )
+    return config
 
 
 def _not_found(what: str, faults: list[str]) -> ConfigError:
@@ -141,5 +163,4 @@ def _not_found(what: str, faults: list[str]) -> ConfigError:
 
 
 def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return redacted(lines[0][:300]) if lines else type(error).__name__
+    return first_line(str(error)) or type(error).__name__

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from accumtune.errors import ConfigError
-from accumtune.tracking.uris import DEFAULT_TRACKING_URI, sqlite_path
+from accumtune.tracking.reaching import refuse_other_server
+from accumtune.tracking.uris import DEFAULT_TRACKING_URI, default_tracking_uri, sqlite_path
 
 
 def store_uris(tracking_uri: str | None) -> list[str]:
-    """Where to look: the given store alone, or MLflow's own setting, then accumtune's default."""
+    """Where to look: the given store alone, or the caller's (`MLFLOW_TRACKING_URI`), then accumtune's default.
+
+    Only the caller says where. An address that stands in a file is nobody's to contact: MLflow would send the caller's
+    token there.
+    """
     if tracking_uri is not None:
         return [tracking_uri]
-    import mlflow
-
-    stores = [uri for uri in [mlflow.get_tracking_uri()] if uri and mlflow.is_tracking_uri_set()]
-    default = sqlite_path(DEFAULT_TRACKING_URI)
-    if not stores or (default is not None and default.exists()):
+    stores, default = [default_tracking_uri()], sqlite_path(DEFAULT_TRACKING_URI)
+    if default is not None and default.exists():
         stores.append(DEFAULT_TRACKING_URI)
     return list(dict.fromkeys(stores))
 
@@ -38,3 +41,14 @@ def open_store(uri: str) -> Any:
     from mlflow import MlflowClient
 
     return MlflowClient(tracking_uri=uri, registry_uri=uri)
+
+
+def download(client: Any, run_id: str, artifact: str, folder: str) -> Path:
+    """A run's artifact, from the store's own server or storage.
+
+    Raises:
+        TrackingError: the store says that it is on another server.
+        Exception: whatever MLflow raises.
+    """
+    refuse_other_server(client.tracking_uri, client.get_run(run_id).info.artifact_uri)
+    return Path(client.download_artifacts(run_id, artifact, folder))

@@ -98,7 +98,8 @@ class TrainingConfig(ConfigValue):
             model: of the same build function and hyperparameters, such as `build(build_model)`.
             source: a `*.weights.h5` or `*.keras` file, or the search's folder. None: where the search says it kept
                 them, else the model that it registered in MLflow (`register_as=`).
-            tracking_uri: MLflow's; default: the configuration's own.
+            tracking_uri: MLflow's; default: yours (`MLFLOW_TRACKING_URI`, then `sqlite:///mlruns/mlflow.db`). The one
+                that stands in the configuration is not contacted: who wrote it would get your credentials.
 
         Returns:
             The same model.

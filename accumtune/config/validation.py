@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import importlib.resources
 import json
-import math
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,7 +13,7 @@ from accumtune.config.migrations import SCHEMA_VERSION, migrated
 from accumtune.errors import ConfigError
 
 # A configuration has about 2 KiB; what is far larger is something else.
-_MAXIMUM_CHARACTERS = 2**20
+MAXIMUM_BYTES = 2**20
 BATCH_HYPERPARAMETERS = ("micro_batch_size", "accumulation_steps", "effective_batch_size")
 _EXPECTED = "a training configuration that accumtune wrote (best_config.json)"
 _FIX = "export it again: tuner.get_best_config().save(path), or take best_config.json from the search's MLflow run."
@@ -29,8 +29,10 @@ def parse(text: str | bytes, origin: str) -> dict[str, Any]:
     Raises:
         ConfigError: it is not JSON, not a configuration, or one of a newer accumtune.
     """
-    if len(text) > _MAXIMUM_CHARACTERS:
-        raise ConfigError(f"{origin} holds {len(text):,} bytes, too many for a configuration.", _EXPECTED, _FIX)
+    if len(text) > MAXIMUM_BYTES:
+        raise ConfigError(
+            f"{origin} holds more than {MAXIMUM_BYTES:,} bytes, too many for a configuration.", _EXPECTED, _FIX
+        )
     try:
         text = text.decode() if isinstance(text, bytes) else text
         values = json.loads(text, object_pairs_hook=_unique, parse_constant=_refuse_constant)
@@ -66,6 +68,8 @@ def validated(values: Any, origin: str) -> dict[str, Any]:
         fault = _schema_fault(values) or _inconsistency(values)
     except RecursionError:
         fault = "it is nested too deeply"
+    except ValueError:  # a whole number of more digits than Python writes
+        fault = "it holds a number of too many digits"
     if fault:
         raise ConfigError(f"{origin} is not a valid configuration: {fault}.", _EXPECTED, _FIX)
     return dict(values)
@@ -112,8 +116,8 @@ def _inconsistency(values: Mapping[str, Any]) -> str | None:
 
 
 def _is_finite(value: Any) -> bool:
-    if isinstance(value, float):
-        return math.isfinite(value)
+    if isinstance(value, (int, float)):
+        return abs(value) <= sys.float_info.max  # a whole number may be larger than all that can be computed with
     if isinstance(value, Mapping):
         return all(_is_finite(item) for item in value.values())
     return all(_is_finite(item) for item in value) if isinstance(value, (list, tuple)) else True

@@ -5,15 +5,14 @@ from __future__ import annotations
 import json
 import math
 import os
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
-from pathlib import Path
 from typing import Any, Self, TypeVar
 
 from accumtune.config import validation
 from accumtune.config.migrations import SCHEMA_VERSION
 from accumtune.config.plain import plain
+from accumtune.tracking.files import write_whole
 from accumtune.tracking.uris import without_credentials
 
 # A predicted peak has fractions of a byte.
@@ -80,18 +79,7 @@ class ConfigValue:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes the JSON file in one move: a reader sees the old file or the new one, never half of it."""
-        target = Path(path)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, temporary = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
-        try:
-            with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-                file.write(self.to_json())
-            # mkstemp's files are private; a configuration is as readable as any file of its folder.
-            os.chmod(temporary, 0o644)
-            os.replace(temporary, target)
-        except BaseException:
-            Path(temporary).unlink(missing_ok=True)
-            raise
+        write_whole(path, self.to_json())
 
     def fit_arguments(self, **overrides: Any) -> dict[str, Any]:
         """Arguments for `model.fit`: `batch_size`, `epochs` where the number is known, and the search's `fit_options`.

@@ -95,7 +95,8 @@ def compared(
         raise VerificationError(
             f"{what} does not fit {within}{here}.{told}", f"a peak of {before}, as the search measured", fix
         )
-    if promised is not None and abs(peak - promised) > promised * peak_tolerance:
+    # Written so that a tolerance of NaN accepts nothing.
+    if promised is not None and not abs(peak - promised) <= promised * peak_tolerance:
         share = f"{100 * peak_tolerance:.0f} %"
         if peak < promised:
             fix = "look whether model and data are those of the search; what is smaller by design needs a new search."

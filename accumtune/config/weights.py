@@ -8,11 +8,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from accumtune.config.stores import open_store, store_uris
+from accumtune.config.stores import download, open_store, store_uris
 from accumtune.config.value import ConfigValue
 from accumtune.errors import ConfigError
 from accumtune.tracking.journal import SEARCH_JOURNAL, read_search_journal
-from accumtune.tracking.uris import redacted, sqlite_path
+from accumtune.tracking.redaction import first_line
+from accumtune.tracking.runs import TRIAL_TAG
+from accumtune.tracking.uris import absolute_uri, without_credentials
 
 _EXPECTED = "the weights of the trial that the configuration is of"
 _FIX = (
@@ -28,7 +30,7 @@ def load_weights(config: ConfigValue, model: Any, source: Any, tracking_uri: str
             model.load_weights(file)
         except (ValueError, OSError, KeyError) as error:
             raise ConfigError(
-                f"The weights in {str(file)!r} do not fit the model: {str(error).splitlines()[0]}",
+                f"The weights in {str(file)!r} do not fit the model: {first_line(str(error))}",
                 "a model of the same build function and hyperparameters, which has its variables.",
                 "model = config.build(build_model); a subclassed model is called on a batch once, before.",
             ) from error
@@ -73,26 +75,36 @@ def _registered(config: ConfigValue, tracking_uri: str | None, folder: str) -> P
     try:
         file = _downloaded(config, tracking_uri, folder)
     except Exception as error:  # MLflow raises what its store raises
-        file, where = None, f"{where}; the registry says: {redacted(str(error).splitlines()[0][:300])}"
+        file, where = None, f"{where}; the registry says: {first_line(str(error))}"
     if file is None:
-        raise ConfigError(f"The weights were not found: {where}, and no registered model is known.", _EXPECTED, _FIX)
+        raise ConfigError(
+            f"The weights were not found: {where}, and no registered model is known{_elsewhere(config, tracking_uri)}.",
+            _EXPECTED,
+            _FIX,
+        )
     return file
 
 
-def _recorded_store(config: ConfigValue) -> str | None:
-    """The store that the search was tracked in, unless it is a database file that another machine has."""
-    uri = config.source.get("tracking_uri")
-    path = sqlite_path(uri) if uri else None
-    return uri if path is None or path.exists() else None
+def _elsewhere(config: ConfigValue, tracking_uri: str | None) -> str:
+    """Where the configuration says that its search was tracked: whoever wrote it may name any address."""
+    named = config.source.get("tracking_uri")
+    if not named or tracking_uri is not None or named in map(_written, store_uris(None)):
+        return ""
+    return f" (its search was tracked in {named}, which was not asked; if you trust it, pass it as tracking_uri=)"
+
+
+def _written(uri: str) -> str:
+    """As a configuration has it."""
+    return without_credentials(absolute_uri(uri))
 
 
 def _downloaded(config: ConfigValue, tracking_uri: str | None, folder: str) -> Path | None:
     """The registered model of the search's run, which is the trial's, as Keras has saved it."""
     run_id, trial_id = config.source.get("run_id"), config.source.get("trial_id")
-    for uri in store_uris(tracking_uri or _recorded_store(config)) if run_id else ():
+    for uri in store_uris(tracking_uri) if run_id else ():
         client = open_store(uri)
         for version in client.search_model_versions(f"run_id = '{run_id}'"):
-            if version.tags.get("accumtune.trial_id") == trial_id:
+            if version.tags.get(TRIAL_TAG) == trial_id:
                 path = str(version.source).rstrip("/").rpartition("/")[2]
-                return Path(client.download_artifacts(run_id, f"{path}/data/model.keras", folder))
+                return download(client, str(run_id), f"{path}/data/model.keras", folder)
     return None

@@ -1,6 +1,7 @@
 """Files: broken, hostile or of another version, they raise one clear error and nothing else."""
 
 import json
+import os
 import pickle
 import subprocess
 import sys
@@ -48,6 +49,23 @@ def test_broken_and_hostile_files_raise_one_clear_error(tmp_path, text, message)
     with pytest.raises(ConfigError, match=message) as error:
         load_config(path)
     assert "config.json" in str(error.value) and error.value.fix and len(str(error.value)) < 1000
+
+
+def test_what_is_no_small_file_is_refused_and_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "pipe.json")
+    with open(tmp_path / "large.json", "wb") as file:
+        file.truncate(2**40)  # reading it would end this process
+    for name, message in (("pipe.json", "not a regular file"), ("large.json", "too many")):
+        with pytest.raises(ConfigError, match=message):
+            load_config(tmp_path / name)
+
+
+@pytest.mark.parametrize("place", ["hyperparameters", "objective", "throughput_samples_per_second", "micro_batch_size"])
+@pytest.mark.parametrize("number", [10**400, -(10**400), 10**5000], ids=("large", "small", "too_long_to_write"))
+def test_whole_numbers_with_which_nothing_can_be_computed_are_refused(place, number):
+    value = {"hyperparameters": {"width": number}, "objective": {"name": "x", "value": number}}.get(place, number)
+    with pytest.raises(ConfigError):
+        config_of(**{place: value})
 
 
 # What a file could do to whoever loads it. Nothing of this may happen, whatever is in it.
@@ -100,7 +118,7 @@ def test_mutated_files_raise_nothing_else(tmp_path, edits):
 
 
 JSON = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    st.none() | st.booleans() | st.integers() | st.integers(10**300, 10**320) | st.floats() | st.text(max_size=5),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
     max_leaves=6,
 )

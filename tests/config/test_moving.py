@@ -5,7 +5,8 @@ import pytest
 from made_config import MIB, build_model, config_of, data, moved_training
 
 from accumtune.config import TrainingConfig, moving
-from accumtune.errors import BatchSizeError, BudgetError, BudgetTooSmallError
+from accumtune.config.verification import compared
+from accumtune.errors import BatchSizeError, BudgetError, BudgetTooSmallError, VerificationError
 from accumtune.memory import available
 from accumtune.memory.machine import machine_memory
 
@@ -119,10 +120,25 @@ def test_an_effective_batch_is_split_over_replicas():
         assert (spread.micro_batch_size, spread.accumulation_steps, spread.replicas) == (micro, steps, replicas)
         assert spread.effective_batch_size == 32 == spread.fit_arguments()["batch_size"]
         assert spread.hyperparameters["micro_batch_size"] == micro and spread.hyperparameters["width"] == 16
-        assert (spread.throughput_samples_per_second is None) == (replicas > 1)
+        known = (spread.peak_memory_bytes, spread.memory_source, spread.throughput_samples_per_second)
+        assert known == ((40 * MIB, "BFC allocator", 1234.5) if replicas == 1 else (None, None, None)), "not measured"
         assert TrainingConfig.from_json(spread.to_json()) == spread
         assert spread.for_replicas(1).for_replicas(replicas) == spread.for_replicas(replicas)
     assert "32 = 8 × 2 × 2 replicas" in repr(config.for_replicas(2))
+
+
+def test_a_smaller_peak_of_a_replica_holds():
+    spread = config_of(hyperparameters={}).for_replicas(4)
+    measured = {"peak_memory_bytes": 12 * MIB, "throughput_samples_per_second": 1.0, "device": "CPU"}
+    assert compared(spread, measured, "tensorflow", 0.1).promised_peak_memory_bytes is None
+    with pytest.raises(VerificationError, match="does not fit"):
+        compared(spread, measured | {"peak_memory_bytes": 65 * MIB}, "tensorflow", 0.1)
+
+
+def test_a_smaller_micro_batch_of_a_coupled_model_is_another_training():
+    config = config_of(hyperparameters={}, batch_coupled_layers=["norm"])
+    with pytest.warns(UserWarning, match="norm.*4 instead of 8"):
+        config.for_replicas(8)
 
 
 def test_what_divides_is_said():

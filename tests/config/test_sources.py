@@ -40,6 +40,33 @@ def test_every_source_leads_to_the_configuration(store):
     assert load_config("digits", tracking_uri=uri).hyperparameters == {"width": 2}, "the newest search"
 
 
+def test_a_trials_run_has_its_own_configuration_or_none(store):
+    client, uri, (first, _), _ = store
+    number = client.get_experiment_by_name("digits").experiment_id
+    config = config_of(hyperparameters={"width": 3}, source={"trial_id": "03"})
+    parent = client.create_run(number, tags={"accumtune.kind": "search"}).info.run_id
+    client.log_text(parent, config.to_json(), "best_config.json")
+    trials = {
+        trial: client.create_run(number, tags={"mlflow.parentRunId": parent, "accumtune.trial_id": trial}).info.run_id
+        for trial in ("03", "07")
+    }
+    assert load_config(f"runs:/{trials['03']}", tracking_uri=uri) == config == load_config(f"runs:/{parent}", uri)
+    for source in (f"runs:/{trials['07']}", client.get_run(trials["07"])):
+        with pytest.raises(ConfigError, match="of trial 03, the best of its search, and not of trial 07"):
+            load_config(source, tracking_uri=uri)
+    # A version of the registry is of one trial too, and its search may have found a better one since.
+    client.create_registered_model("moved")
+    tags = {"accumtune.config": "best_config.json", "accumtune.trial_id": "07"}
+    client.create_model_version("moved", source=f"runs:/{parent}/model", run_id=parent, tags=tags)
+    with pytest.raises(ConfigError, match="not of trial 07"):
+        load_config("models:/moved/1", tracking_uri=uri)
+    client.log_text(parent, config_of(hyperparameters={}, source={"trial_id": "07"}).to_json(), "model_a/c.json")
+    client.create_model_version(
+        "moved", source=f"runs:/{parent}/model", run_id=parent, tags=tags | {"accumtune.config": "model_a/c.json"}
+    )
+    assert load_config("models:/moved/2", tracking_uri=uri).source["trial_id"] == "07"
+
+
 @pytest.mark.parametrize(
     "source",
     ["runs:/none/best_config.json", "models:/none@best", "models:/net@none", "no_experiment", "no/file.json",

@@ -23,6 +23,12 @@ def test_saved_is_loaded(tmp_path):
     assert pickle.loads(pickle.dumps(config)) == config == copy.deepcopy(config) and hash(config) == hash(config)
 
 
+def test_saving_goes_through_a_link(tmp_path):
+    (tmp_path / "link.json").symlink_to(tmp_path / "real.json")
+    config_of().save(tmp_path / "link.json")
+    assert (tmp_path / "link.json").is_symlink() and load_config(tmp_path / "real.json") == config_of()
+
+
 def test_keys_are_attributes():
     config = config_of()
     values = json.loads(config.to_json())
