@@ -8,13 +8,16 @@ What was asked for is on the standard output, everything else on the standard er
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import signal
 import sys
+import traceback
 from collections.abc import Sequence
 
 import accumtune
 from accumtune.commands import best, candidates, demo, export, probe, sync, ui, verify
+from accumtune.commands.answer import close_standard_output
 from accumtune.commands.options import EXIT_CODES
 from accumtune.errors import AccumtuneError, BudgetTooSmallError, NoResultError, TrackingError, VerificationError
 
@@ -59,6 +62,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except AccumtuneError as error:
         print(f"accumtune: {error}", file=sys.stderr)
         return 1 if isinstance(error, _THE_ANSWER_IS_NO) else 2
+    except OSError as error:  # a file of the user's, which the error names
+        print(f"accumtune: {error}", file=sys.stderr)
+        return 2
+    except Exception:  # Python's own exit code would be 1, "the answer is no"
+        traceback.print_exc()
+        return os.EX_SOFTWARE
+    finally:
+        if arguments is None:  # not where a test or a program calls
+            with contextlib.suppress(OSError, ValueError):
+                close_standard_output()
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -256,6 +257,149 @@ def test_an_interrupted_command_says_so_by_its_exit_code_alone(number, code, mon
     assert capfd.readouterr().err == ""
 
 
+# A user's own code, with all that it may do. It is not imported by the tests themselves.
+RUDE = """
+import atexit, os, subprocess
+print("imported")
+atexit.register(print, "ended")
+
+def build_model(hp): ...
+
+def load():
+    print("loading")
+    os.write(1, b"from C")
+    subprocess.run(["echo", "from a child"])
+    return [1], [2]
+"""
+ENDINGS = {
+    "syntax": "def (",
+    "indented": "  x = 1\n y = 2",
+    "name": "no_such_name",
+    "exit": "import sys; sys.exit(0)",
+    "exit_1": "raise SystemExit(1)",
+    "generator": "raise GeneratorExit",
+    "missing": "import no_such_module_of_mine",
+    "file": "open('no_such_file')",
+    "assertion": "assert False",
+}
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch, config):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
+    before = set(sys.modules)
+    yield tmp_path
+    for name in set(sys.modules) - before:
+        if name.startswith("users_"):
+            del sys.modules[name]
+
+
+@pytest.mark.parametrize("ending", ENDINGS)
+@pytest.mark.parametrize("where", ["module", "load"])
+def test_whatever_ends_the_users_code_is_no_answer(folder, ending, where, capfd):
+    """1 would be "it does not hold", and 0, as a script's own sys.exit(0) has it, that it does."""
+    name = f"users_{ending}_{where}"
+    lines = [ENDINGS[ending], "def build_model(hp): ...", "def load(): return [1], [2]"]
+    if where == "load":
+        if ending in ("syntax", "indented"):
+            pytest.skip("a function with it is a module with it")
+        lines = ["def build_model(hp): ...", f"def load():\n    {ENDINGS[ending]}\n    return [1], [2]"]
+    (folder / f"{name}.py").write_text("\n".join(lines))
+    assert cli.main(["verify", "best_config.json", f"{name}:build_model", "--data", f"{name}:load"]) == 2
+    out, err = capfd.readouterr()
+    first, expected, fix = err.strip().splitlines()
+    assert out == "" and name in first and expected.startswith("Expected") and fix.startswith("Fix")
+
+
+def test_the_line_of_the_users_code_is_named(folder, capfd):
+    (folder / "users_line.py").write_text("def load():\n    return 1 / 0\n")
+    assert cli.main(["probe", "users_line:load", "--data", "users_line:load"]) == 2
+    assert re.search(r"ZeroDivisionError: .*users_line.py, line 2", capfd.readouterr().err)
+
+
+def test_the_standard_output_is_the_answer_alone(folder, monkeypatch, capfd):
+    from accumtune.config import TrainingConfig
+    from accumtune.config.verification import Verification
+
+    def verify(self, build_model, x, y, peak_tolerance):
+        print("while it was verified")
+        return Verification(1, None, float("nan"), None, None, "CPU")
+
+    monkeypatch.setattr(TrainingConfig, "verify", verify)
+    (folder / "users_rude.py").write_text(RUDE)
+    command = ["verify", "best_config.json", "users_rude:build_model", "--data", "users_rude:load", "--json"]
+    assert cli.main(command) == 0
+    out, err = capfd.readouterr()
+    assert json.loads(out, parse_constant=pytest.fail)["throughput_samples_per_second"] is None
+    for text in ("imported", "loading", "from C", "from a child", "while it was verified"):
+        assert text in err
+    assert cli.main(command[:-1]) == 0 and capfd.readouterr().out.startswith("peak memory 1 B")
+
+
+def test_what_is_written_when_the_interpreter_ends_is_no_answer(tmp_path):
+    script = (
+        "import atexit, sys; from accumtune import cli; from accumtune.commands import candidates\n"
+        "atexit.register(print, 'ended'); sys.argv[1:] = ['candidates']\n"
+        "candidates.find_search = lambda path: print('answer') or sys.exit(0)\n"
+        "sys.exit(cli.main())"
+    )
+    done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, timeout=100)
+    assert (done.stdout, done.stderr) == ("answer\n", "ended\n")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["export", "best_config.json", "-o", "file/no_folder.json"],
+        ["export", "best_config.json", "--format", "keras", "-o", "file/no_folder.txt"],
+        ["export", "best_config.json", "--format", "keras", "-o", "."],
+        ["probe", "os:getcwd", "--data", "os:getcwd", "--plot", "no_folder/probe.png"],
+        ["probe", "os:getcwd", "--data", "os:getcwd", "--plot", "probe.xyz"],
+        ["export", "no_such.json"], ["verify", "no_such.json", "a:b", "--data", "a:b"],
+    ],
+)  # fmt: skip
+def test_files_that_cannot_be_read_or_written_are_wrong_input(folder, arguments, capfd):
+    (folder / "file").touch()
+    assert cli.main(arguments) == 2
+    out, err = capfd.readouterr()
+    assert out == "" and err.startswith("accumtune: ") and "Traceback" not in err
+
+
+def test_an_error_of_ours_is_no_answer(monkeypatch, capfd):
+    monkeypatch.setattr("accumtune.commands.candidates.find_search", lambda path: 1 / 0)
+    assert cli.main(["candidates"]) == 70 and "ZeroDivisionError" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["candidates", "--limit", "0"], ["candidates", "--limit", "-1"], ["best", "--tolerance", "nan"],
+        ["best", "--tolerance", "-1"], ["demo", "--trials", "0"], ["demo", "--epochs", "0"], ["ui", "--port", "0"],
+        ["verify", "c", "a:b", "--data", "a:b", "--peak-tolerance", "nan"],
+        ["verify", "c", "a:b", "--data", "a:b", "--peak-tolerance", "inf"],
+        ["verify", "c", "a:b", "--data", "a:b", "--objective-tolerance", "nan"],
+        ["probe", "a:b", "--data", "a:b", "--micro-batch-sizes", "0"],
+        ["probe", "a:b", "--data", "a:b", "--accumulation-steps", "-2"],
+    ],
+)  # fmt: skip
+def test_numbers_that_mean_nothing_are_refused(arguments, capsys):
+    with pytest.raises(SystemExit) as ended:
+        cli.main(arguments)
+    assert ended.value.code == 2 and "invalid" in capsys.readouterr().err
+
+
+def test_a_tolerance_that_is_no_number_accepts_nothing():
+    from accumtune.config import TrainingConfig
+    from accumtune.config.verification import compared
+    from accumtune.errors import VerificationError
+
+    values = {"micro_batch_size": 4, "accumulation_steps": 2, "effective_batch_size": 8}
+    config = TrainingConfig(**values, hyperparameters={}, peak_memory_bytes=10)
+    with pytest.raises(VerificationError):
+        compared(config, {"peak_memory_bytes": 11, "device": "CPU"}, "tensorflow", float("nan"))
+
+
 def test_functions_are_found_without_running_their_files(tmp_path, monkeypatch):
     (tmp_path / "train.py").write_text("raise SystemExit\ndef build_model(hp): ...\ndef load(): ...")
     (tmp_path / "broken.py").write_text("def (")
@@ -267,7 +411,12 @@ def test_functions_are_found_without_running_their_files(tmp_path, monkeypatch):
 def test_the_demo_is_the_digits_search(monkeypatch):
     """tests/test_release.py runs it from the wheel."""
     started = []
-    monkeypatch.setattr(demo.subprocess, "call", lambda command, stdout: started.append(command) or 3)
-    assert cli.main(["demo", "--overwrite"]) == 3, "its exit code is passed on"
+    codes = {"--overwrite": 3, "--json": 1, "--trials": -9}
+    monkeypatch.setattr(
+        demo.subprocess, "call", lambda command, stdout: started.append(command) or codes[asked[0]]
+    )
+    for asked, code in ((["--json"], 70), (["--trials", "2"], 137), (["--overwrite"], 3)):
+        assert cli.main(["demo", *asked]) == code
+    del started[:-1]
     (command,) = started
     assert os.path.basename(command[2]) == "digits.py" and "--overwrite" in command

@@ -5,10 +5,15 @@ from __future__ import annotations
 import importlib
 import os
 import sys
+import traceback
+from pathlib import Path
 from typing import Any
 
 from accumtune.errors import DataError
 from accumtune.trials.notes import without_notes
+
+# What matplotlib writes without a program beside it.
+_PICTURES = (".png", ".svg", ".pdf", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".eps", ".ps")
 
 
 def load_object(address: str) -> Any:
@@ -25,13 +30,38 @@ def load_object(address: str) -> Any:
             value: Any = importlib.import_module(module_name)
         for part in name.split("."):
             value = getattr(value, part)
-    except (ImportError, AttributeError, ValueError) as error:
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # a module may raise anything, and a script that is imported may end the process
         raise DataError(
-            f"Received {address!r}: {error}",
+            f"Received {address!r}: {told(error)}",
             "MODULE:NAME, a name in a module that can be imported from here.",
             "for a file train.py with a function build_model: train:build_model.",
         ) from error
     return value
+
+
+def told(error: BaseException) -> str:
+    """An exception of the user's code in one line, with the line of code that it comes from."""
+    text = f"{type(error).__name__}: {' '.join(str(error).split())}"
+    if isinstance(error, SyntaxError):  # it names the line itself
+        return text
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [frame for frame in frames if os.sep + "accumtune" + os.sep not in frame.filename and frame.line]
+    return f"{text} ({own[-1].filename}, line {own[-1].lineno})" if own else text
+
+
+def refuse_unwritable(path: str) -> None:
+    """Raises where a picture cannot be written, before minutes are spent on what it shows.
+
+    Raises:
+        DataError: no picture has such an ending, or the folder cannot be written to.
+    """
+    folder, ending = Path(path).parent, Path(path).suffix.lower()
+    if ending not in _PICTURES:
+        raise DataError(f"Received {path!r}.", f"a name that ends with {', '.join(_PICTURES)}", "such as probe.png.")
+    if not folder.is_dir() or not os.access(folder, os.W_OK):
+        raise DataError(f"The folder {str(folder)!r} cannot be written to.", "a folder that is there", "make it.")
 
 
 def load_data(address: str) -> tuple[Any, Any]:
@@ -80,6 +110,16 @@ def is_keras_dataset(data: Any) -> bool:
 
 
 def _loaded(address: str) -> Any:
-    data = load_object(address)()
+    load = load_object(address)
+    try:
+        data = load()
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:
+        raise DataError(
+            f"{address} was called and raised {told(error)}",
+            "a function without arguments that returns training data",
+            f'try it alone: python -c "import {address.partition(":")[0]} as it; it.{address.partition(":")[2]}()"',
+        ) from error
     # scikit-learn's train_test_split returns (x, x_val, y, y_val) as a list.
     return tuple(data) if isinstance(data, list) and len(data) == 4 else data

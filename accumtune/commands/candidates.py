@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import math
 from dataclasses import asdict
 from typing import Any
 
-from accumtune.commands.options import add_command, add_json, add_search, print_json
+from accumtune.commands.options import add_command, add_json, add_search, count, print_json
 from accumtune.commands.searches import find_search, read_candidates
 
 
@@ -18,7 +17,7 @@ def add(commands: Any) -> None:
         "the search runs. Exit code 1: there is nothing yet.",
     )  # fmt: skip
     add_search(command)
-    command.add_argument("--limit", type=int, default=None, metavar="N", help="trained ones to show; default: all")
+    command.add_argument("--limit", type=count, default=None, metavar="N", help="trained ones to show; default: all")
     add_json(command, "print JSON instead of a table, untrained candidates included")
 
 
@@ -29,12 +28,8 @@ def run(options: argparse.Namespace) -> int:
     record, found = read_candidates(find_search(options.search))
     if options.json:
         front = pareto_front(found, record.objective_direction)
-        print_json([{**_plain(asdict(it)), "is_on_pareto_front": it in front} for it in found])
+        print_json([{**asdict(it), "is_on_pareto_front": it in front} for it in found])
     else:
         print(results.summary(record, found, limit=options.limit or len(found)))
     return 0 if found else 1
 
-
-def _plain(values: dict[str, Any]) -> dict[str, Any]:
-    """JSON knows no NaN."""
-    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}

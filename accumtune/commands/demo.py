@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import os
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import accumtune
-from accumtune.commands.options import add_command, add_json
+from accumtune.commands.options import add_command, add_json, count
 from accumtune.commands.searches import SEARCHES
 from accumtune.trials.notes import without_notes
 
@@ -22,8 +23,8 @@ def add(commands: Any) -> None:
         "It trains a small network on this machine, prints what it found, and how to browse it in MLflow. "
         "`accumtune best`, `candidates` and `ui` then have something to show.",
     )  # fmt: skip
-    command.add_argument("--trials", metavar="N", type=int, default=5, help="default: 5; the README's example has 12")
-    command.add_argument("--epochs", metavar="N", type=int, default=3, help="default: 3; the README's example has 12")
+    command.add_argument("--trials", metavar="N", type=count, default=5, help="default: 5; the README's example has 12")
+    command.add_argument("--epochs", metavar="N", type=count, default=3, help="default: 3; the README's example has 12")
     command.add_argument("--overwrite", action="store_true", help="begin anew instead of going on")
     add_json(command, "print the configuration alone, as JSON")
 
@@ -38,6 +39,10 @@ def run(options: argparse.Namespace) -> int:
     with without_notes():
         # With --json what the search prints is not what was asked for.
         code = subprocess.call(command, stdout=sys.stderr if options.json else None)
+    if code < 0:  # ended by a signal
+        return 128 - code
+    if code == 1:  # Python's own, after an exception: no answer
+        return os.EX_SOFTWARE
     if not options.json:
         return code
     if code == 0:

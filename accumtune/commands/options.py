@@ -5,10 +5,11 @@ from __future__ import annotations
 import argparse
 import ast
 import json
+import math
 import textwrap
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from accumtune.commands.searches import all_searches
 
@@ -18,6 +19,7 @@ exit codes:
   1  the answer is no: nothing fits, a search without a result, a configuration that does not hold here, values that
      MLflow did not take
   2  wrong usage or input, with the reason on the standard error
+  70  an error of accumtune's own, with its traceback
   130, 141  Ctrl-C; whoever reads the output has read enough, such as `head`"""
 
 
@@ -53,13 +55,16 @@ def add_search(command: argparse.ArgumentParser) -> None:
 def add_policy(command: argparse.ArgumentParser) -> None:
     command.add_argument("--policy", default="quality", choices=("quality", "memory", "throughput", "balanced"))
     command.add_argument(
-        "--tolerance", metavar="SHARE", type=float, default=0.01,
+        "--tolerance", metavar="SHARE", type=share, default=0.01,
         help="share of the objective that counts as noise; default: 0.01",
     )  # fmt: skip
 
 
+_TRACKING_URI = "MLflow's; default: MLFLOW_TRACKING_URI, else sqlite:///mlruns/mlflow.db"
+
+
 def add_tracking_uri(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--tracking-uri", metavar="URI", default=None, help="MLflow's; default: the search's own")
+    command.add_argument("--tracking-uri", metavar="URI", default=None, help=_TRACKING_URI)
 
 
 def add_json(command: argparse.ArgumentParser, what: str = "print JSON instead of text") -> None:
@@ -78,8 +83,37 @@ def add_model_and_data(command: argparse.ArgumentParser) -> None:
     build_model.completer = data.completer = functions_here
 
 
-def print_json(values: Any) -> None:
-    print(json.dumps(values, indent=2))
+def share(text: str) -> float:
+    """A finite number of at least 0: with NaN every comparison would be false."""
+    value = float(text)
+    if not 0 <= value < math.inf:
+        raise ValueError
+    return value
+
+
+def count(text: str) -> int:
+    """A whole number of at least 1."""
+    value = int(text)
+    if value < 1:
+        raise ValueError
+    return value
+
+
+# argparse calls a type by its name: "invalid count value: '0'".
+share.__name__, count.__name__ = "non-negative number", "positive whole number"
+
+
+def print_json(values: Any, file: TextIO | None = None) -> None:
+    print(json.dumps(_finite(values), indent=2, allow_nan=False), file=file)
+
+
+def _finite(values: Any) -> Any:
+    """JSON knows no NaN and no infinity."""
+    if isinstance(values, dict):
+        return {name: _finite(value) for name, value in values.items()}
+    if isinstance(values, (list, tuple)):
+        return [_finite(value) for value in values]
+    return None if isinstance(values, float) and not math.isfinite(values) else values
 
 
 def functions_here(prefix: str = "", **_: Any) -> Iterator[str]:

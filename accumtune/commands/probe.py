@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import argparse
 import sys
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
-from accumtune.commands.addresses import load_data, load_object
-from accumtune.commands.options import add_command, add_json, add_model_and_data, print_json
+from accumtune.commands.addresses import load_data, load_object, refuse_unwritable
+from accumtune.commands.answer import only_the_answer
+from accumtune.commands.options import add_command, add_json, add_model_and_data, count, print_json
 from accumtune.memory.budget import format_bytes, parse_budget
 
 if TYPE_CHECKING:
@@ -25,23 +26,30 @@ def add(commands: Any) -> None:
         "--memory-budget", metavar="SIZE", default=None, help='for example "2GiB", or "80%%" of the device'
     )
     command.add_argument(
-        "--micro-batch-sizes", metavar="N", type=int, nargs="+", default=None, help="default: powers of two"
+        "--micro-batch-sizes", metavar="N", type=count, nargs="+", default=None, help="default: powers of two"
     )
     command.add_argument(
-        "--accumulation-steps", metavar="N", type=int, default=2, help="of the updates in the table; default: 2"
+        "--accumulation-steps", metavar="N", type=count, default=2, help="of the updates in the table; default: 2"
     )
     add_json(command, "print JSON instead of a table")
     command.add_argument("--plot", metavar="FILE", default=None, help="draw the table, for example into probe.png")
 
 
 def run(options: argparse.Namespace) -> int:
+    if options.plot:
+        refuse_unwritable(options.plot)
+    with only_the_answer() as answer:
+        return _probe(options, answer)
+
+
+def _probe(options: argparse.Namespace, answer: TextIO) -> int:
     from accumtune.memory.machine import budget_hint, device_memory
     from accumtune.trials.costs import profile
 
     device = device_memory()
     budget = None if options.memory_budget is None else parse_budget(options.memory_budget)
     if not options.json:
-        print(device.describe(), flush=True)
+        print(device.describe(), file=answer, flush=True)
 
     build_model, (x, y) = load_object(options.build_model), load_data(options.data)
     progress = (lambda line: None) if options.json else (lambda line: print(line, file=sys.stderr, flush=True))
@@ -63,18 +71,20 @@ def run(options: argparse.Namespace) -> int:
 
         draw_profile(rows, budget, options.accumulation_steps, options.plot)
     if options.json:
-        answer = {"largest_micro_batch_size": largest, "memory_budget_bytes": budget, "device": vars(device)}
-        print_json({**answer, "sizes": rows})
+        told = {"largest_micro_batch_size": largest, "memory_budget_bytes": budget, "device": vars(device)}
+        print_json({**told, "sizes": rows}, answer)
     else:
         if rows:
-            print(_table(rows))
+            print(_table(rows), file=answer)
         if budget is not None:
             text = "none: not even 1 fits" if largest is None else str(largest)
-            print(f"Largest micro-batch in {format_bytes(budget)} ({options.accumulation_steps} steps): {text}")
+            steps = f"({options.accumulation_steps} steps)"
+            print(f"Largest micro-batch in {format_bytes(budget)} {steps}: {text}", file=answer)
             if largest is None:
                 import keras
 
-                print(f"Raise the budget, or make the model smaller.{budget_hint(keras.config.backend())}")
+                hint = budget_hint(keras.config.backend())
+                print(f"Raise the budget, or make the model smaller.{hint}", file=answer)
     return 0 if budget is None or largest is not None else 1
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -73,11 +74,26 @@ def choose(folder: Path, options: argparse.Namespace) -> tuple[SearchRecord, lis
 
 
 def tracker_of(options: argparse.Namespace) -> Tracker:
-    """MLflow, as the search has it or as `--tracking-uri` says."""
+    """MLflow at `--tracking-uri`, else at the caller's own address, where the search was tracked there.
+
+    Raises:
+        SearchDirectoryError: it was tracked elsewhere. Whoever wrote the folder may name any address, and MLflow would
+            send the caller's token there.
+    """
     from accumtune.tracking.mlflow import Tracker, read_cache
+    from accumtune.tracking.uris import absolute_uri, default_tracking_uri, without_credentials
 
     folder = find_search(options.search)
-    return Tracker(folder, options.tracking_uri or read_cache(folder).get("tracking_uri"))
+    named = read_cache(folder).get("tracking_uri")
+    own = absolute_uri(default_tracking_uri())
+    if options.tracking_uri is None and named is not None and named != without_credentials(own):
+        raise SearchDirectoryError(
+            f"The search in {folder} was tracked in {named}, and yours is {without_credentials(own)}.",
+            "an address that you name: the one in the folder is not contacted, as your token would go there.",
+            f"if it is right: --tracking-uri {shlex.quote(str(named))} (with user and password, where it needs them); "
+            "or set MLFLOW_TRACKING_URI.",
+        )
+    return Tracker(folder, options.tracking_uri or own)
 
 
 def end_abandoned(folder: Path) -> None:

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
-from accumtune.commands.options import add_command, add_json, add_search, add_tracking_uri, print_json
+from accumtune.commands.options import add_command, add_json, add_search, add_tracking_uri, count, print_json
 from accumtune.commands.searches import tracker_of
 
 
@@ -19,7 +19,7 @@ def add(commands: Any) -> None:
     add_search(command)
     add_tracking_uri(command)
     command.add_argument(
-        "--port", metavar="N", type=int, default=None, help="default: 5000, or a free one where that is taken"
+        "--port", metavar="N", type=count, default=None, help="default: 5000, or a free one where that is taken"
     )
     command.add_argument("--print", action="store_true", help="print the command and the address, start nothing")
     add_json(command, "print them as JSON, start nothing")

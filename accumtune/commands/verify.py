@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import argparse
 from dataclasses import asdict
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from accumtune.commands.addresses import load_data, load_object, load_validation_data
-from accumtune.commands.options import add_command, add_json, add_model_and_data, add_tracking_uri, print_json
+from accumtune.commands.answer import only_the_answer
+from accumtune.commands.options import add_command, add_json, add_model_and_data, add_tracking_uri, print_json, share
+
+if TYPE_CHECKING:
+    from accumtune.config import TrainingConfig
 
 
 def add(commands: Any) -> None:
@@ -21,7 +25,7 @@ def add(commands: Any) -> None:
     )
     add_model_and_data(command)
     command.add_argument(
-        "--peak-tolerance", metavar="SHARE", type=float, default=0.1,
+        "--peak-tolerance", metavar="SHARE", type=share, default=0.1,
         help="share by which peak memory may differ; default: 0.1",
     )  # fmt: skip
     command.add_argument(
@@ -29,7 +33,7 @@ def add(commands: Any) -> None:
         help="train the winning trial again, and compare its objective too; load returns validation data then",
     )  # fmt: skip
     command.add_argument(
-        "--objective-tolerance", metavar="DIFFERENCE", type=float, default=1e-6, help="with --whole; default: 1e-6"
+        "--objective-tolerance", metavar="DIFFERENCE", type=share, default=1e-6, help="with --whole; default: 1e-6"
     )
     add_json(command)
     add_tracking_uri(command)
@@ -39,15 +43,18 @@ def run(options: argparse.Namespace) -> int:
     from accumtune.config import load_config
 
     config = load_config(options.config, tracking_uri=options.tracking_uri)
+    with only_the_answer() as answer:
+        told, holds = _verify(config, options)
+        if options.json:
+            print_json(asdict(told), answer)
+        else:
+            print(told, file=answer)
+    return 0 if holds else 1
+
+
+def _verify(config: TrainingConfig, options: argparse.Namespace) -> tuple[Any, bool]:
     build_model, (x, y) = load_object(options.build_model), load_data(options.data)
     if not options.whole:
-        told: Any = config.verify(build_model, x, y, peak_tolerance=options.peak_tolerance)
-        holds = True
-    else:
-        told = config.reproduce(build_model, x, y, validation_data=load_validation_data(options.data))
-        holds = told.holds(options.objective_tolerance, options.peak_tolerance)
-    if options.json:
-        print_json(asdict(told))
-    else:
-        print(told)
-    return 0 if holds else 1
+        return config.verify(build_model, x, y, peak_tolerance=options.peak_tolerance), True
+    told = config.reproduce(build_model, x, y, validation_data=load_validation_data(options.data))
+    return told, told.holds(options.objective_tolerance, options.peak_tolerance)
