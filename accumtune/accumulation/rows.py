@@ -84,7 +84,7 @@ class Column:
     def __init__(self, array: Any) -> None:
         import keras
 
-        self._array = array if isinstance(array, np.ndarray) else np.asarray(array)
+        self._array = as_array(array)
         if type(array).__name__ == "Series" and self._array.ndim == 1:  # pandas: Keras makes a column of it
             self._array = self._array[:, None]
         self.samples = int(self._array.shape[0])
@@ -102,6 +102,21 @@ class Column:
         else:
             rows = self._array[indices]
         return np.ascontiguousarray(rows, dtype=self.dtype)
+
+
+def as_array(leaf: Any) -> np.ndarray:
+    """A NumPy array; of a pandas frame one of numbers, also where its columns have several or nullable dtypes."""
+    import keras
+
+    if isinstance(leaf, np.ndarray):
+        return leaf
+    array = np.asarray(leaf)
+    if array.dtype.kind != "O" or type(leaf).__module__.split(".")[0] != "pandas":
+        return array
+    try:
+        return np.asarray(leaf.to_numpy(dtype=keras.config.floatx(), na_value=np.nan))
+    except (TypeError, ValueError):  # texts
+        return array
 
 
 def _numpy_dtype(name: str) -> np.dtype:

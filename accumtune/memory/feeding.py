@@ -8,13 +8,14 @@ training is the same run bit for bit. Under JAX and torch, Keras slices NumPy ar
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
 from accumtune.accumulation.rows import Column, aligned
 from accumtune.errors import DataError
+from accumtune.memory.leaves import is_scipy_sparse, is_tf_ragged, is_tf_sparse
 
 
 def batch_source(
@@ -37,7 +38,8 @@ def batch_source(
         class_weight: as in `fit`.
 
     Returns:
-        A `tf.data.Dataset` under TensorFlow, Keras's own adapter under JAX and torch. Hand it to
+        A `tf.data.Dataset` under TensorFlow, Keras's own adapter under JAX and torch and for tensors that are ragged or
+        sparse, which are on the device already. Hand it to
         `fit(x=..., shuffle=False)`: shuffling and class weights are in it already.
 
     Raises:
@@ -47,7 +49,9 @@ def batch_source(
     from keras.src.trainers.data_adapters.array_data_adapter import ArrayDataAdapter
 
     _check(x, y, sample_weight, batch_size)
-    if keras.backend.backend() != "tensorflow":
+    leaves = [leaf for leaf in keras.tree.flatten((x, y, sample_weight)) if leaf is not None]
+    is_on_device = any(is_tf_ragged(leaf) or is_tf_sparse(leaf) for leaf in leaves)
+    if keras.backend.backend() != "tensorflow" or is_on_device:
         return ArrayDataAdapter(x, y, sample_weight, batch_size=batch_size, shuffle=shuffle, class_weight=class_weight)
     # The adapter checks the arguments as fit would, and turns class weights into sample weights.
     packed = ArrayDataAdapter(x, y, sample_weight, batch_size=batch_size, class_weight=class_weight)._inputs
@@ -107,15 +111,20 @@ def _tensorflow_batches(packed: Any, batch_size: int, shuffle: bool | str) -> An
     import tensorflow as tf
     from keras.src.trainers.data_adapters.array_data_adapter import ArrayDataAdapter
 
-    leaves = [Column(array) for array in keras.tree.flatten(packed) if array is not None]
+    leaves = [
+        _SparseColumn(array) if is_scipy_sparse(array) else _DenseColumn(array)
+        for array in keras.tree.flatten(packed)
+        if array is not None
+    ]
     samples = leaves[0].samples
     # Keras's own adapter orders the indices instead of the data: the same operations with the same seeds.
     indices = ArrayDataAdapter(np.arange(samples), batch_size=batch_size, shuffle=shuffle).get_tf_dataset()
 
     def gather(rows: Any) -> Any:
         full = rows.shape[0]  # None where the last batch is smaller
-        specs = [tf.TensorSpec((full, *leaf.row_shape), _tensor_type(leaf.dtype)) for leaf in leaves]
-        remaining = iter(counted_tensors(lambda i: [leaf.take(i) for leaf in leaves], rows, specs))
+        specs = [spec for leaf in leaves for spec in leaf.specs(full)]
+        tensors = iter(counted_tensors(lambda i: [array for leaf in leaves for array in leaf.arrays(i)], rows, specs))
+        remaining = iter(leaf.tensor(tensors) for leaf in leaves)
         structure = keras.tree.map_structure(lambda array: None if array is None else next(remaining), packed)
         return keras.tree.lists_to_tuples(structure)
 
@@ -125,6 +134,51 @@ def _tensorflow_batches(packed: Any, batch_size: int, shuffle: bool | str) -> An
         options.experimental_external_state_policy = tf.data.experimental.ExternalStatePolicy.IGNORE
         dataset = dataset.with_options(options)
     return dataset.apply(tf.data.experimental.assert_cardinality(-(-samples // batch_size)))
+
+
+class _DenseColumn(Column):
+    """An array whose rows are one tensor."""
+
+    def specs(self, rows: int | None) -> list[Any]:
+        import tensorflow as tf
+
+        return [tf.TensorSpec((rows, *self.row_shape), _tensor_type(self.dtype))]
+
+    def arrays(self, indices: np.ndarray) -> list[np.ndarray]:
+        return [self.take(indices)]
+
+    def tensor(self, tensors: Iterator[Any]) -> Any:
+        return next(tensors)
+
+
+class _SparseColumn:
+    """A matrix of scipy.sparse, whose rows are a `tf.SparseTensor`: indices, values and shape."""
+
+    def __init__(self, matrix: Any) -> None:
+        self._matrix = matrix.tocsr()
+        self.samples = int(matrix.shape[0])
+        empty = np.zeros((0, matrix.shape[1]), matrix.dtype)
+        self.dtype = Column(empty).dtype
+
+    def specs(self, rows: int | None) -> list[Any]:
+        import tensorflow as tf
+
+        value = tf.TensorSpec((None,), _tensor_type(self.dtype))
+        return [tf.TensorSpec((None, 2), tf.int64), value, tf.TensorSpec((2,), tf.int64)]
+
+    def arrays(self, indices: np.ndarray) -> list[np.ndarray]:
+        rows = self._matrix[indices]
+        rows.sort_indices()  # as TensorFlow wants them: by rows, then by columns
+        rows = rows.tocoo()
+        places = np.stack([rows.row, rows.col], axis=1).astype(np.int64)
+        return [places, rows.data.astype(self.dtype), np.array(rows.shape, np.int64)]
+
+    def tensor(self, tensors: Iterator[Any]) -> Any:
+        import tensorflow as tf
+
+        places, values, shape = next(tensors), next(tensors), next(tensors)
+        columns = self._matrix.shape[1]
+        return tf.sparse.reshape(tf.SparseTensor(places, values, shape), tf.stack([shape[0], columns]))
 
 
 def counted_tensors(

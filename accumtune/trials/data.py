@@ -16,9 +16,11 @@ import numpy as np
 
 from accumtune.errors import DataError
 from accumtune.memory.feeding import batch_source, training_arguments
+from accumtune.memory.leaves import as_rows, first_rows, joined, part
 from accumtune.trials.payload import is_data_function
 from accumtune.trials.pipeline_process import called
 
+_TORCH_LOADER = "torch.utils.data.dataloader.DataLoader"
 Samples = tuple[Any, Any, Any]  # x, y, sample_weight: trees of arrays, or None
 
 
@@ -52,9 +54,14 @@ def is_py_dataset(value: Any) -> bool:
     return hasattr(value, "__getitem__") and hasattr(value, "num_batches")
 
 
+def is_torch_loader(value: Any) -> bool:
+    """Whether it is a `torch.utils.data.DataLoader`, without importing torch."""
+    return any(f"{base.__module__}.{base.__name__}" == _TORCH_LOADER for base in type(value).__mro__)
+
+
 def is_pipeline(value: Any) -> bool:
     """Whether it gives batches, rather than being the arrays."""
-    return is_tf_dataset(value) or is_py_dataset(value)
+    return is_tf_dataset(value) or is_py_dataset(value) or is_torch_loader(value)
 
 
 def first_samples(x: Any, y: Any = None, sample_weight: Any = None, *, count: int, is_batched: bool = True) -> Samples:
@@ -73,10 +80,13 @@ def first_samples(x: Any, y: Any = None, sample_weight: Any = None, *, count: in
         x, y, sample_weight = _collect(iter(x if is_batched else x.batch(count)), count)
     elif is_py_dataset(x):
         x, y, sample_weight = _collect((x[index] for index in range(x.num_batches or count)), count)
-    available = _number_of_rows(x)
-    rows = np.arange(count) % available
-    # A slice of a memory map reads only what it covers.
-    take = (lambda array: np.asarray(array[:count])) if available >= count else (lambda array: np.asarray(array)[rows])
+    elif is_torch_loader(x):
+        x, y, sample_weight = _collect(iter(x), count)
+    _number_of_rows(x)
+
+    def take(leaf: Any) -> Any:
+        return first_rows(leaf, count)
+
     return _map(take, x), _map(take, y), _map(take, sample_weight)
 
 
@@ -120,8 +130,8 @@ def _with_validation_split(given: dict[str, Any]) -> dict[str, Any]:
         )
     # As Keras has it: the last samples, before shuffling.
     split = int(_number_of_rows(x) * (1 - share))
-    head = _map(lambda array: array[:split], (x, y, sample_weight))
-    tail = _map(lambda array: array[split:], (x, y, sample_weight))
+    head = _map(lambda leaf: part(leaf, slice(None, split)), (x, y, sample_weight))
+    tail = _map(lambda leaf: part(leaf, slice(split, None)), (x, y, sample_weight))
     return {**given, "x": head[0], "y": head[1], "sample_weight": head[2], "validation_data": tail}
 
 
@@ -198,8 +208,8 @@ def _collect(batches: Iterator[Any], count: int) -> Samples:
     collected: list[Samples] = []
     rows = 0
     for batch in batches:
-        parts = batch if isinstance(batch, tuple) else (batch,)
-        arrays = _map(np.asarray, tuple(parts) + (None,) * (3 - len(parts)))
+        parts = batch if isinstance(batch, (tuple, list)) else (batch,)  # torch's are lists
+        arrays = _map(as_rows, tuple(parts) + (None,) * (3 - len(parts)))
         collected.append(arrays)
         rows += _number_of_rows(arrays[0])
         if rows >= count:
@@ -222,14 +232,14 @@ def _join(trees: list[Any]) -> Any:
         return {key: _join([tree[key] for tree in trees]) for key in first}
     if isinstance(first, (tuple, list)):
         return type(first)(_join([tree[index] for tree in trees]) for index in range(len(first)))
-    shapes = sorted({tuple(array.shape[1:]) for array in trees})
+    shapes = sorted({tuple(array.shape[1:]) for array in trees}) if isinstance(first, np.ndarray) else []
     if len(shapes) > 1:
         raise DataError(
             f"Received batches whose samples have different shapes: {shapes[0]} in one, {shapes[-1]} in another.",
             "samples of one shape: a search cuts batches anew, to the sizes that it tries.",
             "pad them to one length: padded_batch(32, padded_shapes=...), keras.utils.pad_sequences(..., maxlen=...).",
         )
-    return np.concatenate(trees)
+    return joined(trees)
 
 
 def _map(function: Callable[[Any], Any], tree: Any) -> Any:

@@ -6,9 +6,9 @@ import math
 from typing import Any
 
 import keras
-import numpy as np
 
 from accumtune.errors import DataError
+from accumtune.memory.leaves import as_rows, joined, part
 from accumtune.trials.pipeline_process import PipelineElsewhere
 
 
@@ -16,10 +16,12 @@ def rebatched(pipeline: Any, batch_size: int, is_batched: bool = True) -> Any:
     """The same samples in the same order, in batches of `batch_size`; the last of an epoch may be smaller.
 
     Args:
-        pipeline: a `tf.data.Dataset` or a `keras.utils.PyDataset`.
+        pipeline: a `tf.data.Dataset`, a `keras.utils.PyDataset` or a torch `DataLoader`.
         batch_size: samples per batch from now on.
         is_batched: whether the elements of a `tf.data.Dataset` are batches, rather than samples.
     """
+    if type(pipeline).__module__.startswith("torch.") or hasattr(pipeline, "batch_sampler"):
+        return _torch_loader(pipeline, batch_size)
     if not hasattr(pipeline, "element_spec"):
         return RebatchedDataset(pipeline, batch_size)
     if isinstance(pipeline, PipelineElsewhere):
@@ -27,6 +29,28 @@ def rebatched(pipeline: Any, batch_size: int, is_batched: bool = True) -> Any:
     if not is_batched:
         return pipeline.batch(batch_size)
     return _with_cardinality(pipeline.rebatch(batch_size), pipeline, batch_size)
+
+
+def _torch_loader(loader: Any, batch_size: int) -> Any:
+    """The same samples in the order of the same sampler."""
+    from torch.utils.data import BatchSampler, DataLoader, IterableDataset
+
+    streams = isinstance(loader.dataset, IterableDataset)
+    if loader.batch_size is None or (not streams and type(loader.batch_sampler) is not BatchSampler):
+        raise DataError(
+            "Received a torch DataLoader that makes batches in its own way (batch_sampler=, or batch_size=None).",
+            "a DataLoader with batch_size=: a search cuts batches anew, to the sizes that it tries.",
+            "pass sampler= for the order of samples and leave batch_sampler out.",
+        )
+    return DataLoader(
+        loader.dataset,
+        batch_size=batch_size,
+        sampler=None if streams else loader.sampler,
+        collate_fn=loader.collate_fn,
+        num_workers=loader.num_workers,
+        worker_init_fn=loader.worker_init_fn,
+        generator=loader.generator,
+    )
 
 
 def _with_cardinality(rebatched: Any, source: Any, batch_size: int) -> Any:
@@ -92,7 +116,7 @@ class RebatchedDataset(keras.utils.PyDataset):
         batches = [self._dataset[inner] for inner in range(first, last + 1)]
         offset = start - first * self._inner_batch_size
         rows = slice(offset, offset + end - start)
-        return keras.tree.map_structure(lambda *parts: np.concatenate(parts)[rows], *batches)
+        return keras.tree.map_structure(lambda *parts: part(joined([as_rows(leaf) for leaf in parts]), rows), *batches)
 
     def on_epoch_begin(self) -> None:
         self._dataset.on_epoch_begin()
@@ -102,4 +126,4 @@ class RebatchedDataset(keras.utils.PyDataset):
 
 
 def _rows(batch: Any) -> int:
-    return len(keras.tree.flatten(batch)[0])
+    return int(keras.tree.flatten(batch)[0].shape[0])

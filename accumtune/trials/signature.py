@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from accumtune.memory.leaves import bytes_per_row, described
 from accumtune.trials.fingerprint import describe, plain_attributes
 
 # Raised when figures of the same model are no longer comparable: cached profiles are then measured anew.
@@ -114,8 +115,7 @@ def _shapes(tree: Any) -> Any:
         return {str(key): _shapes(value) for key, value in tree.items()}
     if isinstance(tree, (list, tuple)):
         return [_shapes(value) for value in tree]
-    array = np.asarray(tree)
-    return [list(array.shape[1:]), str(array.dtype)]
+    return described(tree)
 
 
 def _sample_bytes(tree: Any) -> int:
@@ -125,8 +125,7 @@ def _sample_bytes(tree: Any) -> int:
         return sum(_sample_bytes(value) for value in tree.values())
     if isinstance(tree, (list, tuple)):
         return sum(_sample_bytes(value) for value in tree)
-    array = np.asarray(tree)
-    return int(array.nbytes // max(1, len(array)))
+    return bytes_per_row(tree)
 
 
 def _bytes_per_element(dtype: Any) -> int:

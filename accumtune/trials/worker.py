@@ -16,6 +16,9 @@ from accumtune.trials.directory import TaskDirectory
 from accumtune.trials.outcome import StopRequested, Superseded
 from accumtune.trials.payload import load_payload
 
+# Of sparse and ragged data, a sample takes what these take on average.
+_SAMPLES_OF_UNEQUAL_SIZE = 64
+
 
 def run_task(path: Path) -> int:
     """Runs the task of a directory and writes its outcome.
@@ -114,7 +117,10 @@ def inspect(directory: TaskDirectory, payload: str, hyperparameters: dict[str, A
 
     And which hyperparameters have appeared: a build function may ask for `units_2` only where there are three layers.
     """
+    import keras
+
     from accumtune.memory.device import open_device
+    from accumtune.memory.leaves import is_dense
     from accumtune.trials.signature import describe_model
 
     content = load_payload(Path(payload))
@@ -122,7 +128,10 @@ def inspect(directory: TaskDirectory, payload: str, hyperparameters: dict[str, A
     hp = _hyperparameters(hyperparameters)
     model = content["hypermodel"].build_plain(hp)
     samples, is_pipeline = _samples(model, content)
-    facts = describe_model(model, samples(1), device.name, hp.values, is_pipeline=is_pipeline)
+    sample = samples(1)
+    if not all(map(is_dense, keras.tree.flatten(sample))):
+        sample = samples(_SAMPLES_OF_UNEQUAL_SIZE)
+    facts = describe_model(model, sample, device.name, hp.values, is_pipeline=is_pipeline)
     return {**facts, "appeared": appeared(hp, hyperparameters)}
 
 
