@@ -20,6 +20,8 @@ class Recorder(BaseHTTPRequestHandler):
         self.server.asked.append((self.path, self.headers.get("Authorization")))
         status, answer = self.server.answer(self.path)
         self.send_response(status)
+        if status == 302:
+            self.send_header("Location", answer)
         self.end_headers()
         self.wfile.write(json.dumps(answer).encode())
 
@@ -131,6 +133,16 @@ def test_artifacts_on_a_server_that_the_store_names_are_not_fetched(serve, schem
         else:
             load_config(source, tracking_uri=own.address)
     assert own.asked != [] and other.asked == []
+
+
+def test_a_redirect_takes_no_token_along(serve):
+    """MLflow follows it; requests leaves the token behind where host or port are others."""
+    other = serve()
+    own = serve(lambda path: (302, other.address + path))
+    with pytest.raises(ConfigError):
+        load_config("runs:/r", tracking_uri=own.address)
+    assert [authorization for _, authorization in own.asked] == [f"Bearer {TOKEN}"] * len(own.asked) != []
+    assert [authorization for _, authorization in other.asked] == [None] * len(other.asked)
 
 
 def test_a_host_that_the_caller_allows_is_asked(serve, monkeypatch):
