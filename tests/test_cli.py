@@ -1,5 +1,6 @@
 """The command line, as a person or a pipeline calls it."""
 
+import argparse
 import json
 import os
 import re
@@ -18,7 +19,7 @@ from accumtune import cli
 from accumtune.commands import demo, ui
 from accumtune.commands.addresses import load_data, load_object, load_validation_data
 from accumtune.commands.options import functions_here
-from accumtune.commands.searches import find_search
+from accumtune.commands.searches import find_search, tracker_of
 from accumtune.errors import DataError, SearchDirectoryError, TrackingError
 
 MODULE = """
@@ -145,6 +146,31 @@ def test_addresses(tmp_path, monkeypatch):
         load_object("os")
     with pytest.raises(SearchDirectoryError):
         find_search(str(tmp_path))
+
+
+def test_which_store_a_command_asks(tmp_path, monkeypatch):
+    """The caller's own; never one that only the search's folder names."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    (tmp_path / "search.jsonl").touch()
+    (tmp_path / "there.db").touch()
+    own = f"sqlite:///{tmp_path}/mlruns/mlflow.db"
+
+    def asked(named, given=None):
+        (tmp_path / "tracking.json").write_text(json.dumps({"tracking_uri": named}))
+        return tracker_of(argparse.Namespace(search=str(tmp_path), tracking_uri=given)).tracking_uri
+
+    for named in (own, None, "", f"sqlite:///{tmp_path}/moved_away.db"):
+        assert asked(named) == own
+    for named in (f"sqlite:///{tmp_path}/there.db", "http://host:5000", "postgresql://host/x", ["http://host"], 7):
+        with pytest.raises(SearchDirectoryError, match="is not contacted"):
+            asked(named)
+        assert asked(named, "http://given") == "http://given"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://me:pw@host:5000")
+    assert asked("http://host:5000") == "http://me:pw@host:5000", "the same server, with the caller's password"
+    with pytest.raises(SearchDirectoryError) as error:
+        asked(own.replace("mlruns/mlflow", "there"))
+    assert "pw" not in str(error.value)
 
 
 def test_a_taken_port_is_left_to_whoever_has_it():

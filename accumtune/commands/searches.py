@@ -81,16 +81,18 @@ def tracker_of(options: argparse.Namespace) -> Tracker:
             send the caller's token there.
     """
     from accumtune.tracking.mlflow import Tracker, read_cache
-    from accumtune.tracking.uris import absolute_uri, default_tracking_uri, without_credentials
+    from accumtune.tracking.uris import absolute_uri, default_tracking_uri, sqlite_path, without_credentials
 
     folder = find_search(options.search)
-    named = read_cache(folder).get("tracking_uri")
+    named = str(read_cache(folder).get("tracking_uri") or "")
+    database = sqlite_path(named)
+    is_gone = database is not None and not database.exists()  # the project was moved, say
     own = absolute_uri(default_tracking_uri())
-    if options.tracking_uri is None and named is not None and named != without_credentials(own):
+    if options.tracking_uri is None and named not in ("", without_credentials(own)) and not is_gone:
         raise SearchDirectoryError(
             f"The search in {folder} was tracked in {named}, and yours is {without_credentials(own)}.",
             "an address that you name: the one in the folder is not contacted, as your token would go there.",
-            f"if it is right: --tracking-uri {shlex.quote(str(named))} (with user and password, where it needs them); "
+            f"if it is right: --tracking-uri {shlex.quote(named)} (with user and password, where it needs them); "
             "or set MLFLOW_TRACKING_URI.",
         )
     return Tracker(folder, options.tracking_uri or own)
