@@ -13,7 +13,9 @@ import numpy as np
 _WHOLE_BYTES = 2**26
 _PIECES = 1024
 _WHOLE_OBJECTS = 2**20
-_SPARSE = ("data", "indices", "indptr")
+# Parts that have all of the content, of SciPy's sparse arrays in rows, and of TensorFlow's ragged and sparse tensors.
+_ROWS = ("data", "indices", "indptr")
+_PARTS = (("flat_values", "nested_row_splits"), ("indices", "values", "dense_shape"))
 
 
 class _Unknown(Exception):
@@ -49,13 +51,18 @@ def _add(digest: Any, tree: Any) -> int:
     if isinstance(tree, (tuple, list)):
         digest.update(b"(%d" % len(tree))
         return sum(_add(digest, item) for item in tree)
+    if hasattr(tree, "columns") and hasattr(tree, "dtypes"):  # a pandas frame
+        return _add(digest, {str(name): tree[name] for name in tree.columns})
     if not hasattr(tree, "shape") or not hasattr(tree, "dtype") or hasattr(tree, "element_spec"):
         return 0
     if hasattr(tree, "tocsr"):  # SciPy's sparse arrays, of which NumPy makes one object
         rows = tree.tocsr().copy()
         rows.sum_duplicates()
         digest.update(f"sparse{rows.shape}".encode())
-        return sum(_add(digest, getattr(rows, name)) for name in _SPARSE)
+        return sum(_add(digest, getattr(rows, name)) for name in _ROWS)
+    for names in _PARTS:
+        if all(hasattr(tree, name) for name in names):
+            return sum(_add(digest, getattr(tree, name)) for name in names)
     if isinstance(tree, np.ma.MaskedArray):
         digest.update(b"masked")
         _add_array(digest, np.ma.getmaskarray(tree))

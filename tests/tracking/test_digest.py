@@ -1,8 +1,10 @@
 """A data set's digest tells equal content from other content."""
 
 import copy
+from types import SimpleNamespace
 
 import numpy as np
+import pandas
 import pytest
 from scipy.sparse import coo_array, csr_array
 
@@ -61,6 +63,18 @@ def test_sparse_and_masked_arrays_count_whole():
     masked = np.ma.masked_array(X, X > 3)
     assert data_digest(masked) == data_digest(masked.copy()) not in (data_digest(X), data_digest(X.copy()))
     assert data_digest(np.ma.masked_array(X, X > 4)) != data_digest(masked)
+
+
+def test_frames_and_tensors_of_parts_count_whole():
+    frame = pandas.DataFrame({"a": [1, 2], "b": ["x", "y"]})
+    assert data_digest(frame) == data_digest(frame.copy()) != data_digest(frame.assign(b=["x", "z"])) is not None
+    assert data_digest(frame) != data_digest(frame.rename(columns={"b": "c"}))
+
+    def ragged(last):  # as tf.ragged.constant([[1, 2], [last]]) is
+        parts = {"flat_values": np.array([1, 2, last]), "nested_row_splits": (np.array([0, 2, 3]),)}
+        return SimpleNamespace(shape=(2, None), dtype="int", **parts)
+
+    assert data_digest(ragged(3)) == data_digest(ragged(3)) != data_digest(ragged(4)) is not None
 
 
 def test_objects_whose_content_cannot_be_told_have_none():
