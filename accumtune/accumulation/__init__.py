@@ -44,7 +44,7 @@ def accumulate(
     BatchNormalization normalizes per micro-batch, but its moving statistics after an update are those of the
     effective batch, with the momentum applied once. Gradients of embeddings are dense.
 
-    `fit(batch_size=effective)` validates in micro-batches unless `validation_batch_size` says otherwise, so that
+    With `micro_batch_size`, `fit` validates in micro-batches unless `validation_batch_size` says otherwise, so that
     validation needs no more memory than training. (Where predictions are masked, Keras's val_loss is a mean over
     batches and depends on their size.)
 
@@ -52,6 +52,9 @@ def accumulate(
     holds: the effective batch is micro_batch_size * accumulation_steps * devices, and BatchNormalization's moving
     statistics are those of all devices together. (`synchronized=True` also normalizes over the devices; plain
     Keras without it keeps what one device saw.)
+
+    A `fit` of the model's class (as KerasHub's tasks have, to preprocess their data), or one that an autologger has
+    wrapped, is called as it is: what it hands on to Keras is accumulated.
 
     Micro-batches whose shapes differ (sequences padded to different lengths) are weighted by what their loss values
     number, so each token counts the same.

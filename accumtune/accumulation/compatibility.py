@@ -54,14 +54,21 @@ class Name:
 
 
 _MODEL = "keras:Model."
+_FIT = ("self", "x", "y", "batch_size", "epochs", "validation_data", "validation_batch_size")
 _ADAPTERS = "keras.src.trainers.data_adapters"
 _TENSORFLOW = "keras.src.backend.tensorflow"
 _JAX = "keras.src.backend.jax.trainer:JAXTrainer."
 
 NAMES = (
     # The model: what accumulation replaces on it, and what it calls.
-    Name(_MODEL + "fit", ("self", "x", "y", "batch_size", "epochs", "validation_data", "validation_batch_size")),
+    *(
+        # The class that has it, not keras.Model: there may be a wrapper of an autologger.
+        Name(f"keras.src.backend.{backend}.trainer:{name}Trainer.fit", _FIT, backend)
+        for backend, name in (("tensorflow", "TensorFlow"), ("jax", "JAX"), ("torch", "Torch"))
+    ),
     Name(_MODEL + "make_train_function", ("self", "force")),
+    Name(_MODEL + "make_test_function", ("self", "force")),
+    Name(_MODEL + "_assert_compile_called", ("self", "method_name")),
     Name(_MODEL + "_symbolic_build", ("self", "iterator", "data_batch")),
     Name(_MODEL + "_compute_loss", ("self", "x", "y", "y_pred", "sample_weight", "training")),
     Name(_MODEL + "compute_metrics", ("self", "x", "y", "y_pred", "sample_weight")),
@@ -72,9 +79,10 @@ NAMES = (
     Name("keras.src.backend:get_keras_mask", ("x",)),
     Name("keras.src.random.seed_generator:global_seed_generator", ()),
     # Data.
-    Name(f"{_ADAPTERS}:get_data_adapter", ("x", "y", "sample_weight", "batch_size", "shuffle", "class_weight")),
+    Name("keras.src.trainers.epoch_iterator:EpochIterator", ("x", "steps_per_epoch", "steps_per_execution")),
     Name(f"{_ADAPTERS}.data_adapter:DataAdapter"),
     Name(f"{_ADAPTERS}.array_data_adapter:ArrayDataAdapter", ("x", "y", "sample_weight", "batch_size", "shuffle")),
+    Name(f"{_ADAPTERS}.array_data_adapter:can_convert_arrays", ("arrays",)),
     Name(f"{_ADAPTERS}.data_adapter_utils:unpack_x_y_sample_weight", ("data",)),
     Name(f"{_ADAPTERS}.array_slicing:train_validation_split", ("arrays", "validation_split")),
     # Layers.
@@ -85,6 +93,7 @@ NAMES = (
     Name("keras.optimizers:Optimizer.scale_loss", ("self", "loss")),
     # One backend each.
     Name("keras.src.losses.loss:scale_loss_for_distribution", ("value",), "tensorflow"),
+    Name(_MODEL + "_maybe_symbolic_build", ("self", "iterator", "data_batch"), "tensorflow"),
     Name("keras.src.losses.loss:unscale_loss_for_distribution", ("value",), "tensorflow"),
     Name(f"{_TENSORFLOW}.trainer:reduce_per_replica", ("values", "strategy", "reduction"), "tensorflow"),
     Name(f"{_TENSORFLOW}.optimizer:TFOptimizer._all_reduce_sum_gradients", ("self", "grads_and_vars"), "tensorflow"),
@@ -117,6 +126,7 @@ _INSTANCES = {
         "_inputs_struct", "_loss_tracker",
     ),
     "an ArrayDataAdapter": ("_inputs",),
+    "an EpochIterator": ("data_adapter", "_num_batches", "steps_per_epoch"),
 }  # fmt: skip
 
 
@@ -144,11 +154,13 @@ def _behaviour() -> Iterable[str]:
     import keras
     from keras.src.trainers import compile_utils
     from keras.src.trainers.data_adapters.array_data_adapter import ArrayDataAdapter
+    from keras.src.trainers.epoch_iterator import EpochIterator
 
     # Names of their own: those that Keras numbers are the user's.
     inputs = keras.Input((1,), name="accumtune_inputs")
     model = keras.Model(inputs, keras.layers.Identity(name="accumtune_identity")(inputs), name="accumtune_model")
-    instances = (compile_utils.CompileLoss("mse"), model, ArrayDataAdapter(np.zeros((1, 1))))
+    array = np.zeros((1, 1))
+    instances = (compile_utils.CompileLoss("mse"), model, ArrayDataAdapter(array), EpochIterator(array))
     for (source, names), instance in zip(_INSTANCES.items(), instances, strict=True):
         yield from (f"{source} has no {name}" for name in names if not hasattr(instance, name))
     # Accumulation listens there: statistics that were computed elsewhere would move once per micro-batch.

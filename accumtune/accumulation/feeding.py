@@ -13,6 +13,10 @@ from typing import Any
 from accumtune.accumulation import rows
 from accumtune.accumulation.rows import Rows
 from accumtune.accumulation.window import Accumulation, split
+from accumtune.errors import BatchSizeError
+
+_DATA = ("x", "y", "sample_weight")
+_KERAS_BATCH_SIZE = 32  # where fit is given none
 
 
 @dataclass(frozen=True)
@@ -93,59 +97,89 @@ def same_shapes(window: list[MicroBatch], accumulation: Accumulation, source: Ro
 
 def named_arguments(model: Any, args: tuple, kwargs: dict) -> dict[str, Any]:
     """The arguments of `fit` by name, as far as they were given."""
-    bound = inspect.signature(type(model).fit).bind(model, *args, **kwargs)
-    given = {name: value for name, value in bound.arguments.items() if name != "self"}
-    return given | given.pop("kwargs", {})
+    signature = inspect.signature(type(model).fit)
+    if any(parameter.kind is parameter.VAR_POSITIONAL for parameter in signature.parameters.values()):
+        signature = inspect.signature(_keras_fit())  # of a wrapper, which hands on what it is given
+    arguments = signature.bind(model, *args, **kwargs).arguments
+    given = dict(list(arguments.items())[1:])  # without self
+    others = [name for name in given if signature.parameters[name].kind is inspect.Parameter.VAR_KEYWORD]
+    return given | (given.pop(others[0]) if others else {})
 
 
-def with_small_validation(micro_batch_size: int, given: dict[str, Any]) -> dict[str, Any]:
-    """Validates in micro-batches, where plain Keras takes the batch of training: that one need not fit in memory."""
-    size = given.get("batch_size")
-    if size and size > micro_batch_size and not given.get("validation_batch_size"):
-        return given | {"validation_batch_size": micro_batch_size}
-    return given
+def has_stock_fit(model: Any) -> bool:
+    """Whether `fit` is Keras's own: neither a class's that prepares its data, nor a wrapper around Keras's."""
+    return type(model).fit is _keras_fit()
 
 
-def with_rows_and_windows(
-    model: Any, accumulation: Accumulation, given: dict[str, Any]
-) -> tuple[dict[str, Any], Rows | None]:
-    """The arguments of `fit` with data that an epoch counts in windows, and the arrays behind them.
+def prepares_its_data(model: Any) -> bool:
+    """Whether the model's class has a `fit` of its own, which is to be given what its user would give it."""
+    owner = next(cls for cls in type(model).__mro__ if "fit" in vars(cls))
+    return owner.__module__.split(".")[0] != "keras"
 
-    The arrays are None where `fit` gets the data themselves: they are no NumPy arrays, or are spread over devices.
+
+def _keras_fit() -> Any:
+    import keras
+
+    backend = "keras.src.backend."
+    trainer = next(cls for cls in keras.Model.__mro__ if cls.__module__.startswith(backend) and "fit" in vars(cls))
+    return vars(trainer)["fit"]
+
+
+def with_rows(model: Any, accumulation: Accumulation, given: dict[str, Any]) -> tuple[dict[str, Any], Rows | None]:
+    """The arguments of Keras's own `fit` that need the least memory, and the arrays behind them.
+
+    Arrays are replaced by the numbers of their rows, unless they are no NumPy arrays or are spread over devices, and
+    validation takes no more samples at once than training.
     """
     import keras
-    from keras.src.trainers.data_adapters import array_slicing, get_data_adapter
+    from keras.src.trainers.data_adapters import array_slicing
+    from keras.src.trainers.data_adapters.array_data_adapter import can_convert_arrays
 
-    steps_per_window = accumulation.accumulation_steps or 1
     given = dict(given)
-    x, y, sample_weight = (given.get(name) for name in ("x", "y", "sample_weight"))
     if given.get("validation_split") and given.get("validation_data") is None:
-        (x, y, sample_weight), given["validation_data"] = array_slicing.train_validation_split(
-            (x, y, sample_weight), validation_split=given.pop("validation_split")
+        data, given["validation_data"] = array_slicing.train_validation_split(
+            tuple(given.get(name) for name in _DATA), validation_split=given.pop("validation_split")
         )
-        given |= {"x": x, "y": y, "sample_weight": sample_weight}
+        given |= dict(zip(_DATA, data, strict=True))
+    arrays = x, y, sample_weight = given.get("x"), given.get("y"), given.get("sample_weight")
+    size, steps = accumulation.micro_batch_size, given.get("steps_per_epoch")
+    if size is not None and not given.get("validation_batch_size"):
+        # Plain Keras takes the batch of training, which need not fit in memory.
+        given["validation_batch_size"] = min(size, given.get("batch_size") or _KERAS_BATCH_SIZE)
+    if steps and not given.get("batch_size") and can_convert_arrays(arrays):
+        given["batch_size"] = math.ceil(samples_of(arrays) / (steps * (accumulation.accumulation_steps or 1)))
     is_spread = keras.distribution.distribution() is not None or getattr(model, "_distribute_strategy", None)
     source = None if is_spread else rows.rows_of(x, y, sample_weight, given.get("class_weight"))
-    if source is None and accumulation.accumulation_steps is None:
-        return given, None
-    for name in ("y", "sample_weight"):
-        given.pop(name, None)
-    class_weight, shuffle = given.pop("class_weight", None), given.pop("shuffle", True)
-    steps = given.get("steps_per_epoch") and given["steps_per_epoch"] * steps_per_window
     if source is not None:
-        adapter = source.adapter(given.get("batch_size"), steps, shuffle)
-    else:
-        adapter = get_data_adapter(
-            x=x,
-            y=y,
-            sample_weight=sample_weight,
-            batch_size=given.get("batch_size"),
-            steps_per_epoch=steps,
-            shuffle=shuffle,
-            class_weight=class_weight,
-        )
-    given["x"] = adapter if accumulation.accumulation_steps is None else _windowed(adapter, steps_per_window)
+        for name in (*_DATA, "class_weight"):
+            given.pop(name, None)
+        given["x"] = source.adapter(given.get("batch_size"), given.pop("shuffle", True))
     return given, source
+
+
+def count_in_windows(epoch: Any, accumulation: Accumulation, counts_batches: bool) -> None:
+    """Makes Keras's iterator of an epoch give and count windows, where these are several batches.
+
+    Args:
+        epoch: a `keras.src.trainers.epoch_iterator.EpochIterator` that has not begun.
+        counts_batches: whether `steps_per_epoch`, if there is one, was set by a fit of the model's own, and not by
+            the user, who counts updates.
+    """
+    import keras
+
+    steps = accumulation.accumulation_steps
+    if steps is None:
+        return
+    epoch.data_adapter = _windowed(epoch.data_adapter, steps)
+    epoch._num_batches = epoch.data_adapter.num_batches
+    if counts_batches and epoch.steps_per_epoch and epoch.steps_per_epoch != keras.config.max_steps_per_epoch():
+        if epoch.steps_per_epoch % steps:
+            raise BatchSizeError(
+                f"Received {accumulation}, and a model whose fit sets steps_per_epoch={epoch.steps_per_epoch}.",
+                "a number of batches that accumulation_steps divides, where a fit of the model's own counts them.",
+                "use accumulate(model, micro_batch_size=...) with the effective batch as fit's batch_size.",
+            )
+        epoch.steps_per_epoch //= steps
 
 
 def first_micro_batches(epoch: Any, accumulation: Accumulation, source: Rows | None) -> Iterator[Any]:

@@ -10,6 +10,8 @@ import contextlib
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from accumtune.accumulation.replaced import replaced
+
 # Moves a number of its own at each call, hence is to be called once per update.
 _ONCE_PER_UPDATE = ("torch_nadam",)
 
@@ -17,14 +19,11 @@ _ONCE_PER_UPDATE = ("torch_nadam",)
 @contextlib.contextmanager
 def updating_in_groups(optimizers: list[Any]) -> Iterator[None]:
     """While open, these optimizers change their variables group by group, where they are Keras's own."""
-    grouped = [optimizer for optimizer in optimizers if _treats_variables_alone(optimizer)]
-    for optimizer in grouped:
-        object.__setattr__(optimizer, "_parallel_update_step", _in_groups(optimizer._parallel_update_step))
-    try:
+    with contextlib.ExitStack() as changed:
+        for optimizer in filter(_treats_variables_alone, optimizers):
+            update = _in_groups(optimizer._parallel_update_step)
+            changed.enter_context(replaced(optimizer, {"_parallel_update_step": update}))
         yield
-    finally:
-        for optimizer in grouped:
-            object.__delattr__(optimizer, "_parallel_update_step")
 
 
 def _treats_variables_alone(optimizer: Any) -> bool:

@@ -9,6 +9,8 @@ from typing import Any
 import tensorflow as tf
 from keras import tree
 
+from accumtune.accumulation.replaced import replaced
+
 
 class Replicas:
     """Splits values by replica, joins them, and runs a function on each.
@@ -76,13 +78,8 @@ class Replicas:
     @contextlib.contextmanager
     def summed_already(self, optimizers: list[Any]) -> Iterator[None]:
         """Keras sums over replicas after clipping; gradients from `summed` are clipped together, and once summed."""
-        changed = optimizers if self.number > 1 else []
-        for optimizer in changed:
-            object.__setattr__(
-                optimizer, "_all_reduce_sum_gradients", lambda gradients_and_variables: gradients_and_variables
-            )
-        try:
+        as_they_are = {"_all_reduce_sum_gradients": lambda gradients_and_variables: gradients_and_variables}
+        with contextlib.ExitStack() as changed:
+            for optimizer in optimizers if self.number > 1 else []:
+                changed.enter_context(replaced(optimizer, as_they_are))
             yield
-        finally:
-            for optimizer in changed:
-                object.__delattr__(optimizer, "_all_reduce_sum_gradients")

@@ -32,9 +32,9 @@ class Rows:
         self._columns = tree.map_structure(lambda array: None if array is None else Column(array), packed)
         self.samples = next(column.samples for column in tree.flatten(self._columns) if column is not None)
 
-    def adapter(self, batch_size: int | None, steps: int | None, shuffle: bool | str) -> Any:
+    def adapter(self, batch_size: int | None, shuffle: bool | str) -> Any:
         """Keras's adapter for these arrays, that gives the numbers of rows instead."""
-        return _index_adapter(np.arange(self.samples), batch_size, steps, shuffle)
+        return _index_adapter(np.arange(self.samples), batch_size, shuffle)
 
     def take(self, indices: np.ndarray) -> tuple[Any, Any, Any]:
         """These rows as `(x, y, sample_weight)`, tensors of the backend."""
@@ -164,7 +164,7 @@ def _batches_on_the_host(batches: Iterator[Any]) -> Iterator[Any]:
         yield batch
 
 
-def _index_adapter(indices: np.ndarray, batch_size: int | None, steps: int | None, shuffle: bool | str) -> Any:
+def _index_adapter(indices: np.ndarray, batch_size: int | None, shuffle: bool | str) -> Any:
     from keras.src.trainers.data_adapters.array_data_adapter import ArrayDataAdapter
 
     class IndexAdapter(ArrayDataAdapter):
@@ -181,4 +181,4 @@ def _index_adapter(indices: np.ndarray, batch_size: int | None, steps: int | Non
             # Numbers are read by the host: on a GPU it would have to wait for all that the GPU still has to do.
             return _batches_on_the_host(iter(super().get_torch_dataloader()))
 
-    return IndexAdapter({_KEY: indices}, batch_size=batch_size, steps=steps, shuffle=shuffle)
+    return IndexAdapter({_KEY: indices}, batch_size=batch_size, shuffle=shuffle)

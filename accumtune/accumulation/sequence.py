@@ -22,6 +22,8 @@ from typing import Any
 import tensorflow as tf
 from keras import tree
 
+from accumtune.accumulation.replaced import replaced
+
 # A smaller tensor is not worth running an operation early to give it back. The first dimension may be that of the
 # samples; the order must be the same for every number of them.
 LARGE_ELEMENTS = 16384
@@ -57,13 +59,8 @@ def make_test_function(model: Any, force: bool = False) -> Any:
         return make(force=force)
 
     def compile(test_step: Any) -> Any:
-        own = {name: value for name, value in vars(model).items() if name == "test_step"}
-        object.__setattr__(model, "test_step", test_step)
-        try:
+        with replaced(model, {"test_step": test_step}):
             make(force=True)
-        finally:
-            object.__delattr__(model, "test_step")
-            vars(model).update(own)
         return model.test_function
 
     model.test_function = compiled(model.test_step, compile)

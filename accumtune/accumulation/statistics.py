@@ -16,6 +16,8 @@ from typing import Any
 
 import numpy as np
 
+from accumtune.accumulation.replaced import replaced
+
 
 @dataclass
 class Moments:
@@ -117,18 +119,13 @@ def recorded(model: Any, may_be_empty: bool = False) -> Iterator[Notes]:
     layers = [layer for layer in model._flatten_layers() if _keeps_statistics(layer)]
     moving = [variable for layer in layers for variable in (layer.moving_mean, layer.moving_variance)]
     notes = Notes()
-    for layer in layers:
-        object.__setattr__(layer, "_moments", _noting(layer, notes, may_be_empty))
-    for variable in moving:
-        # Nothing takes what Keras would assign, so a graph does not even compute it.
-        object.__setattr__(variable, "assign", _assign_nothing)
-    try:
-        yield notes
-    finally:
+    with contextlib.ExitStack() as changed:
         for layer in layers:
-            object.__delattr__(layer, "_moments")
+            changed.enter_context(replaced(layer, {"_moments": _noting(layer, notes, may_be_empty)}))
         for variable in moving:
-            object.__delattr__(variable, "assign")
+            # Nothing takes what Keras would assign, so a graph does not even compute it.
+            changed.enter_context(replaced(variable, {"assign": _assign_nothing}))
+        yield notes
 
 
 def _assign_nothing(value: Any) -> Any:
@@ -149,8 +146,10 @@ def _keeps_statistics(layer: Any) -> bool:
 def _noting(layer: Any, notes: Notes, may_be_empty: bool) -> Any:
     from keras import ops
 
+    own_moments = layer._moments
+
     def call(inputs: Any, mask: Any) -> Any:
-        mean, variance = type(layer)._moments(layer, inputs, mask)
+        mean, variance = own_moments(inputs, mask)
         number: Any
         if all(isinstance(size, int) for size in inputs.shape):
             number = math.prod(inputs.shape) / inputs.shape[layer.axis]

@@ -8,6 +8,8 @@ from typing import Any
 
 import tensorflow as tf
 
+from accumtune.accumulation.replaced import replaced
+
 # Each replica adds up its own; they are put together at the update.
 _PER_REPLICA = {
     "synchronization": tf.VariableSynchronization.ON_READ,
@@ -38,9 +40,9 @@ def one_variable_after_the_other(optimizers: list[Any], replicas: int) -> Iterat
         yield
         return
     before: list[Any] = []
-    with contextlib.ExitStack() as replaced:
+    with contextlib.ExitStack() as changed:
         for optimizer in optimizers:
-            replaced.enter_context(_chained(optimizer, before))
+            changed.enter_context(_chained(optimizer, before))
         yield
 
 
@@ -74,21 +76,10 @@ def _chained(optimizer: Any, before: list[Any]) -> contextlib.AbstractContextMan
                 return assign_and_wait
 
             chain.enter_context(waiting())
-            with _replaced(optimizer, {name: chained(getattr(optimizer, name)) for name in _ASSIGNMENTS}):
+            with replaced(optimizer, {name: chained(getattr(optimizer, name)) for name in _ASSIGNMENTS}):
                 own_step(gradient, variable, learning_rate)
 
-    return _replaced(optimizer, {"_apply_weight_decay": apply_weight_decay, "update_step": update_step})
-
-
-@contextlib.contextmanager
-def _replaced(optimizer: Any, methods: dict[str, Any]) -> Iterator[None]:
-    for name, method in methods.items():
-        object.__setattr__(optimizer, name, method)
-    try:
-        yield
-    finally:
-        for name in methods:
-            object.__delattr__(optimizer, name)
+    return replaced(optimizer, {"_apply_weight_decay": apply_weight_decay, "update_step": update_step})
 
 
 def put(total: Any, gradient: Any, *, in_place: bool) -> None:

@@ -50,9 +50,11 @@ class TensorFlowTraining:
         self.replicas = Replicas(model.distribute_strategy)
         self.has_mask = False
         self._traced: set[Any] = set()
+        self._weights: list[Any] = []
         self._accumulators: list[Any] = []
         self._normalizations: list[Any] = []
-        self._has_gradient: list[bool] = []
+        # Which weights a batch gives gradients, by which of its leaves are None: found where a step is traced.
+        self._has_gradient: dict[tuple[bool, ...], tuple[bool, ...]] = {}
         self._notes = statistics.Notes()
         self._only = self._compiled(self._only_step, around=self._whole_window)
         self._first = self._compiled(self._first_step, around=self._recording)
@@ -96,13 +98,14 @@ class TensorFlowTraining:
         first = [part.take() for part in window[0]]
         known_samples.note(self.model, first[0])
         building.build(self.model, first[0])
+        self._choose_weights()
         parts = self._parts(window, is_sized)
         join = self.replicas.join
         if len(window) == 1 and self.replicas.number == 1:
             return self._only(first[0], *parts[0])
         if not self._accumulators:
             with self.replicas.scope():
-                self._accumulators = [sums.accumulator(variable) for variable in self.model.trainable_weights]
+                self._accumulators = [sums.accumulator(variable) for variable in self._weights]
         scales = self._factors(window, first, parts)
         if len(window) == 1:  # replicas may hold unequal parts of it
             share, _, weight = parts[0]
@@ -112,6 +115,7 @@ class TensorFlowTraining:
         # Sums of several replicas are not together before the update.
         samples = [step[0].samples for step in window] if self.replicas.number == 1 else [1]
         listener = noise_scale.listening(self.model, samples)
+        has_gradient = [False] * len(self._weights)
         for index, (share, _, weight) in enumerate(parts):
             step = window.pop(0)
             if index == 0:
@@ -119,10 +123,17 @@ class TensorFlowTraining:
             else:
                 batch = join([part.take() for part in step])
                 logs, moments = self._next(batch, share, scales[index], weight, moments)
+            has_gradient = [a or b for a, b in zip(has_gradient, self._has_gradient[_absent(batch)], strict=True)]
             batch = None  # gone before the next one is taken
             listener(index, self._squared_norm)
-        self._update(moments)
+        self._update(moments, tuple(has_gradient))
         return logs
+
+    def _choose_weights(self) -> None:
+        """Those that were trainable at the first window: what is compiled knows no others, as in Keras."""
+        weights = list(self.model.trainable_weights)
+        if not self._weights or (self.model.run_eagerly and list(map(id, weights)) != list(map(id, self._weights))):
+            self._weights, self._accumulators = weights, []
 
     def _parts(self, window: Window, is_sized: bool) -> list[Any]:
         """Share, factors of 1 and the weight in logged losses, for each micro-step."""
@@ -228,37 +239,36 @@ class TensorFlowTraining:
 
     def _first_step(self, batch: Any, share: Any, scales: Any, metric_weight: Any) -> Any:
         gradients, logs = self._gradients(batch, share, scales, metric_weight)
-        self._has_gradient = [gradient is not None for gradient in gradients]
         in_place = self.replicas.number == 1 and not self.model.jit_compile  # XLA lays out memory by itself
         for accumulator, gradient in zip(self._accumulators, gradients, strict=True):
             if gradient is not None:
                 sums.put(accumulator, gradient, in_place=in_place)
+            else:  # a later micro-batch of the window may have one
+                accumulator.assign(tf.zeros_like(accumulator))
         return logs, self._noted()
 
     def _next_step(self, batch: Any, share: Any, scales: Any, metric_weight: Any, so_far: Any) -> Any:
         gradients, logs = self._gradients(batch, share, scales, metric_weight)
-        weights = self.model.trainable_weights
-        for weight, accumulator, gradient in zip(weights, self._accumulators, gradients, strict=True):
+        for weight, accumulator, gradient in zip(self._weights, self._accumulators, gradients, strict=True):
             if gradient is not None:
                 sums.add(weight, accumulator, gradient)
         return logs, statistics.combined(so_far, self._noted())
 
     def _squared_norm_step(self) -> Any:
         """Of what has been summed up so far. `l2_loss` makes no squares of its own to sum."""
-        pairs = zip(self.model.trainable_weights, self._accumulators, strict=True)
+        pairs = zip(self._weights, self._accumulators, strict=True)
         totals = [total for weight, total in pairs if not getattr(weight, "overwrite_with_gradient", False)]
         return tf.add_n([2 * tf.nn.l2_loss(total) for total in totals])
 
-    def _update_step(self, moments: Any) -> None:
+    def _update_step(self, moments: Any, has_gradient: tuple[bool, ...]) -> None:
         totals = [
-            accumulator.value() if has_gradient else None
-            for accumulator, has_gradient in zip(self._accumulators, self._has_gradient, strict=True)
+            accumulator.value() if is_there else None
+            for accumulator, is_there in zip(self._accumulators, has_gradient, strict=True)
         ]
-        weights = self.model.trainable_weights
         totals = self.replicas.summed(totals)
         gradients = [
             None if total is None else tf.cast(total, weight.dtype)
-            for weight, total in zip(weights, totals, strict=True)
+            for weight, total in zip(self._weights, totals, strict=True)
         ]
         self._apply(gradients)
         self._move(moments)
@@ -287,10 +297,11 @@ class TensorFlowTraining:
                 loss = model._compute_loss(x=x, y=y, y_pred=y_pred, sample_weight=sample_weight, training=True)
             losses.check_scalar(loss)
             model._loss_tracker.update_state(
-                unscale_loss_for_distribution(loss), sample_weight=tf.shape(tree.flatten(batch)[0])[0]
+                unscale_loss_for_distribution(loss), sample_weight=tf.shape(_first_tensor(batch))[0]
             )
             loss = model.optimizer.scale_loss(loss * tf.cast(share, loss.dtype))
-        gradients = tape.gradient(loss, model.trainable_weights) if model.trainable_weights else []
+        gradients = tape.gradient(loss, self._weights) if self._weights else []
+        self._has_gradient[_absent(batch)] = tuple(gradient is not None for gradient in gradients)
         return gradients, model.compute_metrics(x, y, y_pred, sample_weight=sample_weight)
 
     def _see_mask(self) -> None:
@@ -300,4 +311,12 @@ class TensorFlowTraining:
         if not gradients:
             warnings.warn("The model does not have any trainable weights.", stacklevel=2)
             return
-        self.model.optimizer.apply_gradients(zip(gradients, self.model.trainable_weights, strict=True))
+        self.model.optimizer.apply_gradients(zip(gradients, self._weights, strict=True))
+
+
+def _absent(batch: Any) -> tuple[bool, ...]:
+    return tuple(leaf is None for leaf in tree.flatten(batch))
+
+
+def _first_tensor(batch: Any) -> Any:
+    return next(leaf for leaf in tree.flatten(batch) if leaf is not None)

@@ -17,8 +17,9 @@ def has_static_batch(iterator: Any) -> bool:
     spec = getattr(iterator, "element_spec", None)
     if spec is None:
         return True
-    shape = getattr(tree.flatten(spec)[0], "shape", None)
-    return shape is not None and shape[:1].is_fully_defined()
+    # An input that is None has a specification without a shape.
+    shapes = [leaf.shape for leaf in tree.flatten(spec) if getattr(leaf, "shape", None) is not None]
+    return bool(shapes) and shapes[0][:1].is_fully_defined()
 
 
 def as_tensor(leaf: Any) -> Any:

@@ -71,17 +71,40 @@ def training_arguments(
     """Arguments of `model.fit` that train with these arrays, at the least memory.
 
     An accumulating model takes the rows of each micro-batch from the arrays themselves; any other, and arrays that
-    are no NumPy arrays of numbers, get whole batches of a `batch_source`.
+    are no NumPy arrays of numbers, get whole batches of a `batch_source`. A class with a `fit` of its own is given the
+    arrays, as its user would.
     """
     from accumtune.accumulation import accumulation_of
+    from accumtune.accumulation.feeding import has_stock_fit, prepares_its_data
     from accumtune.accumulation.rows import rows_of
 
     _check(x, y, sample_weight, batch_size)
-    if accumulation_of(model) is None or rows_of(x, y, sample_weight, class_weight) is None:
+    if prepares_its_data(model):
+        given = {"x": x, "y": y, "sample_weight": sample_weight, "class_weight": class_weight}
+        return {name: value for name, value in given.items() if value is not None} | {"batch_size": batch_size}
+    if accumulation_of(model) is None or not has_stock_fit(model) or rows_of(x, y, sample_weight, class_weight) is None:
         source = batch_source(x, y, sample_weight, batch_size=batch_size, shuffle=shuffle, class_weight=class_weight)
         return {"x": source, "shuffle": False}  # it is shuffled, and weighted, already
     arrays = {"x": x, "y": y, "sample_weight": sample_weight}
     return {**arrays, "batch_size": batch_size, "shuffle": shuffle, "class_weight": class_weight}
+
+
+def validation_source(model: Any, x: Any, y: Any = None, sample_weight: Any = None, *, batch_size: int) -> Any:
+    """What to give `fit` as `validation_data`: a `batch_source`, or the arrays, where a class prepares its data."""
+    from accumtune.accumulation.feeding import prepares_its_data
+
+    if not prepares_its_data(model):
+        return batch_source(x, y, sample_weight, batch_size=batch_size)
+    return (x, y) if sample_weight is None else (x, y, sample_weight)
+
+
+def takes_batch_source(model: Any) -> bool:
+    """Whether `fit` of the model takes a `batch_source`: a `fit` of its own may know nothing of Keras's adapters."""
+    import keras
+
+    from accumtune.accumulation.feeding import prepares_its_data
+
+    return keras.backend.backend() == "tensorflow" or not prepares_its_data(model)
 
 
 def _check(x: Any, y: Any, sample_weight: Any, batch_size: int) -> None:

@@ -11,7 +11,7 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 from accumtune.memory.device import Device, Recorder, is_out_of_memory
-from accumtune.memory.feeding import batch_source, training_arguments
+from accumtune.memory.feeding import batch_source, takes_batch_source, training_arguments, validation_source
 from accumtune.memory.measurement import Measurement
 from accumtune.memory.trace import Trace
 from accumtune.memory.watching import watched
@@ -132,13 +132,19 @@ def _train(
     window_size = micro_batch_size * steps
     window = batches(window_size)
     clock = _update_clock(updates, mark)
+    is_pipeline = is_pipeline and takes_batch_source(model)
     data = (
         {"x": batch_source(*window, batch_size=window_size), "shuffle": False}
         if is_pipeline
         else training_arguments(model, *window, batch_size=window_size)
     )
     # Trials validate at the micro-batch, while the training data stays open.
-    validation = batch_source(*batches(micro_batch_size), batch_size=micro_batch_size)
+    held_out = batches(micro_batch_size)
+    validation = (
+        batch_source(*held_out, batch_size=micro_batch_size)
+        if is_pipeline
+        else validation_source(model, *held_out, batch_size=micro_batch_size)
+    )
     with watch:
         model.fit(
             **data,

@@ -7,15 +7,15 @@ returns one of these or a `tf.data.Dataset`.
 from __future__ import annotations
 
 import functools
-import inspect
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
+from accumtune.accumulation.feeding import named_arguments, prepares_its_data
 from accumtune.errors import DataError
-from accumtune.memory.feeding import batch_source, training_arguments
+from accumtune.memory.feeding import training_arguments, validation_source
 from accumtune.memory.leaves import as_rows, first_rows, joined, part
 from accumtune.trials.payload import is_data_function
 from accumtune.trials.pipeline_process import called
@@ -97,12 +97,10 @@ def feed_by_batches(model: Any, effective_batch_size: int, micro_batch_size: int
     are cut anew. The user's own `HyperModel.fit` calls `model.fit` as ever.
     """
     keras_fit = model.fit
-    signature = inspect.signature(type(model).fit)
 
     @functools.wraps(keras_fit)
     def fit(*args: Any, **kwargs: Any) -> Any:
-        given = signature.bind(model, *args, **kwargs).arguments
-        given.pop(next(iter(signature.parameters)))  # self
+        given = named_arguments(model, args, kwargs)
         if given.get("batch_size") not in (None, effective_batch_size):
             warnings.warn(
                 f"fit() was called with batch_size={given['batch_size']}, but this trial is about an effective batch "
@@ -112,7 +110,13 @@ def feed_by_batches(model: Any, effective_batch_size: int, micro_batch_size: int
         given = _with_validation_split(given)
         given = _with_training_batches(model, given, effective_batch_size)
         given = _with_validation_batches(model, given, micro_batch_size)
-        return keras_fit(**given)
+        try:
+            return keras_fit(**given)
+        except Exception as error:
+            refusal = getattr(given["x"], "refusal", None)
+            if refusal is None:
+                raise
+            raise refusal from error
 
     model.fit = fit
 
@@ -138,6 +142,10 @@ def _with_validation_split(given: dict[str, Any]) -> dict[str, Any]:
 def _with_training_batches(model: Any, given: dict[str, Any], batch_size: int) -> dict[str, Any]:
     given.pop("batch_size", None)
     x, y, sample_weight = resolve(given.pop("x", None), given.pop("y", None), given.pop("sample_weight", None))
+    if prepares_its_data(model):
+        if is_pipeline(x):
+            return {**given, "x": _rebatched(model, x, batch_size)}
+        return {**given, **training_arguments(model, x, y, sample_weight, batch_size=batch_size)}
     shuffle, class_weight = given.pop("shuffle", True), given.pop("class_weight", None)
     if is_pipeline(x):
         return {**given, "x": _rebatched(model, x, batch_size), "class_weight": class_weight, "shuffle": shuffle}
@@ -158,7 +166,7 @@ def _with_validation_batches(model: Any, given: dict[str, Any], batch_size: int)
     if is_pipeline(x):
         return {**given, "validation_data": _rebatched(model, x, batch_size)}
     _number_of_rows(x)
-    return {**given, "validation_data": batch_source(x, y, sample_weight, batch_size=batch_size)}
+    return {**given, "validation_data": validation_source(model, x, y, sample_weight, batch_size=batch_size)}
 
 
 def _rebatched(model: Any, pipeline: Any, batch_size: int) -> Any:
@@ -175,6 +183,8 @@ def has_batches(model: Any, dataset: Any) -> bool:
     spec = dataset.element_spec
     if any(len(shape) == 0 for leaf in _leaves(spec) if (shape := _shape(leaf)) is not None):
         return False  # a number is no batch
+    if prepares_its_data(model):
+        return True  # what its fit makes of them is what the model takes
     pairs = _with_inputs(model, spec[0] if isinstance(spec, tuple) else spec)
     return not pairs or not all(_may_be_sample(_shape(leaf), tuple(tensor.shape)) for leaf, tensor in pairs)
 

@@ -6,6 +6,7 @@ import math
 from typing import Any
 
 import keras
+import numpy as np
 
 from accumtune.errors import DataError
 from accumtune.memory.leaves import as_rows, joined, part
@@ -87,24 +88,30 @@ def _number_of_samples(batches: Any) -> int | None:
 
 
 class RebatchedDataset(keras.utils.PyDataset):
-    """Batches of another size from a `PyDataset` whose batches all have one size (the last may be smaller).
+    """Batches of another size from a `PyDataset`.
+
+    Its batches all have one size (the last may be smaller), or it has an attribute `batch_sizes`, one number for each.
 
     Args:
         dataset: the user's data set.
         batch_size: samples per batch from now on.
+
+    Attributes:
+        refusal: the error that a batch of another size led to: who reads batches for a training may hide it.
     """
 
     def __init__(self, dataset: Any, batch_size: int) -> None:
         super().__init__()
-        if dataset.num_batches is None:
+        if not dataset.num_batches:
             raise DataError(
                 "Received a PyDataset without a length.", "a PyDataset that has `__len__`.", "add `__len__` to it."
             )
         self._dataset = dataset
         self._batch_size = batch_size
-        self._inner_batch_size = _rows(dataset[0])
-        last = dataset.num_batches - 1
-        self._samples: int = last * self._inner_batch_size + _rows(dataset[last])
+        self._sizes = _sizes(dataset)
+        self._starts = np.concatenate([[0], np.cumsum(self._sizes)])
+        self._samples = int(self._starts[-1])
+        self.refusal: DataError | None = None
 
     def __len__(self) -> int:
         return math.ceil(self._samples / self._batch_size)
@@ -112,17 +119,52 @@ class RebatchedDataset(keras.utils.PyDataset):
     def __getitem__(self, index: int) -> Any:
         start = index * self._batch_size
         end = min(start + self._batch_size, self._samples)
-        first, last = start // self._inner_batch_size, (end - 1) // self._inner_batch_size
-        batches = [self._dataset[inner] for inner in range(first, last + 1)]
-        offset = start - first * self._inner_batch_size
+        first = int(np.searchsorted(self._starts, start, side="right")) - 1
+        last = int(np.searchsorted(self._starts, end, side="left")) - 1
+        batches = [self._batch(inner) for inner in range(first, last + 1)]
+        offset = start - int(self._starts[first])
         rows = slice(offset, offset + end - start)
         return keras.tree.map_structure(lambda *parts: part(joined([as_rows(leaf) for leaf in parts]), rows), *batches)
+
+    def _batch(self, index: int) -> Any:
+        batch = self._dataset[index]
+        if _rows(batch) != self._sizes[index]:
+            self.refusal = _unequal(_rows(batch), index, self._sizes[index])
+            raise self.refusal
+        return batch
 
     def on_epoch_begin(self) -> None:
         self._dataset.on_epoch_begin()
 
     def on_epoch_end(self) -> None:
         self._dataset.on_epoch_end()
+
+
+def _sizes(dataset: Any) -> list[int]:
+    """The samples of each batch, without reading more than two."""
+    number = int(dataset.num_batches)
+    told = getattr(dataset, "batch_sizes", None)
+    if told is not None:
+        sizes = [int(size) for size in told]
+        if len(sizes) != number or sum(sizes) < 1:
+            raise DataError(
+                f"Received a PyDataset of {number} batches with {len(sizes)} batch_sizes of {sum(sizes)} samples.",
+                "one number of samples for each batch.",
+                "set batch_sizes to a list of them, as long as the data set.",
+            )
+        return sizes
+    first, last = _rows(dataset[0]), _rows(dataset[number - 1])
+    if not 0 < last <= first:
+        raise _unequal(last, number - 1, first)
+    return [first] * (number - 1) + [last]
+
+
+def _unequal(rows: int, index: int, expected: int) -> DataError:
+    return DataError(
+        f"Received a PyDataset whose batch {index} has {rows} samples, where {expected} were expected.",
+        "batches of one size (the last may be smaller): a search cuts them anew, and must know where each sample is.",
+        "give the data set an attribute `batch_sizes`: a list of the number of samples of each batch.",
+    )
 
 
 def _rows(batch: Any) -> int:

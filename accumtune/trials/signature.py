@@ -41,8 +41,10 @@ def describe_model(
     import keras
 
     from accumtune.accumulation import batch_coupled_layers
+    from accumtune.accumulation.feeding import prepares_its_data
     from accumtune.accumulation.rows import rows_of
 
+    takes_rows = not (is_pipeline or prepares_its_data(model)) and rows_of(*sample) is not None
     facts = {
         "architecture": _architecture(model, hyperparameters),
         # What no configuration shows: rematerialization, which kernel an LSTM uses, the code of the user's own layers.
@@ -65,7 +67,7 @@ def describe_model(
     return {
         "signature": hashlib.sha256(text.encode()).hexdigest()[:32],
         "device": device,
-        "sample_bytes": _sample_bytes(sample) if is_pipeline or rows_of(*sample) is None else 0,
+        "sample_bytes": 0 if takes_rows else _sample_bytes(sample),
         "static_bytes": sum(int(np.prod(v.shape)) * _bytes_per_element(v.dtype) for v in model.trainable_variables),
         "batch_coupled_layers": [str(layer) for layer in batch_coupled_layers(model)],
         "precision_policy": facts["policy"],

@@ -12,7 +12,7 @@ from accumtune.accumulation.rows import ALIGNMENT, row_numbers, rows_of
 @pytest.mark.skipif(BACKEND != "torch", reason="the others' adapters give what the host can read")
 def test_row_numbers_are_read_by_the_host_whatever_the_device():
     with keras.device("meta"):  # as a GPU's, its tensors cannot be read as NumPy arrays
-        adapter = rows_of(**regression()).adapter(EFFECTIVE, None, False)
+        adapter = rows_of(**regression()).adapter(EFFECTIVE, False)
         found = [row_numbers(batch) for batch in adapter.get_torch_dataloader()]
         assert np.array_equal(np.concatenate(found), np.arange(SAMPLES)) and len(found) == 3
         # The negative control: numbers as Keras would put them on the device.

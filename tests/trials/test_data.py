@@ -6,6 +6,7 @@ import keras
 import numpy as np
 import pytest
 
+from accumtune.accumulation import accumulate
 from accumtune.errors import DataError
 from accumtune.trials.data import feed_by_batches, first_samples, has_batches, resolve
 from accumtune.trials.rebatch import RebatchedDataset
@@ -62,6 +63,45 @@ def test_a_py_dataset_is_cut_anew_in_order(inner, size):
     assert np.array_equal(np.concatenate([y for _, y in batches]), Y)
 
 
+class PerFile(keras.utils.PyDataset):
+    def __init__(self, sizes, batch_sizes=None):
+        super().__init__()
+        self.sizes = sizes
+        if batch_sizes is not None:
+            self.batch_sizes = batch_sizes
+
+    def __len__(self):
+        return len(self.sizes)
+
+    def __getitem__(self, index):
+        start = sum(self.sizes[:index])
+        return X[start : start + self.sizes[index]], Y[start : start + self.sizes[index]]
+
+
+@pytest.mark.parametrize("sizes", [(6, 1, 7, 0, 6), (1, 19), (20,)])
+def test_a_py_dataset_that_tells_its_sizes_is_cut_anew_whatever_they_are(sizes):
+    dataset = RebatchedDataset(PerFile(sizes, batch_sizes=sizes), 4)
+    assert len(dataset) == 5
+    assert np.array_equal(np.concatenate([dataset[index][1] for index in range(5)]), Y)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "told", "found"),
+    [
+        ((6, 6, 2, 6), None, "batch 2 has 2 samples, where 6"),
+        ((5, 5, 10), None, "batch 2 has 10 samples"),
+        ((0, 10, 10), None, "batch 2 has 10 samples, where 0"),
+        ((10, 10), (20,), "2 batches with 1 batch_sizes"),
+        ((10, 10), (11, 9), "batch 0 has 10 samples, where 11"),
+    ],
+)
+def test_batches_of_other_sizes_than_expected_are_refused_where_a_model_is_trained(sizes, told, found):
+    model = model_for(X)
+    feed_by_batches(model, effective_batch_size=4, micro_batch_size=2)
+    with pytest.raises(DataError, match=f"{found}.*\n.*\nFix: .*batch_sizes"):
+        model.fit(PerFile(sizes, told), shuffle=False, verbose=0)
+
+
 class Spy(keras.callbacks.Callback):
     def __init__(self):
         super().__init__()
@@ -103,6 +143,38 @@ def test_a_batch_size_of_the_user_gives_way_with_a_warning():
     with pytest.warns(UserWarning, match="batch_size=4"):
         model.fit(X, Y, batch_size=4, verbose=0, callbacks=[spy])
     assert spy.updates == 2
+
+
+class Doubling(keras.Sequential):
+    """Prepares its data, and knows arrays and a `PyDataset` only."""
+
+    def fit(self, x=None, y=None, batch_size=None, validation_data=None, **kwargs):
+        assert batch_size is None or isinstance(x, np.ndarray)
+        held_out = validation_data if validation_data is None else (validation_data[0] * 2, validation_data[1])
+        if batch_size is None:
+            x = [x[index] for index in range(len(x))]
+            x, y = (np.concatenate(parts) for parts in zip(*x, strict=True))
+        return super().fit(x * 2, y, batch_size=batch_size or 8, validation_data=held_out, **kwargs)
+
+
+@pytest.mark.parametrize("data", [{"x": X, "y": Y}, {"x": PerFile((5, 5, 5, 5))}], ids=["arrays", "PyDataset"])
+def test_a_fit_of_the_models_own_is_given_what_its_user_would_give_it(data):
+    """... in effective batches; and validates, accumulating, at the micro-batch."""
+
+    def doubling():
+        model = Doubling([keras.Input((2,)), keras.layers.Dense(1)])
+        model.compile("sgd", "mse")
+        model.set_weights([np.full((2, 1), 0.1, "float32"), np.zeros(1, "float32")])
+        return model
+
+    model, spy = doubling(), Spy()
+    feed_by_batches(accumulate(model, 2), effective_batch_size=8, micro_batch_size=2)
+    options = {"validation_data": (X[:10], Y[:10]), "shuffle": False, "verbose": 0}
+    history = model.fit(**data, **options, callbacks=[spy])
+    plain = doubling().fit(X, Y, batch_size=8, **options)
+    assert spy.updates == 3
+    for name in ("loss", "val_loss"):
+        assert history.history[name] == pytest.approx(plain.history[name], rel=1e-5)
 
 
 @pytest.mark.parametrize("x", ["text", X[:0], [X, Y[:3]]])
