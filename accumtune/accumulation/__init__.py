@@ -52,6 +52,8 @@ def accumulate(
     holds: the effective batch is micro_batch_size * accumulation_steps * devices, and BatchNormalization's moving
     statistics are those of all devices together. (`synchronized=True` also normalizes over the devices; plain
     Keras without it keeps what one device saw.)
+    A strategy with replicas in other processes (`MultiWorkerMirroredStrategy` over several workers) is refused. A loss
+    that returns one number per batch counts as on one device; plain Keras adds it up over the replicas.
 
     A `fit` of the model's class (as KerasHub's tasks have, to preprocess their data), or one that an autologger has
     wrapped, is called as it is: what it hands on to Keras is accumulated.

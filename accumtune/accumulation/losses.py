@@ -46,7 +46,9 @@ def may_depend_on_data(loss: Any, has_sample_weight: bool) -> bool:
 
 
 @contextlib.contextmanager
-def scaled(model: Any, factors: Any, on_mask: Callable[[], None], metric_weight: Any = None) -> Iterator[None]:
+def scaled(
+    model: Any, factors: Any, on_mask: Callable[[], None], metric_weight: Any = None, is_empty: Any = None
+) -> Iterator[None]:
     """While open, compiled losses multiply by their factor: a tensor of shape `(losses,)`.
 
     Args:
@@ -54,6 +56,7 @@ def scaled(model: Any, factors: Any, on_mask: Callable[[], None], metric_weight:
         on_mask: called (while tracing) when predictions carry a mask.
         metric_weight: what a micro-batch counts for in the logged loss of each output (a scalar tensor); None
             leaves that to Keras, which takes the samples where it knows their number.
+        is_empty: whether the micro-batch has no samples (a scalar tensor), where that may be.
     """
 
     def scale(index: int, loss: Any) -> Callable[..., Any]:
@@ -68,6 +71,7 @@ def scaled(model: Any, factors: Any, on_mask: Callable[[], None], metric_weight:
                 _refuse_weighted_number(loss, sample_weight, mask_of(y_pred))
                 if mask_of(y_pred) is not None:  # it would take away the mean of a micro-batch without valid entries
                     value = ops.convert_to_tensor(values[0], dtype=loss.dtype)
+            value = without_nothing(value, is_empty)
             return value * ops.cast(factors[index], value.dtype)
 
         return call
@@ -153,6 +157,14 @@ class _Weighted:
 
     def update_state(self, value: Any, sample_weight: Any = None) -> None:
         self.metric.update_state(value, sample_weight=self.weight)
+
+
+def without_nothing(loss: Any, is_empty: Any) -> Any:
+    """The loss, and 0 where there are no samples: a mean over none is NaN, and in Keras perhaps not one number."""
+    if is_empty is None:
+        return loss
+    loss = ops.sum(loss) if tuple(loss.shape) == (0,) else loss
+    return ops.where(is_empty, ops.zeros_like(loss), loss)
 
 
 def check_scalar(loss: Any) -> None:

@@ -8,6 +8,9 @@ from typing import Any
 
 import tensorflow as tf
 from keras import tree
+from keras.src.losses import loss as loss_module
+
+from accumtune.errors import ModelError
 
 from accumtune.accumulation.replaced import replaced
 
@@ -17,11 +20,21 @@ class Replicas:
 
     Args:
         strategy: the `tf.distribute.Strategy` that the model was built under.
+
+    Raises:
+        ModelError: some of its replicas are in other processes, whose samples are not known here.
     """
 
     def __init__(self, strategy: Any) -> None:
         self.strategy = strategy
         self.number = int(strategy.num_replicas_in_sync)
+        here = len(strategy.extended.worker_devices) if self.number > 1 else 1
+        if here != self.number:
+            raise ModelError(
+                f"Received a model under {type(strategy).__name__} with {self.number} replicas, {here} of them here.",
+                "a strategy whose replicas are all in this process.",
+                "use tf.distribute.MirroredStrategy on one machine, or train without accumulate.",
+            )
         self.scope = strategy.scope if tf.distribute.has_strategy() or self.number > 1 else contextlib.nullcontext
 
     def run(self, function: Callable[..., Any], around: Callable[[], Any]) -> Callable[..., Any]:
@@ -31,10 +44,26 @@ class Replicas:
         """
 
         def on_each(*args: Any) -> Any:
-            with around():
+            with around(), self._unscaled():
                 return self.strategy.run(function, args=args)
 
         return on_each
+
+    @contextlib.contextmanager
+    def _unscaled(self) -> Iterator[None]:
+        """Keras divides some losses by the number of replicas, but none that is one number per batch.
+
+        A replica's micro-batch counts for its share of the window instead, as every other one.
+        """
+        names = ("scale_loss_for_distribution", "unscale_loss_for_distribution") if self.number > 1 else ()
+        own = {name: getattr(loss_module, name) for name in names}
+        for name in names:
+            setattr(loss_module, name, lambda value: value)
+        try:
+            yield
+        finally:
+            for name, function in own.items():
+                setattr(loss_module, name, function)
 
     def parts(self, value: Any) -> list[Any]:
         """A structure of per-replica values as one structure per replica."""

@@ -110,6 +110,13 @@ def add(weight: Any, total: Any, gradient: Any) -> None:
         total.assign(tf.cast(gradient, total.dtype))
     elif isinstance(gradient, tf.IndexedSlices):
         values = tf.cast(gradient.values, total.dtype)
-        total.scatter_add(tf.IndexedSlices(values, gradient.indices, gradient.dense_shape))
+        _of_this_replica(total).scatter_add(tf.IndexedSlices(values, gradient.indices, gradient.dense_shape))
     else:
         total.assign_add(tf.cast(gradient, total.dtype))
+
+
+def _of_this_replica(total: Any) -> Any:
+    """A sum of several replicas is one variable for each of them, and together these do not take slices."""
+    context = tf.distribute.get_replica_context()
+    copies = context.strategy.experimental_local_results(total)
+    return copies[int(tf.get_static_value(context.replica_id_in_sync_group))] if len(copies) > 1 else total

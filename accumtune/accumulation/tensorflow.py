@@ -16,7 +16,6 @@ from typing import Any
 
 import tensorflow as tf
 from keras import tree
-from keras.src.losses.loss import unscale_loss_for_distribution
 
 from accumtune.accumulation import (
     building,
@@ -143,8 +142,7 @@ class TensorFlowTraining:
         parts = []
         for step in window:
             samples = [part.samples for part in step]
-            # Keras divides a mean by the number of replicas, whatever they hold; this multiplies by it again.
-            share = [tensors.scalar(number * size / total if total else 0.0) for size in samples]
+            share = [tensors.scalar(size / total if total else 0.0) for size in samples]
             weight = [tensors.scalar(size if is_sized else number * size / total) for size in samples]
             parts.append((join(share), ones, join(weight)))
         return parts
@@ -164,8 +162,6 @@ class TensorFlowTraining:
             columns = [factors(samples) if losses.is_sum(loss) else [1.0] * len(samples) for loss in compiled]
             rows = [tensors.vector(row) for row in zip(*columns, strict=True)]
         number = self.replicas.number
-        is_sum = tf.constant([losses.is_sum(loss) for loss in compiled])
-        rows = [tf.where(is_sum, row / number, row) for row in rows] if number > 1 else rows
         return [self.replicas.join(rows[start : start + number]) for start in range(0, len(rows), number)]
 
     def _must_count(self, compiled: list[Any], micro_batches: list[Any], first: list[Any], part: Any) -> bool:
@@ -184,6 +180,8 @@ class TensorFlowTraining:
     def _counted(self, compiled: list[Any], window: Window, samples: list[int]) -> list[Any]:
         batches = (self.replicas.join([part.take() for part in step]) for step in window)
         counts = tf.stack([count for batch in batches for count in self.replicas.parts(self._count(batch))])
+        # That of nothing may be NaN.
+        counts = tf.where(tensors.vector(samples)[:, None] > 0, counts, tf.zeros_like(counts))
         relative = tf.math.divide_no_nan(counts, tf.reduce_sum(counts, axis=0))
         is_sum = tf.constant([losses.is_sum(loss) for loss in compiled])
         relative = tf.where(is_sum, tf.ones_like(relative), relative)
@@ -291,14 +289,14 @@ class TensorFlowTraining:
         """One forward and backward pass, as in Keras's train_step; gradients of this micro-batch's part."""
         model = self.model
         x, y, sample_weight = batch
+        is_empty = tf.equal(tf.shape(_first_tensor(batch))[0], 0) if self.replicas.number > 1 else None
         with tf.GradientTape() as tape:
             y_pred = self._predict(x, training=True)
-            with losses.scaled(model, scales, self._see_mask, metric_weight):
+            with losses.scaled(model, scales, self._see_mask, metric_weight, is_empty):
                 loss = model._compute_loss(x=x, y=y, y_pred=y_pred, sample_weight=sample_weight, training=True)
+            loss = losses.without_nothing(loss, is_empty)
             losses.check_scalar(loss)
-            model._loss_tracker.update_state(
-                unscale_loss_for_distribution(loss), sample_weight=tf.shape(_first_tensor(batch))[0]
-            )
+            model._loss_tracker.update_state(loss, sample_weight=tf.shape(_first_tensor(batch))[0])
             loss = model.optimizer.scale_loss(loss * tf.cast(share, loss.dtype))
         gradients = tape.gradient(loss, self._weights) if self._weights else []
         self._has_gradient[_absent(batch)] = tuple(gradient is not None for gradient in gradients)

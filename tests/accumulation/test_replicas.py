@@ -5,10 +5,13 @@ import subprocess
 import sys
 import textwrap
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from equality import BACKEND
 from promises import holds
+
+from accumtune.errors import ModelError
 
 PREPARE = {
     "tensorflow": """
@@ -131,6 +134,78 @@ def test_each_function_is_compiled_once_for_several_devices():
     run(16, [{"micro_batch_size": 2}, {"micro_batch_size": 4}], COMPILED_ONCE)
 
 
+# Each family of layers and losses: 21 samples leave 3 and 2 for the last window, and 1 and 0 for the last of 4.
+
+FAMILIES = """
+    import keras
+    import numpy as np
+    keras.config.set_floatx("float64")
+    from equality import FLOAT64, SAMPLES, assert_same_training, dense, numbers, regression, sequences, train
+    from precision import let_keras_compute_in_float64
+    from test_exactness import MeanActivity, OwnLoss, mean_of_everything
+    from test_losses_and_models import SEQUENCES, VECTORS, functional
+    from test_masks import ExplicitMask, embedding_model
+
+    let_keras_compute_in_float64(dict.__setitem__)
+
+    def of_layers(*layers, shape=(5,), loss="mse", **more):
+        def build():
+            model = keras.Sequential([keras.Input(shape, **more), *(layer() for layer in layers)])
+            model.compile(keras.optimizers.Adam(0.01), loss)
+            return model
+        return build
+
+    def own_loss():
+        model = OwnLoss()
+        model.compile(keras.optimizers.SGD(0.05), "mse", metrics=["mae"])
+        return model
+
+    def every_layer(inputs):
+        x = inputs
+        for kind in (*SEQUENCES.values(), *(VECTORS[name] for name in ("group-normalization", "seeds-and-constants"))):
+            x = kind(x) if len(x.shape) == 3 else kind(keras.layers.RepeatVector(3)(x))
+        return x
+
+    layers = keras.layers
+    ignoring = keras.losses.SparseCategoricalCrossentropy(from_logits=True, ignore_class=0)
+    tokens, y, steps = sequences(), numbers(SAMPLES, 2, seed=1), numbers(SAMPLES, 5, 2)
+    families = {{
+        "a mean over the batch": (dense(mean_of_everything), regression()),
+        "a loss of the model's own": (own_loss, regression()),
+        "a loss of a layer": (lambda: dense(layers=[MeanActivity()])(), regression()),
+        "eagerly": (dense(run_eagerly=True, metrics=["mae"]), regression()),
+        "layers": (functional(every_layer, (5, 4)), {{"x": numbers(SAMPLES, 5, 4), "y": y}}),
+        "mask": (embedding_model(), {{"x": tokens, "y": steps}}),
+        "mask by hand": (of_layers(lambda: layers.Dense(2), ExplicitMask, shape=(5, 2)), {{"x": steps, "y": steps}}),
+        "a loss with its own mask": (
+            of_layers(lambda: layers.Dense(3), shape=(5, 2), loss=ignoring), {{"x": steps, "y": np.minimum(tokens, 2)}}
+        ),
+    }}
+    for name, (build, data) in families.items():
+        one = train(build, data)
+        for how in {hows}:
+            with scope():
+                several = train(build, data, **how)
+            try:
+                assert_same_training(several, one)
+            except AssertionError as error:
+                raise AssertionError(f"{{name}}, {{how}}: {{error}}") from None
+
+    # Plain Adam on TensorFlow squares the slices of a repeated row apart: windows are compared with each other.
+    embedding = of_layers(lambda: layers.Embedding(6, 3), layers.Flatten, lambda: layers.Dense(2), dtype="int32")
+    data = {{"x": tokens, "y": y}}
+    whole = train(embedding, data, micro_batch_size=8)
+    for how in {hows}:
+        with scope():
+            assert_same_training(train(embedding, data, **how), whole)
+"""
+
+
+@pytest.mark.skipif(BACKEND != "tensorflow", reason="DataParallel wants batches that divide by the devices")
+def test_layers_and_losses_of_every_kind_on_two_devices():
+    run(21, [{"accumulation_steps": 2, "batch_size": 4}], FAMILIES)
+
+
 # BatchNormalization
 
 HOWS = [{"micro_batch_size": 2}, {"micro_batch_size": 3}, {"micro_batch_size": 8}]
@@ -207,3 +282,14 @@ def test_gradients_are_reduced_once_per_update():
 @pytest.mark.skipif(BACKEND != "tensorflow", reason="TensorFlow's optimizers sum over replicas by themselves")
 def test_gradients_are_reduced_once_where_an_optimizer_hands_them_on():
     run(16, [], TWO_OPTIMIZERS)
+
+
+@pytest.mark.skipif(BACKEND != "tensorflow", reason="a strategy of TensorFlow")
+def test_replicas_in_other_processes_are_refused():
+    """What they hold of an effective batch is not known here: shares would be those of other samples."""
+    from accumtune.accumulation.replicas import Replicas
+
+    here = SimpleNamespace(worker_devices=("CPU:0", "CPU:1"))
+    assert Replicas(SimpleNamespace(num_replicas_in_sync=2, extended=here, scope=None)).number == 2
+    with pytest.raises(ModelError, match="4 replicas, 2 of them here"):
+        Replicas(SimpleNamespace(num_replicas_in_sync=4, extended=here, scope=None))
