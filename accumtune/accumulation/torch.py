@@ -10,6 +10,7 @@ import torch
 from keras import tree
 
 from accumtune.accumulation import feeding, groups, known_samples, losses, noise_scale, optimizers, statistics
+from accumtune.accumulation.blank_predictions import BlankPredictions
 from accumtune.accumulation.window import Accumulation, factors, shares
 
 
@@ -21,6 +22,7 @@ class TorchTraining:
         self.accumulation = accumulation
         self.has_mask: bool | None = None
         self._normalizations: list[Any] = []
+        self._blank = BlankPredictions()
         self._part = torch.compile(self._backward) if model._should_torch_compile() else self._backward
 
     def __call__(self, data: Any) -> Any:
@@ -43,7 +45,7 @@ class TorchTraining:
             logs = self._only(batch)
         else:
             samples = [part.samples for part in window]
-            parts, scales = shares(samples), self._factors(window, batch, samples)
+            parts, scales = _numbers(shares(samples)), _numbers(self._factors(window, batch, samples))
             sums: list[Any] = [None] * len(model.trainable_weights)
             listener = noise_scale.listening(model, samples)
             for index in range(len(parts)):
@@ -60,7 +62,7 @@ class TorchTraining:
         return logs
 
     def _only(self, batch: Any) -> Any:
-        return self._part(batch, 1.0, None)
+        return self._part(batch, _numbers(1.0), None)
 
     def _factors(
         self, window: list[feeding.MicroBatch], first: tuple[Any, Any, Any], samples: list[int]
@@ -70,8 +72,7 @@ class TorchTraining:
         if not compiled:
             return [[] for _ in window]
         if self.has_mask is None:
-            with torch.no_grad():
-                y_pred = self._predict(first[0], training=False)
+            y_pred = self._look(first[0])
             self.has_mask = any(losses.mask_of(leaf) is not None for leaf in tree.flatten(y_pred))
         has_weight = first[2] is not None
         is_even = feeding.same_shapes(window, self.accumulation, self.model._accumtune_rows)
@@ -88,14 +89,25 @@ class TorchTraining:
 
     def _count(self, batch: Any) -> list[float]:
         x, y, sample_weight = batch
-        with torch.no_grad(), losses.counting(self.model) as counts:
-            self.model._compile_loss(y, self._predict(x, training=False), sample_weight)
-        return [float(count) for count in counts]
+
+        def count(y_pred: Any) -> list[Any]:
+            with torch.no_grad(), losses.counting(self.model) as counts:
+                self.model._compile_loss(y, y_pred, sample_weight)
+            return counts
+
+        counts = None if self.has_mask else self._blank.counts(x, count)
+        return [float(number) for number in count(self._look(x))] if counts is None else counts
+
+    def _look(self, x: Any) -> Any:
+        with torch.no_grad():
+            y_pred = self._predict(x, training=False)
+        self._blank.learn(x, y_pred)
+        return y_pred
 
     def _predict(self, x: Any, training: bool) -> Any:
         return self.model(x, training=training) if self.model._call_has_training_arg else self.model(x)
 
-    def _backward(self, batch: Any, share: float, scales: list[float] | None) -> Any:
+    def _backward(self, batch: Any, share: Any, scales: Any) -> Any:
         """One forward and backward pass, as in Keras's train_step; adds this micro-batch's part to `.grad`."""
         model = self.model
         x, y, sample_weight = batch
@@ -105,7 +117,7 @@ class TorchTraining:
         losses.check_scalar(loss)
         model._loss_tracker.update_state(loss, sample_weight=feeding.samples_of(batch))
         if model.trainable_weights:
-            model.optimizer.scale_loss(loss * share).backward()
+            model.optimizer.scale_loss(loss * share.to(loss.dtype)).backward()
         return model.compute_metrics(x, y, y_pred, sample_weight=sample_weight)
 
     def _see_mask(self) -> None:
@@ -134,6 +146,11 @@ class TorchTraining:
                 warnings.warn("The model does not have any trainable weights.", stacklevel=2)
             statistics.moved(self._normalizations, moments)
         model.zero_grad()  # no accumulated gradient outlives its window
+
+
+def _numbers(values: Any) -> Any:
+    """Numbers of the host as a tensor: for one of Python's, compiled code would be made again and again."""
+    return torch.tensor(values, dtype=torch.float64)
 
 
 def _collected(variables: list[Any], sums: list[Any]) -> list[Any]:

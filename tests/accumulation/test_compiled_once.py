@@ -1,6 +1,7 @@
 """Nothing is traced or compiled again for a ragged window."""
 
 import keras
+import numpy as np
 import pytest
 from equality import BACKEND, EFFECTIVE, dense, regression
 
@@ -47,14 +48,33 @@ def test_each_function_is_traced_once_per_shape(how, batch_size):
         assert traces(model) == {"only": 0, "first": 1, "next": 2, "update": 1}
 
 
-@pytest.mark.skipif(BACKEND != "torch", reason="see the test before")
-def test_torch_compiles_nothing_again_for_the_ragged_window_of_each_epoch(monkeypatch):
-    """With a compiler that only counts: torch's own wants one for C++."""
+def counting_compiler(monkeypatch):
     import torch
     from torch._dynamo.testing import CompileCounter
 
     counter, compiled = CompileCounter(), torch.compile
     monkeypatch.setattr(torch, "compile", lambda function: compiled(function, backend=counter))
+    return counter
+
+
+@pytest.mark.skipif(BACKEND != "torch", reason="see the test before")
+def test_torch_compiles_nothing_again_for_what_a_micro_batch_counts_for(monkeypatch):
+    """Weights that differ from micro-batch to micro-batch, or are all alike: the same code."""
+    counted = []
+    for weights in (np.ones(EFFECTIVE), np.linspace(0.1, 2.0, EFFECTIVE)):
+        counter = counting_compiler(monkeypatch)
+        loss = keras.losses.MeanSquaredError(reduction="mean_with_sample_weight")
+        model = accumulate(dense(loss, jit_compile=True)(), 2)
+        model.fit(**regression(EFFECTIVE, sample_weight=weights), batch_size=EFFECTIVE, epochs=2, verbose=0)
+        counted.append(counter.frame_count)
+        monkeypatch.undo()
+    assert counted[0] == counted[1] > 0
+
+
+@pytest.mark.skipif(BACKEND != "torch", reason="see the test before")
+def test_torch_compiles_nothing_again_for_the_ragged_window_of_each_epoch(monkeypatch):
+    """With a compiler that only counts: torch's own wants one for C++."""
+    counter = counting_compiler(monkeypatch)
     model = accumulate(dense(jit_compile=True)(), 3)
     model.fit(**regression(), batch_size=EFFECTIVE, epochs=1, verbose=0)
     after_one = counter.frame_count

@@ -140,6 +140,53 @@ def test_losses_of_a_user(loss):
     assert batch_coupled_layers(build()) == []
 
 
+class MaskOfPredictions(losses.Loss):
+    """Leaves out what the model is far off; what it divides by depends on the predictions."""
+
+    def call(self, y_true, y_pred):
+        values = ops.mean(ops.square(y_true - y_pred), axis=-1)
+        set_keras_mask(values, values < 1.5)
+        return values
+
+
+class WrittenMask(losses.Loss):
+    """The same, put together in place."""
+
+    def call(self, y_true, y_pred):
+        values = ops.mean(ops.square(y_true - y_pred), axis=-1)
+        mask = ops.convert_to_tensor([True] * len(values))
+        mask[ops.stop_gradient(values) > 1.5] = False
+        set_keras_mask(values, mask)
+        return values
+
+
+class CountsCalls(layers.Layer):
+    calls = 0
+
+    def call(self, inputs):
+        type(self).calls += 1
+        return inputs
+
+
+@pytest.mark.skipif(BACKEND != "torch", reason="elsewhere a compiler leaves out what is not needed")
+@pytest.mark.parametrize(
+    ("loss", "forward_passes"),
+    [(Tokens, 3), (OwnMask, 3), (MaskOfPredictions, 6), (WrittenMask, 6)],
+)
+def test_a_denominator_takes_a_forward_pass_where_it_depends_on_predictions_alone(loss, forward_passes):
+    def build():
+        model = keras.Sequential([keras.Input((4,)), CountsCalls(), layers.Dense(2)])
+        model.compile(keras.optimizers.SGD(0.05), loss())
+        return model
+
+    data = {name: array[:EFFECTIVE] for name, array in regression().items()}
+    plain, ours = train(build, data), train(build, data, micro_batch_size=3)
+    assert_same_training(ours, plain)
+    before = CountsCalls.calls
+    ours.model.fit(**data, batch_size=EFFECTIVE, verbose=0, shuffle=False)
+    assert CountsCalls.calls - before == forward_passes
+
+
 def test_metrics_see_every_sample_once():
     def build():
         model = keras.Sequential([keras.Input((4,)), layers.Dense(1, activation="sigmoid")])
