@@ -10,9 +10,8 @@ import tensorflow as tf
 from keras import tree
 from keras.src.losses import loss as loss_module
 
-from accumtune.errors import ModelError
-
 from accumtune.accumulation.replaced import replaced
+from accumtune.errors import ModelError
 
 
 class Replicas:
