@@ -73,9 +73,8 @@ class ModelBuilder:
         if optimizer is not None and not isinstance(optimizer, str):
             # Every trial needs an optimizer of its own.
             optimizer = keras.optimizers.deserialize(keras.optimizers.serialize(optimizer))
-        model.compile(
-            optimizer=optimizer or model.optimizer, loss=self.loss or model.loss, metrics=self.metrics or None
-        )
+        given = {"optimizer": optimizer, "loss": self.loss, "metrics": self.metrics}
+        model.compile(**{**_compiled_with(model), **{name: value for name, value in given.items() if value}})
 
     def _learning_rate_factor(self, hp: Any) -> float:
         effective = hp.values.get("effective_batch_size")
@@ -84,6 +83,17 @@ class ModelBuilder:
         ratio = float(effective / self.base_effective_batch_size)
         # Goyal et al. 2017 (linear, SGD); Krizhevsky 2014 and Malladi et al. 2022 (square root, adaptive methods).
         return ratio if self.learning_rate_scaling == "linear" else float(ratio**0.5)
+
+
+def _compiled_with(model: Any) -> dict[str, Any]:
+    """The arguments of a model's `compile`; of one that has a `compile` of its own, those that Keras Tuner gives it."""
+    import keras
+
+    known = dict(model._compile_config.config) if model.compiled else {}
+    known = {**known, "optimizer": getattr(model, "optimizer", None), "loss": model.loss}
+    if type(model).compile is keras.Model.compile:
+        return known
+    return {name: known.get(name) for name in ("optimizer", "loss", "metrics")}
 
 
 def scale_learning_rate(optimizer: Any, factor: float) -> None:

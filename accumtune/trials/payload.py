@@ -2,6 +2,10 @@
 
 `cloudpickle` sends what a script or a notebook defines. Arrays are written once, as `.npy` files that every trial of
 the search maps into its memory, so neither the payload nor the trials hold a copy.
+
+A payload has two parts. The header is of plain types, and is read before the framework runs anything: the settings of
+the script's process, and the functions among the data as bytes. The rest may hold tensors, and is read when the device
+is open, so that these are in its account.
 """
 
 from __future__ import annotations
@@ -10,8 +14,10 @@ import functools
 import hashlib
 import inspect
 import io
+import itertools
 import pickle
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -20,9 +26,44 @@ import numpy as np
 
 from accumtune.errors import UnsendableDataError
 from accumtune.trials.directory import atomic_file, clear_disk_errors, is_disk_full, write_atomically
+from accumtune.trials.global_settings import global_settings
+from accumtune.trials.keras_objects import reduce_keras_object, register, registered_by_the_script
+from accumtune.trials.tensors import as_arrays
 
 # Smaller arrays cost less inside the pickle than as a file of their own.
 _SMALLEST_MAPPED_BYTES = 64 * 2**10
+_DATA = ("x", "y", "sample_weight", "validation_data")
+
+
+@dataclass(frozen=True)
+class DataFunction:
+    """A function for data, as bytes until it is called: what it closes over is nowhere else.
+
+    Args:
+        name: which of the arguments of `fit` it is.
+        pickled: the function.
+        arrays_folder: where the arrays lie that it closes over.
+    """
+
+    name: str
+    pickled: bytes
+    arrays_folder: Path
+
+    def __call__(self) -> Any:
+        return _Unpickler(io.BytesIO(self.pickled), self.arrays_folder).load()()
+
+
+@dataclass(frozen=True)
+class Header:
+    """What a payload says before anything of the user's is made again.
+
+    Args:
+        settings: of the process that wrote it (`accumtune.trials.global_settings`).
+        functions: those among the data, by the name of their argument.
+    """
+
+    settings: Mapping[str, Any]
+    functions: Mapping[str, DataFunction]
 
 
 class _Pickler(cloudpickle.Pickler):
@@ -31,18 +72,32 @@ class _Pickler(cloudpickle.Pickler):
         self._arrays_folder = arrays_folder
 
     def persistent_id(self, obj: Any) -> Any:
-        # A subclass of ndarray other than memmap means something to somebody: pickle it as it is.
-        if type(obj) not in (np.ndarray, np.memmap) or obj.nbytes < _SMALLEST_MAPPED_BYTES or obj.dtype.hasobject:
+        if isinstance(obj, DataFunction):
+            return "function", obj.name
+        # A subclass of ndarray other than memmap means something to somebody: pickle it as it is. So are numbers that
+        # NumPy does not know by itself, such as bfloat16: a file would not say what they are.
+        if type(obj) not in (np.ndarray, np.memmap) or obj.nbytes < _SMALLEST_MAPPED_BYTES:
+            return None
+        if obj.dtype.hasobject or obj.dtype.isbuiltin == 2:
             return None
         return _store_array(obj, self._arrays_folder).name
 
+    def reducer_override(self, obj: Any) -> Any:
+        reduced = reduce_keras_object(obj)
+        return super().reducer_override(obj) if reduced is NotImplemented else reduced
+
 
 class _Unpickler(pickle.Unpickler):
-    def __init__(self, file: BinaryIO, arrays_folder: Path) -> None:
+    def __init__(
+        self, file: BinaryIO, arrays_folder: Path, functions: Mapping[str, DataFunction] | None = None
+    ) -> None:
         super().__init__(file)
         self._arrays_folder = arrays_folder
+        self._functions = functions or {}
 
     def persistent_load(self, pid: Any) -> Any:
+        if isinstance(pid, tuple):
+            return self._functions[pid[1]]
         return np.load(self._arrays_folder / pid, mmap_mode="r")
 
 
@@ -59,29 +114,79 @@ def dump_payload(payload: Mapping[str, Any], path: Path) -> None:
     """
     arrays_folder = path.parent / "arrays"
     arrays_folder.mkdir(parents=True, exist_ok=True)
+    arrays_folder = arrays_folder.resolve()
     for name, value in payload.items():
         _refuse_live_pipelines(name, value)
+    data = {name: as_arrays(payload[name]) for name in ("fit_args", "fit_kwargs") if name in payload}
     buffer = io.BytesIO()
     with clear_disk_errors(path.parent):
         try:
-            _Pickler(buffer, arrays_folder.resolve()).dump(dict(payload))
+            content, functions = _without_functions({**payload, **data}, arrays_folder)
+            registered = {
+                name: value for name, value in registered_by_the_script().items() if _can_pickle(value, arrays_folder)
+            }
+            pickle.dump({"settings": global_settings(), "functions": functions}, buffer)
+            _Pickler(buffer, arrays_folder).dump((registered, content))
         except Exception as error:
             if is_disk_full(error):
                 raise
-            raise _unsendable(payload, arrays_folder.resolve(), error) from error
+            raise _unsendable(payload, arrays_folder, error) from error
         write_atomically(path, buffer.getvalue())
 
 
-def load_payload(path: Path) -> dict[str, Any]:
-    """Reads what `dump_payload` wrote; large arrays come as read-only memory maps."""
+def read_header(path: Path) -> Header:
+    """Reads what a payload says first. No operation of a framework runs."""
     with open(path, "rb") as file:
-        # Beside the payload, wherever that lies: it may have come from another machine.
-        return dict(_Unpickler(file, path.parent / "arrays").load())
+        return _read_header(file, path)
+
+
+def load_payload(path: Path) -> dict[str, Any]:
+    """Reads what `dump_payload` wrote; large arrays come as read-only memory maps.
+
+    In a process whose memory is measured or limited, the device comes first (`accumtune.memory.device.open_device`).
+    """
+    with open(path, "rb") as file:
+        header = _read_header(file, path)
+        registered, content = _Unpickler(file, _arrays_folder(path), header.functions).load()
+    register(registered)
+    return dict(content)
+
+
+def _read_header(file: BinaryIO, path: Path) -> Header:
+    header = pickle.load(file)
+    arrays_folder = _arrays_folder(path)
+    functions = {name: DataFunction(name, pickled, arrays_folder) for name, pickled in header["functions"].items()}
+    return Header(header["settings"], functions)
+
+
+def _arrays_folder(path: Path) -> Path:
+    # Beside the payload, wherever that lies: it may have come from another machine.
+    return path.parent / "arrays"
+
+
+def _without_functions(content: Mapping[str, Any], arrays_folder: Path) -> tuple[dict[str, Any], dict[str, bytes]]:
+    """The content with a `DataFunction` for each function among its data, and these functions pickled."""
+    pickled: dict[str, bytes] = {}
+
+    def replaced(name: str, value: Any) -> Any:
+        if name not in _DATA or not is_data_function(value):
+            return value
+        buffer = io.BytesIO()
+        _Pickler(buffer, arrays_folder).dump(value)
+        pickled[name] = buffer.getvalue()
+        return DataFunction(name, pickled[name], arrays_folder)
+
+    if "fit_kwargs" not in content:
+        return dict(content), pickled
+    names = itertools.chain(_DATA[:2], itertools.repeat(""))
+    positional = tuple(replaced(name, value) for name, value in zip(names, content["fit_args"], strict=False))
+    named = {name: replaced(name, value) for name, value in content["fit_kwargs"].items()}
+    return {**content, "fit_args": positional, "fit_kwargs": named}, pickled
 
 
 def is_data_function(value: Any) -> bool:
     """Whether data come as a function to be called in the process of the trial."""
-    return inspect.isroutine(value) or isinstance(value, functools.partial)
+    return inspect.isroutine(value) or isinstance(value, (functools.partial, DataFunction))
 
 
 def _store_array(array: np.ndarray, folder: Path) -> Path:

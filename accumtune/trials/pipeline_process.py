@@ -24,7 +24,6 @@ import numpy as np
 
 from accumtune.errors import DataError
 from accumtune.trials.forkserver import end_process
-from accumtune.trials.payload import is_data_function
 from accumtune.trials.pipeline_server import View, serve
 from accumtune.trials.shared_arrays import SharedArrays
 
@@ -56,15 +55,16 @@ class PipelineProcess:
         theirs.close()
 
     @classmethod
-    def of(cls, content: Mapping[str, Any], payload: Path, seed: int | None) -> PipelineProcess | None:
+    def of(
+        cls, functions: Mapping[str, Callable[[], Any]], payload: Path, seed: int | None
+    ) -> PipelineProcess | None:
         """A process for the functions among the data of `fit`; None where there is none that may make a pipeline.
 
         Args:
-            content: of the payload, `fit_args` and `fit_kwargs` among it.
+            functions: of the payload's header.
             payload, seed: as above.
         """
-        named = {**content["fit_kwargs"], **dict(zip(_NAMES, content["fit_args"][:1], strict=False))}
-        functions = {name: named[name] for name in _NAMES if name in named and is_data_function(named[name])}
+        functions = {name: functions[name] for name in _NAMES if name in functions}
         is_needed = any(not _note_of(payload, name).exists() for name in functions)
         return cls(functions, seed, payload) if is_needed else None
 

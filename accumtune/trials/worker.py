@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from accumtune.trials.directory import TaskDirectory
+from accumtune.trials.global_settings import apply_global_settings, gpus_of_tensorflow
 from accumtune.trials.outcome import StopRequested, Superseded
-from accumtune.trials.payload import load_payload
+from accumtune.trials.payload import load_payload, read_header
 
 # Of sparse and ragged data, a sample takes what these take on average.
 _SAMPLES_OF_UNEQUAL_SIZE = 64
@@ -73,7 +74,7 @@ def discover(directory: TaskDirectory, payload: str, space: dict[str, Any] | Non
     from accumtune.accumulation import batch_coupled_layers
     from accumtune.accumulation.coupling import runs_code_of_the_user
 
-    content = load_payload(Path(payload))
+    content, _, _ = _open(payload)
     hypermodel = content["hypermodel"]
     coupled: dict[str, None] = {}
     wants_data: set[bool] = set()
@@ -119,12 +120,10 @@ def inspect(directory: TaskDirectory, payload: str, hyperparameters: dict[str, A
     """
     import keras
 
-    from accumtune.memory.device import open_device
     from accumtune.memory.leaves import is_dense
     from accumtune.trials.signature import describe_model
 
-    content = load_payload(Path(payload))
-    device = open_device()
+    content, device, _ = _open(payload)
     hp = _hyperparameters(hyperparameters)
     model = content["hypermodel"].build_plain(hp)
     samples, is_pipeline = _samples(model, content)
@@ -146,7 +145,7 @@ def probe(
     """Runs a few real updates at one micro-batch size and measures them."""
     from accumtune.memory import probe as probes
 
-    content, device, _ = _open(payload, memory_budget_bytes)
+    content, device, _ = _open(payload, memory_budget_bytes, has_pipelines=True)
     recorder = device.recorder() if probes.TRACED_STEPS <= set(accumulation_steps) else None
     model = content["hypermodel"].build_plain(_hyperparameters(hyperparameters))
     samples, is_pipeline = _samples(model, content)
@@ -208,7 +207,7 @@ def train(
     from accumtune.trials.fitting import execute
     from accumtune.trials.training_state import CannotContinue
 
-    content, device, pipelines = _open(payload, memory_budget_bytes, seed + execution)
+    content, device, pipelines = _open(payload, memory_budget_bytes, seed + execution, has_pipelines=True)
     content["fit_kwargs"] = {**content["fit_kwargs"], **(fit_overrides or {}), "verbose": 0}
     if execution == 0:
         found = {"device": device.name, "memory_source": device.memory_source}
@@ -240,7 +239,11 @@ def train(
 
 
 def call(directory: TaskDirectory, payload: str) -> dict[str, Any]:
-    """Runs a function of the payload: what tests and tools use to do something in an isolated process."""
+    """Runs a function of the payload: what tests and tools use to do something in an isolated process.
+
+    No device is opened: that is the function's to do.
+    """
+    apply_global_settings(read_header(Path(payload)).settings)
     content = load_payload(Path(payload))
     return {"value": content["function"](*content.get("arguments", ()))}
 
@@ -267,20 +270,30 @@ def _samples(model: Any, content: dict[str, Any]) -> tuple[Callable[[int], Any],
     return first, data.is_pipeline(x)
 
 
-def _open(payload: str, memory_budget_bytes: int | None, seed: int | None = None) -> tuple[dict[str, Any], Any, Any]:
-    """The content of a payload, the device of this process, and the process of the data's pipelines, if any."""
+def _open(
+    payload: str, memory_budget_bytes: int | None = None, seed: int | None = None, *, has_pipelines: bool = False
+) -> tuple[dict[str, Any], Any, Any]:
+    """The content of a payload, the device of this process, and the process of the data's pipelines, if any.
+
+    The user's objects come last: a tensor among them is made when the device is limited, and is in its account.
+    """
     import keras
 
-    content = load_payload(Path(payload))
+    header = read_header(Path(payload))
+    apply_global_settings(header.settings)
     pipelines = None
     if keras.backend.backend() == "tensorflow":
-        from accumtune.trials.pipeline_process import PipelineProcess
+        os.environ.update(gpus_of_tensorflow(header.settings))
+        if has_pipelines:
+            from accumtune.trials.pipeline_process import PipelineProcess
 
-        pipelines = PipelineProcess.of(content, Path(payload), seed)  # a fork: before TensorFlow runs anything
+            # A fork: before TensorFlow runs anything.
+            pipelines = PipelineProcess.of(header.functions, Path(payload), seed)
     device = _open_device(memory_budget_bytes)
     if pipelines is not None and not device.name.startswith("CPU"):  # what pipelines keep is the host's
         pipelines.close()
         pipelines = None
+    content = load_payload(Path(payload))
     return content if pipelines is None else pipelines.moved(content), device, pipelines
 
 

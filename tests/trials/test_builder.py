@@ -57,6 +57,27 @@ def test_keras_tuner_compile_arguments_override():
     assert first.optimizer is not second.optimizer
 
 
+def test_what_a_tuner_does_not_override_stays_as_it_was_compiled():
+    """As in Keras Tuner, of which `optimizer=` alone had taken the metrics away."""
+
+    def compiled(hp):
+        model = build(hp)
+        metrics, weighted = [keras.metrics.MeanAbsoluteError(name="off")], ["mse"]
+        model.compile("sgd", "mse", loss_weights=[2.0], metrics=metrics, weighted_metrics=weighted, jit_compile=False)
+        return model
+
+    x, y = np.ones((4, 3)), np.zeros((4, 2))
+    plain = compiled(None)
+    model = ModelBuilder(compiled, optimizer=keras.optimizers.Adam(0.5)).build_plain(hyperparameters())
+    model.set_weights(plain.get_weights())
+    assert isinstance(model.optimizer, keras.optimizers.Adam)
+    assert model.evaluate(x, y, return_dict=True, verbose=0) == plain.evaluate(x, y, return_dict=True, verbose=0)
+    assert model.jit_compile is False
+    model = ModelBuilder(compiled, metrics=[keras.metrics.MeanSquaredError(name="own")]).build_plain(hyperparameters())
+    assert {"own", "mse"} < set(model.evaluate(x, y, return_dict=True, verbose=0))
+    assert isinstance(model.optimizer, keras.optimizers.SGD)
+
+
 def signature(**options):
     keras.backend.clear_session()  # layers are named anew, as in the process of each trial
     sample = (np.zeros((1, 3)), np.zeros((1, 1)), None)

@@ -154,7 +154,7 @@ def test_its_elements_and_what_is_known_of_them_are_those_of_the_pipeline(execut
         payload = Path("payload.pkl")
         payload.touch()
         content = {"fit_args": (), "fit_kwargs": {"x": function}}
-        process = PipelineProcess.of(content, payload, seed=1)
+        process = PipelineProcess.of({"x": function}, payload, seed=1)
         elsewhere = called(process.moved(content)["fit_kwargs"]["x"])
         here = function() if size is None else rebatched(function(), size)
         there = elsewhere.as_tf_dataset() if size is None else rebatched(elsewhere, size)
