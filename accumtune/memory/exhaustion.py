@@ -14,13 +14,18 @@ _MEMORY_TEXT = re.compile(
     r"|fail(?:ed|ure) to allocate|ran out of (?:device |GPU )?memory|CUDA_ERROR_OUT_OF_MEMORY|_ALLOC_FAILED"
     r"|memory exhausted|exceeds? (?:the )?(?:available )?memory|MemoryError"
     # torch, where no workspace of cuDNN fits (pytorch#108645); a broken cuDNN says the same, whatever the size.
-    r"|unable to find an engine to execute this computation|CUDNN_STATUS_NOT_SUPPORTED",
+    r"|unable to find an engine to execute this computation|CUDNN_STATUS_NOT_SUPPORTED"
+    # XLA, where no algorithm that it tried for a convolution or a product got its memory (jax#8506, thera#10).
+    r"|No reference output found|Failed to determine best cudnn convolution algorithm"
+    # XLA on a TPU; CUDA's own name; torch, whose words for a full GPU ask the driver who holds it (pytorch#112377).
+    r"|Attempting to (?:allocate|reserve) [\d.]+[KMGT]|cudaErrorMemoryAllocation"
+    r"|NVML_SUCCESS == r INTERNAL ASSERT FAILED[^\n]*CUDACachingAllocator",
     re.IGNORECASE,
 )
 # An error type that may speak of memory, and when its text is believed. Errors of the user's own code are not
 # among them: a ValueError that mentions memory is about something else.
 _SPEAKS_OF_MEMORY = {
-    "ResourceExhaustedError", "InternalError", "UnknownError", "AbortedError",  # tf.errors
+    "ResourceExhaustedError", "InternalError", "UnknownError", "AbortedError", "NotFoundError",  # tf.errors
     "XlaRuntimeError", "JaxRuntimeError", "RuntimeError", "AcceleratorError",  # jax, torch
     "OSError",
 }  # fmt: skip

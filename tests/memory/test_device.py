@@ -235,6 +235,9 @@ def test_what_tensorflow_says_when_memory_runs_out():
     assert not is_out_of_memory(resource("Received message larger than max (5 vs. 4)"))
     assert not is_out_of_memory(resource("/tmp/log; Too many open files"))
     assert not is_out_of_memory(tf.errors.InvalidArgumentError(None, None, "Incompatible shapes"))
+    worked = "No algorithm worked! Error messages: RESOURCE_EXHAUSTED: Allocating 9 bytes exceeds the memory limit"
+    assert is_out_of_memory(tf.errors.NotFoundError(None, None, worked))
+    assert not is_out_of_memory(tf.errors.NotFoundError(None, None, "No algorithm worked!"))
 
 
 class XlaRuntimeError(RuntimeError):
@@ -254,6 +257,14 @@ def test_what_others_say_when_memory_runs_out():
     assert is_out_of_memory(RuntimeError("GET was unable to find an engine to execute this computation"))
     assert is_out_of_memory(RuntimeError("cuDNN error: CUDNN_STATUS_NOT_SUPPORTED. This error may appear if ..."))
     assert is_out_of_memory(XlaRuntimeError("RESOURCE_EXHAUSTED: Failed to allocate request for 2.0GiB on device 0"))
+    assert is_out_of_memory(XlaRuntimeError("INTERNAL: No reference output found!"))
+    assert is_out_of_memory(XlaRuntimeError("UNKNOWN: Failed to determine best cudnn convolution algorithm for: %c"))
+    assert is_out_of_memory(XlaRuntimeError("Attempting to reserve 8.00G at the bottom of memory. That was not ..."))
+    assert is_out_of_memory(RuntimeError('NVML_SUCCESS == r INTERNAL ASSERT FAILED at "../CUDACachingAllocator.cpp":8'))
+    # These speak of a broken installation, or of another GPU than the program was made for, as often as of memory.
+    assert not is_out_of_memory(XlaRuntimeError("FAILED_PRECONDITION: DNN library initialization failed."))
+    assert not is_out_of_memory(XlaRuntimeError("INTERNAL: Autotuning failed for HLO: ... No valid config found!"))
+    assert not is_out_of_memory(RuntimeError("CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate`"))
     assert not is_out_of_memory(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
     assert not is_out_of_memory(ValueError("an LSTM has no memory of what was out of memory"))
     assert not is_out_of_memory(KeyboardInterrupt())
