@@ -16,7 +16,7 @@ FRAMEWORKS = ("tensorflow", "jax", "torch", "keras", "keras_tuner", "mlflow", "m
 # The floors of the house, ground first (DESIGN section 3). A module imports from its own floor or one below;
 # trials write the journal, so tracking is below them.
 FLOORS = [
-    {"errors", "memory.budget", "memory.machine", "memory.units"},
+    {"errors", "memory.budget", "memory.gpu_driver", "memory.machine", "memory.units"},
     {"accumulation"},
     {"memory"},
     {"tracking"},

@@ -84,11 +84,14 @@ class Device(ABC):
         budget_bytes: what the process may hold; `None` for no limit.
         has_limits: whether the framework can enforce a budget. Where it cannot (JAX and torch on a CPU), compare
             `peak_memory_bytes` with the budget, and see `accumtune.memory.watching`.
+        compiles_in_its_memory: whether its peak has what a framework takes only while it compiles or chooses
+            algorithms (see `accumtune.memory.compiling`).
     """
 
     backend: str
     memory_source: str
     has_limits = True
+    compiles_in_its_memory = False
 
     def __init__(self, name: str, budget_bytes: int | None = None) -> None:
         self.name = name

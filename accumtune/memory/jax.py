@@ -142,8 +142,9 @@ class JaxCpu(JaxDevice):
 
 
 def open_device(budget_bytes: int | None) -> Device:
-    """The first device of this process."""
+    """The first device of this process: a CPU, a GPU, or another kind that is called by its own name, such as TPU:0."""
     device = jax.local_devices()[0]
     if device.platform == "cpu":
         return JaxCpu("CPU:0", budget_bytes)
-    return JaxGpu(f"GPU:0 {device.device_kind}", budget_bytes)
+    kind = "GPU" if device.platform in ("gpu", "cuda", "rocm") else device.platform.upper()
+    return JaxGpu(f"{kind}:0 {device.device_kind}", budget_bytes)

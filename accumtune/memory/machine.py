@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import os
 import platform
-import shutil
-import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
+from accumtune.memory.gpu_driver import visible_gpus
 from accumtune.memory.units import format_bytes
 
-MIB = 2**20
 # Where a container's limit is written: version 2 of control groups, version 1.
 _CGROUP_FILES = ("memory.max", "memory.current"), ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes")
 
@@ -78,37 +76,10 @@ def budget_hint(backend: str, cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
 
 
 def _gpu() -> DeviceMemory | None:
-    fields = _nvidia_smi("--query-gpu=name,memory.total,memory.free")
-    if not fields or len(fields[0]) != 3:
-        return None
-    name, total, free = fields[0]
-    if not (total.isdigit() and free.isdigit()):  # "[N/A]": the GPU has no memory of its own
-        return None
-    others = tuple(
-        f"{pid} {os.path.basename(process)} {_mib_text(used)}"
-        for pid, process, used in _nvidia_smi("--query-compute-apps=pid,process_name,used_memory")
-        if pid != str(os.getpid())
-    )
-    return DeviceMemory(name, int(total) * MIB, int(free) * MIB, others)
-
-
-def _mib_text(used: str) -> str:
-    return format_bytes(int(used) * MIB) if used.isdigit() else used  # "[N/A]" inside containers
-
-
-def _nvidia_smi(query: str) -> list[list[str]]:
-    """The rows that the driver answers with; nothing where there is no driver or no visible GPU."""
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0].strip()
-    if shutil.which("nvidia-smi") is None or visible in ("", "-1"):
-        return []
-    command = ["nvidia-smi", query, "--format=csv,noheader,nounits", f"--id={visible}"]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=30)
-    except (OSError, subprocess.TimeoutExpired):
-        return []
-    if done.returncode != 0:
-        return []
-    return [[field.strip() for field in line.split(",")] for line in done.stdout.splitlines() if line.strip()]
+    for gpu in visible_gpus()[:1]:
+        if gpu.total_bytes is not None and gpu.free_bytes is not None:
+            return DeviceMemory(gpu.name, gpu.total_bytes, gpu.free_bytes, gpu.others)
+    return None
 
 
 def machine_memory(meminfo: Path = Path("/proc/meminfo"), cgroups: Path = Path("/sys/fs/cgroup")) -> DeviceMemory:

@@ -18,6 +18,8 @@ class Measurement:
         seconds_per_update: wall time of an update after the first; `None` where it was not timed.
         memory_source: who counted the bytes.
         memory_limit_bytes: the limit it ran under; `None` for none.
+        compile_peak_memory_bytes: the most the device held while programs were compiled and algorithms chosen, where
+            that is not in the peak; `None` where nothing is taken for it, or nobody could tell.
     """
 
     micro_batch_size: int
@@ -26,6 +28,7 @@ class Measurement:
     seconds_per_update: float | None
     memory_source: str
     memory_limit_bytes: int | None = None
+    compile_peak_memory_bytes: int | None = None
 
     @property
     def is_feasible(self) -> bool:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
+from accumtune.memory.compiling import PeakWithoutCompiling
 from accumtune.memory.device import Device, Recorder, is_out_of_memory
 from accumtune.memory.feeding import batch_source, takes_batch_source, training_arguments, validation_source
 from accumtune.memory.measurement import Measurement
@@ -65,22 +66,31 @@ def probe(
     """
     from accumtune.accumulation import accumulate
 
-    def measure(steps: int, peak_memory_bytes: int | None, seconds: float | None) -> Measurement:
+    def measure(
+        steps: int, peak_memory_bytes: int | None, seconds: float | None, compile_peak_bytes: int | None = None
+    ) -> Measurement:
         return Measurement(
-            micro_batch_size, steps, peak_memory_bytes, seconds, device.memory_source, device.budget_bytes
+            micro_batch_size,
+            steps,
+            peak_memory_bytes,
+            seconds,
+            device.memory_source,
+            device.budget_bytes,
+            compile_peak_bytes,
         )
 
     model = accumulate(model, micro_batch_size=micro_batch_size)
     measurements: list[Measurement] = []
     for steps in sorted(set(accumulation_steps)):
         device.reset_peak()
+        peak_of_steps = PeakWithoutCompiling(device)
         mark = functools.partial(recorder.phase, steps) if recorder is not None else None
         end = None
         if on_out_of_memory is not None:
             end = functools.partial(on_out_of_memory, [*measurements, measure(steps, None, None)])
         try:
             seconds = _train(
-                model, batches, micro_batch_size, steps, updates, is_pipeline, mark,
+                model, batches, micro_batch_size, steps, updates, is_pipeline, mark, peak_of_steps.callbacks(),
                 contextlib.nullcontext() if end is None else watched(device, end, may_wait=False),
             )  # fmt: skip
         except Exception as error:
@@ -88,13 +98,13 @@ def probe(
                 raise
             measurements.append(measure(steps, None, None))
             break
-        peak = device.peak_memory_bytes()
+        peak = peak_of_steps.peak_bytes()
         if recorder is not None:
             recorder.phase(0)
         if device.budget_bytes is not None and peak > device.budget_bytes:  # a backend without limits
             measurements.append(measure(steps, None, None))
             break
-        measurements.append(measure(steps, peak, seconds))
+        measurements.append(measure(steps, peak, seconds, peak_of_steps.compile_peak_bytes))
         gc.collect()
     return measurements
 
@@ -124,6 +134,7 @@ def _train(
     updates: int,
     is_pipeline: bool,
     mark: Callable[[], None] | None,
+    others: Sequence[Any],
     watch: AbstractContextManager[None],
 ) -> float:
     """One epoch is one update, so that a single window of data serves them all. Returns seconds per update."""
@@ -150,8 +161,8 @@ def _train(
             **data,
             epochs=1 + (max(updates, -(-STEADY_MICRO_STEPS // steps)) if mark is None else updates),
             validation_data=validation,
-            validation_freq=[1],
-            callbacks=[clock],
+            validation_freq=[1, 2] if others else [1],  # the first time it is compiled
+            callbacks=[clock, *others],
             verbose=0,
         )
     timed: list[float] = sorted(clock.seconds[1:])

@@ -32,6 +32,7 @@ with the two designs beside it: one thread MLP 0.96, CNN 0.83, transformer 0.74,
 from __future__ import annotations
 
 import contextlib
+import os
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,14 @@ from tensorflow.python.ops import control_flow_util_v2
 
 from accumtune.accumulation import sequence
 from accumtune.errors import BudgetError
-from accumtune.memory.device import MIB, Device, Recorder, check_limit
+from accumtune.memory.device import (
+    MIB,
+    SMALLEST_TENSORFLOW_LIMIT_BYTES,
+    Device,
+    Recorder,
+    check_limit,
+    memory_limit_environment,
+)
 from accumtune.memory.layout import CONSTANTS, SHELF, constant_chunks, region_bytes, shelf_chunks
 from accumtune.memory.machine import machine_memory
 
@@ -54,6 +62,8 @@ class TensorFlowDevice(Device):
     def __init__(self, name: str, budget_bytes: int | None = None) -> None:
         super().__init__(name, budget_bytes)
         self._key = name.split()[0]
+        # XLA and cuDNN try algorithms out in memory of the GPU; on a CPU nothing is tried.
+        self.compiles_in_its_memory = name.startswith("GPU")
         self._set_aside: list[tf.Tensor] = []
         self._set_aside_bytes = 0
 
@@ -84,8 +94,11 @@ class TensorFlowDevice(Device):
 
 def open_device(budget_bytes: int | None) -> Device:
     """The first GPU, else the CPU with the GPU's allocator."""
-    gpus = tf.config.list_physical_devices("GPU")
+    gpus = tf.config.get_visible_devices("GPU")
     if gpus:
+        # The host is not what is measured: in the GPU's budget a data pipeline has no room.
+        for variable in memory_limit_environment("tensorflow", SMALLEST_TENSORFLOW_LIMIT_BYTES):
+            os.environ.pop(variable, None)
         _limit_gpu(gpus[0], budget_bytes)
         details = tf.config.experimental.get_device_details(gpus[0])
         name = " ".join(["GPU:0", details.get("device_name", "")]).strip()
@@ -168,6 +181,7 @@ def _is_overcommit_refused() -> bool:
 
 def _limit_gpu(gpu: Any, budget_bytes: int | None) -> None:
     try:
+        tf.config.set_visible_devices([gpu], "GPU")  # growth must be the same on all that are visible
         if budget_bytes is None:
             tf.config.experimental.set_memory_growth(gpu, True)
         else:

@@ -10,8 +10,6 @@ import contextlib
 import contextvars
 import os
 import queue
-import shutil
-import subprocess
 import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from accumtune.errors import BudgetError, SearchError
+from accumtune.memory import gpu_driver
 from accumtune.memory.budget import format_bytes
 
 MIB = 2**20
@@ -33,7 +32,7 @@ class Gpu:
     """A GPU as the driver lists it.
 
     Args:
-        index: what `CUDA_VISIBLE_DEVICES` calls it.
+        index: what `CUDA_VISIBLE_DEVICES` calls it; of an instance of a divided GPU (MIG) its UUID.
         name: its type, such as `"NVIDIA H100 80GB HBM3"`.
         memory_bytes: all of its memory; None where nobody could tell.
     """
@@ -220,32 +219,7 @@ def _unknown_devices(devices: object, visible: Sequence[Gpu]) -> SearchError:
 
 def visible_gpus() -> list[Gpu]:
     """The NVIDIA GPUs that this process may use, asked of the driver so that no framework takes a device."""
-    if shutil.which("nvidia-smi") is None:
-        return []
-    query = ["nvidia-smi", "--query-gpu=index,uuid,name,memory.total", "--format=csv,noheader,nounits"]
-    done = subprocess.run(query, capture_output=True, text=True, timeout=30)
-    if done.returncode:
-        return []
-    rows = [[part.strip() for part in line.split(",")] for line in done.stdout.splitlines() if line.count(",") == 3]
-    return _among_visible(rows, os.environ.get("CUDA_VISIBLE_DEVICES"))
-
-
-def _among_visible(rows: Sequence[Sequence[str]], variable: str | None) -> list[Gpu]:
-    """Rows of index, UUID, name and MiB; and what `CUDA_VISIBLE_DEVICES` says of them, where it is set."""
-    by_name: dict[str, Gpu] = {}
-    for index, uuid, name, mebibytes in rows:
-        memory_bytes = int(mebibytes) * MIB if mebibytes.isdigit() else None  # "[N/A]" on unified memory
-        by_name[index] = Gpu(index, name, memory_bytes)
-        by_name[uuid] = Gpu(uuid, name, memory_bytes)
-    if variable is None:
-        return [by_name[index] for index, *_ in rows]
-    found = []
-    for item in filter(None, (part.strip() for part in variable.split(","))):
-        matching = [name for name in by_name if name == item or (item.startswith("GPU-") and name.startswith(item))]
-        if not matching:  # as CUDA has it: what comes after an invalid one is not visible
-            break
-        found.append(by_name[matching[0]])
-    return found
+    return [Gpu(gpu.index, gpu.name, gpu.total_bytes) for gpu in gpu_driver.visible_gpus()]
 
 
 def usable_cores() -> int:

@@ -40,6 +40,7 @@ def execute(
     import keras
     from keras_tuner.src.engine import tuner_utils  # how Keras Tuner reads what fit() returns; it has no public name
 
+    from accumtune.memory.compiling import PeakWithoutCompiling
     from accumtune.memory.watching import watched
     from accumtune.tracking.journal import Journal
     from accumtune.trials.callbacks import (
@@ -66,11 +67,13 @@ def execute(
     callbacks += noise_scale_callbacks(callbacks, hp.values.get("accumulation_steps", 1))
     state.attach(model)
     device.reset_peak()
+    peak_of_training = PeakWithoutCompiling(device)
+    own_callbacks = [writer, save_best, stop, *peak_of_training.callbacks()]
     with watched(device, functools.partial(_end_out_of_memory, directory, device.budget_bytes)):
         history = hypermodel.fit(
-            hp, model, *content["fit_args"], **arguments, callbacks=[*callbacks, writer, save_best, stop]
+            hp, model, *content["fit_args"], **arguments, callbacks=[*callbacks, *own_callbacks]
         )
-    peak = device.peak_memory_bytes()
+    peak = peak_of_training.peak_bytes()
     tuner_utils.validate_trial_results(history, objective, "HyperModel.fit()")
     _save_build_config(model, directory)
     effective_batch_size = hp.values.get("effective_batch_size", 0)
@@ -83,6 +86,7 @@ def execute(
         "best_value": save_best.best_value if math.isfinite(save_best.best_value) else None,
         "pruned_after_epochs": stop.epochs,
         "peak_memory_bytes": int(peak),
+        "compile_peak_memory_bytes": peak_of_training.compile_peak_bytes,
         "memory_source": device.memory_source,
         "device": device.name,
         "seconds_per_update": seconds_per_update,

@@ -109,6 +109,36 @@ def test_opening_the_device_too_late_is_an_error():
         open_device("tensorflow", 64 * MIB)
 
 
+@tensorflow_only
+@pytest.mark.parametrize("budget_bytes", [None, 64 * MIB])
+def test_of_several_gpus_one_is_measured_and_the_host_is_not_limited(monkeypatch, budget_bytes):
+    """TensorFlow's calls as a machine with two GPUs answers them; what it refuses there is refused here."""
+    from accumtune.memory import tensorflow
+
+    visible, limits = ["first", "second"], {}
+
+    def set_memory_growth(gpu, is_on):
+        if visible != [gpu]:
+            raise ValueError("Memory growth cannot differ between GPU devices")
+        limits[gpu] = None
+
+    config, experimental = tensorflow.tf.config, tensorflow.tf.config.experimental
+    monkeypatch.setattr(config, "get_visible_devices", lambda kind: list(visible))
+    monkeypatch.setattr(config, "set_visible_devices", lambda gpus, kind: visible.__setitem__(slice(None), gpus))
+    monkeypatch.setattr(
+        config, "set_logical_device_configuration", lambda gpu, parts: limits.update({gpu: parts[0].memory_limit})
+    )
+    monkeypatch.setattr(experimental, "set_memory_growth", set_memory_growth)
+    monkeypatch.setattr(experimental, "get_device_details", lambda gpu: {"device_name": f"the {gpu}"})
+    for name, value in memory_limit_environment("tensorflow", 64 * MIB).items():
+        monkeypatch.setenv(name, value)
+    device = tensorflow.open_device(budget_bytes)
+    assert device.name == "GPU:0 the first" and visible == ["first"]
+    assert limits == {"first": None if budget_bytes is None else 64}
+    assert "TF_CPU_BFC_MEM_LIMIT_IN_MB" not in os.environ and "TF_CPU_ALLOCATOR_USE_BFC" not in os.environ
+    assert device.compiles_in_its_memory
+
+
 @pytest.mark.skipif(BACKEND != "jax" or device_memory().is_gpu, reason="JAX on a CPU")
 def test_known_training_gives_known_peak_on_jax(value_in_child):
     """A weight of 4 MiB, its sum and a gradient: not what its initializer took, and not without the sum."""
@@ -190,6 +220,14 @@ def test_a_gpu_whose_allocator_did_not_take_the_limit_is_compared_with_it(monkey
     assert not open_fake_gpu(monkeypatch, {**stats, "bytes_limit": 60 * 2**30}, 64 * MIB).is_limit_enforced
     with pytest.raises(BudgetError, match="does not count"):
         open_fake_gpu(monkeypatch, None, 64 * MIB)
+
+
+@pytest.mark.skipif(BACKEND != "jax", reason="JAX")
+@pytest.mark.parametrize(("platform", "name"), [("gpu", "GPU:0"), ("cuda", "GPU:0"), ("tpu", "TPU:0")])
+def test_a_device_is_called_by_its_kind(monkeypatch, platform, name):
+    monkeypatch.setattr(FakeJaxGpu, "platform", platform)
+    stats = {"bytes_in_use": 5, "peak_bytes_in_use": 7}
+    assert open_fake_gpu(monkeypatch, stats, None).name == f"{name} NVIDIA H100"
 
 
 @pytest.mark.skipif(BACKEND != "jax", reason="JAX")

@@ -1,9 +1,12 @@
 """What the operating system and NVIDIA's driver say of the device."""
 
+import sys
+
+import fake_nvml
 import pytest
 
 from accumtune.errors import BudgetError
-from accumtune.memory import machine
+from accumtune.memory import gpu_driver, machine
 from accumtune.memory.budget import parse_budget, parse_share
 
 MIB = 2**20
@@ -32,23 +35,16 @@ def test_a_container_has_what_its_limit_says(host):
     assert (found.total_bytes, found.free_bytes) == (256 * MIB, 200 * MIB)
 
 
-def fake_driver(folder, monkeypatch):
-    """An `nvidia-smi` that answers as the real one does."""
-    script = folder / "nvidia-smi"
-    script.write_text(
-        '#!/bin/sh\ncase "$1" in\n--query-gpu*) echo "NVIDIA H100 80GB HBM3, 81559, 71559";;\n'
-        '--query-compute-apps*) echo "4242, /usr/bin/python3, 9000"; echo "17, trainer, [N/A]";;\nesac\n'
-    )
-    script.chmod(0o755)
-    monkeypatch.setenv("PATH", str(folder), prepend=":")
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+def h100(**more):
+    return fake_nvml.gpu("NVIDIA H100 80GB HBM3", 81559, 71559, "GPU-aa", **more)
 
 
-def test_a_gpu_and_who_else_is_on_it(tmp_path, monkeypatch):
-    fake_driver(tmp_path, monkeypatch)
+def test_a_gpu_and_who_else_is_on_it(monkeypatch):
+    processes = [(4242, "/usr/bin/python3", 9000 * MIB), (17, "trainer", None)]
+    fake_nvml.install(monkeypatch, h100(processes=processes))
     found = machine.device_memory()
     assert found.is_gpu and found.total_bytes == 81559 * MIB == machine.gpu_total_bytes()
-    assert found.others == ("4242 python3 8.79 GiB", "17 trainer [N/A]")
+    assert found.others == ("4242 python3 8.79 GiB", "17 trainer")
     text = found.describe()
     assert "NVIDIA H100" in text and "69.88 GiB free" in text and "4242 python3" in text and "context" in text
     assert parse_budget("50%") == 81559 * MIB // 2
@@ -56,11 +52,33 @@ def test_a_gpu_and_who_else_is_on_it(tmp_path, monkeypatch):
     assert not machine.device_memory().is_gpu and machine.gpu_total_bytes() is None
 
 
-def test_a_gpu_without_memory_of_its_own_is_the_machine(tmp_path, monkeypatch):
-    fake_driver(tmp_path, monkeypatch)
-    script = tmp_path / "nvidia-smi"
-    script.write_text(script.read_text().replace("81559, 71559", "[N/A], [N/A]"))
+def test_the_first_visible_gpu_is_the_device(monkeypatch):
+    t4 = fake_nvml.gpu("T4", 15360, 15000, "GPU-bb")
+    for visible, total in (("1,0", 15360), ("GPU-b", 15360), ("0", 81559), ("7", None)):
+        fake_nvml.install(monkeypatch, h100(), t4, visible=visible)
+        assert machine.gpu_total_bytes() == (None if total is None else total * MIB)
+
+
+def test_a_divided_gpu_is_its_instances(monkeypatch):
+    instances = [fake_nvml.gpu("H100 MIG 1g.10gb", 9856, size, f"MIG-{size}") for size in (9000, 8000)]
+    fake_nvml.install(monkeypatch, h100(instances=[instances[0], None, instances[1]]))
+    assert [gpu.index for gpu in gpu_driver.visible_gpus()] == ["MIG-9000", "MIG-8000"]
+    assert machine.gpu_total_bytes() == 9856 * MIB, "not the 80 GB of the whole"
+    for visible, free in (("0", 9000), ("MIG-8000", 8000)):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+        assert machine.device_memory().free_bytes == free * MIB
+
+
+def test_a_gpu_without_memory_of_its_own_is_the_machine(monkeypatch):
+    fake_nvml.install(monkeypatch, fake_nvml.gpu("GB10", None, None, "GPU-aa"))
     assert not machine.device_memory().is_gpu and machine.gpu_total_bytes() is None
+
+
+def test_a_driver_that_does_not_answer_is_no_gpu(monkeypatch):
+    fake_nvml.install(monkeypatch, h100(), init_error="Driver Not Loaded")
+    assert gpu_driver.visible_gpus() == []
+    monkeypatch.setitem(sys.modules, "pynvml", None)
+    assert gpu_driver.visible_gpus() == []
 
 
 def test_a_share_of_the_device():

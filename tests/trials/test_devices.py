@@ -7,6 +7,7 @@ from collections import Counter
 from concurrent.futures import Future
 from types import SimpleNamespace
 
+import fake_nvml
 import pytest
 
 from accumtune.errors import BudgetError, SearchError
@@ -15,13 +16,13 @@ from accumtune.trials.devices import (
     Gpu,
     Place,
     Places,
-    _among_visible,
     apply_place,
     at_place,
     current_place,
     plan_places,
     resolve_gpus,
     threads_environment,
+    visible_gpus,
 )
 from accumtune.trials.directory import TaskDirectory
 from accumtune.trials.outcome import Outcome
@@ -71,13 +72,18 @@ def test_types_of_devices_are_told_apart():
     assert kinds == ["H100", "T4"]
 
 
-def test_what_the_environment_hides_is_not_used():
-    rows = [["0", "GPU-aa", "H100", "81559"], ["1", "GPU-bb", "T4", "[N/A]"]]
-    assert _among_visible(rows, None) == [Gpu("0", "H100", 81559 * 2**20), Gpu("1", "T4", None)]
-    assert [gpu.index for gpu in _among_visible(rows, "1")] == ["1"]
-    assert [gpu.index for gpu in _among_visible(rows, "GPU-bb,0")] == ["GPU-bb", "0"]
-    assert _among_visible(rows, "-1") == _among_visible(rows, "") == []
-    assert [gpu.index for gpu in _among_visible(rows, "0,7,1")] == ["0"]
+def test_what_the_environment_hides_is_not_used(monkeypatch):
+    gpus = fake_nvml.gpu("H100", 81559, 1, "GPU-aa"), fake_nvml.gpu("T4", None, None, "GPU-bb")
+
+    def seen(variable):
+        fake_nvml.install(monkeypatch, *gpus, visible=variable)
+        return visible_gpus()
+
+    assert seen(None) == [Gpu("0", "H100", 81559 * 2**20), Gpu("1", "T4", None)]
+    assert [gpu.index for gpu in seen("1")] == ["1"]
+    assert [gpu.index for gpu in seen("GPU-bb,0")] == ["GPU-bb", "0"]
+    assert seen("-1") == seen("") == []
+    assert [gpu.index for gpu in seen("0,7,1")] == ["0"]
 
 
 def test_devices_by_name():
