@@ -9,6 +9,7 @@ from equality import (
     FLOAT32,
     FLOAT64,
     SAMPLES,
+    as_array,
     assert_exact,
     assert_same_training,
     numbers,
@@ -19,7 +20,7 @@ from keras import layers, losses, ops
 from keras.src.backend import set_keras_mask
 from promises import holds
 
-from accumtune.accumulation import batch_coupled_layers
+from accumtune.accumulation import accumulate, batch_coupled_layers
 from accumtune.memory.machine import device_memory
 
 
@@ -301,3 +302,46 @@ def test_a_subclassed_model_of_dictionaries():
     x = numbers(SAMPLES, 4)
     y = {"one": numbers(SAMPLES, 2, seed=1), "other": numbers(SAMPLES, 3, seed=2)}
     assert_same_after_one_window(build, {"x": {"p": x, "q": 2 * x}, "y": y})
+
+
+class PlusIfThere(keras.layers.Layer):
+    """Adds what a layer of its own makes of the second input, where there is one."""
+
+    def __init__(self):
+        super().__init__()
+        self.dense = keras.layers.Dense(2)
+
+    def build(self, *shapes):
+        self.dense.build((None, 2))
+
+    def call(self, x, optional=None):
+        return x if optional is None else x + self.dense(optional)
+
+
+def with_an_optional_input():
+    optional, x = keras.Input((2,), name="optional", optional=True), keras.Input((2,), name="x")
+    model = keras.Model({"optional": optional, "x": x}, keras.layers.Dense(2)(PlusIfThere()(x, optional)))
+    model.compile(keras.optimizers.SGD(0.1, momentum=0.9), "mse")
+    return model
+
+
+@pytest.mark.skipif(BACKEND == "jax", reason="Keras's own generators cannot give None on JAX")
+def test_an_input_that_is_none_in_some_batches():
+    """What gets no gradient in a window gets none of the window before."""
+    given, x, y = numbers(3, 8, 2)
+
+    def batches():
+        for optional in (None, given, None, given):
+            yield {"optional": optional, "x": x}, y
+
+    def run(size):
+        keras.utils.set_random_seed(2)
+        model = with_an_optional_input()
+        if size:
+            accumulate(model, size)
+        for batch in batches():
+            model.train_on_batch(*batch)
+        return [as_array(v) for v in (*model.variables, *model.optimizer.variables)]
+
+    for one, other in zip(run(3), run(None), strict=True):
+        np.testing.assert_allclose(one, other, rtol=FLOAT64, atol=FLOAT64)

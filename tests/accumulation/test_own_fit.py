@@ -154,3 +154,39 @@ def test_a_fit_that_fails_leaves_evaluate_alone():
         keras.Model.fit(model, x=object())
     x, y = regression().values()
     assert model.evaluate(x, y, batch_size=5, verbose=0) == pytest.approx(model.evaluate(x, y, verbose=0))
+
+
+# KerasHub
+
+
+def classifier(has_preprocessor):
+    hub = pytest.importorskip("keras_hub")
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "good", "bad", "film"]
+    preprocessor = None
+    if has_preprocessor:
+        pytest.importorskip("tensorflow_text")
+        tokenizer = hub.models.BertTokenizer(vocabulary=words)
+        preprocessor = hub.models.BertTextClassifierPreprocessor(tokenizer, sequence_length=6)
+    backbone = hub.models.BertBackbone(
+        vocabulary_size=len(words), num_layers=1, num_heads=1, hidden_dim=4, intermediate_dim=4, max_sequence_length=6,
+        dropout=0.0,
+    )  # fmt: skip
+    model = hub.models.BertTextClassifier(backbone, num_classes=2, preprocessor=preprocessor, dropout=0.0)
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    model.compile(keras.optimizers.SGD(0.1), loss, metrics=["accuracy"])
+    return model
+
+
+@pytest.mark.skipif(BACKEND == "jax", reason="not tried: compiling its three models takes minutes")
+@pytest.mark.parametrize("has_preprocessor", [False, True])
+def test_a_task_of_keras_hub(has_preprocessor):
+    if has_preprocessor:
+        x = np.array(["good film", "bad film", "bad bad film", "good"] * 5)
+    else:
+        tokens = np.random.default_rng(0).integers(0, 8, (20, 6))
+        x = {"token_ids": tokens, "segment_ids": np.zeros_like(tokens), "padding_mask": np.ones_like(tokens)}
+    data = {"x": x, "y": np.array([1, 0, 0, 1] * 5)}
+    build = lambda: classifier(has_preprocessor)  # noqa: E731
+    plain = train(build, data, epochs=1)
+    assert_same_training(train(build, data, epochs=1, micro_batch_size=3), plain, tolerance=1e-5)
+    assert_same_training(train(build, data, epochs=1, accumulation_steps=2, batch_size=4), plain, tolerance=1e-5)
