@@ -26,6 +26,13 @@ class Window:
     micro_batches: list[Any]
 
 
+@dataclass(frozen=True, eq=False)
+class HostBatch:
+    """A batch that stays with the host: Keras on JAX puts what it sees of one on the device, and the next one too."""
+
+    batch: Any
+
+
 @dataclass(frozen=True)
 class MicroBatch:
     """A part of a window, whose tensors are made when its micro-step begins.
@@ -61,6 +68,7 @@ def micro_batches(batch: Any, micro_batch_size: int | None, source: Rows | None,
         source: the arrays, where such batches may be numbers of their rows.
         cut: `cut(leaf, slice)` cuts one array; indexing if None.
     """
+    batch = batch.batch if isinstance(batch, HostBatch) else batch
     numbers = None if source is None else rows.row_numbers(batch)
     if source is not None and numbers is not None:
         parts = split(len(numbers), micro_batch_size or len(numbers))
@@ -168,9 +176,12 @@ def count_in_windows(epoch: Any, accumulation: Accumulation, counts_batches: boo
     import keras
 
     steps = accumulation.accumulation_steps
+    stays_on_host = keras.backend.backend() == "jax" and keras.distribution.distribution() is None
+    if steps is None and not stays_on_host:
+        return
+    epoch.data_adapter = _windowed(epoch.data_adapter, steps or 1, stays_on_host)
     if steps is None:
         return
-    epoch.data_adapter = _windowed(epoch.data_adapter, steps)
     epoch._num_batches = epoch.data_adapter.num_batches
     if counts_batches and epoch.steps_per_epoch and epoch.steps_per_epoch != keras.config.max_steps_per_epoch():
         if epoch.steps_per_epoch % steps:
@@ -197,19 +208,35 @@ def _windows(batches: Iterator[Any], accumulation_steps: int) -> Iterator[Window
         yield Window(window)
 
 
-def _windowed(adapter: Any, accumulation_steps: int) -> Any:
+def _host_batches(batches: Iterator[Any]) -> Iterator[HostBatch]:
+    _make_empty_to_jax()
+    return map(HostBatch, batches)
+
+
+@functools.cache
+def _make_empty_to_jax() -> None:
+    """To JAX a `HostBatch` is a structure without arrays: nothing is there to put on a device."""
+    import jax
+
+    jax.tree_util.register_pytree_node(HostBatch, lambda batch: ((), batch), lambda batch, _: batch)
+
+
+def _windowed(adapter: Any, accumulation_steps: int, stays_on_host: bool) -> Any:
     """The same data; `num_batches` counts windows. Keras takes a DataAdapter wherever it takes data."""
     from keras.src.trainers.data_adapters.data_adapter import DataAdapter
 
     class WindowedAdapter(DataAdapter):
         get_numpy_iterator = adapter.get_numpy_iterator
         get_tf_dataset = adapter.get_tf_dataset
-        get_jax_iterator = adapter.get_jax_iterator
         on_epoch_begin = adapter.on_epoch_begin
         on_epoch_end = adapter.on_epoch_end
         batch_size = property(lambda self: adapter.batch_size)
         has_partial_batch = property(lambda self: adapter.has_partial_batch)
         partial_batch_size = property(lambda self: adapter.partial_batch_size)
+
+        def get_jax_iterator(self) -> Iterator[Any]:
+            batches = adapter.get_jax_iterator()
+            return _host_batches(batches) if stays_on_host else iter(batches)
 
         def get_torch_dataloader(self) -> Iterator[Window]:
             return _windows(iter(adapter.get_torch_dataloader()), accumulation_steps)

@@ -4,6 +4,7 @@ import keras
 import numpy as np
 import pytest
 from equality import (
+    BACKEND,
     EFFECTIVE,
     FLOAT64,
     SAMPLES,
@@ -58,6 +59,24 @@ KINDS = {
     "tf.data.Dataset": as_dataset,
     "torch.DataLoader": as_data_loader,
 }
+
+
+@pytest.mark.skipif(BACKEND != "jax", reason="Keras on JAX puts a batch on the device ahead of its step")
+@pytest.mark.parametrize(("how", "size"), [({"micro_batch_size": 3}, EFFECTIVE), ({"accumulation_steps": 2}, 4)])
+def test_the_batches_of_a_pipeline_stay_on_the_host(how, size, monkeypatch):
+    """Only a micro-batch is on the device, not a window and the next one."""
+    import jax
+
+    held = []
+
+    class Held(keras.callbacks.Callback):
+        def on_train_batch_end(self, batch, logs=None):
+            held.append(sum(array.shape == (size, 4) for array in jax.live_arrays()))
+
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")  # on a CPU Keras does not look ahead
+    model = accumulate(dense()(), **how)
+    model.fit(Batches(size), epochs=2, verbose=0, callbacks=[Held()])
+    assert held == [0] * 6
 
 
 @pytest.mark.parametrize("kind", KINDS)
