@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
@@ -65,6 +67,8 @@ class Attempts:
         """
         journal = Journal(directory.journal_file)
         losses = 0
+        facts = self._profiler.inspect(space)
+        identity = self._identity(facts.identity)
         while True:
             profile = self._profiler.profile(space)
             budget = self._settings.memory_budget_bytes
@@ -72,17 +76,17 @@ class Attempts:
             values = {**space["values"], **pair.as_hyperparameters()}
             journal.append(
                 "proposed", trial_id=trial_id, number=number, **_proposal(profile, pair, values, peak),
-                sample_shapes=self._profiler.inspect(space).sample_shapes,
+                sample_shapes=facts.sample_shapes, identity=dict(facts.identity), versions=self._settings.versions,
             )  # fmt: skip
             attempt = read_trial(directory.path).attempt + 1
-            finished = self._finished_before(directory, attempt, values)
+            finished = self._finished_before(directory, attempt, values, identity)
             if finished is not None:
                 return _with_appeared(self._result(values, peak, profile.signature, pair, finished), directory)
             if _crashes(journal) >= _MAX_CRASHES:
                 reason = f"the search was gone {_MAX_CRASHES} times while it ran: it may take the machine down"
                 return TrialResult("failed", values, reason=reason, traceback=directory.log_tail())
             self._on_start(number, values, peak)
-            outcome = self._trainings.train(directory, attempt, {**space, "values": values}, fit_overrides)
+            outcome = self._trainings.train(directory, attempt, {**space, "values": values}, fit_overrides, identity)
             if outcome.status == "stopped" or (self._trainings.is_stopping and not outcome.is_completed):
                 journal.append("stopped", attempt=attempt, why=STOPPED)
                 return TrialResult("stopped", values, reason=STOPPED)
@@ -111,14 +115,24 @@ class Attempts:
                 )
             pair = smaller
 
-    def _finished_before(self, directory: TaskDirectory, attempt: int, values: Mapping[str, Any]) -> Outcome | None:
+    def _identity(self, model: Mapping[str, str]) -> str:
+        """Of a training: what the search's session and the model are, whichever batch it was inspected with."""
+        session = self._settings.identity
+        ignored = {"batch", "device"} | ({"optimizer's learning_rate"} if "learning_rate_scaling" in session else set())
+        text = json.dumps([dict(session), {k: v for k, v in model.items() if k not in ignored}], sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    def _finished_before(
+        self, directory: TaskDirectory, attempt: int, values: Mapping[str, Any], identity: str
+    ) -> Outcome | None:
         """What a child had written when the search was killed, before it could read it."""
         if attempt == 1 or (written := directory.read_outcome()) is None or written["status"] != "completed":
             return None
         if self._settings.executions_per_trial > 1:
             return None  # it is one of several, and the reports of the others went with the search
         _, arguments = directory.read_task()
-        return Outcome(**written) if arguments["hyperparameters"]["values"] == values else None
+        same = arguments["hyperparameters"]["values"] == values and arguments.get("identity", "") == identity
+        return Outcome(**written) if same else None
 
     def _result(
         self, values: dict[str, Any], predicted: int, signature: str, pair: Pair, outcome: Outcome

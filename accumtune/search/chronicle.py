@@ -41,7 +41,7 @@ class Chronicle:
     def begin(self, description: Callable[[], Mapping[str, Any]]) -> bool:
         """A session begins; whether it is the search's first."""
         if any(event["event"] == "search_started" for event in self._journal.events()):
-            self._journal.append("search_resumed")
+            self._journal.append("search_resumed", **description())
             return False
         self._journal.append("search_started", search_id=uuid.uuid4().hex, **description())
         return True

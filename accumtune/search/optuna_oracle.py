@@ -95,6 +95,10 @@ class OptunaOracle(keras_tuner.Oracle):
         self._infeasible.append({k: v for k, v in trial.hyperparameters.values.items() if k in known})
         self._infeasible_trials.append(trial.trial_id)
 
+    def forget_infeasible(self) -> None:
+        """There is more memory now."""
+        self._infeasible, self._study = [], None
+
     def other_values(self, trial: Any) -> dict[str, Any] | None:
         """Another proposal for a trial whose values did not fit; None where nothing new is left."""
         values = self._propose(trial.trial_id)

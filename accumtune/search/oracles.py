@@ -77,6 +77,8 @@ def _give(oracle: Any, trial: Any, values: dict[str, Any] | None) -> dict[str, A
     if values is None:
         return None
     kept = {name: value for name, value in trial.hyperparameters.values.items() if name.startswith("tuner/")}
+    if kept.pop("tuner/trial_id", None):  # promoted: the weights are those of the values that it had
+        kept["tuner/initial_epoch"] = 0
     trial.hyperparameters.values = {**values, **kept}
     oracle._record_values(trial)
     oracle._save_trial(trial)
@@ -150,6 +152,45 @@ def grant_another_trial(oracle: Any) -> None:
     """`max_trials` counts trials that train; one that did not makes room for another."""
     if oracle.max_trials:
         oracle.max_trials += 1
+        oracle.granted_trials = getattr(oracle, "granted_trials", 0) + 1
+
+
+def asked_trials(oracle: Any) -> int | None:
+    """`max_trials` as the user gave it."""
+    given: int | None = oracle.max_trials
+    return given - getattr(oracle, "granted_trials", 0) if given else given
+
+
+def take_back_grants(oracle: Any) -> None:
+    """Another session counts anew which trials did not train."""
+    oracle.max_trials, oracle.granted_trials = asked_trials(oracle), 0
+
+
+# Settings of the oracles that decide what is proposed, and nothing of what a trial comes to. Keras Tuner saves them
+# with its state, and would give back those of the session before.
+_OF_THE_SAMPLER = ("num_initial_points", "alpha", "beta", "hyperband_iterations")
+
+
+def sampler_settings(oracle: Any) -> dict[str, Any]:
+    """What a session may change of its oracle."""
+    return {name: getattr(oracle, name) for name in _OF_THE_SAMPLER if hasattr(oracle, name)}
+
+
+def allow_again(oracle: Any, trial_ids: Collection[str]) -> None:
+    """Lets an oracle propose once more what did not fit: there is more memory now."""
+    kept = {value for trial_id, value in oracle._id_to_hash.items() if trial_id not in trial_ids}
+    oracle._tried_so_far = kept
+    if hasattr(oracle, "forget_infeasible"):
+        oracle.forget_infeasible()
+
+
+def replace_space(oracle: Any, space: Sequence[Mapping[str, Any]]) -> None:
+    """Gives an oracle the hyperparameters as they are now."""
+    config = {**oracle.hyperparameters.get_config(), "space": list(space)}
+    oracle.hyperparameters = keras_tuner.HyperParameters.from_config(config)
+    for hp in oracle.hyperparameters.space:
+        if hp.name not in oracle.hyperparameters.values:
+            oracle.hyperparameters.values[hp.name] = hp.default
 
 
 def note_batch(oracle: Any, trial_id: str, batch: dict[str, int]) -> None:

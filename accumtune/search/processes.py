@@ -74,12 +74,14 @@ class SearchProcesses:
         Raises:
             BuildError: the build function raised or returned something else than a compiled model.
         """
+        directory = TaskDirectory(self._files.scratch_folder / "discover")
         arguments: dict[str, Any] = {"payload": str(self._files.payload_file.resolve())}
         if self._is_sharing:
             arguments["space"] = space.get_config()
         else:
-            dump_payload({"hypermodel": hypermodel, "hyperparameters": space}, self._files.payload_file)
-        directory = TaskDirectory(self._files.scratch_folder / "discover")
+            payload_file = directory.path / "payload" / "payload.pkl"
+            dump_payload({"hypermodel": hypermodel, "hyperparameters": space}, payload_file)
+            arguments["payload"] = str(payload_file.resolve())
         directory.write_task("discover", arguments)
         environment = memory_limit_environment(self._backend, None)
         future = self.executor().submit(directory, environment, self._timeout_seconds)

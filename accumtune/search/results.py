@@ -32,12 +32,14 @@ def candidates(record: SearchRecord, profiles_folder: Path) -> list[Candidate]:
         record: the search.
         profiles_folder: what the models cost.
     """
-    trained = [_trained(trial) for trial in record.with_status("completed") if _is_within(trial, record)]
+    completed = record.with_status("completed")
+    trained = [_trained(trial) for trial in completed if _is_within(trial, record)]
     if not _is_exact(record):
         return trained
     signatures = {trial.trial_id: trial.signature for trial in record.trials}
     others: list[Candidate] = []
-    for candidate in trained:
+    # Also of one that was trained under a larger budget: in another micro-batch it may fit this one.
+    for candidate in map(_trained, completed):
         profile = load_profile(profiles_folder, signatures.get(candidate.trial_id))
         if profile is not None:
             others.extend(_untrained(candidate, profile, record))
@@ -79,7 +81,7 @@ def training_config(record: SearchRecord, choice: Choice) -> TrainingConfig:
         **carried.of_trial(trial, list(record.fit.get("not_carried") or [])),
         precision_policy=trial.precision_policy,
         backend=record.backend,
-        versions=dict(record.versions),
+        versions=dict(trial.versions or record.versions),
         device=trial.device,
         data_shapes=_data_shapes(record, trial),
         batch_coupled_layers=list(record.batch_coupled_layers),

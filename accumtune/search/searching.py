@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 from accumtune.config.production import installed_versions
 from accumtune.errors import AccumtuneError
-from accumtune.search import carried, results
+from accumtune.search import carried, oracles, results
+from accumtune.search import identity as identities
 from accumtune.search.advice import advice
 from accumtune.search.answers import Answers
 from accumtune.search.checks import refuse_batch_size, refuse_missing_validation
 from accumtune.search.chronicle import Best
 from accumtune.search.display import Display
-from accumtune.search.edited import edited_model_warning
 from accumtune.search.processes import SearchProcesses
 from accumtune.search.pruning import Pruning
 from accumtune.search.registering import save_model_for_registry
@@ -52,6 +52,10 @@ class Searching(Answers):
     _mended: list[str]
     _places: list[Place]
     _processes: SearchProcesses
+    _identity: dict[str, str]
+    _asked_search_over: str
+    _asked_rounds: dict[str, Any]
+    _asked_seed: int | None = None
     # How far the journal had come when the state was read or written last.
     _seen: int
     # Of the last call of `search`.
@@ -80,7 +84,7 @@ class Searching(Answers):
         self.oracle.verbose = 0  # accumtune prints its own lines
         objective = self.oracle.objective
         display = Display(
-            objective.name, self.oracle.max_trials, 1 if verbose == "auto" else int(verbose),
+            objective.name, oracles.asked_trials(self.oracle), 1 if verbose == "auto" else int(verbose),
             direction=objective.direction, workers=self.workers,
         )  # fmt: skip
         self._fit_arguments = (fit_args, fit_kwargs)
@@ -90,16 +94,13 @@ class Searching(Answers):
         )
         folder = self._files.path
         with clear_disk_errors(folder), only_search(folder), self._processes.sharing(self._payload()):
-            self._take_up()
-            self._try_with_data()
+            notes = self._take_up_search()
             self.save()  # Keras Tuner itself saves after the first trial: too late for a kill during that one
-            is_first = telling.begin(self._description, [*self._mended, *lines], self._advice())
+            telling.begin(self._description, [*self._mended, *lines], [*self._advice(), *notes])
             status, reason, best, is_hurried = "failed", "", None, False
             try:
                 with display:
                     profiler = self._processes.profiler(display.probe)
-                    if not is_first:
-                        self._warn_of_an_edited_model(telling, profiler)
                     self._session(display, profiler, telling).run()
                 best = self._chronicle.try_best(self._trial_run())
                 self._save_model(display, best)
@@ -131,6 +132,8 @@ class Searching(Answers):
             seed=self.oracle.seed,
             objective_name=self.oracle.objective.name,
             trial_timeout_seconds=self.trial_timeout_seconds,
+            identity={name: text for name, text in self._identity.items() if name not in ("versions", "tuner")},
+            versions=installed_versions(),
         )
         runner = TrialRunner(
             settings, self._files, self._processes.executor(), profiler, display.trial_started,
@@ -146,8 +149,82 @@ class Searching(Answers):
             advise=telling.advise,
         )
 
+    def _take_up_search(self) -> list[str]:
+        """Goes on with an earlier session's search, where there is one and it is the same.
+
+        Returns:
+            What the user is told of it.
+
+        Raises:
+            SearchDirectoryError: what decides its trials' results has changed.
+        """
+        try:
+            notes: list[str] = []
+            self._take_up()
+            self._try_with_data()
+            record = self.record()
+            before = identities.known_identity(record)
+            trained = identities.trained_trials(record)
+            self._identity = self._identified(before)
+            if not record.search_id:
+                return []
+            changed = identities.differences(before, self._identity) if trained else []
+            identities.refuse_changes(self._files.path, changed, len(trained))  # before processes start
+            self._renew_space(len(trained))
+            if trained:
+                known = [trial for trial in record.trials if trial.trial_id in self.oracle.trials]
+                changed = identities.changed_model(
+                    known, record.objective_direction, self._space_of, self._processes.profiler().inspect_anew,
+                    notes.extend,
+                )  # fmt: skip
+                identities.refuse_changes(self._files.path, changed, len(trained))
+            if _is_larger(self.memory_budget_bytes, record.memory_budget_bytes):
+                oracles.allow_again(self.oracle, [trial.trial_id for trial in record.with_status("infeasible")])
+            return [*dict.fromkeys([*notes, *identities.changed_notes(before, self._identity)])] if trained else []
+        except BaseException:
+            self._processes.close()
+            raise
+
+    def _identified(self, before: Mapping[str, str]) -> dict[str, str]:
+        """What decides this session's results; data that a function draws anew each time are not compared."""
+        fit_args, fit_kwargs = self._fit_arguments or ((), {})
+        own = identities.session_identity(self._decisive(), fit_args, fit_kwargs, self.hypermodel.hypermodel)
+        if not identities.has_data_functions(fit_args, fit_kwargs):
+            return own
+        profiler, is_ordered = self._processes.profiler(), bool(fit_kwargs.get("validation_split"))
+        try:
+            described = profiler.describe_data(1, is_ordered)
+            if any(before.get(name, text) != text for name, text in described.items()):
+                again = profiler.describe_data(2, is_ordered)
+                described = {name: before.get(name, text) if again.get(name) != text else text
+                             for name, text in described.items()}  # fmt: skip
+        except AccumtuneError:  # the trials say it better
+            return own
+        return {**own, **described}
+
+    def _decisive(self) -> dict[str, Any]:
+        """The tuner's settings that decide what a trial comes to."""
+        objective = self.oracle.objective
+        return {
+            "objective": f"{objective.name} ({objective.direction})",
+            "executions_per_trial": self.executions_per_trial,
+            "learning_rate_scaling": self.learning_rate_scaling,
+            "base_effective_batch_size": self.base_effective_batch_size if self.learning_rate_scaling else None,
+            "ghost_batch_size": getattr(self, "ghost_batch_size", None),
+            "seed": self.oracle.seed if self._asked_seed is None else self._asked_seed,
+            "search_over": self.search_over if self._asked_search_over == "auto" else self._asked_search_over,
+            "backend": self._backend,
+            "tuner": type(self).__name__,
+            "versions": ", ".join(f"{name} {version}" for name, version in installed_versions().items()),
+            **{f"tuner's {name}": value for name, value in self._compiled_with.items()},
+            **self._asked_rounds,
+        }
+
     def _take_up(self) -> None:
         """Reads the state anew, where another process has searched since; `Tuner` knows how."""
+
+    def _renew_space(self, trained: int) -> None:
+        """Searches the hyperparameters as they are declared now; `Tuner` knows how."""
 
     def _payload(self) -> dict[str, Any]:
         """What the processes of trials and probes get."""
@@ -174,14 +251,6 @@ class Searching(Answers):
             samples=results.count_samples(fit_args, fit_kwargs),
         )
 
-    def _warn_of_an_edited_model(self, telling: Telling, profiler: Profiler) -> None:
-        if not self._processes.is_local:  # another machine has another device
-            return
-        # After a kill the journals may know a trial that the oracle does not.
-        known = [trial for trial in self.record().trials if trial.trial_id in self.oracle.trials]
-        text = edited_model_warning(known, self._space_of, profiler.inspect)
-        telling.advise([] if text is None else [text])
-
     def _space_of(self, trial_id: str) -> dict[str, Any]:
         return dict(self.oracle.get_trial(trial_id).hyperparameters.get_config())
 
@@ -199,9 +268,10 @@ class Searching(Answers):
             "learning_rate_scaling": self.learning_rate_scaling,
             "base_effective_batch_size": self.base_effective_batch_size,
             "tuner": type(self).__name__,
-            "max_trials": self.oracle.max_trials,
+            "max_trials": oracles.asked_trials(self.oracle),
             "backend": self._backend,
             "versions": installed_versions(),
+            "identity": self._identity,
             "fit": carried.describe_fit(fit_kwargs, self.hypermodel.hypermodel, self._compiled_with),
             "data": {"name": self.project_name, **results.describe_data(fit_args, fit_kwargs)},
         }
@@ -223,3 +293,7 @@ class Searching(Answers):
     def _runs(self, candidate: Candidate) -> bool:
         signature = next(it.signature for it in self.record().trials if it.trial_id == candidate.trial_id) or ""
         return self._processes.runs(candidate, self._space_of(candidate.trial_id), signature, self._payload())
+
+
+def _is_larger(budget_bytes: int | None, before_bytes: int | None) -> bool:
+    return before_bytes is not None and (budget_bytes is None or budget_bytes > before_bytes)

@@ -171,8 +171,8 @@ class SearchSession:
                 self._record_proposal(result)
                 return False
         directory = self._directory.trial(trial.trial_id)
-        directory.checkpoint_file.unlink(missing_ok=True)
         self._write(directory, trial.trial_id, number, result)
+        directory.checkpoint_file.unlink(missing_ok=True)  # after its end is written: killed in between, it goes on
         batch = {name: result.values[name] for name in BATCH_HYPERPARAMETERS if name in result.values}
         oracles.tell_batch(self._oracle, trial, batch)
         if result.status in ("completed", "reused"):
@@ -258,6 +258,7 @@ class SearchSession:
     def _recover(self) -> None:
         """What an earlier session has done: its trainings are known, its trials that never trained do not count."""
         record = read_search(self._directory.path)
+        oracles.take_back_grants(self._oracle)
         ended = set(self._oracle.end_order)
         for trial in record.trials:
             if trial.status == "completed":
@@ -275,7 +276,8 @@ def _too_many_failures(trials: list[Any]) -> SearchFailedError:
     return SearchFailedError(
         f"{len(trials)} trials in a row failed:\n{reasons}\n\nThe last one in full:\n{trials[-1].message}",
         "a build function whose models train.",
-        "mend what the reasons say and run the same script again: completed trials are kept. More patience: "
+        "mend what the reasons say and run the same script again: completed trials are kept, where the mended script "
+        "still makes their models. More patience: "
         "max_consecutive_failed_trials=.",
     )
 

@@ -10,6 +10,7 @@ from typing import Any
 from accumtune.memory.device import memory_limit_environment
 from accumtune.search.pruning import Pruning, watch
 from accumtune.search.settings import SearchSettings
+from accumtune.tracking.journal import read_trial
 from accumtune.trials.directory import SearchDirectory, TaskDirectory
 from accumtune.trials.executions import run_executions
 from accumtune.trials.executors import Executor
@@ -62,14 +63,23 @@ class Trainings:
         self._executor.close()
 
     def train(
-        self, directory: TaskDirectory, attempt: int, space: dict[str, Any], fit_overrides: Mapping[str, Any]
+        self,
+        directory: TaskDirectory,
+        attempt: int,
+        space: dict[str, Any],
+        fit_overrides: Mapping[str, Any],
+        identity: str = "",
     ) -> Outcome:
-        """Trains a trial as often as the search asks, within the time that a trial has."""
+        """Trains a trial as often as the search asks, within the time that a trial has.
+
+        `identity` is that of its training: a state that was saved under another is not gone on with.
+        """
         timeout_seconds = self._settings.trial_timeout_seconds
         started = time.monotonic()
 
         def run(execution: int, earlier: list[dict[str, Any]]) -> Outcome:
             arguments = self._arguments(attempt, space, fit_overrides, execution, earlier)
+            arguments["identity"] = identity
             left = timeout_seconds
             if timeout_seconds is not None and earlier:
                 left = max(0.1, timeout_seconds - (time.monotonic() - started))
@@ -98,8 +108,14 @@ class Trainings:
         }
         source = space["values"].get("tuner/trial_id")
         if source:
-            arguments["initial_weights"] = str(self._directory.trial(source).weights_file.resolve())
+            arguments["initial_weights"] = str(self._trained(source).weights_file.resolve())
         return arguments
+
+    def _trained(self, trial_id: str) -> TaskDirectory:
+        """The directory of a trial, or of the one that trained in its place."""
+        directory = self._directory.trial(trial_id)
+        earlier = read_trial(directory.path).reused_from
+        return directory if earlier is None else self._trained(earlier)
 
     def _execute(self, directory: TaskDirectory, arguments: dict[str, Any], timeout_seconds: float | None) -> Outcome:
         budget = self._settings.memory_budget_bytes

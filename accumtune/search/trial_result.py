@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -52,8 +53,9 @@ def judged(
         reason="" if pruned_after is None else pruned_reason(pruned_after),
     )  # fmt: skip
     value, peak = report["metrics"].get(objective_name), report["peak_memory_bytes"]
-    if value is not None and value != value:
-        reason = f"{objective_name} was NaN in every epoch: the training diverged (a smaller learning rate may help)"
+    if value is not None and not math.isfinite(value):
+        was = "was NaN in every epoch" if value != value else "was infinite"
+        reason = f"{objective_name} {was}: the training diverged (a smaller learning rate may help)"
         return replace(result, status="failed", reason=reason)
     if memory_budget_bytes is not None and peak > memory_budget_bytes:
         # Where the backend has no allocator limit on this device, the process is measured instead.

@@ -9,9 +9,10 @@ from typing import Any, Literal
 
 import keras_tuner
 
+from accumtune.errors import SearchDirectoryError
 from accumtune.memory.budget import parse_budget
 from accumtune.memory.device import memory_limit_environment
-from accumtune.search import ownership, state
+from accumtune.search import identity, oracles, ownership, state
 from accumtune.search.checks import check_choice, refuse_unknown_arguments
 from accumtune.search.chronicle import Chronicle
 from accumtune.search.feasibility import effective_batch_sizes
@@ -74,6 +75,8 @@ class Tuner(Searching):
         SearchDirectoryError: the directory holds a search that cannot be read.
     """
 
+    _is_discovered = False
+
     def __init__(
         self,
         oracle: Any,
@@ -121,7 +124,7 @@ class Tuner(Searching):
         self.register_as = register_as
         self.batch_coupled_layers: list[str] = []
         self._wants_data = False
-        self.search_over = search_over
+        self.search_over = self._asked_search_over = search_over
         self._compiled_with = {"optimizer": optimizer, "loss": loss, "metrics": metrics}
         memory_limit_environment(self._backend, self.memory_budget_bytes)  # refuses what no allocator can keep to
         self._fit_arguments: tuple[tuple[Any, ...], dict[str, Any]] | None = None
@@ -153,6 +156,10 @@ class Tuner(Searching):
             accumulation_steps=self.accumulation_steps,
             builder=builder,
         )
+        # As they are asked for now: Keras Tuner reads those of the session before with its state.
+        self._asked_rounds = {name: vars(oracle)[name] for name in ("max_epochs", "factor") if name in vars(oracle)}
+        self._initial_space = oracle.hyperparameters.copy()
+        self._sampler_settings = oracles.sampler_settings(oracle)
         check_writable(folder)
         ownership.claim(folder)
         try:
@@ -195,16 +202,46 @@ class Tuner(Searching):
         state.read_anew(self.oracle)
         self.reload()
 
+    def reload(self) -> None:
+        """Keras Tuner's.
+
+        Raises:
+            SearchDirectoryError: another kind of tuner has searched here.
+        """
+        try:
+            super().reload()
+        except RuntimeError as error:
+            other = self.record().tuner or "another tuner"
+            raise SearchDirectoryError(
+                f"Received {type(self).__name__} for the search in {self._files.path}, which {other} has begun.",
+                "a tuner that can go on with its proposals.",
+                f"go on with {other}, give another project_name, or overwrite=True to begin anew.",
+            ) from error
+        vars(self.oracle).update(self._sampler_settings)
+
     # The space, discovered in a child
 
+    def _renew_space(self, trained: int) -> None:
+        if self._is_discovered:  # by this tuner: nothing can have changed
+            return
+        self._is_discovered = True
+        before = self.oracle.hyperparameters.get_config()["space"]
+        discovered = self._processes.discover(self.hypermodel, self._initial_space.copy())
+        space = keras_tuner.HyperParameters()
+        self._declare_batch_hyperparameters(space)
+        now = [*space.get_config()["space"], *discovered["hyperparameters"]["space"]]
+        identity.refuse_changes(self._files.path, identity.grown_space(before, now) if trained else [], trained)
+        oracles.replace_space(self.oracle, identity.with_space(before, now) if trained else now)
+
     def _populate_initial_space(self) -> None:
+        self._is_discovered = True
         discovered = self._processes.discover(self.hypermodel, self.oracle.hyperparameters.copy())
         self.batch_coupled_layers = discovered["batch_coupled_layers"]
         self._wants_data = discovered["wants_data"]
         if self.search_over == "auto" and not self._wants_data:
             self._choose_what_to_search_over()
         found = keras_tuner.HyperParameters.from_config(discovered["hyperparameters"])
-        self._declare_batch_hyperparameters()
+        self._declare_batch_hyperparameters(self.oracle.hyperparameters)
         self.oracle.update_space(found)
 
     def _try_with_data(self) -> None:
@@ -215,14 +252,13 @@ class Tuner(Searching):
             self._wants_data = False
         if self.search_over == "auto":
             self._choose_what_to_search_over()
-            self._declare_batch_hyperparameters()
+            self._declare_batch_hyperparameters(self.oracle.hyperparameters)
 
     def _choose_what_to_search_over(self) -> None:
         self.search_over = "pairs" if self.batch_coupled_layers else "effective_batch_size"
 
-    def _declare_batch_hyperparameters(self) -> None:
+    def _declare_batch_hyperparameters(self, space: Any) -> None:
         """Ordered choices: Bayesian optimisation sees their rank, which for powers of two is the logarithm."""
-        space = self.oracle.hyperparameters
         space.Choice("effective_batch_size", list(self.effective_batch_sizes), ordered=True)
         if self.search_over == "pairs":
             space.Choice("micro_batch_size", list(self.micro_batch_sizes), ordered=True)

@@ -27,6 +27,7 @@ class RandomSearch(Tuner):
 
     def __init__(self, hypermodel: Any = None, objective: Any = None, max_trials: int = 10, **kwargs: Any) -> None:
         own = _take(kwargs, _ORACLE_ARGUMENTS)
+        self._asked_seed = own.get("seed")
         goal = with_direction(objective)
         oracle = keras_tuner.oracles.RandomSearchOracle(objective=goal, max_trials=max_trials, **own)
         super().__init__(oracle, hypermodel, **kwargs)
@@ -41,6 +42,7 @@ class BayesianOptimization(Tuner):
 
     def __init__(self, hypermodel: Any = None, objective: Any = None, max_trials: int = 10, **kwargs: Any) -> None:
         own = _take(kwargs, (*_ORACLE_ARGUMENTS, "num_initial_points", "alpha", "beta"))
+        self._asked_seed = own.get("seed")
         goal = with_direction(objective)
         oracle = keras_tuner.oracles.BayesianOptimizationOracle(objective=goal, max_trials=max_trials, **own)
         super().__init__(oracle, hypermodel, **kwargs)
@@ -53,6 +55,7 @@ class GridSearch(Tuner):
         self, hypermodel: Any = None, objective: Any = None, max_trials: int | None = None, **kwargs: Any
     ) -> None:
         own = _take(kwargs, _ORACLE_ARGUMENTS)
+        self._asked_seed = own.get("seed")
         oracle = keras_tuner.oracles.GridSearchOracle(objective=with_direction(objective), max_trials=max_trials, **own)
         super().__init__(oracle, hypermodel, **kwargs)
 
@@ -74,6 +77,7 @@ class Hyperband(Tuner):
         **kwargs: Any,
     ) -> None:
         own = _take(kwargs, tuple(name for name in _ORACLE_ARGUMENTS if name != "max_trials"))
+        self._asked_seed = own.get("seed")
         oracle = keras_tuner.oracles.HyperbandOracle(
             objective=with_direction(objective),
             max_epochs=max_epochs,
@@ -124,6 +128,7 @@ class OptunaSearch(Tuner):
         require_optuna()
         _check_pruner(pruner)
         own = _take(kwargs, _ORACLE_ARGUMENTS)
+        self._asked_seed = own.get("seed")
         oracle = OptunaOracle(sampler, objective=with_direction(objective), max_trials=max_trials, **own)
         self._pruner = pruner
         super().__init__(oracle, hypermodel, **kwargs)

@@ -161,7 +161,7 @@ def read_search_journal(folder: Path) -> SearchRecord:
             values = _known(SearchRecord, event) | {"started_at": event.get("time"), "status": "running"}
         elif kind == "search_resumed":
             resumed.append(event.get("time", 0.0))
-            values |= {"status": "running", "reason": "", "ended_at": None}
+            values |= _known(SearchRecord, event) | {"status": "running", "reason": "", "ended_at": None}
         elif kind == "advice":
             # A resumed search may give the same advice again.
             if event.get("text") and event["text"] not in advice:
@@ -203,7 +203,7 @@ def _known(record: type, event: Mapping[str, Any]) -> dict[str, Any]:
     for name in ("reason", "traceback", "description"):
         if name in known and not isinstance(known[name], str):
             known[name] = "" if known[name] is None else str(known[name])
-    for name in ("hyperparameters", "versions", "data", "fit", "objective", "metrics", "reused_logs"):
+    for name in ("hyperparameters", "versions", "data", "fit", "identity", "objective", "metrics", "reused_logs"):
         if name in known and not isinstance(known[name], Mapping):
             del known[name]
     return known

@@ -51,6 +51,8 @@ class TrialRecord:
     training_seconds: float | None = None
     metrics: Mapping[str, float] = field(default_factory=dict)
     signature: str | None = None
+    identity: Mapping[str, str] = field(default_factory=dict)
+    versions: Mapping[str, str] = field(default_factory=dict)
     sample_shapes: Any = None
     precision_policy: str | None = None
     reused_from: str | None = None
@@ -100,6 +102,7 @@ class SearchRecord:
     versions: Mapping[str, str] = field(default_factory=dict)
     data: Mapping[str, Any] = field(default_factory=dict)
     fit: Mapping[str, Any] = field(default_factory=dict)
+    identity: Mapping[str, str] = field(default_factory=dict)
     advice: tuple[str, ...] = ()
     trials: tuple[TrialRecord, ...] = ()
     started_at: float | None = None

@@ -112,6 +112,8 @@ def search_run(search: SearchRecord, statuses: Mapping[str, int], note: str | No
         **{f"accumtune.trials_{status}": str(statuses.get(status, 0)) for status in STATUSES},
         **{f"accumtune.version.{name}": str(version) for name, version in search.versions.items()},
     }
+    if len(search.resumed_at):  # MLflow keeps a parameter as it was in the first session
+        tags |= {f"accumtune.{name}": str(params[name]) for name in _CHANGEABLE if params[name] is not None}
     if search.reason:
         tags[REASON_TAG] = redacted(search.reason)
     status = {"running": "RUNNING", "finished": "FINISHED", "interrupted": "KILLED"}.get(search.status, "FAILED")
@@ -123,6 +125,10 @@ def search_run(search: SearchRecord, statuses: Mapping[str, int], note: str | No
         started_milliseconds=_milliseconds(search.started_at or 0.0),
         ended_milliseconds=_milliseconds(search.ended_at or search.started_at or 0.0),
     )
+
+
+# What a later session may have changed.
+_CHANGEABLE = ("memory_budget", "max_trials", "micro_batch_sizes", "accumulation_steps_searched")
 
 
 def progress_note(search: SearchRecord, statuses: Mapping[str, int]) -> str:

@@ -21,7 +21,6 @@ import functools
 import hashlib
 import json
 import os
-import pickle
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -32,6 +31,7 @@ from accumtune.tracking.journal import Journal
 from accumtune.trials.directory import TaskDirectory, atomic_file
 from accumtune.trials.outcome import StopRequested, Superseded
 from accumtune.trials.pipeline_process import PipelineProcess
+from accumtune.trials.state_file import read_state, write_state
 from accumtune.trials.training_state import (
     CallbackMemory,
     CannotContinue,
@@ -46,7 +46,7 @@ from accumtune.trials.training_state import (
 # was 1 % of epochs of 0.5 s (a small model), and 4 % of epochs of 5 s (50 MB of parameters, 150 MB of state).
 _LEAST_SECONDS_BETWEEN = 2.0
 _WRITING_SECONDS_TIMES = 20.0
-_FORMAT = 2
+_FORMAT = 3
 
 
 class Continuation:
@@ -197,7 +197,7 @@ class Continuation:
             "callbacks": [memory.state() for memory in callbacks],
         }
         with atomic_file(self._directory.checkpoint_file) as file:
-            pickle.dump(state, file, protocol=pickle.HIGHEST_PROTOCOL)
+            write_state(file, state)
 
     def _epochs(self) -> list[dict[str, Any]]:
         events = self._journal.events()
@@ -247,14 +247,13 @@ def _pass_over(arguments: Mapping[str, Any], epochs: int) -> None:
 
 def _load(directory: TaskDirectory, key: str) -> dict[str, Any] | None:
     try:
-        with open(directory.checkpoint_file, "rb") as file:
-            state = pickle.load(file)
+        state = read_state(directory.checkpoint_file)
     except FileNotFoundError:
         return None
-    except Exception as error:  # whatever unpickling raises: the training begins anew, and the log says why
+    except Exception as error:  # whatever a damaged file raises: the training begins anew, and the log says why
         print(f"The saved state cannot be read ({type(error).__name__}: {error}): the training begins anew.")
         return None
-    return state if state.get("format") == _FORMAT and state.get("key") == key else None
+    return state if isinstance(state, dict) and state.get("format") == _FORMAT and state.get("key") == key else None
 
 
 def _identity(directory: TaskDirectory) -> tuple[int, int] | None:

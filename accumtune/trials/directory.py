@@ -130,7 +130,7 @@ class TaskDirectory:
     @property
     def checkpoint_file(self) -> Path:
         """Where an interrupted training goes on from (see `accumtune.trials.checkpoint`); gone when it has ended."""
-        return self.path / "continue.pkl"
+        return self.path / "continue.npz"
 
     @property
     def stop_file(self) -> Path:

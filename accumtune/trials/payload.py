@@ -113,7 +113,8 @@ def dump_payload(payload: Mapping[str, Any], path: Path) -> None:
         SearchDirectoryError: there is no space for them.
     """
     arrays_folder = path.parent / "arrays"
-    arrays_folder.mkdir(parents=True, exist_ok=True)
+    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)  # whoever may write here decides what trials run
+    arrays_folder.mkdir(mode=0o700, exist_ok=True)
     arrays_folder = arrays_folder.resolve()
     for name, value in payload.items():
         _refuse_live_pipelines(name, value)

@@ -46,6 +46,7 @@ class ModelFacts:
     precision_policy: str
     sample_shapes: Any
     appeared: Mapping[str, Any] = field(default_factory=lambda: {"space": [], "values": {}})
+    identity: Mapping[str, str] = field(default_factory=dict)
 
     def completed(self, hyperparameters: Mapping[str, Any]) -> dict[str, Any]:
         """Keras Tuner's configuration of hyperparameters, with those that appeared."""
@@ -101,13 +102,22 @@ class Profiler:
         key = _key_of(hyperparameters)
         facts = self._facts.get(key)
         if facts is None:  # without the lock: nothing is timed, and other trials need not wait for it
-            outcome = self._run("inspect", {"hyperparameters": dict(hyperparameters)}, None)
-            result = dict(finished(outcome, "The build function").result)
-            result["batch_coupled_layers"] = tuple(result["batch_coupled_layers"])
-            facts = self._facts.setdefault(key, ModelFacts(**result))
+            facts = self._facts.setdefault(key, self.inspect_anew(hyperparameters))
             nothing_new = replace(facts, appeared={"space": [], "values": {}})
             self._facts.setdefault(_key_of(facts.completed(hyperparameters)), nothing_new)
         return facts
+
+    def inspect_anew(self, hyperparameters: Mapping[str, Any]) -> ModelFacts:
+        """The same, whether or not it was inspected before."""
+        outcome = self._run("inspect", {"hyperparameters": dict(hyperparameters)}, None)
+        result = dict(finished(outcome, "The build function").result)
+        result["batch_coupled_layers"] = tuple(result["batch_coupled_layers"])
+        return ModelFacts(**result)
+
+    def describe_data(self, seed: int, is_ordered: bool) -> dict[str, str]:
+        """What functions return as data: shapes and content, by name."""
+        outcome = self._run("describe_data", {"seed": seed, "is_ordered": is_ordered}, None)
+        return dict(finished(outcome, "The function that returns data").result)
 
     def profile(self, hyperparameters: Mapping[str, Any]) -> Profile:
         """What the model of these hyperparameters costs at every micro-batch size.

@@ -15,7 +15,7 @@ from typing import Any
 from accumtune.trials.directory import TaskDirectory
 from accumtune.trials.global_settings import apply_global_settings, gpus_of_tensorflow
 from accumtune.trials.outcome import StopRequested, Superseded
-from accumtune.trials.payload import load_payload, read_header
+from accumtune.trials.payload import is_data_function, load_payload, read_header
 
 # Of sparse and ragged data, a sample takes what these take on average.
 _SAMPLES_OF_UNEQUAL_SIZE = 64
@@ -121,6 +121,7 @@ def inspect(directory: TaskDirectory, payload: str, hyperparameters: dict[str, A
     import keras
 
     from accumtune.memory.leaves import is_dense
+    from accumtune.trials.identity import describe_training
     from accumtune.trials.signature import describe_model
 
     content, device, _ = _open(payload)
@@ -131,7 +132,35 @@ def inspect(directory: TaskDirectory, payload: str, hyperparameters: dict[str, A
     if not all(map(is_dense, keras.tree.flatten(sample))):
         sample = samples(_SAMPLES_OF_UNEQUAL_SIZE)
     facts = describe_model(model, sample, device.name, hp.values, is_pipeline=is_pipeline)
+    facts["identity"] = {**describe_training(model, hp.values), "device": device.name}
     return {**facts, "appeared": appeared(hp, hyperparameters)}
+
+
+def describe_data(directory: TaskDirectory, payload: str, seed: int, is_ordered: bool) -> dict[str, Any]:
+    """Describes the data that functions return: with one seed the same in every process, unless they have another."""
+    import keras
+
+    from accumtune.trials import data
+    from accumtune.trials.identity import describe_arrays, describe_pipeline
+
+    keras.utils.set_random_seed(seed)
+    content = load_payload(Path(payload))
+    validation = content["fit_kwargs"].get("validation_data")
+    parts = validation if isinstance(validation, (tuple, list)) else (validation,)
+    found: dict[str, str] = {}
+    for name, given in (
+        ("data", data.input_arguments(content["fit_args"], content["fit_kwargs"])),
+        ("validation data", (*parts, None, None)[:3]),
+    ):
+        if not any(map(is_data_function, given)):
+            continue
+        x, y, sample_weight = data.resolve(*given)
+        if data.is_pipeline(x):
+            described = describe_pipeline(x)
+        else:
+            described = describe_arrays((x, y, sample_weight), is_ordered=is_ordered or name != "data")
+        found |= {f"{name}: {part}": text for part, text in described.items()}
+    return found
 
 
 def probe(
@@ -187,6 +216,7 @@ def train(
     earlier: Sequence[dict[str, Any]] = (),
     fit_overrides: dict[str, Any] | None = None,
     initial_weights: str | None = None,
+    identity: str = "",
 ) -> dict[str, Any]:
     """Trains one set of hyperparameters and reports each epoch to the journal.
 
@@ -201,6 +231,7 @@ def train(
         earlier: the reports of those before. The best epoch of all of them is kept, as in Keras Tuner.
         fit_overrides: arguments of `fit` that this trial alone has.
         initial_weights: of an earlier trial, to go on from.
+        identity: of the search and the model; a saved state of another is not gone on with.
     """
     from accumtune.tracking.journal import Journal
     from accumtune.trials.checkpoint import Continuation
@@ -214,6 +245,7 @@ def train(
         Journal(directory.journal_file).append("started", attempt=attempt, pid=os.getpid(), **found)
     numbers = {name: value for name, value in content["fit_kwargs"].items() if isinstance(value, (int, float, str))}
     same_training = {"values": hyperparameters["values"], "seed": seed, "executions": executions, "fit": numbers}
+    same_training |= {"identity": identity} if identity else {}
 
     def continuation() -> Continuation:
         return Continuation(directory, attempt, same_training, execution, earlier, pipelines=pipelines)
@@ -251,6 +283,7 @@ def call(directory: TaskDirectory, payload: str) -> dict[str, Any]:
 _TASKS: dict[str, Callable[..., dict[str, Any]]] = {
     "discover": discover,
     "inspect": inspect,
+    "describe_data": describe_data,
     "probe": probe,
     "train": train,
     "call": call,

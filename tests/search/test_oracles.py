@@ -42,3 +42,34 @@ def test_keras_tuner_itself_would_warn(oracle, trial):
 
 def test_an_objective_that_is_nan_is_told(oracle, trial):
     assert not oracles.end_completed(oracle, trial, {"val_loss": math.nan}, 0)
+
+
+def test_a_promoted_trial_that_is_drawn_anew_begins_anew(oracle, trial):
+    """Its weights are those of the values that it had; they would be loaded into another model."""
+    trial.hyperparameters.Choice("a", [1, 2, 3])
+    oracle.update_space(trial.hyperparameters)
+    bracket = {"tuner/epochs": 9, "tuner/bracket": 1, "tuner/round": 1}
+    trial.hyperparameters.values |= {**bracket, "tuner/initial_epoch": 3, "tuner/trial_id": "0"}
+    values = oracles.replace_infeasible(oracle, trial)
+    assert values.pop("a") in (1, 2, 3)
+    assert values == {**bracket, "tuner/initial_epoch": 0}
+    # A trial of the first round keeps all of its own.
+    trial.hyperparameters.values = {**bracket, "tuner/initial_epoch": 0, "a": 1}
+    assert oracles.redraw(oracle, trial).keys() == {*bracket, "tuner/initial_epoch", "a"}
+
+
+def test_trials_that_did_not_train_make_room_once_whatever_the_number_of_sessions(oracle):
+    for _ in range(3):
+        oracles.take_back_grants(oracle)
+        oracles.grant_another_trial(oracle)
+        assert (oracle.max_trials, oracles.asked_trials(oracle)) == (3, 2)
+
+
+def test_what_did_not_fit_may_be_proposed_again_with_more_memory(oracle, trial):
+    trial.hyperparameters.Choice("a", [1])
+    oracle.update_space(trial.hyperparameters)
+    oracle._record_values(trial)
+    oracles.end_without_counting(oracle, trial, "too large")
+    assert oracles.has_nothing_new(oracle)
+    oracles.allow_again(oracle, [trial.trial_id])
+    assert oracle._random_values() == {"a": 1}

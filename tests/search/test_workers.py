@@ -103,7 +103,7 @@ def test_ctrl_c_saves_what_runs_ends_every_process_and_the_search_goes_on_from_t
     assert f"to go on: {Path(sys.executable).name} {tmp_path / 'script.py'}" in output
     assert not any(map(is_alive, pids))
     assert read_search(tmp_path / "search").status == "interrupted"
-    assert all((trial.folder / "continue.pkl").exists() for trial in trials)
+    assert all((trial.folder / "continue.npz").exists() for trial in trials)
     process = start(tmp_path, 0.5)
     output, _ = process.communicate(timeout=120)
     assert process.returncode == 0, output
@@ -112,7 +112,7 @@ def test_ctrl_c_saves_what_runs_ends_every_process_and_the_search_goes_on_from_t
         events = Journal(trial.folder / "journal.jsonl").events()
         (continued,) = [event for event in events if event["event"] == "continued"]
         assert continued["epoch"] >= 1
-        assert not (trial.folder / "continue.pkl").exists()
+        assert not (trial.folder / "continue.npz").exists()
 
 
 @pytest.mark.parametrize("times", [1, 2])

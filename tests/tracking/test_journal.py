@@ -138,9 +138,10 @@ def test_a_resumed_search_runs_again(made):
     made.journal.append("advice", text="more")
     made.finish("interrupted", "Ctrl-C")
     assert read_search(made.folder).status == "interrupted"
-    made.journal.append("search_resumed")
+    made.journal.append("search_resumed", max_trials=9, memory_budget_bytes=None, identity={"epochs": "4"})
     made.journal.append("advice", text="more")
     search = read_search(made.folder)
+    assert (search.max_trials, search.memory_budget_bytes, search.identity) == (9, None, {"epochs": "4"})
     assert (search.status, search.reason, search.advice) == ("running", "", ("more",))
 
 

@@ -1,7 +1,6 @@
 """A training that is interrupted and goes on in another process is the same training."""
 
 import os
-import pickle
 import time
 from pathlib import Path
 
@@ -15,6 +14,7 @@ from accumtune.tracking.journal import Journal, read_trial
 from accumtune.trials.directory import TaskDirectory
 from accumtune.trials.executions import run_executions
 from accumtune.trials.payload import dump_payload
+from accumtune.trials.state_file import read_state, write_state
 
 GENERATOR = np.random.default_rng(0)
 X = GENERATOR.normal(size=(40, 6)).astype("float32")
@@ -142,11 +142,16 @@ def test_it_comes_to_the_same_end_as_without_an_interruption(train, whole, how, 
     assert [event["attempt"] for event in epochs] == [1, 2] and epochs[0]["time"] == epochs[1]["time"]
 
 
+def write(directory, state):
+    with open(directory.checkpoint_file, "wb") as file:
+        write_state(file, state)
+
+
 @pytest.mark.parametrize("part", ["optimizer", "callbacks", "seeds"])
 def test_without_any_part_of_the_state_it_would_be_another_training(train, whole, part):
     """Negative control: weights alone, as `BackupAndRestore` keeps them, are not enough."""
     directory, _ = train("trial", interruption=("stop", 4))
-    state = pickle.loads(directory.checkpoint_file.read_bytes())
+    state = read_state(directory.checkpoint_file)
     if part == "callbacks":
         state["callbacks"] = [{} for _ in state["callbacks"]]
     else:
@@ -156,7 +161,7 @@ def test_without_any_part_of_the_state_it_would_be_another_training(train, whole
             assert seeds
         for index in seeds if part == "seeds" else range(len(variables) - 8, len(variables)):
             variables[index] = np.zeros_like(variables[index])
-    directory.checkpoint_file.write_bytes(pickle.dumps(state))
+    write(directory, state)
     directory, outcome = train("trial", interruption=("stop", 4), attempt=2)
     assert outcome.is_completed, outcome.traceback
     with pytest.raises(AssertionError):
@@ -208,14 +213,15 @@ def test_a_shuffled_pipeline_goes_on_with_its_next_order(pipeline, train):
 @pytest.mark.parametrize("change", ["seed", "shape", "torn"])
 def test_a_state_that_is_not_this_training_s_is_not_used(train, whole, change):
     directory, _ = train("trial", interruption=("stop", 4))
-    content = directory.checkpoint_file.read_bytes()
-    state = pickle.loads(content)
+    state = read_state(directory.checkpoint_file)
     if change == "seed":
         state["key"] = "another"
     if change == "shape":
         state["variables"][0] = np.zeros((1, 2, 3))
-    content = content[: len(content) // 2] if change == "torn" else pickle.dumps(state)
-    directory.checkpoint_file.write_bytes(content)
+    write(directory, state)
+    if change == "torn":
+        content = directory.checkpoint_file.read_bytes()
+        directory.checkpoint_file.write_bytes(content[: len(content) // 2])
     directory, outcome = train("trial", attempt=2)
     assert outcome.is_completed, outcome.traceback
     assert outcome.result["updates"] == 5 * len(curves(directory))
