@@ -71,6 +71,7 @@ def batch_coupled_layers(model: keras.Model, x: Any = None, y: Any = None) -> li
     found = [_layer(layer) for layer in layers]
     found += _tried_layers(layers, {id(layer) for layer, item in zip(layers, found, strict=True) if item}, calls)
     found += _losses(model, seen)
+    found += _metrics(model)
     found.append(_compute_loss(model))
     return list(dict.fromkeys(item for item in found if item is not None))
 
@@ -189,6 +190,17 @@ def _losses(model: Any, seen: Samples | None) -> list[Coupling | None]:
             seen=[pairs[index]] if len(losses) == len(pairs) else [],
         )
         for index, loss in enumerate(losses)
+    ]
+
+
+def _metrics(model: Any) -> list[Coupling]:
+    """Metrics over the batch, where it is spread over devices; elsewhere they get whole effective batches."""
+    from accumtune.accumulation.batch_metrics import own_metrics_of_spread_windows
+
+    reason = f"is taken for one number per batch, of which each device's micro-batches give others. {HOW_TO_KNOW}"
+    return [
+        Coupling(str(metric.name), type(metric).__name__, reason, is_known=False)
+        for metric in own_metrics_of_spread_windows(model)
     ]
 
 

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import keras
 import numpy as np
 
-from accumtune.accumulation import feeding, known_samples, losses, noise_scale, statistics
+from accumtune.accumulation import batch_metrics, feeding, known_samples, losses, noise_scale, statistics
 from accumtune.accumulation.window import Accumulation, factors, shares
 
 # Compiles a step's functions; memory/jax.py replaces it, where memory is measured.
@@ -32,6 +32,7 @@ class JaxTraining:
         self.accumulation = accumulation
         self.is_jitted = bool(model.jit_compile and not model.run_eagerly)
         self.has_mask = False
+        self._metrics = batch_metrics.WholeWindow(model, is_able=keras.distribution.distribution() is None)
         self._traced: set[Any] = set()
         self._normalizations: list[Any] = []
         state = trainable, non_trainable, optimizer, metrics = _shardings(model)
@@ -77,19 +78,30 @@ class JaxTraining:
         listener = noise_scale.listening(self.model, [part.samples for part in window])
         logs: Any = None
         carried: Any = None
+        self._metrics.forget()
         for index in range(len(scales)):
             part = window.pop(0)
             batch = part.take() if index else batch
             inputs = (trainable, non_trainable, optimizer, batch, *scales[index])
-            logs, carried = self._first(metrics, *inputs) if carried is None else self._next(carried, *inputs)
-            del inputs
+            result = self._first(metrics, *inputs) if carried is None else self._next(carried, *inputs)
+            (logs, outputs), carried = result
+            self._metrics.take(outputs)
+            del inputs, result, outputs
             batch = None  # gone before the next one is taken
             listener(index, functools.partial(self._squared_norm, carried[0]))
         sums, moments, changed, metrics = carried
         del carried
         non_trainable = _with(changed, non_trainable)
         trainable, optimizer, changed = self._update(trainable, optimizer, sums, moments, non_trainable)
+        if self._metrics.has_outputs:
+            logs, metrics = self._with_whole_window(logs, metrics)
         return logs, (trainable, _with(changed, non_trainable), optimizer, metrics)
+
+    def _with_whole_window(self, logs: Any, metrics: Any) -> tuple[Any, Any]:
+        variables = self.model.metrics_variables
+        with keras.StatelessScope(state_mapping=list(zip(variables, metrics, strict=True))) as scope:
+            logs = self._metrics.update(logs)
+        return logs, [scope.get_current_value(variable) for variable in variables]
 
     # What each micro-batch counts for
 
@@ -188,7 +200,11 @@ class JaxTraining:
         x, y, sample_weight = batch
 
         def objective(trainable: Any) -> tuple[Any, Any]:
-            with statistics.recorded(self.model) as notes, losses.scaled(self.model, scales, self._see_mask):
+            with (
+                statistics.recorded(self.model) as notes,
+                batch_metrics.tracking(self.model, share),
+                losses.scaled(self.model, scales, self._see_mask),
+            ):
                 loss, extra = self.model.compute_loss_and_updates(
                     trainable,
                     non_trainable,
@@ -206,8 +222,10 @@ class JaxTraining:
 
         (_, (extra, moments)), gradients = jax.value_and_grad(objective, has_aux=True)(trainable)
         loss, y_pred, new_non_trainable, new_metrics = extra
-        logs, new_metrics = self.model._update_metrics_variables(new_metrics, loss, x, y, y_pred, sample_weight)
-        return logs, gradients, moments, new_non_trainable, new_metrics
+        with self._metrics.waiting(), batch_metrics.tracking(self.model, share):
+            logs, new_metrics = self.model._update_metrics_variables(new_metrics, loss, x, y, y_pred, sample_weight)
+        outputs = self._metrics.outputs(y, y_pred, sample_weight)
+        return (logs, outputs), gradients, moments, new_non_trainable, new_metrics
 
     def _see_mask(self) -> None:
         self.has_mask = True

@@ -18,6 +18,7 @@ import tensorflow as tf
 from keras import tree
 
 from accumtune.accumulation import (
+    batch_metrics,
     building,
     feeding,
     known_samples,
@@ -48,6 +49,7 @@ class TensorFlowTraining:
         self.accumulation = accumulation
         self.replicas = Replicas(model.distribute_strategy)
         self.has_mask = False
+        self._metrics = batch_metrics.WholeWindow(model, is_able=self.replicas.number == 1)
         self._traced: set[Any] = set()
         self._weights: list[Any] = []
         self._accumulators: list[Any] = []
@@ -115,18 +117,20 @@ class TensorFlowTraining:
         samples = [step[0].samples for step in window] if self.replicas.number == 1 else [1]
         listener = noise_scale.listening(self.model, samples)
         has_gradient = [False] * len(self._weights)
+        self._metrics.forget()
         for index, (share, _, weight) in enumerate(parts):
             step = window.pop(0)
             if index == 0:
-                logs, moments = self._first(batch, share, scales[index], weight)
+                logs, moments, outputs = self._first(batch, share, scales[index], weight)
             else:
                 batch = join([part.take() for part in step])
-                logs, moments = self._next(batch, share, scales[index], weight, moments)
+                logs, moments, outputs = self._next(batch, share, scales[index], weight, moments)
+            self._metrics.take(outputs)
             has_gradient = [a or b for a, b in zip(has_gradient, self._has_gradient[_absent(batch)], strict=True)]
             batch = None  # gone before the next one is taken
             listener(index, self._squared_norm)
         self._update(moments, tuple(has_gradient))
-        return logs
+        return self._metrics.update(logs)
 
     def _choose_weights(self) -> None:
         """Those that were trainable at the first window: what is compiled knows no others, as in Keras."""
@@ -228,7 +232,7 @@ class TensorFlowTraining:
 
     def _only_step(self, batch: Any, share: Any, scales: Any, metric_weight: Any) -> Any:
         is_window = self.replicas.number == 1
-        gradients, logs = self._gradients(batch, share, None if is_window else scales, metric_weight)
+        gradients, logs, _ = self._gradients(batch, share, None if is_window else scales, metric_weight)
         dense = [None if gradient is None else tf.convert_to_tensor(gradient) for gradient in gradients]
         self._apply(self.replicas.summed(dense))
         if self.replicas.number > 1:
@@ -236,21 +240,21 @@ class TensorFlowTraining:
         return logs
 
     def _first_step(self, batch: Any, share: Any, scales: Any, metric_weight: Any) -> Any:
-        gradients, logs = self._gradients(batch, share, scales, metric_weight)
+        gradients, logs, outputs = self._gradients(batch, share, scales, metric_weight)
         in_place = self.replicas.number == 1 and not self.model.jit_compile  # XLA lays out memory by itself
         for accumulator, gradient in zip(self._accumulators, gradients, strict=True):
             if gradient is not None:
                 sums.put(accumulator, gradient, in_place=in_place)
             else:  # a later micro-batch of the window may have one
                 accumulator.assign(tf.zeros_like(accumulator))
-        return logs, self._noted()
+        return logs, self._noted(), outputs
 
     def _next_step(self, batch: Any, share: Any, scales: Any, metric_weight: Any, so_far: Any) -> Any:
-        gradients, logs = self._gradients(batch, share, scales, metric_weight)
+        gradients, logs, outputs = self._gradients(batch, share, scales, metric_weight)
         for weight, accumulator, gradient in zip(self._weights, self._accumulators, gradients, strict=True):
             if gradient is not None:
                 sums.add(weight, accumulator, gradient)
-        return logs, statistics.combined(so_far, self._noted())
+        return logs, statistics.combined(so_far, self._noted()), outputs
 
     def _squared_norm_step(self) -> Any:
         """Of what has been summed up so far. `l2_loss` makes no squares of its own to sum."""
@@ -285,12 +289,13 @@ class TensorFlowTraining:
     def _predict(self, x: Any, training: bool) -> Any:
         return self.model(x, training=training) if self.model._call_has_training_arg else self.model(x)
 
-    def _gradients(self, batch: Any, share: Any, scales: Any, metric_weight: Any) -> tuple[list[Any], Any]:
+    def _gradients(self, batch: Any, share: Any, scales: Any, metric_weight: Any) -> tuple[list[Any], Any, Any]:
         """One forward and backward pass, as in Keras's train_step; gradients of this micro-batch's part."""
         model = self.model
         x, y, sample_weight = batch
         is_empty = tf.equal(tf.shape(_first_tensor(batch))[0], 0) if self.replicas.number > 1 else None
-        with tf.GradientTape() as tape:
+        part = share if scales is not None and self.replicas.number == 1 else None
+        with batch_metrics.tracking(model, part), tf.GradientTape() as tape:
             y_pred = self._predict(x, training=True)
             with losses.scaled(model, scales, self._see_mask, metric_weight, is_empty):
                 loss = model._compute_loss(x=x, y=y, y_pred=y_pred, sample_weight=sample_weight, training=True)
@@ -300,7 +305,11 @@ class TensorFlowTraining:
             loss = model.optimizer.scale_loss(loss * tf.cast(share, loss.dtype))
         gradients = tape.gradient(loss, self._weights) if self._weights else []
         self._has_gradient[_absent(batch)] = tuple(gradient is not None for gradient in gradients)
-        return gradients, model.compute_metrics(x, y, y_pred, sample_weight=sample_weight)
+        if scales is None:
+            return gradients, model.compute_metrics(x, y, y_pred, sample_weight=sample_weight), ()
+        with batch_metrics.tracking(model, part), self._metrics.waiting():
+            logs = model.compute_metrics(x, y, y_pred, sample_weight=sample_weight)
+        return gradients, logs, self._metrics.outputs(y, y_pred, sample_weight)
 
     def _see_mask(self) -> None:
         self.has_mask = True

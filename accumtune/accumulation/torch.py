@@ -9,7 +9,16 @@ from typing import Any
 import torch
 from keras import tree
 
-from accumtune.accumulation import feeding, groups, known_samples, losses, noise_scale, optimizers, statistics
+from accumtune.accumulation import (
+    batch_metrics,
+    feeding,
+    groups,
+    known_samples,
+    losses,
+    noise_scale,
+    optimizers,
+    statistics,
+)
 from accumtune.accumulation.blank_predictions import BlankPredictions
 from accumtune.accumulation.window import Accumulation, factors, shares
 
@@ -21,6 +30,7 @@ class TorchTraining:
         self.model = model
         self.accumulation = accumulation
         self.has_mask: bool | None = None
+        self._metrics = batch_metrics.WholeWindow(model)
         self._normalizations: list[Any] = []
         self._blank = BlankPredictions()
         self._part = torch.compile(self._backward) if model._should_torch_compile() else self._backward
@@ -39,10 +49,11 @@ class TorchTraining:
         model.zero_grad()  # a window that was interrupted may have left gradients
         moments: Any = ()
         self._normalizations = []
+        self._metrics.forget()
         batch = window[0].take()
         known_samples.note(model, batch)
         if len(window) == 1:
-            logs = self._only(batch)
+            logs, _ = self._only(batch)
         else:
             samples = [part.samples for part in window]
             parts, scales = _numbers(shares(samples)), _numbers(self._factors(window, batch, samples))
@@ -51,15 +62,21 @@ class TorchTraining:
             for index in range(len(parts)):
                 part = window.pop(0)
                 batch = part.take() if index else batch
-                with statistics.recorded(model) as notes:
-                    logs = self._part(batch, parts[index], scales[index])
+                with (
+                    statistics.recorded(model) as notes,
+                    self._metrics.waiting(),
+                    batch_metrics.tracking(model, parts[index]),
+                ):
+                    logs, outputs = self._part(batch, parts[index], scales[index])
+                self._metrics.take(outputs)
                 moments = self._joined(moments, notes.mine())
                 sums = _collected(model.trainable_weights, sums)
                 batch = None  # gone before the next one is taken
                 listener(index, functools.partial(_squared_norm, model.trainable_weights, sums))
             self._restore(sums)
         self._update(moments)
-        return logs
+        with torch.no_grad():
+            return self._metrics.update(logs)
 
     def _only(self, batch: Any) -> Any:
         return self._part(batch, _numbers(1.0), None)
@@ -118,7 +135,8 @@ class TorchTraining:
         model._loss_tracker.update_state(loss, sample_weight=feeding.samples_of(batch))
         if model.trainable_weights:
             model.optimizer.scale_loss(loss * share.to(loss.dtype)).backward()
-        return model.compute_metrics(x, y, y_pred, sample_weight=sample_weight)
+        logs = model.compute_metrics(x, y, y_pred, sample_weight=sample_weight)
+        return logs, () if scales is None else self._metrics.outputs(y, y_pred, sample_weight)
 
     def _see_mask(self) -> None:
         self.has_mask = True

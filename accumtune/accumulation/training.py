@@ -195,14 +195,17 @@ def _count_in_windows(model: Any, epoch: Any) -> None:
 
 def _fit(model: Any, own: Any) -> Any:
     """The model's `fit`; `own` is one that this instance had already."""
-    from accumtune.accumulation import feeding
+    from accumtune.accumulation import batch_metrics, feeding
 
     @functools.wraps(own or type(model).fit)
     def fit(*args: Any, **kwargs: Any) -> Any:
         accumulation = model._accumtune_accumulation
         if own is None and feeding.has_stock_fit(model):
             given, rows = feeding.with_rows(model, accumulation, feeding.named_arguments(model, args, kwargs))
-            with replaced(model, {"_accumtune_rows": rows}):  # a model does not keep the data it was trained on
+            is_smaller = given.get("validation_batch_size") != kwargs.get("validation_batch_size")
+            size = (given.get("batch_size") or 32) if is_smaller else None
+            # A model does not keep the data it was trained on.
+            with replaced(model, {"_accumtune_rows": rows}), batch_metrics.validating_at(model, size):
                 return type(model).fit(model, **given)
         # It prepares the data, or is told of them (autologging): they and the other arguments are as they were given.
         size = None if kwargs.get("validation_batch_size") else accumulation.micro_batch_size

@@ -22,6 +22,8 @@ from accumtune.trials.pipeline_process import called
 
 _TORCH_LOADER = "torch.utils.data.dataloader.DataLoader"
 Samples = tuple[Any, Any, Any]  # x, y, sample_weight: trees of arrays, or None
+# As many as `model.evaluate` takes where nothing is said.
+_METRIC_BATCH_SIZE = 32
 
 
 def input_arguments(fit_args: Sequence[Any], fit_kwargs: Mapping[str, Any]) -> Samples:
@@ -94,8 +96,11 @@ def feed_by_batches(model: Any, effective_batch_size: int, micro_batch_size: int
     """Makes `model.fit` train with the effective batch, whatever calls it, and validate at the micro-batch.
 
     Arrays are read batch by batch, so that the data set at rest takes no memory on the device; batches of a pipeline
-    are cut anew. The user's own `HyperModel.fit` calls `model.fit` as ever.
+    are cut anew. The user's own `HyperModel.fit` calls `model.fit` as ever. Metrics that are one number per batch see
+    `validation_batch_size` samples at a time, by default 32 as in `model.evaluate`: in all trials the same.
     """
+    from accumtune.accumulation.batch_metrics import validating_at
+
     keras_fit = model.fit
 
     @functools.wraps(keras_fit)
@@ -108,10 +113,12 @@ def feed_by_batches(model: Any, effective_batch_size: int, micro_batch_size: int
                 stacklevel=2,
             )
         given = _with_validation_split(given)
+        size = given.get("validation_batch_size") or _METRIC_BATCH_SIZE
         given = _with_training_batches(model, given, effective_batch_size)
         given = _with_validation_batches(model, given, micro_batch_size)
         try:
-            return keras_fit(**given)
+            with validating_at(model, size):
+                return keras_fit(**given)
         except Exception as error:
             refusal = getattr(given["x"], "refusal", None)
             if refusal is None:
