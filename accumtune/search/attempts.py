@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
+from accumtune.errors import SearchError
 from accumtune.memory.profile import Measurement, Profile
 from accumtune.search.feasibility import Pair, next_smaller
 from accumtune.search.settings import SearchSettings
@@ -138,6 +139,8 @@ class Attempts:
         self, values: dict[str, Any], predicted: int, signature: str, pair: Pair, outcome: Outcome
     ) -> TrialResult:
         if not outcome.is_completed:
+            if outcome.error is not None and outcome.error["class"] == SearchError.__name__:
+                raise SearchError(*outcome.error["arguments"])
             return TrialResult("failed", values, reason=outcome.reason, traceback=outcome.traceback)
         report = outcome.result
         measurement = Measurement(

@@ -44,6 +44,36 @@ def refuse_unknown_arguments(names: Iterable[str], tuner: Callable[..., Any]) ->
         )
 
 
+def refuse_strategy(distribution_strategy: Any) -> None:
+    """Refuses Keras Tuner's way to several devices.
+
+    Raises:
+        SearchError: there is one.
+    """
+    if distribution_strategy is not None:
+        raise SearchError(
+            f"Received distribution_strategy={distribution_strategy!r}.",
+            "none: each trial is a process of its own, to which a strategy of this one cannot be sent.",
+            "leave it out; trials run on several GPUs at once with workers=2. A configuration trains under a strategy: "
+            "config.for_replicas(...).",
+        )
+
+
+def refuse_no_oracle(oracle: Any) -> None:
+    """Refuses what is no oracle.
+
+    Raises:
+        SearchError: it is something else.
+    """
+    if not isinstance(oracle, keras_tuner.Oracle):
+        raise SearchError(
+            f"Received oracle={oracle!r} of type {type(oracle).__name__}.",
+            "a keras_tuner.Oracle.",
+            "keras_tuner.oracles.RandomSearchOracle(objective='val_loss', max_trials=10), or accumtune.RandomSearch, "
+            "which has one.",
+        )
+
+
 def refuse_batch_size(fit_kwargs: Mapping[str, Any]) -> None:
     """Refuses a batch size in `search`.
 
@@ -52,7 +82,7 @@ def refuse_batch_size(fit_kwargs: Mapping[str, Any]) -> None:
     """
     if "batch_size" in fit_kwargs:
         raise SearchError(
-            f"Received batch_size={fit_kwargs['batch_size']} in search().",
+            f"Received batch_size={fit_kwargs['batch_size']} among the arguments of fit.",
             "no batch_size: the effective batch is what the search finds.",
             "to fix it, give the tuner micro_batch_sizes=(32,) and accumulation_steps=(8,), for example.",
         )

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
-from accumtune.errors import AccumtuneError, WorkerError
+from accumtune.errors import AccumtuneError, SearchError
 from accumtune.memory.budget import format_bytes
 from accumtune.memory.profile import Profile
 from accumtune.search.attempts import Attempts
@@ -90,7 +90,7 @@ class TrialRunner:
         except AccumtuneError as error:
             if self._trainings.is_stopping:  # a probe that was ended with the search
                 return TrialResult("stopped", dict(space["values"]), reason=STOPPED)
-            if isinstance(error, WorkerError):  # says nothing of this trial, and the next one would fare no better
+            if isinstance(error, SearchError):  # says nothing of this trial, and the next one would fare no better
                 raise
             reason = str(error).splitlines()[0]
             return TrialResult("failed", dict(space["values"]), reason=reason, traceback=str(error))
@@ -107,6 +107,10 @@ class TrialRunner:
         earlier_result = self._ended_before(directory, values)
         if earlier_result is not None:
             return earlier_result
+        parameters, most = self._profiler.inspect(space).parameters, self._settings.max_model_size
+        if most and parameters > most:
+            reason = f"its {parameters:,} parameters are more than max_model_size={most:,}"
+            return TrialResult("infeasible", values, reason=reason)
         profile = self._profiler.profile(space)
         budget = self._settings.memory_budget_bytes
         pair = realise(
@@ -119,6 +123,8 @@ class TrialRunner:
         if pair is None:
             return TrialResult("infeasible", values, reason=_why_infeasible(profile, values, budget))
         values |= pair.as_hyperparameters()
+        if self._settings.has_own_run_trial:
+            return self._attempts.train(directory, trial_id, number, {**space, "values": values}, pair, fit_overrides)
         key = training_key(values, self._settings.is_batch_coupled)
         earlier = self._claims.claim(key)
         if isinstance(earlier, tuple):

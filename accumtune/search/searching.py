@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any, Literal
 
 from accumtune.config.production import installed_versions
-from accumtune.errors import AccumtuneError
+from accumtune.errors import AccumtuneError, SearchError
 from accumtune.search import carried, oracles, results
 from accumtune.search import identity as identities
 from accumtune.search.advice import advice
@@ -14,6 +15,9 @@ from accumtune.search.answers import Answers
 from accumtune.search.checks import refuse_batch_size, refuse_missing_validation
 from accumtune.search.chronicle import Best
 from accumtune.search.display import Display
+from accumtune.search.hooks import Hooks
+from accumtune.search.overrides import is_overridden
+from accumtune.search.own_run_trial import FitArguments, OwnRunTrial
 from accumtune.search.processes import SearchProcesses
 from accumtune.search.pruning import Pruning
 from accumtune.search.registering import save_model_for_registry
@@ -22,10 +26,12 @@ from accumtune.search.selection import Candidate
 from accumtune.search.session import SearchSession, StoppedAtOnce
 from accumtune.search.settings import SearchSettings
 from accumtune.search.telling import Telling, greeting
+from accumtune.search.trial_result import TrialResult
 from accumtune.search.workers import command_to_resume
 from accumtune.tracking.lock import only_search
 from accumtune.trials.devices import Place, Places
 from accumtune.trials.directory import SearchDirectory, clear_disk_errors
+from accumtune.trials.payload import dump_payload
 from accumtune.trials.profiling import Profiler
 
 SearchOver = Literal["auto", "effective_batch_size", "pairs"]
@@ -35,6 +41,7 @@ class Searching(Answers):
     """A tuner that searches: what `Tuner` was asked for, in processes of their own, with everything written down."""
 
     memory_budget_bytes: int | None
+    max_model_size: int | None
     micro_batch_sizes: tuple[int, ...]
     accumulation_steps: tuple[int, ...]
     effective_batch_sizes: tuple[int, ...]
@@ -58,6 +65,8 @@ class Searching(Answers):
     _asked_seed: int | None = None
     # How far the journal had come when the state was read or written last.
     _seen: int
+    _train: Callable[[Any, Mapping[str, Any], Path | None], TrialResult]
+    _own_run_trial: OwnRunTrial | None = None
     # Of the last call of `search`.
     _fit_arguments: tuple[tuple[Any, ...], dict[str, Any]] | None
 
@@ -79,7 +88,8 @@ class Searching(Answers):
             SearchDirectoryError: another process searches in this directory, or it cannot be written to.
         """
         refuse_batch_size(fit_kwargs)
-        refuse_missing_validation(self.oracle.objective.name, self.hypermodel.hypermodel, fit_kwargs)
+        if not self._has_own("run_trial"):
+            refuse_missing_validation(self.oracle.objective.name, self.hypermodel.hypermodel, fit_kwargs)
         verbose = fit_kwargs.pop("verbose", 1)
         self.oracle.verbose = 0  # accumtune prints its own lines
         objective = self.oracle.objective
@@ -101,7 +111,9 @@ class Searching(Answers):
             try:
                 with display:
                     profiler = self._processes.profiler(display.probe)
+                    self.on_search_begin()
                     self._session(display, profiler, telling).run()
+                    self.on_search_end()
                 best = self._chronicle.try_best(self._trial_run())
                 self._save_model(display, best)
                 status = "finished"
@@ -134,12 +146,14 @@ class Searching(Answers):
             trial_timeout_seconds=self.trial_timeout_seconds,
             identity={name: text for name, text in self._identity.items() if name not in ("versions", "tuner")},
             versions=installed_versions(),
+            has_own_run_trial=self._has_own("run_trial"),
+            max_model_size=self.max_model_size,
         )
         runner = TrialRunner(
             settings, self._files, self._processes.executor(), profiler, display.trial_started,
             places=Places(self._places), pruning=self._pruning(),
         )  # fmt: skip
-        return SearchSession(
+        session = SearchSession(
             self.oracle,
             runner,
             self._files,
@@ -147,7 +161,61 @@ class Searching(Answers):
             workers=self.workers,
             memory_budget_bytes=self.memory_budget_bytes,
             advise=telling.advise,
+            hooks=self._hooks(),
         )
+        self._train = session.train
+        return session
+
+    # What a subclass may override
+
+    def run_trial(self, trial: Any, *fit_args: Any, **fit_kwargs: Any) -> list[Any]:
+        """Trains a trial in a process of its own, within the budget.
+
+        A subclass may override it, ask `trial.hyperparameters` for more, and call this with other arguments of `fit`;
+        it runs in the process of the search.
+
+        Returns:
+            A `keras.callbacks.History` of each execution, with its curves.
+        """
+        own = self._own_run_trial
+        if own is None:
+            raise SearchError(
+                "Received run_trial outside of a search.",
+                "run_trial overridden in a subclass, and called by search().",
+                "train the best with get_best_config().build(build_model) and model.fit.",
+            )
+        return own.train(trial, fit_args, fit_kwargs)
+
+    def on_trial_end(self, trial: Any) -> None:
+        """Called when a trial has ended; the oracle knows it by then."""
+
+    def _has_own(self, *methods: str) -> bool:
+        return any(is_overridden(method, type(self)) for method in methods)
+
+    def _hooks(self) -> Hooks:
+        if self._has_own("run_trial"):
+            self._own_run_trial = OwnRunTrial(
+                self.run_trial,
+                self._train_otherwise,
+                self._fit_arguments or ((), {}),
+                self.oracle.objective,
+                lambda trial_id: self._files.trial(trial_id).path,
+            )
+        return Hooks(
+            self.pre_create_trial,
+            self.on_trial_begin,
+            self.on_trial_end,
+            self._own_run_trial,
+            self.save if self._has_own("save", "get_state") else lambda: None,
+        )
+
+    def _train_otherwise(self, trial: Any, overrides: Mapping[str, Any], other: FitArguments | None) -> TrialResult:
+        if other is None:
+            return self._train(trial, overrides, None)
+        # Beside the search's own: they share what arrays they have in common.
+        payload_file = self._files.payload_file.with_name(f"trial_{trial.trial_id}.pkl")
+        dump_payload({**self._payload(), "fit_args": other[0], "fit_kwargs": other[1]}, payload_file)
+        return self._train(trial, overrides, payload_file)
 
     def _take_up_search(self) -> list[str]:
         """Goes on with an earlier session's search, where there is one and it is the same.
@@ -234,6 +302,8 @@ class Searching(Answers):
             "objective": self.oracle.objective,
             "fit_args": tuple(fit_args),
             "fit_kwargs": fit_kwargs,
+            "is_scored_later": self._has_own("run_trial"),
+            "max_model_size": self.max_model_size,
         }
 
     def _pruning(self) -> Pruning | None:
@@ -257,6 +327,9 @@ class Searching(Answers):
     def _description(self) -> dict[str, Any]:
         objective = self.oracle.objective
         fit_args, fit_kwargs = self._fit_arguments or ((), {})
+        fit = carried.describe_fit(fit_kwargs, self.hypermodel.hypermodel, self._compiled_with)
+        if self._has_own("run_trial"):
+            fit["not_carried"].append(f"{type(self).__name__}.run_trial, which may give fit other arguments")
         return {
             "name": self.project_name,
             "objective": {"name": objective.name, "direction": objective.direction},
@@ -272,7 +345,7 @@ class Searching(Answers):
             "backend": self._backend,
             "versions": installed_versions(),
             "identity": self._identity,
-            "fit": carried.describe_fit(fit_kwargs, self.hypermodel.hypermodel, self._compiled_with),
+            "fit": fit,
             "data": {"name": self.project_name, **results.describe_data(fit_args, fit_kwargs)},
         }
 

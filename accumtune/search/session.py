@@ -6,6 +6,7 @@ import contextlib
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from pathlib import Path
 from typing import Any
 
 import keras
@@ -17,6 +18,7 @@ from accumtune.memory.machine import budget_hint
 from accumtune.search import oracles
 from accumtune.search.display import Display
 from accumtune.search.feasibility import BATCH_HYPERPARAMETERS
+from accumtune.search.hooks import Hooks
 from accumtune.search.runner import TrialRunner
 from accumtune.search.trial_result import TrialResult, completed_result
 from accumtune.tracking.journal import Journal, read_search, read_trial
@@ -43,7 +45,7 @@ class SearchSession:
         workers: trials at once.
         memory_budget_bytes: for messages.
         advise: tells the user, once in a search, what may help.
-        after_trial: called after each trial, with the state saved.
+        hooks: what a subclass of the tuner has of its own.
     """
 
     def __init__(
@@ -56,7 +58,7 @@ class SearchSession:
         workers: int = 1,
         memory_budget_bytes: int | None = None,
         advise: Callable[[Sequence[str]], None] = lambda texts: None,
-        after_trial: Callable[[], None] = lambda: None,
+        hooks: Hooks | None = None,
     ) -> None:
         self._oracle = oracle
         self._runner = runner
@@ -65,7 +67,7 @@ class SearchSession:
         self._workers = workers
         self._memory_budget_bytes = memory_budget_bytes
         self._advise = advise
-        self._after_trial = after_trial
+        self._hooks = hooks or Hooks()
         self._reused_in_a_row = 0
         self._infeasible_in_a_row = 0
         self._is_exhausted = False
@@ -85,6 +87,7 @@ class SearchSession:
             with self._stopping(running):
                 self._loop(threads, running)
         self._refuse_where_nothing_fits(oracles.consecutive_failures(self._oracle))
+        self._refuse_where_all_failed()
 
     def _loop(self, threads: ThreadPoolExecutor, running: dict[Future[TrialResult], tuple[str, Any]]) -> None:
         idle = [f"tuner{index}" for index in range(self._workers)]
@@ -93,6 +96,7 @@ class SearchSession:
             while idle and not waits_for_others and not self._is_exhausted:
                 trial = self._next_trial(idle[-1])
                 if trial is not None and trial.status == TrialStatus.RUNNING:
+                    self._hooks.on_trial_begin(trial)
                     running[threads.submit(self._run_trial, trial)] = (idle.pop(), trial)
                 else:  # STOPPED, or IDLE: waiting for the outcome of another trial
                     waits_for_others = True
@@ -105,10 +109,11 @@ class SearchSession:
                     idle.append(tuner_id)
                 else:  # the same trial once more, with other values
                     running[threads.submit(self._run_trial, trial)] = (tuner_id, trial)
-            self._after_trial()
+            self._hooks.after_trial()
 
     def _next_trial(self, tuner_id: str) -> Any:
         """The oracle's proposal; random values instead of one more that was trained already, None without any left."""
+        self._hooks.pre_create_trial()
         if self._reused_in_a_row < _MAX_REUSED_IN_A_ROW or not oracles.can_redraw(self._oracle):
             return self._oracle.create_trial(tuner_id)
         if oracles.has_nothing_new(self._oracle):
@@ -150,8 +155,14 @@ class SearchSession:
         overrides = {}
         if "tuner/epochs" in values:  # Hyperband
             overrides = {"epochs": values["tuner/epochs"], "initial_epoch": values["tuner/initial_epoch"]}
-        number = self._number(trial)
-        return self._runner.run(trial.trial_id, number, trial.hyperparameters.get_config(), overrides)
+        return (self._hooks.run_trial or self.train)(trial, overrides)
+
+    def train(self, trial: Any, fit_overrides: Mapping[str, Any], payload_file: Path | None = None) -> TrialResult:
+        """Trains a trial in a process of its own; `payload_file` for one that has data of its own."""
+        space = trial.hyperparameters.get_config()
+        if payload_file is not None:
+            space["payload"] = str(payload_file.resolve())
+        return self._runner.run(trial.trial_id, self._number(trial), space, fit_overrides)
 
     def _number(self, trial: Any) -> int:
         return int(self._oracle.start_order.index(trial.trial_id)) + 1
@@ -159,12 +170,12 @@ class SearchSession:
     def _end_trial(self, trial: Any, result: TrialResult) -> bool:
         """Tells journal, oracle and user; False where the trial is to run again with other values."""
         number = self._number(trial)
-        if result.space:
+        if result.space or self._hooks.run_trial is not None:
             oracles.learn_space(self._oracle, trial, result.space, result.values)
         if result.status == "infeasible":
             self._infeasible_in_a_row += 1
             self._display.trial_ended(number, result)
-            if self._infeasible_in_a_row == 1:
+            if self._infeasible_in_a_row == 1 and self._memory_budget_bytes is not None:
                 # With the first that does not fit: nobody waits for twenty to hear of a setting.
                 self._advise([hint] if (hint := budget_hint(keras.config.backend()).strip()) else [])
             if self._may_redraw() and oracles.replace_infeasible(self._oracle, trial) is not None:
@@ -183,6 +194,7 @@ class SearchSession:
         else:
             oracles.end_failed(self._oracle, trial, f"{result.reason}\n{result.traceback}".strip())
         oracles.note_batch(self._oracle, trial.trial_id, batch)
+        self._hooks.on_trial_end(self._oracle.trials[trial.trial_id])
         if result.status != "infeasible":
             self._display.trial_ended(number, result)
         self._count_reused(result)
@@ -208,11 +220,19 @@ class SearchSession:
             self._refuse_where_nothing_fits(failed)
         counted = [trial for trial in failed if self._status(trial) == "failed"]
         if len(counted) >= self._oracle.max_consecutive_failed_trials:
-            raise _too_many_failures(counted[-self._oracle.max_consecutive_failed_trials :])
+            counted = counted[-self._oracle.max_consecutive_failed_trials :]
+            raise _too_many_failures(counted, f"{len(counted)} trials in a row")
 
     def _refuse_where_nothing_fits(self, failed: list[Any]) -> None:
         if self._infeasible_in_a_row and not self._any_completed():
             raise self._too_small(failed[-1].message if failed else "")
+
+    def _refuse_where_all_failed(self) -> None:
+        """A search of fewer trials than may fail in a row has come to nothing too."""
+        ended = [self._oracle.trials[trial_id] for trial_id in self._oracle.end_order]
+        failed = [trial for trial in ended if self._status(trial) == "failed"]
+        if failed and not self._any_completed():
+            raise _too_many_failures(failed, "The only trial" if len(failed) == 1 else f"All {len(failed)} trials")
 
     def _any_completed(self) -> bool:
         return any(trial.status == TrialStatus.COMPLETED for trial in self._oracle.trials.values())
@@ -220,7 +240,13 @@ class SearchSession:
     def _status(self, trial: Any) -> str:
         return str(read_trial(self._directory.trial(trial.trial_id).path).status)
 
-    def _too_small(self, reason: str) -> BudgetTooSmallError:
+    def _too_small(self, reason: str) -> SearchFailedError | BudgetTooSmallError:
+        if self._memory_budget_bytes is None:
+            return SearchFailedError(
+                f"None of {self._infeasible_in_a_row} proposals may be trained: {reason}.",
+                "a build function that also makes smaller models.",
+                "raise max_model_size.",
+            )
         return BudgetTooSmallError(
             f"Received memory_budget={format_bytes(self._memory_budget_bytes or 0)}, in which none of "
             f"{self._infeasible_in_a_row} proposals fits: {reason or 'not even micro-batch 1 fits'}.",
@@ -271,10 +297,10 @@ class SearchSession:
                 oracles.grant_another_trial(self._oracle)
 
 
-def _too_many_failures(trials: list[Any]) -> SearchFailedError:
+def _too_many_failures(trials: list[Any], which: str) -> SearchFailedError:
     reasons = "\n".join(f"  trial {trial.trial_id}: {(trial.message or '').splitlines()[0]}" for trial in trials)
     return SearchFailedError(
-        f"{len(trials)} trials in a row failed:\n{reasons}\n\nThe last one in full:\n{trials[-1].message}",
+        f"{which} failed:\n{reasons}\n\nThe last one in full:\n{trials[-1].message}",
         "a build function whose models train.",
         "mend what the reasons say and run the same script again: completed trials are kept, where the mended script "
         "still makes their models. More patience: "

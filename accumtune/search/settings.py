@@ -20,3 +20,6 @@ class SearchSettings:
     trial_timeout_seconds: float | None
     identity: Mapping[str, str] = field(default_factory=dict)
     versions: Mapping[str, str] = field(default_factory=dict)
+    # A subclass's `run_trial` may train each trial in another way, whatever its hyperparameters.
+    has_own_run_trial: bool = False
+    max_model_size: int | None = None

@@ -96,7 +96,7 @@ class Trainings:
         earlier: list[dict[str, Any]],
     ) -> dict[str, Any]:
         arguments: dict[str, Any] = {
-            "payload": str(self._directory.payload_file.resolve()),
+            "payload": space.get("payload") or str(self._directory.payload_file.resolve()),
             "hyperparameters": space,
             "memory_budget_bytes": self._settings.memory_budget_bytes,
             "seed": self._settings.seed,

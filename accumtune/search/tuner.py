@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,7 +14,7 @@ from accumtune.errors import SearchDirectoryError
 from accumtune.memory.budget import parse_budget
 from accumtune.memory.device import memory_limit_environment
 from accumtune.search import identity, oracles, ownership, state
-from accumtune.search.checks import check_choice, refuse_unknown_arguments
+from accumtune.search.checks import check_choice, refuse_no_oracle, refuse_strategy, refuse_unknown_arguments
 from accumtune.search.chronicle import Chronicle
 from accumtune.search.feasibility import effective_batch_sizes
 from accumtune.search.hypermodel import (
@@ -21,6 +22,7 @@ from accumtune.search.hypermodel import (
     DEFAULT_MICRO_BATCH_SIZES,
     AccumulationHyperModel,
 )
+from accumtune.search.overrides import refuse_missing_hypermodel, refuse_overridden
 from accumtune.search.processes import SearchProcesses
 from accumtune.search.searching import Searching, SearchOver
 from accumtune.search.workers import plan, refuse_chief_and_workers, resolve_pool
@@ -65,12 +67,17 @@ class Tuner(Searching):
         overwrite: begin anew.
         executions_per_trial: trainings per trial, whose objectives are averaged.
         optimizer, loss, metrics: override what the build function compiles with.
-        **kwargs: other arguments of `keras_tuner.Tuner`.
+        **kwargs: other arguments of `keras_tuner.Tuner`; a model with more parameters than `max_model_size` is
+            infeasible.
+
+    A subclass may override `run_trial` (called in this process, around `super().run_trial`, which trains in a process
+    of its own), `on_trial_begin`, `on_trial_end`, `on_search_begin`, `on_search_end`, `load_model`, `get_state`,
+    `set_state` and what answers; other methods of Keras Tuner's are refused, because nothing would call them.
 
     Raises:
         BudgetError: the budget cannot be read.
         BatchSizeError: sizes below 1, or an unknown `search_over`.
-        SearchError: an argument that no tuner takes.
+        SearchError: an argument that no tuner takes, or a subclass whose methods would be passed over.
         BuildError: the build function raised or returned something else than a compiled model.
         SearchDirectoryError: the directory holds a search that cannot be read.
     """
@@ -105,6 +112,10 @@ class Tuner(Searching):
     ) -> None:
         require_linux("A search")
         refuse_unknown_arguments(kwargs, Tuner.__init__)
+        refuse_strategy(kwargs.get("distribution_strategy"))
+        refuse_no_oracle(oracle)
+        refuse_missing_hypermodel(hypermodel)
+        refuse_overridden(type(self), type(oracle))
         check_choice("search_over", search_over, ("auto", "effective_batch_size", "pairs"))
         check_choice("learning_rate_scaling", learning_rate_scaling, (None, "linear", "sqrt"))
         self.memory_budget_bytes = None if memory_budget is None else parse_budget(memory_budget)
@@ -168,7 +179,7 @@ class Tuner(Searching):
                 super().__init__(
                     state.with_whole_state(oracle, is_looking=not is_held),
                     model,
-                    directory=str(directory),
+                    directory=directory,
                     project_name=project_name,
                     overwrite=False,  # Keras Tuner would delete all that is in the folder
                     executions_per_trial=executions_per_trial,
@@ -218,6 +229,8 @@ class Tuner(Searching):
                 f"go on with {other}, give another project_name, or overwrite=True to begin anew.",
             ) from error
         vars(self.oracle).update(self._sampler_settings)
+        # A subclass's set_state need not call this one.
+        Tuner.set_state(self, json.loads(Path(self._get_tuner_fname()).read_text()))
 
     # The space, discovered in a child
 
@@ -235,7 +248,7 @@ class Tuner(Searching):
 
     def _populate_initial_space(self) -> None:
         self._is_discovered = True
-        discovered = self._processes.discover(self.hypermodel, self.oracle.hyperparameters.copy())
+        discovered = self._processes.discover(self.hypermodel, self.oracle.get_space())
         self.batch_coupled_layers = discovered["batch_coupled_layers"]
         self._wants_data = discovered["wants_data"]
         if self.search_over == "auto" and not self._wants_data:
@@ -266,9 +279,10 @@ class Tuner(Searching):
     # Keras Tuner's state
 
     def save(self) -> None:
-        """As Keras Tuner saves, but whole."""
+        """As Keras Tuner saves, but whole; a subclass's `get_state` and `set_state` need not know of the search's."""
         self.oracle.save()
-        state.save_tuner(Path(self._get_tuner_fname()), self.get_state())
+        state.save_tuner(Path(self._get_tuner_fname()), {**Tuner.get_state(self), **self.get_state()})
+
 
     def get_state(self) -> dict[str, Any]:
         return {"search_over": self.search_over, "batch_coupled_layers": self.batch_coupled_layers}

@@ -38,7 +38,6 @@ def execute(
         The report that `accumtune.trials.worker.train` returns.
     """
     import keras
-    from keras_tuner.src.engine import tuner_utils  # how Keras Tuner reads what fit() returns; it has no public name
 
     from accumtune.memory.compiling import PeakWithoutCompiling
     from accumtune.memory.watching import watched
@@ -74,15 +73,13 @@ def execute(
             hp, model, *content["fit_args"], **arguments, callbacks=[*callbacks, *own_callbacks]
         )
     peak = peak_of_training.peak_bytes()
-    tuner_utils.validate_trial_results(history, objective, "HyperModel.fit()")
+    metrics, best_epoch = _results(history, objective, content.get("is_scored_later", False))
     _save_build_config(model, directory)
     effective_batch_size = hp.values.get("effective_batch_size", 0)
     seconds_per_update = writer.seconds_per_update
-    # A list, as Keras Tuner makes it of a trial's executions.
-    metrics = tuner_utils.convert_to_metrics_dict([history], objective)
     return {
         "metrics": {name: float(value) for name, value in metrics.items()},
-        "best_epoch": int(tuner_utils.get_best_step([history], objective)),
+        "best_epoch": best_epoch,
         "best_value": save_best.best_value if math.isfinite(save_best.best_value) else None,
         "pruned_after_epochs": stop.epochs,
         "peak_memory_bytes": int(peak),
@@ -95,6 +92,41 @@ def execute(
         "training_seconds": state.seconds,
         "precision_policy": keras.config.dtype_policy().name,
     }
+
+
+def _results(returned: Any, objective: Any, is_scored_later: bool) -> tuple[dict[str, Any], int]:
+    """The metrics of the best epoch and which it was, from what `fit` has returned.
+
+    Raises:
+        SearchError: Keras Tuner has no use for it: every trial would end so.
+    """
+    import keras
+    from keras_tuner import errors as kerass
+    from keras_tuner.src.engine import tuner_utils  # how Keras Tuner reads what fit() returns; it has no public name
+
+    from accumtune.errors import SearchError
+
+    if isinstance(returned, keras.callbacks.History) and returned.history:
+        last = {name: values[-1] for name, values in returned.history.items()}
+        if not objective.has_value(last):
+            if is_scored_later:  # by a subclass's run_trial
+                return last, len(returned.epoch) - 1
+            raise SearchError(
+                f"Received the objective {objective.name!r}, and a training that reports {', '.join(last)}.",
+                "an objective that the training reports.",
+                "compile the model with that metric, give search() validation_data, or take another objective.",
+            )
+    try:
+        tuner_utils.validate_trial_results(returned, objective, "HyperModel.fit()")
+    except kerass.FatalError as error:
+        raise SearchError(
+            f"Received {returned!r} of type {type(returned).__name__} from HyperModel.fit. {error}",
+            f"what model.fit returned, a number, or a dict with {objective.name!r}.",
+            "end it with `return model.fit(*args, **kwargs)`.",
+        ) from error
+    # A list, as Keras Tuner makes it of a trial's executions.
+    metrics = tuner_utils.convert_to_metrics_dict([returned], objective)
+    return metrics, int(tuner_utils.get_best_step([returned], objective))
 
 
 def _end_out_of_memory(directory: TaskDirectory, budget_bytes: int | None) -> None:

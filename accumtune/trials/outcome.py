@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import signal
 from dataclasses import dataclass, field
 from typing import Any
@@ -88,6 +89,23 @@ def _signal_name(number: int) -> str:
         return signal.Signals(number).name
     except ValueError:  # most real-time signals have none
         return f"signal {number}"
+
+
+# What Keras and TensorFlow write before the cause: where it was, and how one comes there.
+_IN_LAYER = "Exception encountered when calling "
+_WHERE = (_IN_LAYER, "Graph execution error:", "Detected at node ", 'File "', "<stack traces")
+_DECORATION = re.compile(r"\x1b\[[0-9;]*m|\{\{[^}]*\}\}")
+
+
+def reason_of(error: BaseException) -> str:
+    """The cause of an error, in one line for a person."""
+    lines = [line.strip() for line in _DECORATION.sub("", str(error)).splitlines()]
+    lines = [line for line in lines if line]
+    cause = next((line for line in lines if not line.startswith(_WHERE)), "")
+    text = cause or " ".join(lines[:1])
+    if cause and lines[0].startswith(_IN_LAYER):
+        text += f" (in {lines[0].removeprefix(_IN_LAYER).rstrip('.')})"
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 
 def finished(outcome: Outcome, what: str) -> Outcome:

@@ -47,6 +47,7 @@ class ModelFacts:
     sample_shapes: Any
     appeared: Mapping[str, Any] = field(default_factory=lambda: {"space": [], "values": {}})
     identity: Mapping[str, str] = field(default_factory=dict)
+    parameters: int = 0
 
     def completed(self, hyperparameters: Mapping[str, Any]) -> dict[str, Any]:
         """Keras Tuner's configuration of hyperparameters, with those that appeared."""
@@ -226,7 +227,8 @@ class Profiler:
 
     def _run(self, task: str, arguments: dict[str, Any], limit_bytes: int | None) -> Outcome:
         directory = TaskDirectory(self._scratch_folder / f"{task}_{os.getpid()}_{next(self._numbers):04d}")
-        directory.write_task(task, {"payload": str(self._payload_file.resolve()), **arguments})
+        payload = arguments["hyperparameters"].get("payload") or str(self._payload_file.resolve())
+        directory.write_task(task, {"payload": payload, **arguments})
         environment = memory_limit_environment(self._executor.backend, limit_bytes)
         is_limited = limit_bytes is not None
         outcome = self._executor.submit(directory, environment, self._timeout_seconds, is_limited).result()
@@ -256,7 +258,7 @@ class Profiler:
 def _key_of(hyperparameters: Mapping[str, Any]) -> str:
     values = {k: v for k, v in hyperparameters["values"].items() if k not in _BATCH_HYPERPARAMETERS}
     # Its device is among the facts: what was found on one type of device says nothing of another.
-    return json.dumps([current_place().kind, values], sort_keys=True, default=repr)
+    return json.dumps([current_place().kind, hyperparameters.get("payload"), values], sort_keys=True, default=repr)
 
 
 def _grown(profile: Profile, measurements: Sequence[Measurement], trace: Trace | None) -> Profile:

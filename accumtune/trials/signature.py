@@ -34,9 +34,9 @@ def describe_model(
         is_pipeline: whether training gets whole batches, or takes rows from arrays.
 
     Returns:
-        `signature` (32 hexadecimal digits), `device`, `static_bytes` (trainable parameters: less than any training
-        needs), `sample_bytes` (of the data that waits on the device until its micro-step; 0 for arrays, of which
-        rows are taken as needed), `batch_coupled_layers`, `precision_policy`, `sample_shapes`.
+        `signature` (32 hexadecimal digits), `device`, `parameters` (how many are trainable), `static_bytes` (of them:
+        less than any training needs), `sample_bytes` (of the data that waits on the device until its micro-step; 0
+        for arrays, of which rows are taken as needed), `batch_coupled_layers`, `precision_policy`, `sample_shapes`.
     """
     import keras
 
@@ -68,6 +68,7 @@ def describe_model(
         "signature": hashlib.sha256(text.encode()).hexdigest()[:32],
         "device": device,
         "sample_bytes": 0 if takes_rows else _sample_bytes(sample),
+        "parameters": sum(int(np.prod(v.shape)) for v in model.trainable_variables),
         "static_bytes": sum(int(np.prod(v.shape)) * _bytes_per_element(v.dtype) for v in model.trainable_variables),
         "batch_coupled_layers": [str(layer) for layer in batch_coupled_layers(model)],
         "precision_policy": facts["policy"],

@@ -14,7 +14,7 @@ from typing import Any
 
 from accumtune.trials.directory import TaskDirectory
 from accumtune.trials.global_settings import apply_global_settings, gpus_of_tensorflow
-from accumtune.trials.outcome import StopRequested, Superseded
+from accumtune.trials.outcome import StopRequested, Superseded, reason_of
 from accumtune.trials.payload import is_data_function, load_payload, read_header
 
 # Of sparse and ragged data, a sample takes what these take on average.
@@ -46,10 +46,9 @@ def _describe(error: Exception) -> dict[str, Any]:
     from accumtune.errors import AccumtuneError
     from accumtune.memory.device import is_out_of_memory
 
-    text = str(error).strip() or type(error).__name__
     return {
         "status": "out_of_memory" if is_out_of_memory(error) else "failed",
-        "reason": f"{type(error).__name__}: {text.splitlines()[0]}",
+        "reason": reason_of(error),
         "traceback": "".join(traceback.format_exception(error)),
         "error": (
             {"class": type(error).__name__, "arguments": list(error.args)}
@@ -71,7 +70,7 @@ def discover(directory: TaskDirectory, payload: str, space: dict[str, Any] | Non
     import keras_tuner
     from keras_tuner.engine.oracle import Oracle
 
-    from accumtune.accumulation import batch_coupled_layers
+    from accumtune.accumulation import accumulate, batch_coupled_layers
     from accumtune.accumulation.coupling import runs_code_of_the_user
 
     content, _, _ = _open(payload)
@@ -88,6 +87,7 @@ def discover(directory: TaskDirectory, payload: str, space: dict[str, Any] | Non
             wants_data.add(runs_code_of_the_user(model))
             data = () if space is None or not runs_code_of_the_user(model) else _some_data(model, content)
             coupled.update(dict.fromkeys(str(layer) for layer in batch_coupled_layers(model, *data)))
+            accumulate(model, micro_batch_size=1)  # refuses what no trial could train
 
     class Explorer(keras_tuner.engine.base_tuner.BaseTuner):
         def __init__(self) -> None:
@@ -131,6 +131,8 @@ def inspect(directory: TaskDirectory, payload: str, hyperparameters: dict[str, A
     sample = samples(1)
     if not all(map(is_dense, keras.tree.flatten(sample))):
         sample = samples(_SAMPLES_OF_UNEQUAL_SIZE)
+    if content.get("max_model_size") and not model.built:
+        model(sample[0])  # until then nothing can be counted
     facts = describe_model(model, sample, device.name, hp.values, is_pipeline=is_pipeline)
     facts["identity"] = {**describe_training(model, hp.values), "device": device.name}
     return {**facts, "appeared": appeared(hp, hyperparameters)}

@@ -11,7 +11,7 @@ from concurrent.futures import Future
 import keras_tuner
 import pytest
 
-from accumtune.errors import SearchDirectoryError, SearchError
+from accumtune.errors import SearchDirectoryError, SearchError, SearchFailedError
 from accumtune.memory.profile import Measurement, Profile
 from accumtune.search import state
 from accumtune.search.display import Display
@@ -68,7 +68,8 @@ class Profiles:
             hp.Choice("momentum", [0.5, 0.9])
         values = {name: value for name, value in hp.values.items() if name not in names}
         appeared = {"space": hp.get_config()["space"][known:], "values": values}
-        return ModelFacts("s", "CPU", 0, 0, (), "float32", None, appeared)
+        parameters = 1000 if hp.get("learning_rate") == 0.1 else 100
+        return ModelFacts("s", "CPU", 0, 0, (), "float32", None, appeared, parameters)
 
     def learn(self, signature, measurement):
         pass
@@ -130,7 +131,7 @@ ORACLES = {
 EVERY = {"random": 1, "grid": 1, "bayesian": 19, "hyperband": 5}
 
 
-def session(folder, kind, trainings, workers=1):
+def session(folder, kind, trainings, workers=1, **settings):
     """What `Tuner.search` puts together, loaded from the folder where there is something."""
     space = keras_tuner.HyperParameters()
     space.Choice("effective_batch_size", [4, 8, 16], ordered=True)
@@ -144,7 +145,7 @@ def session(folder, kind, trainings, workers=1):
     if (folder / "oracle.json").exists():
         oracle.reload()
     oracle.save()
-    settings = SearchSettings(None, (4, 8), True, False, 1, 3, "val_loss", None)
+    settings = SearchSettings(None, (4, 8), True, False, 1, 3, "val_loss", None, **settings)
     files = SearchDirectory(folder)
     display = Display("val_loss", oracle.max_trials, 0)
     runner = TrialRunner(settings, files, trainings, Profiles())
@@ -263,3 +264,21 @@ def test_settings_for_new_hyperparameters_hold(setting, tmp_path):
     ran = [values for _, values, _ in told(tmp_path / "s").values()]
     assert {values["momentum"] for values in ran if values["learning_rate"] == 0.1} == {0.5}
     assert "momentum" not in {hp.name for hp in oracle.hyperparameters.space}
+
+
+def test_models_above_max_model_size_are_not_trained(tmp_path):
+    session(tmp_path / "s", "grid", Trainings(), max_model_size=500)[1].run()
+    trials = told(tmp_path / "s").values()
+    assert {status for status, values, _ in trials if values["learning_rate"] == 0.1} == {"infeasible"}
+    assert {status for status, values, _ in trials if values["learning_rate"] != 0.1} == {"completed"}
+    with pytest.raises(SearchFailedError, match="1,000 parameters are more than max_model_size=50"):
+        session(tmp_path / "none", "random", Trainings(), max_model_size=50)[1].run()
+
+
+@pytest.mark.parametrize("trials", [1, 2])
+def test_a_search_whose_few_trials_all_failed_raises_also_when_run_again(trials, tmp_path, monkeypatch):
+    monkeypatch.setattr(f"{__name__}.TRIALS", trials)
+    for _ in range(2):
+        with pytest.raises(SearchFailedError, match="boom"):
+            session(tmp_path / "s", "random", Trainings(failing=(0.1, 0.2, 0.3)))[1].run()
+    assert len(told(tmp_path / "s")) == trials

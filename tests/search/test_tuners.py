@@ -69,6 +69,16 @@ def test_hyperparameters_that_only_some_models_ask_for_are_searched_and_recorded
     assert trained == [best.hyperparameters[f"width_{index}"] for index in range(best.hyperparameters["layers"])]
 
 
+def build_refused(hp):
+    class OwnTrainStep(keras.Sequential):
+        def train_step(self, data):
+            return {"loss": 0.0}
+
+    model = OwnTrainStep([keras.Input((16,)), keras.layers.Dense(1)])
+    model.compile("sgd", "mse")
+    return model
+
+
 class Late(keras_tuner.HyperModel):
     """Asks for hyperparameters where Keras Tuner's guide does: in `fit`, and while the model is called."""
 
@@ -201,6 +211,9 @@ def test_hyperband_goes_on_from_earlier_weights(tmp_path):
         ({"learning_rate_scaling": "cubic"}, errors.BatchSizeError, "learning_rate_scaling"),
         ({"build": build_uncompiled}, errors.UncompiledModelError, "compile"),
         ({"build": build_nothing}, errors.BuildError, "None"),
+        ({"build": build_refused}, errors.CustomTrainStepError, "compute_loss"),
+        ({"build": None}, errors.SearchError, "hypermodel=None"),
+        ({"distribution_strategy": "MirroredStrategy"}, errors.SearchError, "distribution_strategy"),
     ],
 )
 def test_bad_input_says_what_came_what_was_expected_and_how_to_mend_it(tmp_path, arguments, error, words):

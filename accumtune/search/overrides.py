@@ -1,0 +1,87 @@
+"""Methods of Keras Tuner's classes that a subclass overrides: honoured, or refused where nothing would call them."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+from typing import Any
+
+import keras_tuner
+
+from accumtune.errors import SearchError
+
+# Called by a search, around its trials, or by whoever has the tuner.
+HONOURED_OF_TUNER = frozenset({
+    "get_best_hyperparameters", "get_best_models", "get_state", "load_model", "on_search_begin", "on_search_end",
+    "on_trial_begin", "on_trial_end", "pre_create_trial", "reload", "remaining_trials", "results_summary", "run_trial",
+    "save", "save_model", "search", "search_space_summary", "set_state",
+})  # fmt: skip
+HONOURED_OF_ORACLE = frozenset({
+    "create_trial", "end_trial", "get_space", "get_state", "get_trial", "populate_space", "reload", "remaining_trials",
+    "set_state", "update_space", "update_trial", "verbose",
+})  # fmt: skip
+
+_CALLBACK = "give search() a keras.callbacks.Callback: it has these methods, the model as self.model, and runs there."
+_IN_FIT = "do it in the build function, or in the `fit` of a keras_tuner.HyperModel: trials call both."
+_FOLDER = "give directory= and project_name=."
+_FIXES = {
+    "on_batch_begin": _CALLBACK, "on_batch_end": _CALLBACK, "on_epoch_begin": _CALLBACK, "on_epoch_end": _CALLBACK,
+    "get_trial_dir": _FOLDER, "project_dir": _FOLDER,
+    "get_best_trials": "override get_best_hyperparameters or get_best_models of the tuner.",
+    "score_trial": "return the score from HyperModel.fit or run_trial, as the objective.",
+}  # fmt: skip
+
+
+def is_overridden(method: str, kind: type) -> bool:
+    """Whether a subclass of a tuner has a method of its own."""
+    return method in _overridden(kind, keras_tuner.Tuner)
+
+
+def refuse_overridden(tuner: type, oracle: type) -> None:
+    """Refuses methods of subclasses that would be passed over.
+
+    Raises:
+        SearchError: there is one.
+    """
+    for kind, base, honoured in (
+        (tuner, keras_tuner.Tuner, HONOURED_OF_TUNER),
+        (oracle, keras_tuner.Oracle, HONOURED_OF_ORACLE),
+    ):
+        names = sorted(_passed_over(kind, base, honoured))
+        if names:
+            raise SearchError(
+                f"Received {kind.__name__}, which overrides {', '.join(names)}: a search would not call it, because "
+                "models are built and trained in processes of their own.",
+                f"a subclass that overrides {', '.join(sorted(honoured))}.",
+                next((_FIXES[name] for name in names if name in _FIXES), _IN_FIT),
+            )
+
+
+def refuse_missing_hypermodel(hypermodel: Any) -> None:
+    """Refuses a tuner without a hypermodel, which Keras Tuner takes where `run_trial` does everything.
+
+    Raises:
+        SearchError: there is none.
+    """
+    if hypermodel is None:
+        raise SearchError(
+            "Received hypermodel=None.",
+            "a build function or a keras_tuner.HyperModel, which trials call in processes of their own, within the "
+            "budget; a run_trial that does everything itself would run in this one, without.",
+            "move what run_trial builds into a build function, and how it trains into the `fit` of a "
+            "keras_tuner.HyperModel; what needs no model is searched with keras_tuner's own tuners.",
+        )
+
+
+def _passed_over(kind: type, base: type, honoured: Collection[str]) -> Iterator[str]:
+    for name in _overridden(kind, base):
+        # Keras Tuner's private methods are AutoKeras's to override; an oracle's are called as ever.
+        if name not in honoured and (not name.startswith("_") or base is keras_tuner.Tuner):
+            yield name
+
+
+def _overridden(kind: type, base: type) -> Iterator[str]:
+    """What a user's class has of its own, of all that the base has."""
+    for name in dir(base):
+        owner = next((cls for cls in kind.__mro__ if name in vars(cls)), base)
+        if not name.startswith("__") and owner.__module__.partition(".")[0] not in ("accumtune", "keras_tuner"):
+            yield name
