@@ -35,8 +35,10 @@ def build(config: ConfigValue, build_model: Any) -> Any:
 def accumulate(config: ConfigValue, model: Any) -> Any:
     """See `TrainingConfig.accumulate`."""
     from accumtune import accumulation
+    from accumtune.trials.data import fit_by_default
 
-    return accumulation.accumulate(model, micro_batch_size=config.micro_batch_size)
+    accumulating = accumulation.accumulate(model, micro_batch_size=config.micro_batch_size)
+    return fit_by_default(accumulating, config.fit_arguments()["batch_size"])
 
 
 def builder_of(config: ConfigValue, build_model: Any) -> Any:

@@ -8,6 +8,7 @@ from typing import Any
 
 from accumtune.tracking.records import TrialRecord
 from accumtune.trials.directory import TaskDirectory
+from accumtune.trials.own_data import own_fit
 
 # Arguments of `fit` that change the result, with Keras's defaults.
 _CARRIED = {
@@ -28,8 +29,6 @@ def describe_fit(fit_kwargs: Mapping[str, Any], hypermodel: Any, compiled_with: 
     Returns:
         `options`, as a configuration's `fit_options`, and `not_carried`, sentences.
     """
-    import keras_tuner  # takes seconds, for which whoever only reads a search should not wait
-
     options = {name: fit_kwargs[name] for name, usual in _CARRIED.items() if fit_kwargs.get(name, usual) != usual}
     if "class_weight" in options:
         options["class_weight"] = {str(int(key)): float(value) for key, value in options["class_weight"].items()}
@@ -40,8 +39,7 @@ def describe_fit(fit_kwargs: Mapping[str, Any], hypermodel: Any, compiled_with: 
         names = [type(item).__name__ for item in value] if name == "callbacks" else []
         if names or name != "callbacks":
             not_carried.append(f"search() was given {name}" + (f": {', '.join(names)}" if names else ""))
-    own_fit = getattr(type(hypermodel), "fit", keras_tuner.HyperModel.fit)
-    if own_fit is not keras_tuner.HyperModel.fit:
+    if own_fit(hypermodel) is not None:
         not_carried.append(f"{type(hypermodel).__name__}.fit, which may do more than model.fit")
     given = [name for name, value in compiled_with.items() if value is not None]
     if given:

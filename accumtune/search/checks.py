@@ -10,6 +10,7 @@ from typing import Any
 import keras_tuner
 
 from accumtune.errors import BatchSizeError, SearchError
+from accumtune.trials.own_data import own_fit
 
 
 def check_choice(name: str, value: Any, known: Sequence[Any]) -> None:
@@ -88,6 +89,20 @@ def refuse_batch_size(fit_kwargs: Mapping[str, Any]) -> None:
         )
 
 
+def refuse_missing_data(hypermodel: Any, fit_args: Sequence[Any], fit_kwargs: Mapping[str, Any]) -> None:
+    """Refuses a search without data, unless the user's own `fit` brings them.
+
+    Raises:
+        SearchError: there are none.
+    """
+    if not fit_args and fit_kwargs.get("x") is None and own_fit(hypermodel) is None:
+        raise SearchError(
+            "Received search() without data.",
+            "what model.fit takes, or a keras_tuner.HyperModel whose `fit` brings its own data.",
+            "tuner.search(x, y, validation_data=(x_val, y_val), ...).",
+        )
+
+
 def refuse_missing_validation(objective_name: str, hypermodel: Any, fit_kwargs: Mapping[str, Any]) -> None:
     """Refuses an objective that nothing will measure.
 
@@ -96,8 +111,7 @@ def refuse_missing_validation(objective_name: str, hypermodel: Any, fit_kwargs: 
     """
     has_validation = bool(fit_kwargs.get("validation_split")) or fit_kwargs.get("validation_data") is not None
     # A HyperModel with a fit of its own may validate in its own way.
-    fit = getattr(type(hypermodel), "fit", keras_tuner.HyperModel.fit)
-    if objective_name.startswith("val_") and not has_validation and fit is keras_tuner.HyperModel.fit:
+    if objective_name.startswith("val_") and not has_validation and own_fit(hypermodel) is None:
         raise SearchError(
             f"Received the objective {objective_name!r}, and search() without validation_data.",
             "validation data, for an objective that is measured on them.",

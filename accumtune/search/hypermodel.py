@@ -15,7 +15,7 @@ from accumtune.memory.machine import budget_hint
 from accumtune.search.feasibility import Pair, realise
 from accumtune.trials.builder import ModelBuilder
 from accumtune.trials.costs import profile
-from accumtune.trials.data import feed_by_batches
+from accumtune.trials.data import feed_by_batches, fit_by_default
 from accumtune.trials.platforms import require_linux
 from accumtune.trials.profiling import check_sizes
 
@@ -82,9 +82,10 @@ class AccumulationHyperModel(keras_tuner.HyperModel):
         return self.builder.build_plain(hp)
 
     def build(self, hp: Any) -> Any:
-        """The user's model, accumulating over micro-batches."""
+        """The user's model, accumulating over micro-batches; its `fit` takes the effective batch where told of none."""
         pair = self._pair(hp)
-        return accumulate(self.build_plain(hp), pair.micro_batch_size)
+        model = accumulate(self.build_plain(hp), pair.micro_batch_size)
+        return fit_by_default(model, pair.effective_batch_size)
 
     def fit(self, hp: Any, model: Any, *args: Any, **kwargs: Any) -> Any:
         """Trains with the effective batch, validates at the micro-batch.

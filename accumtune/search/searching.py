@@ -12,7 +12,7 @@ from accumtune.search import carried, oracles, results
 from accumtune.search import identity as identities
 from accumtune.search.advice import advice
 from accumtune.search.answers import Answers
-from accumtune.search.checks import refuse_batch_size, refuse_missing_validation
+from accumtune.search.checks import refuse_batch_size, refuse_missing_data, refuse_missing_validation
 from accumtune.search.chronicle import Best
 from accumtune.search.display import Display
 from accumtune.search.hooks import Hooks
@@ -89,6 +89,7 @@ class Searching(Answers):
         """
         refuse_batch_size(fit_kwargs)
         if not self._has_own("run_trial"):
+            refuse_missing_data(self.hypermodel.hypermodel, fit_args, fit_kwargs)
             refuse_missing_validation(self.oracle.objective.name, self.hypermodel.hypermodel, fit_kwargs)
         verbose = fit_kwargs.pop("verbose", 1)
         self.oracle.verbose = 0  # accumtune prints its own lines

@@ -7,6 +7,7 @@ returns one of these or a `tf.data.Dataset`.
 from __future__ import annotations
 
 import functools
+import inspect
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -126,6 +127,40 @@ def feed_by_batches(model: Any, effective_batch_size: int, micro_batch_size: int
             raise refusal from error
 
     model.fit = fit
+
+
+def fit_by_default(model: Any, effective_batch_size: int) -> Any:
+    """Makes `model.fit` take the effective batch where it is not told of a batch: Keras's own default is 32.
+
+    Data that come in batches keep these.
+
+    Returns:
+        The same model.
+    """
+    keras_fit = model.fit
+    names = list(inspect.signature(type(model).fit).parameters)[1:]  # without self
+
+    @functools.wraps(keras_fit)
+    def fit(*args: Any, **kwargs: Any) -> Any:
+        given = {**dict(zip(names, args, strict=False)), **kwargs}
+        if "batch_size" in names and given.get("batch_size") is None and _has_no_batches(given.get("x")):
+            position = names.index("batch_size")
+            if position < len(args):
+                args = (*args[:position], effective_batch_size, *args[position + 1 :])
+            else:
+                kwargs["batch_size"] = effective_batch_size
+        return keras_fit(*args, **kwargs)
+
+    model.fit = fit
+    return model
+
+
+def _has_no_batches(x: Any) -> bool:
+    """Whether these are the arrays, or what stands for them: all else comes in batches, and Keras wants no size."""
+    if isinstance(x, (Mapping, list, tuple)):
+        return all(map(_has_no_batches, x.values() if isinstance(x, Mapping) else x))
+    is_number = isinstance(x, (int, float, str, bool))  # of lists, which Keras takes too
+    return is_number or (bool(getattr(x, "shape", None)) and not is_pipeline(x) and not hasattr(x, "__next__"))
 
 
 def _with_validation_split(given: dict[str, Any]) -> dict[str, Any]:

@@ -85,7 +85,7 @@ def discover(directory: TaskDirectory, payload: str, space: dict[str, Any] | Non
         def build(self, hp: keras_tuner.HyperParameters) -> None:
             model = hypermodel.build_plain(hp)
             wants_data.add(runs_code_of_the_user(model))
-            data = () if space is None or not runs_code_of_the_user(model) else _some_data(model, content)
+            data = () if space is None or not runs_code_of_the_user(model) else _some_data(model, content, hp)
             coupled.update(dict.fromkeys(str(layer) for layer in batch_coupled_layers(model, *data)))
             accumulate(model, micro_batch_size=1)  # refuses what no trial could train
 
@@ -104,10 +104,10 @@ def discover(directory: TaskDirectory, payload: str, space: dict[str, Any] | Non
     }
 
 
-def _some_data(model: Any, content: dict[str, Any]) -> tuple[Any, ...]:
+def _some_data(model: Any, content: dict[str, Any], hp: Any) -> tuple[Any, ...]:
     """Some x and y, or nothing where the data cannot be read: that is for the trials to say."""
     try:
-        x, y, _ = _samples(model, content)[0](16)
+        x, y, _ = _samples(model, content, hp)[0](16)
     except Exception:
         return ()
     return x, y
@@ -127,7 +127,7 @@ def inspect(directory: TaskDirectory, payload: str, hyperparameters: dict[str, A
     content, device, _ = _open(payload)
     hp = _hyperparameters(hyperparameters)
     model = content["hypermodel"].build_plain(hp)
-    samples, is_pipeline = _samples(model, content)
+    samples, is_pipeline = _samples(model, content, hp)
     sample = samples(1)
     if not all(map(is_dense, keras.tree.flatten(sample))):
         sample = samples(_SAMPLES_OF_UNEQUAL_SIZE)
@@ -178,8 +178,9 @@ def probe(
 
     content, device, _ = _open(payload, memory_budget_bytes, has_pipelines=True)
     recorder = device.recorder() if probes.TRACED_STEPS <= set(accumulation_steps) else None
-    model = content["hypermodel"].build_plain(_hyperparameters(hyperparameters))
-    samples, is_pipeline = _samples(model, content)
+    hp = _hyperparameters(hyperparameters)
+    model = content["hypermodel"].build_plain(hp)
+    samples, is_pipeline = _samples(model, content, hp)
 
     def report(measurements: Sequence[Any], trace: Any = None) -> dict[str, Any]:
         return {
@@ -292,11 +293,17 @@ _TASKS: dict[str, Callable[..., dict[str, Any]]] = {
 }
 
 
-def _samples(model: Any, content: dict[str, Any]) -> tuple[Callable[[int], Any], bool]:
+def _samples(model: Any, content: dict[str, Any], hp: Any) -> tuple[Callable[[int], Any], bool]:
     """What gives the first samples of the training data, and whether training will get these as batches."""
     from accumtune.trials import data
+    from accumtune.trials.own_data import arguments_of_fit, own_fit
 
-    x, y, sample_weight = data.resolve(*data.input_arguments(content["fit_args"], content["fit_kwargs"]))
+    given = data.input_arguments(content["fit_args"], content["fit_kwargs"])
+    fit = own_fit(getattr(content["hypermodel"], "hypermodel", None))
+    if given[0] is None and fit is not None:
+        own = arguments_of_fit(fit, hp, model, content["fit_args"], content["fit_kwargs"])
+        given = own.get("x"), own.get("y"), own.get("sample_weight")
+    x, y, sample_weight = data.resolve(*given)
     is_batched = not data.is_tf_dataset(x) or data.has_batches(model, x)
 
     def first(count: int) -> Any:

@@ -3,12 +3,14 @@
 from functools import partial
 
 import keras
+import keras_tuner
 import numpy as np
 import pytest
 
 from accumtune.accumulation import accumulate
 from accumtune.errors import DataError
-from accumtune.trials.data import feed_by_batches, first_samples, has_batches, resolve
+from accumtune.trials.data import feed_by_batches, first_samples, fit_by_default, has_batches, resolve
+from accumtune.trials.own_data import arguments_of_fit, own_fit
 from accumtune.trials.rebatch import RebatchedDataset
 
 X = np.arange(40, dtype="float32").reshape(20, 2)
@@ -223,3 +225,54 @@ def test_batches_are_told_from_samples(make_model, features):
             assert not has_batches(model, samples), samples.element_spec
         for batches in (samples.batch(4), samples.batch(3, drop_remainder=True)):
             assert has_batches(model, batches), batches.element_spec
+
+
+def tiny():
+    model = keras.Sequential([keras.Input((3,)), keras.layers.Dense(1)])
+    model.compile("sgd", "mse")
+    return model
+
+
+def test_fit_by_default_takes_the_effective_batch_where_it_is_told_of_none():
+    x, y = np.ones((24, 3), "float32"), np.ones((24, 1), "float32")
+
+    def updates(*args, **kwargs):
+        model = fit_by_default(tiny(), 8)
+        model.fit(*args, **kwargs, verbose=0)
+        return int(model.optimizer.iterations)
+
+    assert updates(x, y) == updates(x=x, y=y) == updates(x, y, None) == updates(x, y, None, 1) == 3
+    assert updates(x, y, None, 2) == 6
+    assert updates(x, y, 12) == updates(x, y, batch_size=12) == 2
+    assert updates([x], y) == 3
+
+    class Batches(keras.utils.PyDataset):
+        def __len__(self):
+            return 4
+
+        def __getitem__(self, index):
+            return x[:6], y[:6]
+
+    assert updates(Batches()) == 4
+
+
+class BringsItsOwn(keras_tuner.HyperModel):
+    def fit(self, hp, model, *args, **kwargs):
+        try:
+            assert kwargs["callbacks"] == [] and kwargs["epochs"] == 1
+            rows = hp.Choice("rows", [6, 12])
+            return model.fit(np.ones((rows, 3)), y=np.ones((rows, 1)), **kwargs)
+        except Exception:
+            raise AssertionError("nothing of the user's may handle how it is left") from None
+
+
+def test_the_data_that_a_fit_of_the_user_s_brings_are_found_without_training():
+    model, hp = tiny(), keras_tuner.HyperParameters()
+    fit = own_fit(BringsItsOwn())
+    given = arguments_of_fit(fit, hp, model, (), {"epochs": 1})
+    assert given["x"].shape == (6, 3) and given["y"].shape == (6, 1) and "rows" in hp.values
+    assert int(model.optimizer.iterations) == 0
+    model.fit(np.ones((4, 3)), np.ones((4, 1)), verbose=0)  # as before
+    assert own_fit(keras_tuner.HyperModel()) is None and own_fit(tiny) is None
+    with pytest.raises(DataError, match="without model.fit"):
+        arguments_of_fit(lambda hp, model, **kwargs: {"loss": 0.0}, hp, model, (), {})
