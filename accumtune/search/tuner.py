@@ -283,7 +283,6 @@ class Tuner(Searching):
         self.oracle.save()
         state.save_tuner(Path(self._get_tuner_fname()), {**Tuner.get_state(self), **self.get_state()})
 
-
     def get_state(self) -> dict[str, Any]:
         return {"search_over": self.search_over, "batch_coupled_layers": self.batch_coupled_layers}
 
