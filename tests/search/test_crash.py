@@ -69,7 +69,7 @@ class Profiles:
         values = {name: value for name, value in hp.values.items() if name not in names}
         appeared = {"space": hp.get_config()["space"][known:], "values": values}
         parameters = 1000 if hp.get("learning_rate") == 0.1 else 100
-        return ModelFacts("s", "CPU", 0, 0, (), "float32", None, appeared, parameters)
+        return ModelFacts("s", "CPU", 0, 0, (), "float32", None, appeared, parameters=parameters)
 
     def learn(self, signature, measurement):
         pass
