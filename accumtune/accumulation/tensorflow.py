@@ -293,7 +293,7 @@ class TensorFlowTraining:
         """One forward and backward pass, as in Keras's train_step; gradients of this micro-batch's part."""
         model = self.model
         x, y, sample_weight = batch
-        is_empty = tf.equal(tf.shape(_first_tensor(batch))[0], 0) if self.replicas.number > 1 else None
+        is_empty = _is_empty(batch) if self.replicas.number > 1 else None
         part = share if scales is not None and self.replicas.number == 1 else None
         with batch_metrics.tracking(model, part), tf.GradientTape() as tape:
             y_pred = self._predict(x, training=True)
@@ -304,6 +304,8 @@ class TensorFlowTraining:
             model._loss_tracker.update_state(loss, sample_weight=tf.shape(_first_tensor(batch))[0])
             loss = model.optimizer.scale_loss(loss * tf.cast(share, loss.dtype))
         gradients = tape.gradient(loss, self._weights) if self._weights else []
+        if is_empty is not None:
+            gradients = [_nothing_where(is_empty, gradient) for gradient in gradients]
         self._has_gradient[_absent(batch)] = tuple(gradient is not None for gradient in gradients)
         if scales is None:
             return gradients, model.compute_metrics(x, y, y_pred, sample_weight=sample_weight), ()
@@ -327,3 +329,16 @@ def _absent(batch: Any) -> tuple[bool, ...]:
 
 def _first_tensor(batch: Any) -> Any:
     return next(leaf for leaf in tree.flatten(batch) if leaf is not None)
+
+
+def _is_empty(batch: Any) -> Any:
+    """Whether a replica's micro-batch has no samples, as a tensor; None where its shape says that it has."""
+    first = _first_tensor(batch)
+    return None if first.shape[0] else tf.equal(tf.shape(first)[0], 0)
+
+
+def _nothing_where(is_empty: Any, gradient: Any) -> Any:
+    """TensorFlow's depthwise convolution leaves a gradient over no samples as its memory was (2.21)."""
+    if gradient is None or isinstance(gradient, tf.IndexedSlices):
+        return gradient
+    return tf.where(is_empty, tf.zeros_like(gradient), gradient)
