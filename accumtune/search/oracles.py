@@ -16,12 +16,12 @@ import math
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
-import keras_tuner
 from keras_tuner.engine.trial import TrialStatus
 
 from accumtune.errors import SearchError
 from accumtune.search.directions import metric_direction
 from accumtune.search.state import is_grid
+from accumtune.trials.hyperparameters import hyperparameters_from
 
 # Draws of random values before a space is taken to hold nothing (new, feasible); Keras Tuner's own limit is 20.
 MAX_DRAWS = 20
@@ -38,7 +38,7 @@ def learn_space(oracle: Any, trial: Any, space: Sequence[Mapping[str, Any]], val
     Raises:
         SearchError: the oracle was made with `allow_new_entries=False`.
     """
-    found = keras_tuner.HyperParameters.from_config({"space": list(space), "values": {}})
+    found = hyperparameters_from({"space": list(space), "values": {}})
     own = trial.hyperparameters
     own.merge(found)
     own.values.update({hp.name: values[hp.name] for hp in found.space if hp.name in values})
@@ -187,7 +187,7 @@ def allow_again(oracle: Any, trial_ids: Collection[str]) -> None:
 def replace_space(oracle: Any, space: Sequence[Mapping[str, Any]]) -> None:
     """Gives an oracle the hyperparameters as they are now."""
     config = {**oracle.hyperparameters.get_config(), "space": list(space)}
-    oracle.hyperparameters = keras_tuner.HyperParameters.from_config(config)
+    oracle.hyperparameters = hyperparameters_from(config)
     for hp in oracle.hyperparameters.space:
         if hp.name not in oracle.hyperparameters.values:
             oracle.hyperparameters.values[hp.name] = hp.default

@@ -13,6 +13,7 @@ from accumtune.tracking.digest import file_digest
 from accumtune.tracking.registry import MODEL_FILE, MODEL_FOLDER
 from accumtune.trials.directory import SearchDirectory, TaskDirectory, write_atomically
 from accumtune.trials.executors import Executor
+from accumtune.trials.hyperparameters import hyperparameters_from
 from accumtune.trials.outcome import finished
 from accumtune.trials.payload import dump_payload
 from accumtune.trials.time_limits import DEFAULT_SECONDS
@@ -63,13 +64,12 @@ def save_with_signature(
 ) -> None:
     """In the process: builds, loads the weights, and saves as MLflow does, without any store."""
     import keras
-    import keras_tuner
     import mlflow.keras
     import numpy as np
 
     from accumtune.trials.data import first_samples, has_batches, input_arguments, is_tf_dataset, resolve
 
-    model = hypermodel.build_plain(keras_tuner.HyperParameters.from_config(hyperparameters))
+    model = hypermodel.build_plain(hyperparameters_from(hyperparameters))
     if not model.built:
         build_config = TaskDirectory(Path(weights).parent).build_config_file
         model.build_from_config(json.loads(build_config.read_text()))

@@ -25,6 +25,7 @@ from accumtune.errors import SearchDirectoryError
 from accumtune.search.changes import ChangingState, with_changes
 from accumtune.tracking.journal import read_search_journal, read_trial
 from accumtune.trials.directory import TaskDirectory, write_atomically
+from accumtune.trials.hyperparameters import hyperparameters_from
 
 
 class _WholeState:
@@ -239,7 +240,6 @@ def _tuner_state(folder: Path, file: Path) -> dict[str, Any] | None:
 
 def _trial_state(file: Path, space: Mapping[str, Any] | None) -> dict[str, Any] | None:
     """A trial from what its journal says of it; its space from one save earlier, its task, or the oracle."""
-    import keras_tuner
 
     previous = _load(_previous(file)) or {}
     record = read_trial(file.parent)
@@ -248,7 +248,7 @@ def _trial_state(file: Path, space: Mapping[str, Any] | None) -> dict[str, Any] 
     if config is None or not values:
         return None
     trial = Trial(
-        hyperparameters=keras_tuner.HyperParameters.from_config({**config, "values": values}),
+        hyperparameters=hyperparameters_from({**config, "values": values}),
         trial_id=file.parent.name.removeprefix("trial_"),
         status=TrialStatus.RUNNING,
     )

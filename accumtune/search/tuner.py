@@ -30,6 +30,7 @@ from accumtune.tracking.lock import held, running_already
 from accumtune.trials.builder import ModelBuilder
 from accumtune.trials.device import current_backend
 from accumtune.trials.directory import SearchDirectory, check_writable
+from accumtune.trials.hyperparameters import hyperparameters_from
 from accumtune.trials.platforms import require_linux
 from accumtune.trials.profiling import check_sizes
 from accumtune.trials.time_limits import preparation_seconds
@@ -253,7 +254,7 @@ class Tuner(Searching):
         self._wants_data = discovered["wants_data"]
         if self.search_over == "auto" and not self._wants_data:
             self._choose_what_to_search_over()
-        found = keras_tuner.HyperParameters.from_config(discovered["hyperparameters"])
+        found = hyperparameters_from(discovered["hyperparameters"])
         self._declare_batch_hyperparameters(self.oracle.hyperparameters)
         self.oracle.update_space(found)
 

@@ -227,7 +227,7 @@ class Profiler:
 
     def _run(self, task: str, arguments: dict[str, Any], limit_bytes: int | None) -> Outcome:
         directory = TaskDirectory(self._scratch_folder / f"{task}_{os.getpid()}_{next(self._numbers):04d}")
-        payload = arguments["hyperparameters"].get("payload") or str(self._payload_file.resolve())
+        payload = arguments.get("hyperparameters", {}).get("payload") or str(self._payload_file.resolve())
         directory.write_task(task, {"payload": payload, **arguments})
         environment = memory_limit_environment(self._executor.backend, limit_bytes)
         is_limited = limit_bytes is not None

@@ -14,6 +14,7 @@ from typing import Any
 
 from accumtune.trials.directory import TaskDirectory
 from accumtune.trials.global_settings import apply_global_settings, gpus_of_tensorflow
+from accumtune.trials.hyperparameters import hyperparameters_from
 from accumtune.trials.outcome import StopRequested, Superseded, reason_of
 from accumtune.trials.payload import is_data_function, load_payload, read_header
 
@@ -77,7 +78,7 @@ def discover(directory: TaskDirectory, payload: str, space: dict[str, Any] | Non
     hypermodel = content["hypermodel"]
     coupled: dict[str, None] = {}
     wants_data: set[bool] = set()
-    known = content["hyperparameters"] if space is None else keras_tuner.HyperParameters.from_config(space)
+    known = content["hyperparameters"] if space is None else hyperparameters_from(space)
     # A bare Oracle and BaseTuner lend their bookkeeping; nothing is searched here.
     oracle = Oracle(objective="val_loss", hyperparameters=known)
 
@@ -125,7 +126,7 @@ def inspect(directory: TaskDirectory, payload: str, hyperparameters: dict[str, A
     from accumtune.trials.signature import describe_model
 
     content, device, _ = _open(payload)
-    hp = _hyperparameters(hyperparameters)
+    hp = hyperparameters_from(hyperparameters)
     model = content["hypermodel"].build_plain(hp)
     samples, is_pipeline = _samples(model, content, hp)
     sample = samples(1)
@@ -178,7 +179,7 @@ def probe(
 
     content, device, _ = _open(payload, memory_budget_bytes, has_pipelines=True)
     recorder = device.recorder() if probes.TRACED_STEPS <= set(accumulation_steps) else None
-    hp = _hyperparameters(hyperparameters)
+    hp = hyperparameters_from(hyperparameters)
     model = content["hypermodel"].build_plain(hp)
     samples, is_pipeline = _samples(model, content, hp)
 
@@ -254,7 +255,7 @@ def train(
         return Continuation(directory, attempt, same_training, execution, earlier, pipelines=pipelines)
 
     def run(state: Continuation) -> dict[str, Any]:
-        hp = _hyperparameters(hyperparameters)
+        hp = hyperparameters_from(hyperparameters)
         try:
             return execute(directory, content, hp, device, state, seed, initial_weights)
         finally:  # a HyperModel's fit, a model that is first called, a callback may ask for more: also where one fails
@@ -349,15 +350,9 @@ def _open_device(memory_budget_bytes: int | None) -> Any:
     return open_device(budget_bytes=memory_budget_bytes)
 
 
-def _hyperparameters(config: dict[str, Any]) -> Any:
-    import keras_tuner
-
-    return keras_tuner.HyperParameters.from_config(config)
-
-
 def appeared(hp: Any, given: dict[str, Any]) -> dict[str, Any]:
     """What was asked for and not given: `space` and `values`, as in Keras Tuner's configuration."""
     config = hp.get_config()
-    known = len(_hyperparameters(given).space)
+    known = len(hyperparameters_from(given).space)
     values = {name: value for name, value in config["values"].items() if name not in given["values"]}
     return {"space": config["space"][known:], "values": values}
