@@ -38,7 +38,7 @@ def main() -> int:
         folder = Path(name)
 
         def run(variant: str) -> dict[str, dict[str, str]]:
-            return suites.run(files, "keras_tests_plugin", variant, folder, {}, options.timeout_seconds)
+            return suites.run(files, "keras_tests_plugin", variant, folder, options.timeout_seconds)
 
         untouched = run("")
         changed = {variant: run(variant) for variant in (f"micro-batch {size}" for size in options.micro_batch_sizes)}

@@ -39,7 +39,7 @@ def main() -> int:
         # Alone: beside their package's __init__.py, tests would import the version that they came with.
         files = [Path(shutil.copy(file, folder)) for file in files]
         untouched, ours = (
-            suites.run(files, "keras_tuner_tests_plugin", variant, folder, {}, options.timeout_seconds)
+            suites.run(files, "keras_tuner_tests_plugin", variant, folder, options.timeout_seconds)
             for variant in ("", "accumtune")
         )
     result = suites.report(untouched, {"accumtune": ours}, DOCUMENTED)

@@ -56,7 +56,6 @@ def run(
     plugin: str,
     variant: str,
     folder: Path,
-    environment: Mapping[str, str],
     timeout_seconds: float,
 ) -> dict[str, dict[str, str]]:
     """Runs test files in one child process.
@@ -66,7 +65,6 @@ def run(
         plugin: the module beside this one that pytest loads.
         variant: what the plugin switches on; "" for nothing.
         folder: where outcomes and pytest's output go.
-        environment: added to this process's.
         timeout_seconds: the child is killed after it, and what it had not run is missing.
 
     Returns:
@@ -83,7 +81,7 @@ def run(
             subprocess.run(
                 command,
                 cwd=folder,
-                env={**os.environ, **environment, **own},
+                env={**os.environ, **own},
                 stdout=log,
                 stderr=log,
                 timeout=timeout_seconds,
