@@ -8,6 +8,7 @@ of one shape draw the same noise. Where there is no noise, parts of the batch mu
 from __future__ import annotations
 
 import contextlib
+import functools
 import random
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -26,6 +27,7 @@ _ELEMENTWISE = frozenset(
 # Keras's by name, but what they run is the user's.
 _FOREIGN = frozenset({"Lambda", "TorchModuleWrapper", "JaxLayer", "FlaxLayer", "TFSMLayer"})
 SAMPLES = 5  # seldom the size of another axis
+_FREE_SIZES = (8, 2)  # where an axis has none; a table of positions may be short
 _FIRST, _REST = slice(0, 2), slice(2, SAMPLES)
 _OTHERS = (0, 1, 0, 0, 1)  # the first two samples, beside others
 _LARGE_ELEMENTS = 2**20
@@ -55,14 +57,15 @@ def recorded_calls(model: Any, x: Any = None) -> dict[int, Call]:
     """Runs `model` once and returns how each of its layers was called, by the layer's id; {} where it cannot run.
 
     Args:
-        x: samples of the user's data, NumPy arrays; where None, the model's inputs are made up if their shapes are
-            known. A model that is not built yet is built with them, as by a call.
+        x: samples of the user's data, NumPy arrays. A model that is not built yet is built with them, as by a call.
+            Where there are none, or they are not what the model itself takes (raw texts, which a task's `fit`
+            prepares), the model's inputs are made up if their shapes are known.
     """
     import keras
 
     calls: dict[int, Call] = {}
-    candidates = list(_made_up(model)) if x is None else [((_five(x),), {})]
-    for args, kwargs in candidates:
+    given = [] if x is None else [((_five(x),), {})]
+    for args, kwargs in [*given, *_made_up(model)]:
         try:
             if x is not None and not all(layer.built for layer in model._flatten_layers()):
                 _invoked(model, args, kwargs, training=False)
@@ -286,15 +289,15 @@ def _made_up(layer: Any) -> Iterator[Call]:
 
     generator = np.random.default_rng(0)
 
-    def array(shape: tuple[int | None, ...], dtype: str) -> Any:
-        sizes = (SAMPLES, *(8 if size is None else size for size in shape[1:]))
+    def array(shape: tuple[int | None, ...], dtype: str, free: int) -> Any:
+        sizes = (SAMPLES, *(free if size is None else size for size in shape[1:]))
         if "float" in str(dtype):
             largest = np.reshape(_LARGEST, (SAMPLES, *[1] * (len(sizes) - 1)))
             return generator.uniform(0.1, largest, sizes).astype("float32")
         return generator.integers(0, 2, sizes, "int32")
 
-    def drawn(leaf: Any) -> Any:
-        return array(leaf.shape, leaf.dtype) if isinstance(leaf, KerasTensor) else leaf
+    def drawn(free: int, leaf: Any) -> Any:
+        return array(leaf.shape, leaf.dtype, free) if isinstance(leaf, KerasTensor) else leaf
 
     if getattr(layer, "operations", None) and getattr(layer, "_inputs_struct", None) is not None:
         known: list[Any] = [((layer._inputs_struct,), {})]
@@ -313,7 +316,8 @@ def _made_up(layer: Any) -> Iterator[Call]:
     for call in known:
         leaves = [leaf for leaf in tree.flatten(call) if isinstance(leaf, KerasTensor)]
         if leaves and all(leaf.shape and leaf.shape[0] is None for leaf in leaves):  # a fixed batch has no parts
-            yield tree.map_structure(drawn, call)
+            for free in _FREE_SIZES if any(None in leaf.shape[1:] for leaf in leaves) else _FREE_SIZES[:1]:
+                yield tree.map_structure(functools.partial(drawn, free), call)
 
 
 def _five(x: Any) -> Any:

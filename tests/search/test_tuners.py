@@ -284,3 +284,37 @@ def test_a_stock_keras_tuner_accepts_the_hypermodel(tmp_path, memory_budget):
     values = tuner.get_best_hyperparameters()[0].values
     assert values["micro_batch_size"] in (4, 8) and values["accumulation_steps"] in (1, 2)
     assert np.isfinite(tuner.oracle.get_best_trials()[0].score)
+
+
+def build_text_classifier(hp):
+    import keras_hub
+
+    keras.utils.set_random_seed(1)
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "good", "bad", "film"]
+    tokenizer = keras_hub.models.BertTokenizer(vocabulary=words)
+    preprocessor = keras_hub.models.BertTextClassifierPreprocessor(tokenizer, sequence_length=6)
+    backbone = keras_hub.models.BertBackbone(
+        vocabulary_size=len(words), num_layers=1, num_heads=1, hidden_dim=4, intermediate_dim=4, max_sequence_length=6,
+        dropout=0.0,
+    )  # fmt: skip
+    model = keras_hub.models.BertTextClassifier(backbone, num_classes=2, preprocessor=preprocessor, dropout=0.0)
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    model.compile(keras.optimizers.SGD(hp.Fixed("learning_rate", 0.1)), loss, metrics=["accuracy"])
+    return model
+
+
+def test_a_task_of_keras_hub_prepares_its_texts_in_trials(tmp_path):
+    """Its `fit` does; nothing of it couples samples, so one dimension is searched."""
+    pytest.importorskip("keras_hub")
+    pytest.importorskip("tensorflow_text")
+    texts, labels = np.array(["good film", "bad film", "bad bad film", "good"] * 8), np.array([1, 0, 0, 1] * 8)
+    tuner = make(
+        tmp_path, build=build_text_classifier, max_trials=1, micro_batch_sizes=(4,), accumulation_steps=(4,),
+        memory_budget=None,
+    )  # fmt: skip
+    tuner.search(texts, labels, validation_data=(texts, labels), epochs=2, shuffle=False, verbose=0)
+    plain = build_text_classifier(keras_tuner.HyperParameters())
+    plain.fit(texts, labels, batch_size=16, epochs=2, shuffle=False, verbose=0)
+    (trial,) = tuner.record().trials
+    assert (trial.status, trial.reason, tuner.batch_coupled_layers) == ("completed", "", [])
+    assert trial.objective_value == pytest.approx(plain.evaluate(texts, labels, verbose=0)[0], abs=1e-5)
