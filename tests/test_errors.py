@@ -20,7 +20,15 @@ ERRORS = {
     if inspect.isclass(value) and issubclass(value, errors.AccumtuneError)
 }
 # What Python itself expects of a module, and what a JSON parser's hooks raise to the function around it.
-PROTOCOLS = {("__init__.py", "AttributeError"), ("config/validation.py", "ValueError")}
+PROTOCOLS = {
+    ("__init__.py", "AttributeError"),
+    ("config/validation.py", "ValueError"),
+    # What a file holds cannot be written or read: whoever asked says what that means.
+    ("tracking/files.py", "OSError"),
+    ("tracking/uris.py", "ValueError"),
+    ("trials/state_file.py", "TypeError"),
+    ("trials/state_file.py", "ValueError"),
+}
 # An operating system without /proc, which nothing here runs on.
 BROKEN_SYSTEM = {("memory/torch.py", "RuntimeError")}
 

@@ -116,7 +116,9 @@ def test_the_registered_model_is_a_warm_start(digits, monkeypatch, tmp_path):
 
     expected = pytest.approx(config.objective["value"], abs=1e-5)
     assert config.source["tracking_uri"] == uri
-    assert loss_of(elsewhere.load_weights(config.build(build_model))) == expected, "the store it came from"
+    assert loss_of(elsewhere.load_weights(config.build(build_model), tracking_uri=uri)) == expected, "its own"
+    with pytest.raises(ConfigError, match="tracking_uri"):  # of whoever wrote the file, unless the caller says so
+        elsewhere.load_weights(config.build(build_model))
     assert loss_of(farther.load_weights(config.build(build_model), tracking_uri=uri)) == expected, "the store given"
     with pytest.raises(ConfigError, match="no registered model is known"):
         farther.load_weights(config.build(build_model))

@@ -80,6 +80,7 @@ NAMES = (
     Name("keras.src.random.seed_generator:global_seed_generator", ()),
     # Data.
     Name("keras.src.trainers.epoch_iterator:EpochIterator", ("x", "steps_per_epoch", "steps_per_execution")),
+    Name(f"{_ADAPTERS}:get_data_adapter", ("x", "y", "sample_weight", "batch_size", "shuffle")),
     Name(f"{_ADAPTERS}.data_adapter:DataAdapter"),
     Name(f"{_ADAPTERS}.array_data_adapter:ArrayDataAdapter", ("x", "y", "sample_weight", "batch_size", "shuffle")),
     Name(f"{_ADAPTERS}.array_data_adapter:can_convert_arrays", ("arrays",)),
@@ -166,3 +167,6 @@ def _behaviour() -> Iterable[str]:
     # Accumulation listens there: statistics that were computed elsewhere would move once per micro-batch.
     if "_moments" not in keras.layers.BatchNormalization.call.__code__.co_names:
         yield "BatchNormalization.call does not use _moments"
+    used = keras.metrics.MeanMetricWrapper.update_state.__code__.co_names
+    for name in {"_fn", "_fn_kwargs"} - set(used):
+        yield f"MeanMetricWrapper.update_state does not use {name}"

@@ -64,7 +64,7 @@ def recorded_calls(model: Any, x: Any = None) -> dict[int, Call]:
     import keras
 
     calls: dict[int, Call] = {}
-    given = [] if x is None else [((_five(x),), {})]
+    given: list[Call] = [] if x is None else [((_five(x),), {})]
     for args, kwargs in [*given, *_made_up(model)]:
         try:
             if x is not None and not all(layer.built for layer in model._flatten_layers()):

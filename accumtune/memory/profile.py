@@ -45,8 +45,6 @@ MARGIN_PER_DOUBLING = 0.03
 # The same where the step was rehearsed: its order may differ by chance, and its Python frees at other moments.
 REHEARSED_MARGIN = 0.045
 REHEARSED_PER_DOUBLING = 0.01
-# Up to this share of a budget a peak fits, in however many pieces free memory is: nothing is rehearsed.
-AMPLE_SHARE = 0.25
 # What is run to confirm that it fits runs under a limit lower by this share, so that it runs the next time too.
 HEADROOM = 0.02
 # No promise is made further than this beyond the largest measured size: a floor can hide a slope.
@@ -202,10 +200,10 @@ class Profile:
         predicted = self.predict_peak_memory(micro_batch_size, accumulation_steps)
         if predicted + self.margin_bytes(micro_batch_size, accumulation_steps) > budget_bytes:
             return False
-        if not self.is_rehearsed or predicted <= AMPLE_SHARE * budget_bytes:
-            return True
         # Free memory may be in pieces, none of which is large enough.
         limit = (1 - REHEARSED_MARGIN) * budget_bytes
+        if not self.is_rehearsed:
+            return True
         return self.largest_rehearsed(accumulation_steps, limit, micro_batch_size) == micro_batch_size
 
     def largest_micro_batch_size(

@@ -12,6 +12,8 @@ from accumtune.memory.rehearsal import Rehearsal, largest_before_failure
 
 # What TensorFlow's allocator takes before anything trains.
 SMALLEST_LIMIT_BYTES = 4 * 2**20
+# A peak of up to this share of a limit fits in however many pieces free memory is: that is not played through.
+AMPLE_SHARE = 0.25
 
 
 class RehearsedPeaks:
@@ -52,6 +54,9 @@ class RehearsedPeaks:
 
     def largest(self, accumulation_steps: int, limit_bytes: float, smallest: int, highest: int) -> int:
         """The largest size from `smallest` to `highest` that is expected to run under a limit; 0 for none."""
+        window = self._window_bytes(highest, accumulation_steps)
+        if self.with_room(highest, accumulation_steps) + window <= AMPLE_SHARE * limit_bytes:
+            return highest
 
         def runs(size: int) -> bool:
             return self.within(size, accumulation_steps, int(limit_bytes)) is not None

@@ -65,11 +65,11 @@ def describe(value: Any, *, is_known: bool = False, depth: int = _DEPTH) -> Any:
     return _described_object(value, depth)
 
 
-def plain_attributes(value: Any) -> dict[str, Any]:
+def plain_attributes(value: Any, depth: int = _DEPTH) -> dict[str, Any]:
     """Numbers, flags, texts and functions among an object's attributes, described; seeds and names are left out."""
     is_known = _is_known(type(value))
     attributes = {
-        name: describe(attribute, is_known=is_known or _is_harmless(name))
+        name: describe(attribute, is_known=is_known or _is_harmless(name), depth=depth)
         for name, attribute in sorted(getattr(value, "__dict__", {}).items())
         if _is_plain(attribute) and "seed" not in name and name not in ("name", "_name")
     }
@@ -125,7 +125,7 @@ def _described_object(value: Any, depth: int) -> Any:
     kind = type(value)
     if _name_of(kind).startswith("keras_tuner."):
         return describe(dict(getattr(value, "values", None) or {}))
-    described: dict[str, Any] = {"class": _name_of(kind), **plain_attributes(value)}
+    described: dict[str, Any] = {"class": _name_of(kind), **plain_attributes(value, depth - 1)}
     try:
         config = {name: item for name, item in value.get_config().items() if name != "name"}
     except Exception:  # none, or whatever a user's raises: its attributes are told

@@ -72,6 +72,7 @@ def _settings() -> Iterator[_Setting]:
 
 def _of_keras() -> Iterator[_Setting]:
     import keras
+    from keras.src.backend.common import global_state
     from keras.src.saving import serialization_lib
 
     config, policies = keras.config, keras.dtype_policies
@@ -82,14 +83,20 @@ def _of_keras() -> Iterator[_Setting]:
     def switch(name: str, read: Callable[[], Any], on: str, off: str) -> _Setting:
         return _Setting(name, read, lambda value: choose(value, getattr(config, on), getattr(config, off)))
 
-    # The policy comes after floatx: without one of its own, it is made of that.
+    def chosen_policy() -> Any:
+        """None where it is what Keras makes of floatx; asking Keras for it would fix it to today's floatx."""
+        policy = global_state.get_global_attribute("dtype_policy")
+        return None if policy is None or policy.name == config.floatx() else policies.serialize(policy)
+
     for name in ("floatx", "epsilon", "image_data_format", "max_epochs", "max_steps_per_epoch"):
         yield _Setting(name, getattr(config, name), getattr(config, f"set_{name}"))
-    yield _Setting(
-        "dtype_policy",
-        lambda: policies.serialize(config.dtype_policy()),
-        lambda value: config.set_dtype_policy(policies.deserialize(value)),
-    )
+    def choose_policy(value: Any) -> None:
+        if value is None:
+            global_state.set_global_attribute("dtype_policy", None)
+        else:
+            config.set_dtype_policy(policies.deserialize(value))
+
+    yield _Setting("dtype_policy", chosen_policy, choose_policy)
     yield switch(
         "flash_attention", config.is_flash_attention_enabled, "enable_flash_attention", "disable_flash_attention"
     )

@@ -96,7 +96,9 @@ def _keras_generator() -> Any:
 
 
 def _is_plain(value: Any) -> bool:
-    if value is None or isinstance(value, (bool, int, float, complex, str, bytes, np.ndarray, np.generic)):
+    if isinstance(value, (np.ndarray, np.generic)):
+        return not value.dtype.hasobject
+    if value is None or isinstance(value, (bool, int, float, complex, str, bytes)):
         return True
     if type(value) in (list, tuple, set):
         return all(map(_is_plain, value))

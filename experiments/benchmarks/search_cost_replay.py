@@ -149,7 +149,8 @@ class RecordedExecutor:
         self.run.spend(self.record.inspect_seconds)
         hp = keras_tuner.HyperParameters()
         self.record.space.declare(hp)
-        return Outcome("completed", {"hyperparameters": hp.get_config(), "batch_coupled_layers": []})
+        found = {"hyperparameters": hp.get_config(), "batch_coupled_layers": [], "wants_data": False}
+        return Outcome("completed", found)
 
     def inspect(self, directory: Any, payload: str, hyperparameters: Any) -> Outcome:
         self.run.spend(self.record.inspect_seconds)

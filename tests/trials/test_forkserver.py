@@ -55,12 +55,12 @@ def settled(condition):
 
 @pytest.fixture
 def own_executor(tmp_path, monkeypatch):
-    """A server of one's own, that imports no framework, and a process that inherits orphans as PID 1 does."""
+    """A server of one's own, and a process that inherits orphans as PID 1 does."""
     (tmp_path / "cloudpickle.py").write_text(f"open({str(tmp_path / 'executed')!r}, 'w').close()")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [*sys.path, tmp_path / "modules"])
     ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1)
-    with LocalExecutor("numpy") as executor:
+    with LocalExecutor(os.environ["KERAS_BACKEND"]) as executor:
         yield executor
     ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 0)
     assert not zombies()
