@@ -1,8 +1,10 @@
 """What a person sees who opens the printed address: MLflow's page in a headless Chromium."""
 
 import html
+import os
 import re
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -39,7 +41,11 @@ def server(digits):
         yield address
     finally:
         process.terminate()
-        process.wait(timeout=30)
+        try:
+            process.wait(timeout=30)
+        except subprocess.TimeoutExpired:  # of a machine that is busy
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
 
 
 def wait_for(address):
