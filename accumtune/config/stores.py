@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,17 +12,24 @@ from accumtune.tracking.uris import DEFAULT_TRACKING_URI, default_tracking_uri, 
 
 
 def store_uris(tracking_uri: str | None) -> list[str]:
-    """Where to look: the given store alone, or the caller's (`MLFLOW_TRACKING_URI`), then accumtune's default.
+    """Where to look: the given store alone, or the caller's, then accumtune's default.
+
+    The caller's is what `mlflow.set_tracking_uri` was given, else `MLFLOW_TRACKING_URI`.
 
     Only the caller says where. An address that stands in a file is nobody's to contact: MLflow would send the caller's
     token there.
     """
     if tracking_uri is not None:
         return [tracking_uri]
-    stores, default = [default_tracking_uri()], sqlite_path(DEFAULT_TRACKING_URI)
+    stores, default = [*_set_in_mlflow(), default_tracking_uri()], sqlite_path(DEFAULT_TRACKING_URI)
     if default is not None and default.exists():
         stores.append(DEFAULT_TRACKING_URI)
     return list(dict.fromkeys(stores))
+
+
+def _set_in_mlflow() -> list[str]:
+    mlflow = sys.modules.get("mlflow")  # not imported: nothing was set
+    return [mlflow.get_tracking_uri()] if mlflow is not None and mlflow.is_tracking_uri_set() else []
 
 
 def open_store(uri: str) -> Any:
