@@ -18,7 +18,7 @@ import numpy as np
 from accumtune.errors import CompatibilityError
 
 # Tested with; others are tried, and refused where a name is missing.
-TESTED = "3.13 to 3.15"
+TESTED = "3.14 and 3.15"
 
 
 @dataclass(frozen=True)

@@ -187,7 +187,7 @@ def mask_of(tensor: Any) -> Any:
 def denominator(loss: Any, y_true: Any, y_pred: Any, sample_weight: Any) -> Any:
     """What `loss` divides the sum of its values by, as a scalar tensor; for a sum, 1.
 
-    Follows `keras.losses.Loss.__call__` and `reduce_weighted_values` line by line (Keras 3.13 to 3.15). A loss that
+    Follows `keras.losses.Loss.__call__` and `reduce_weighted_values` line by line (Keras 3.14 and 3.15). A loss that
     hides its values (a `__call__` of its own, or `call` returning one number per batch) is taken for a mean over
     samples; `batch_coupled_layers` reports it.
     """
