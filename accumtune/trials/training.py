@@ -56,8 +56,15 @@ class FixedHyperModel:
                 return fit(hp, model, *args, **kwargs)
             except TypeError as error:  # it brings epochs, or another argument of the configuration's, of its own
                 name = _TWICE.search(str(error))
-                if name is None or kwargs.pop(name[1], None) is None:
+                # One that has trained already, in a phase before, would train that phase twice.
+                if _updates(model) or name is None or kwargs.pop(name[1], None) is None:
                     raise
+
+
+def _updates(model: Any) -> int:
+    from keras import ops
+
+    return int(ops.convert_to_numpy(model.optimizer.iterations))
 
 
 @dataclass(frozen=True)
