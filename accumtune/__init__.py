@@ -12,15 +12,15 @@ _HOMES = {
     "accumulate": "accumtune.accumulation",
     "batch_coupled_layers": "accumtune.accumulation",
     "GradientNoiseScale": "accumtune.accumulation.callbacks",
-    "profile": "accumtune.trials.costs",
-    "RandomSearch": "accumtune.search.tuners",
-    "BayesianOptimization": "accumtune.search.tuners",
-    "Hyperband": "accumtune.search.tuners",
-    "GridSearch": "accumtune.search.tuners",
-    "OptunaSearch": "accumtune.search.tuners",
+    "profile": "accumtune.execution.standalone_profile",
+    "RandomSearch": "accumtune.tuners",
+    "BayesianOptimization": "accumtune.tuners",
+    "Hyperband": "accumtune.tuners",
+    "GridSearch": "accumtune.tuners",
+    "OptunaSearch": "accumtune.tuners",
     "Tuner": "accumtune.search.tuner",
-    "AccumulationHyperModel": "accumtune.search.hypermodel",
-    "Candidate": "accumtune.search.selection",
+    "AccumulationHyperModel": "accumtune.hypermodel",
+    "Candidate": "accumtune.search.results.selection",
     "TrainingConfig": "accumtune.config",
     "load_config": "accumtune.config",
     "errors": "accumtune.errors",
@@ -51,15 +51,15 @@ if TYPE_CHECKING:
     from accumtune.accumulation.callbacks import GradientNoiseScale as GradientNoiseScale
     from accumtune.config import TrainingConfig as TrainingConfig
     from accumtune.config import load_config as load_config
-    from accumtune.search.hypermodel import AccumulationHyperModel as AccumulationHyperModel
-    from accumtune.search.selection import Candidate as Candidate
+    from accumtune.execution.standalone_profile import profile as profile
+    from accumtune.hypermodel import AccumulationHyperModel as AccumulationHyperModel
+    from accumtune.search.results.selection import Candidate as Candidate
     from accumtune.search.tuner import Tuner as Tuner
-    from accumtune.search.tuners import BayesianOptimization as BayesianOptimization
-    from accumtune.search.tuners import GridSearch as GridSearch
-    from accumtune.search.tuners import Hyperband as Hyperband
-    from accumtune.search.tuners import OptunaSearch as OptunaSearch
-    from accumtune.search.tuners import RandomSearch as RandomSearch
-    from accumtune.trials.costs import profile as profile
+    from accumtune.tuners import BayesianOptimization as BayesianOptimization
+    from accumtune.tuners import GridSearch as GridSearch
+    from accumtune.tuners import Hyperband as Hyperband
+    from accumtune.tuners import OptunaSearch as OptunaSearch
+    from accumtune.tuners import RandomSearch as RandomSearch
 
 
 def __getattr__(name: str) -> Any:

@@ -31,7 +31,7 @@ def digits(tmp_path_factory):
 @pytest.fixture(scope="session")
 def executor():
     """One fork server for the whole session: starting it imports the framework."""
-    from accumtune.trials.executors import LocalExecutor
+    from accumtune.execution.executors import LocalExecutor
 
     with LocalExecutor(os.environ["KERAS_BACKEND"]) as executor:
         yield executor
@@ -42,12 +42,13 @@ def one_fork_server(executor):
     """For modules with many searches, profiles or verifications: a server for each would import the framework again.
 
     How a search ends its server and what that takes along is tested in scripts, which are processes of their own, and
-    in tests/trials.
+    in tests/execution.
     """
     from shared_server import SharedServer
 
+    from accumtune.execution import standalone_profile as costs
+    from accumtune.execution import standalone_training as training
     from accumtune.search import processes
-    from accumtune.trials import costs, training
 
     open_executor = processes.open_executor
 

@@ -2,7 +2,7 @@
 
 from concurrent.futures import Future
 
-from accumtune.trials.outcome import Outcome
+from accumtune.worker.transport.outcome import Outcome
 
 
 class SharedServer:

@@ -174,7 +174,7 @@ def test_which_store_a_command_asks(tmp_path, monkeypatch):
 
 
 def test_a_taken_port_is_left_to_whoever_has_it():
-    from accumtune.tracking.browsing import free_port
+    from accumtune.tracking.mlflow.ui import free_port
 
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]

@@ -24,13 +24,13 @@ PROTOCOLS = {
     ("__init__.py", "AttributeError"),
     ("config/validation.py", "ValueError"),
     # What a file holds cannot be written or read: whoever asked says what that means.
-    ("tracking/files.py", "OSError"),
-    ("tracking/uris.py", "ValueError"),
-    ("trials/state_file.py", "TypeError"),
-    ("trials/state_file.py", "ValueError"),
+    ("tracking/small_files.py", "OSError"),
+    ("tracking/tracking_uri.py", "ValueError"),
+    ("worker/checkpoint/state_file.py", "TypeError"),
+    ("worker/checkpoint/state_file.py", "ValueError"),
 }
 # An operating system without /proc, which nothing here runs on.
-BROKEN_SYSTEM = {("memory/torch.py", "RuntimeError")}
+BROKEN_SYSTEM = {("memory/device_torch.py", "RuntimeError")}
 
 
 def name_of(call):

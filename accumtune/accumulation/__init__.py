@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from accumtune.accumulation.coupling import Coupling, batch_coupled_layers
+from accumtune.accumulation.coupling.detection import Coupling, batch_coupled_layers
 from accumtune.accumulation.window import Accumulation
 
 if TYPE_CHECKING:
@@ -82,7 +82,7 @@ def accumulate(
     >>> model = accumulate(model, micro_batch_size=8)
     >>> model.fit(x, y, batch_size=64)
     """
-    from accumtune.accumulation import training
+    from accumtune.accumulation import attach as training
 
     accumulation = Accumulation.read(micro_batch_size, accumulation_steps)
     return training.install(model, accumulation)
@@ -90,7 +90,7 @@ def accumulate(
 
 def stop_accumulating(model: keras.Model) -> keras.Model:
     """Makes `model` train as plain Keras again, and frees its accumulators. Returns the same model."""
-    from accumtune.accumulation import training
+    from accumtune.accumulation import attach as training
 
     return training.remove(model)
 

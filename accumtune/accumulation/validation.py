@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from accumtune.accumulation import feeding
+from accumtune.accumulation.data import batches as feeding
 
 
 def in_micro_batches(model: Any, test_function: Any) -> Any:
@@ -20,7 +20,7 @@ def in_micro_batches(model: Any, test_function: Any) -> Any:
 def _on_tensorflow(model: Any, test_function: Any) -> Any:
     from keras import tree
 
-    from accumtune.accumulation import tensors
+    from accumtune.accumulation.engines import tensor_slices as tensors
 
     def test(iterator: Any) -> Any:
         size = model._accumtune_validation_size

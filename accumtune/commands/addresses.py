@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from accumtune.errors import DataError
-from accumtune.trials.notes import without_notes
+from accumtune.worker.quiet_imports import without_notes
 
 # What matplotlib writes without a program beside it.
 _PICTURES = (".png", ".svg", ".pdf", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".eps", ".ps")

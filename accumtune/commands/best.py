@@ -18,8 +18,8 @@ def add(commands: Any) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    from accumtune.search import results
-    from accumtune.search.selection import pareto_front
+    from accumtune.search.results import search_results as results
+    from accumtune.search.results.selection import pareto_front
 
     record, found, config = choose(find_search(options.search), options)
     if options.save:

@@ -22,8 +22,8 @@ def add(commands: Any) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    from accumtune.search import results
-    from accumtune.search.selection import pareto_front
+    from accumtune.search.results import search_results as results
+    from accumtune.search.results.selection import pareto_front
 
     record, found = read_candidates(find_search(options.search))
     if options.json:

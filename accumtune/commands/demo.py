@@ -12,7 +12,7 @@ from typing import Any
 import accumtune
 from accumtune.commands.options import add_command, add_json, count
 from accumtune.commands.searches import SEARCHES
-from accumtune.trials.notes import without_notes
+from accumtune.worker.quiet_imports import without_notes
 
 _PROJECT = "demo"
 

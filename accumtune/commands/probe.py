@@ -12,7 +12,7 @@ from accumtune.commands.options import add_command, add_json, add_model_and_data
 from accumtune.memory.budget import format_bytes, parse_budget
 
 if TYPE_CHECKING:
-    from accumtune.memory.profile import Profile
+    from accumtune.memory.prediction.profile import Profile
 
 
 def add(commands: Any) -> None:
@@ -43,8 +43,8 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _probe(options: argparse.Namespace, answer: TextIO) -> int:
+    from accumtune.execution.standalone_profile import profile
     from accumtune.memory.machine import budget_hint, device_memory
-    from accumtune.trials.costs import profile
 
     device = device_memory()
     budget = None if options.memory_budget is None else parse_budget(options.memory_budget)
@@ -67,7 +67,7 @@ def _probe(options: argparse.Namespace, answer: TextIO) -> int:
     sizes = sorted({*_sizes(options, costs), *answer_size}) if runs_at_all else []
     rows = [_row(costs, size, options.accumulation_steps, budget) for size in sizes]
     if options.plot and rows:
-        from accumtune.memory.picture import draw_profile
+        from accumtune.memory.profile_plot import draw_profile
 
         draw_profile(rows, budget, options.accumulation_steps, options.plot)
     if options.json:
@@ -89,7 +89,7 @@ def _probe(options: argparse.Namespace, answer: TextIO) -> int:
 
 
 def _sizes(options: argparse.Namespace, costs: Profile) -> list[int]:
-    from accumtune.trials.costs import DEFAULT_MICRO_BATCH_SIZES
+    from accumtune.execution.standalone_profile import DEFAULT_MICRO_BATCH_SIZES
 
     probed = {measurement.micro_batch_size for measurement in costs.measurements}
     return sorted(probed | set(options.micro_batch_sizes or DEFAULT_MICRO_BATCH_SIZES))

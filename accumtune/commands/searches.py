@@ -12,8 +12,8 @@ from accumtune.errors import SearchDirectoryError
 
 if TYPE_CHECKING:
     from accumtune.config import TrainingConfig
-    from accumtune.search.selection import Candidate
-    from accumtune.tracking.mlflow import Tracker
+    from accumtune.search.results.selection import Candidate
+    from accumtune.tracking.mlflow.tracker import Tracker
     from accumtune.tracking.records import SearchRecord
 
 SEARCHES = "mlruns/searches"
@@ -47,9 +47,9 @@ def is_search(path: str) -> bool:
 
 def read_candidates(folder: Path) -> tuple[SearchRecord, list[Candidate]]:
     """A search as its journals tell it, and its candidates."""
-    from accumtune.search import results
+    from accumtune.search.results import search_results as results
     from accumtune.tracking.journal import read_search
-    from accumtune.trials.directory import SearchDirectory
+    from accumtune.worker.transport.task_directory import SearchDirectory
 
     files = SearchDirectory(folder)
     record = read_search(files.path)
@@ -62,9 +62,9 @@ def choose(folder: Path, options: argparse.Namespace) -> tuple[SearchRecord, lis
     Raises:
         NoResultError: there is no candidate.
     """
-    from accumtune.search import results
-    from accumtune.search.selection import select
-    from accumtune.search.verifying import predicted_choice
+    from accumtune.search.results import search_results as results
+    from accumtune.search.results.selection import select
+    from accumtune.search.results.verifying import predicted_choice
 
     record, found = read_candidates(folder)
     choice = select(
@@ -80,8 +80,8 @@ def tracker_of(options: argparse.Namespace) -> Tracker:
         SearchDirectoryError: it was tracked elsewhere. Whoever wrote the folder may name any address, and MLflow would
             send the caller's token there.
     """
-    from accumtune.tracking.mlflow import Tracker, read_cache
-    from accumtune.tracking.uris import absolute_uri, default_tracking_uri, sqlite_path, without_credentials
+    from accumtune.tracking.mlflow.tracker import Tracker, read_cache
+    from accumtune.tracking.tracking_uri import absolute_uri, default_tracking_uri, sqlite_path, without_credentials
 
     folder = find_search(options.search)
     named = str(read_cache(folder).get("tracking_uri") or "")

@@ -26,7 +26,7 @@ def add(commands: Any) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    from accumtune.tracking.browsing import free_port
+    from accumtune.tracking.mlflow.ui import free_port
 
     tracker = tracker_of(options)
     tracker.sync()

@@ -11,8 +11,8 @@ from accumtune.errors import DataError
 
 def dataset(config: ConfigValue, pipeline: Any, is_batched: bool | None) -> Any:
     """See `TrainingConfig.dataset`."""
-    from accumtune.trials.data import is_pipeline, is_tf_dataset
-    from accumtune.trials.rebatch import rebatched
+    from accumtune.worker.data.rebatch import rebatched
+    from accumtune.worker.data.user_data import is_pipeline, is_tf_dataset
 
     if not is_pipeline(pipeline):
         raise DataError(

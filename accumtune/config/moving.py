@@ -14,7 +14,7 @@ from accumtune.memory.budget import format_bytes, parse_budget
 from accumtune.memory.machine import budget_hint
 
 if TYPE_CHECKING:
-    from accumtune.memory.profile import Profile
+    from accumtune.memory.prediction.profile import Profile
 
 # Predicted throughputs closer than this are the same to anyone: then the smaller micro-batch, which needs less.
 _SAME_SPEED = 0.02
@@ -24,8 +24,8 @@ FREE_MEMORY_SHARE = 0.9
 
 def for_budget(config: AnyConfig, budget: int | float | str, build_model: Any, x: Any, y: Any) -> AnyConfig:
     """See `TrainingConfig.for_budget`."""
-    from accumtune.trials import costs
-    from accumtune.trials.device import current_backend
+    from accumtune.execution import standalone_profile as costs
+    from accumtune.execution.device_query import current_backend
 
     budget_bytes = parse_budget(budget)
     profile = costs.profile(
@@ -42,7 +42,7 @@ def for_budget(config: AnyConfig, budget: int | float | str, build_model: Any, x
 
 def for_device(config: AnyConfig, build_model: Any, x: Any, y: Any) -> AnyConfig:
     """See `TrainingConfig.for_device`."""
-    from accumtune.trials.device import free_device_memory_bytes
+    from accumtune.execution.device_query import free_device_memory_bytes
 
     return for_budget(config, int(FREE_MEMORY_SHARE * free_device_memory_bytes()), build_model, x, y)
 

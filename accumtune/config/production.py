@@ -35,7 +35,7 @@ def build(config: ConfigValue, build_model: Any) -> Any:
 def accumulate(config: ConfigValue, model: Any) -> Any:
     """See `TrainingConfig.accumulate`."""
     from accumtune import accumulation
-    from accumtune.trials.data import fit_by_default
+    from accumtune.worker.data.user_data import fit_by_default
 
     accumulating = accumulation.accumulate(model, micro_batch_size=config.micro_batch_size)
     return fit_by_default(accumulating, config.fit_arguments()["batch_size"])
@@ -43,7 +43,7 @@ def accumulate(config: ConfigValue, model: Any) -> Any:
 
 def builder_of(config: ConfigValue, build_model: Any) -> Any:
     """What builds models as the search did."""
-    from accumtune.trials.builder import ModelBuilder
+    from accumtune.worker.builder import ModelBuilder
 
     return ModelBuilder(
         build_model,

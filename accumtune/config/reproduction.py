@@ -58,8 +58,8 @@ def reproduce(
     """See `TrainingConfig.reproduce`."""
     import keras_tuner
 
-    from accumtune.trials.outcome import finished
-    from accumtune.trials.training import FixedHyperModel, train_isolated
+    from accumtune.execution.standalone_training import FixedHyperModel, train_isolated
+    from accumtune.worker.transport.outcome import finished
 
     missing = [name for name, value in (("seed", config.seed), ("epochs", config.epochs)) if value is None]
     if missing or config.objective.get("value") is None:

@@ -12,12 +12,12 @@ from accumtune.config.stores import download, open_store, store_uris
 from accumtune.config.training_config import TrainingConfig
 from accumtune.config.validation import MAXIMUM_BYTES
 from accumtune.errors import ConfigError, TrackingError
-from accumtune.tracking.files import read_small
-from accumtune.tracking.origin import CONFIG_FILE
+from accumtune.tracking.mlflow.config_origin import CONFIG_FILE
+from accumtune.tracking.mlflow.model_registry import CONFIG_TAG
+from accumtune.tracking.mlflow.run_content import TRIAL_TAG
 from accumtune.tracking.redaction import first_line
-from accumtune.tracking.registry import CONFIG_TAG
-from accumtune.tracking.runs import TRIAL_TAG
-from accumtune.tracking.uris import without_credentials
+from accumtune.tracking.small_files import read_small
+from accumtune.tracking.tracking_uri import without_credentials
 
 _SOURCES = (
     'a path ("best_config.json"), "runs:/<run_id>/best_config.json", "models:/<name>@<alias>", an MLflow run, '

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from accumtune.errors import ConfigError
-from accumtune.tracking.reaching import refuse_other_server
-from accumtune.tracking.uris import DEFAULT_TRACKING_URI, default_tracking_uri, sqlite_path
+from accumtune.tracking.mlflow.server_health import refuse_other_server
+from accumtune.tracking.tracking_uri import DEFAULT_TRACKING_URI, default_tracking_uri, sqlite_path
 
 
 def store_uris(tracking_uri: str | None) -> list[str]:

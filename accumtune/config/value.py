@@ -12,8 +12,8 @@ from typing import Any, Self, TypeVar
 from accumtune.config import validation
 from accumtune.config.migrations import SCHEMA_VERSION
 from accumtune.config.plain import plain
-from accumtune.tracking.files import write_whole
-from accumtune.tracking.uris import without_credentials
+from accumtune.tracking.small_files import write_whole
+from accumtune.tracking.tracking_uri import without_credentials
 
 # A predicted peak has fractions of a byte.
 _BYTES = ("memory_budget_bytes", "peak_memory_bytes")

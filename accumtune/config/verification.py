@@ -47,10 +47,10 @@ def verify(config: ConfigValue, build_model: Any, x: Any, y: Any, peak_tolerance
     """See `TrainingConfig.verify`."""
     import keras_tuner
 
-    from accumtune.trials.device import current_backend
-    from accumtune.trials.outcome import finished
-    from accumtune.trials.time_limits import DEFAULT_SECONDS
-    from accumtune.trials.training import FirstUpdates, train_isolated
+    from accumtune.execution.device_query import current_backend
+    from accumtune.execution.standalone_training import FirstUpdates, train_isolated
+    from accumtune.execution.timeouts import DEFAULT_SECONDS
+    from accumtune.worker.transport.outcome import finished
 
     micro = config.micro_batch_size
     outcome = train_isolated(

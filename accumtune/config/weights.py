@@ -12,9 +12,9 @@ from accumtune.config.stores import download, open_store, store_uris
 from accumtune.config.value import ConfigValue
 from accumtune.errors import ConfigError
 from accumtune.tracking.journal import SEARCH_JOURNAL, read_search_journal
+from accumtune.tracking.mlflow.run_content import TRIAL_TAG
 from accumtune.tracking.redaction import first_line
-from accumtune.tracking.runs import TRIAL_TAG
-from accumtune.tracking.uris import absolute_uri, without_credentials
+from accumtune.tracking.tracking_uri import absolute_uri, without_credentials
 
 _EXPECTED = "the weights of the trial that the configuration is of"
 _FIX = (

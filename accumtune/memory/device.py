@@ -1,6 +1,6 @@
 """What a device holds, what it may hold, and how it says that it cannot hold more.
 
-The classes of each backend are in `accumtune/memory/tensorflow.py`, `jax.py` and `torch.py`.
+The classes of each backend are in `device_tensorflow.py`, `device_jax.py` and `device_torch.py`.
 
 Nothing here imports a framework until a device is opened. `memory_limit_environment` goes into the environment of
 a child process before its framework runs anything, `open_device` does the rest from inside. Where the figure
@@ -21,9 +21,9 @@ from typing import Protocol
 
 from accumtune.errors import BudgetError
 from accumtune.memory.budget import format_bytes
-from accumtune.memory.exhaustion import died_of_memory, is_out_of_memory
+from accumtune.memory.cpu_simulation.allocation_trace import Trace
 from accumtune.memory.machine import gpu_total_bytes
-from accumtune.memory.trace import Trace
+from accumtune.memory.out_of_memory import died_of_memory, is_out_of_memory
 
 __all__ = ["Device", "died_of_memory", "is_out_of_memory", "memory_limit_environment", "open_device"]
 
@@ -83,9 +83,9 @@ class Device(ABC):
         memory_source: who counts the bytes.
         budget_bytes: what the process may hold; `None` for no limit.
         has_limits: whether the framework can enforce a budget. Where it cannot (JAX and torch on a CPU), compare
-            `peak_memory_bytes` with the budget, and see `accumtune.memory.watching`.
+            `peak_memory_bytes` with the budget, and see `accumtune.memory.memory_watch`.
         compiles_in_its_memory: whether its peak has what a framework takes only while it compiles or chooses
-            algorithms (see `accumtune.memory.compiling`).
+            algorithms (see `accumtune.memory.compilation`).
     """
 
     backend: str
@@ -160,5 +160,5 @@ def open_device(backend: str | None = None, budget_bytes: int | None = None) -> 
             '"tensorflow", "jax" or "torch"',
             "choose another Keras backend.",
         )
-    device: Device = importlib.import_module(f"accumtune.memory.{backend}").open_device(budget_bytes)
+    device: Device = importlib.import_module(f"accumtune.memory.device_{backend}").open_device(budget_bytes)
     return device

@@ -10,12 +10,17 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
-from accumtune.memory.compiling import PeakWithoutCompiling
+from accumtune.accumulation.data.array_datasets import (
+    batch_source,
+    takes_batch_source,
+    training_arguments,
+    validation_source,
+)
+from accumtune.memory.compilation import PeakWithoutCompiling
+from accumtune.memory.cpu_simulation.allocation_trace import Trace
 from accumtune.memory.device import Device, Recorder, is_out_of_memory
-from accumtune.memory.feeding import batch_source, takes_batch_source, training_arguments, validation_source
-from accumtune.memory.measurement import Measurement
-from accumtune.memory.trace import Trace
-from accumtune.memory.watching import watched
+from accumtune.memory.memory_watch import watched
+from accumtune.memory.prediction.measurement import Measurement
 
 Batches = Callable[[int], tuple[Any, Any, Any]]
 

@@ -9,7 +9,7 @@ import keras_tuner
 
 from accumtune.config import TrainingConfig
 from accumtune.search.chronicle import Chronicle
-from accumtune.search.selection import Candidate, Policy
+from accumtune.search.results.selection import Candidate, Policy
 from accumtune.tracking.records import SearchRecord
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import keras_tuner
 
 from accumtune.errors import BatchSizeError, SearchError
-from accumtune.trials.own_data import own_fit
+from accumtune.worker.data.hypermodel_fit_data import own_fit
 
 
 def check_choice(name: str, value: Any, known: Sequence[Any]) -> None:

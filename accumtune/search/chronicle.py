@@ -9,13 +9,13 @@ from typing import Any, Literal
 
 from accumtune.config import TrainingConfig
 from accumtune.errors import NoResultError
-from accumtune.search import results
-from accumtune.search.selection import Candidate, Choice, Policy, pareto_front, select
-from accumtune.search.verifying import predicted_choice, verified_choice
+from accumtune.search.results import search_results as results
+from accumtune.search.results.selection import Candidate, Choice, Policy, pareto_front, select
+from accumtune.search.results.verifying import predicted_choice, verified_choice
 from accumtune.tracking.journal import Journal, read_search, read_search_journal
-from accumtune.tracking.mlflow import Tracker
+from accumtune.tracking.mlflow.tracker import Tracker
 from accumtune.tracking.records import SearchRecord
-from accumtune.trials.directory import SearchDirectory
+from accumtune.worker.transport.task_directory import SearchDirectory
 
 Best = tuple[Choice, TrainingConfig]
 

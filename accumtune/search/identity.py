@@ -9,11 +9,11 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from accumtune.errors import BuildError, SearchDirectoryError
+from accumtune.execution.profiling import ModelFacts
 from accumtune.search.feasibility import BATCH_HYPERPARAMETERS
 from accumtune.tracking.records import SearchRecord, TrialRecord
-from accumtune.trials.identity import describe_arrays, is_code, text_of
-from accumtune.trials.payload import is_data_function
-from accumtune.trials.profiling import ModelFacts
+from accumtune.worker.identity.training_identity import describe_arrays, is_code, text_of
+from accumtune.worker.transport.payload import is_data_function
 
 _FORMAT = 1
 # Of `fit`, with Keras's defaults: left out and given as the default are one thing.

@@ -8,17 +8,17 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from accumtune.errors import BuildError
+from accumtune.execution.executors import Executor
+from accumtune.execution.profiling import Profiler
+from accumtune.execution.timeouts import DEFAULT_SECONDS
 from accumtune.memory.device import memory_limit_environment
-from accumtune.memory.profile import Measurement
-from accumtune.search.selection import Candidate
-from accumtune.search.session import shared_data
+from accumtune.memory.prediction.profile import Measurement
+from accumtune.search.results.selection import Candidate
+from accumtune.search.scheduler import shared_data
 from accumtune.search.workers import open_executor
-from accumtune.trials.directory import SearchDirectory, TaskDirectory
-from accumtune.trials.executors import Executor
-from accumtune.trials.outcome import finished
-from accumtune.trials.payload import dump_payload
-from accumtune.trials.profiling import Profiler
-from accumtune.trials.time_limits import DEFAULT_SECONDS
+from accumtune.worker.transport.outcome import finished
+from accumtune.worker.transport.payload import dump_payload
+from accumtune.worker.transport.task_directory import SearchDirectory, TaskDirectory
 
 
 class SearchProcesses:

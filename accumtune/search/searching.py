@@ -8,31 +8,33 @@ from typing import Any, Literal
 
 from accumtune.config.production import installed_versions
 from accumtune.errors import AccumtuneError, SearchError
-from accumtune.search import carried, oracles, results
+from accumtune.execution.placement import Place, Places
+from accumtune.execution.profiling import Profiler
+from accumtune.oracles import keras_tuner_adapter as oracles
 from accumtune.search import identity as identities
-from accumtune.search.advice import advice
 from accumtune.search.answers import Answers
 from accumtune.search.checks import refuse_batch_size, refuse_missing_data, refuse_missing_validation
 from accumtune.search.chronicle import Best
-from accumtune.search.display import Display
-from accumtune.search.hooks import Hooks
-from accumtune.search.overrides import is_overridden
-from accumtune.search.own_run_trial import FitArguments, OwnRunTrial
+from accumtune.search.console.advice import advice
+from accumtune.search.console.display import Display
+from accumtune.search.console.telling import Telling, greeting
 from accumtune.search.processes import SearchProcesses
-from accumtune.search.pruning import Pruning
-from accumtune.search.registering import save_model_for_registry
-from accumtune.search.runner import TrialRunner
-from accumtune.search.selection import Candidate
-from accumtune.search.session import SearchSession, StoppedAtOnce
-from accumtune.search.settings import SearchSettings
-from accumtune.search.telling import Telling, greeting
-from accumtune.search.trial_result import TrialResult
+from accumtune.search.pruning.pruning import Pruning
+from accumtune.search.results import carried
+from accumtune.search.results import search_results as results
+from accumtune.search.results.registering import save_model_for_registry
+from accumtune.search.results.selection import Candidate
+from accumtune.search.scheduler import SearchSession, StoppedAtOnce
+from accumtune.search.subclassing.hooks import Hooks
+from accumtune.search.subclassing.overrides import is_overridden
+from accumtune.search.subclassing.own_run_trial import FitArguments, OwnRunTrial
+from accumtune.search.trial.settings import SearchSettings
+from accumtune.search.trial.trial_result import TrialResult
+from accumtune.search.trial.trial_runner import TrialRunner
 from accumtune.search.workers import command_to_resume
 from accumtune.tracking.lock import only_search
-from accumtune.trials.devices import Place, Places
-from accumtune.trials.directory import SearchDirectory, clear_disk_errors
-from accumtune.trials.payload import dump_payload
-from accumtune.trials.profiling import Profiler
+from accumtune.worker.transport.payload import dump_payload
+from accumtune.worker.transport.task_directory import SearchDirectory, clear_disk_errors
 
 SearchOver = Literal["auto", "effective_batch_size", "pairs"]
 

@@ -11,29 +11,31 @@ from typing import Any, Literal
 import keras_tuner
 
 from accumtune.errors import SearchDirectoryError
-from accumtune.memory.budget import parse_budget
-from accumtune.memory.device import memory_limit_environment
-from accumtune.search import identity, oracles, ownership, state
-from accumtune.search.checks import check_choice, refuse_no_oracle, refuse_strategy, refuse_unknown_arguments
-from accumtune.search.chronicle import Chronicle
-from accumtune.search.feasibility import effective_batch_sizes
-from accumtune.search.hypermodel import (
+from accumtune.execution.device_query import current_backend
+from accumtune.execution.platform_support import require_linux
+from accumtune.execution.profiling import check_sizes
+from accumtune.execution.timeouts import preparation_seconds
+from accumtune.hypermodel import (
     DEFAULT_ACCUMULATION_STEPS,
     DEFAULT_MICRO_BATCH_SIZES,
     AccumulationHyperModel,
 )
-from accumtune.search.overrides import refuse_missing_hypermodel, refuse_overridden
+from accumtune.memory.budget import parse_budget
+from accumtune.memory.device import memory_limit_environment
+from accumtune.oracles import keras_tuner_adapter as oracles
+from accumtune.oracles import persistence as state
+from accumtune.search import identity, ownership
+from accumtune.search.checks import check_choice, refuse_no_oracle, refuse_strategy, refuse_unknown_arguments
+from accumtune.search.chronicle import Chronicle
+from accumtune.search.feasibility import effective_batch_sizes
 from accumtune.search.processes import SearchProcesses
 from accumtune.search.searching import Searching, SearchOver
+from accumtune.search.subclassing.overrides import refuse_missing_hypermodel, refuse_overridden
 from accumtune.search.workers import plan, refuse_chief_and_workers, resolve_pool
 from accumtune.tracking.lock import held, running_already
-from accumtune.trials.builder import ModelBuilder
-from accumtune.trials.device import current_backend
-from accumtune.trials.directory import SearchDirectory, check_writable
-from accumtune.trials.hyperparameters import hyperparameters_from
-from accumtune.trials.platforms import require_linux
-from accumtune.trials.profiling import check_sizes
-from accumtune.trials.time_limits import preparation_seconds
+from accumtune.worker.builder import ModelBuilder
+from accumtune.worker.transport.hyperparameters import hyperparameters_from
+from accumtune.worker.transport.task_directory import SearchDirectory, check_writable
 
 
 class Tuner(Searching):

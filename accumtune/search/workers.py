@@ -9,9 +9,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from accumtune.errors import SearchError
-from accumtune.trials import devices as device_plans
-from accumtune.trials.devices import Place
-from accumtune.trials.executors import Executor, LocalExecutor
+from accumtune.execution import placement as device_plans
+from accumtune.execution.executors import Executor, LocalExecutor
+from accumtune.execution.placement import Place
 
 _CHIEF_AND_WORKERS = ("KERASTUNER_TUNER_ID", "KERASTUNER_ORACLE_IP", "KERASTUNER_ORACLE_PORT")
 
@@ -58,7 +58,7 @@ def open_executor(executor: Any, backend: str) -> Executor:
     """
     if executor is None:
         return LocalExecutor(backend)
-    from accumtune.trials.pools import PoolExecutor
+    from accumtune.execution.pool_executor import PoolExecutor
 
     return PoolExecutor(executor, backend)
 
@@ -70,7 +70,7 @@ def resolve_pool(executor: Any) -> Any:
         SearchError: neither an address nor an object with `submit`, or Ray is not installed.
     """
     if isinstance(executor, str):
-        from accumtune.trials.ray import RayPool
+        from accumtune.execution.ray_executor import RayPool
 
         return RayPool(None if executor == "ray" else executor)
     if executor is not None and not callable(getattr(executor, "submit", None)):

@@ -39,8 +39,8 @@ os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "1")  # the same kernels on every
 from memory_prediction_models import ARCHITECTURES, build_model, data
 
 from accumtune.memory.device import died_of_memory, memory_limit_environment, open_device
+from accumtune.memory.prediction.profile import Measurement, Profile
 from accumtune.memory.probe import STEADY_MICRO_STEPS
-from accumtune.memory.profile import Measurement, Profile
 
 MIB = 2**20
 LARGEST_SIZE = 256

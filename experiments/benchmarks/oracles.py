@@ -29,7 +29,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import keras_tuner
 from keras_tuner.engine.trial import TrialStatus
 
-from accumtune.search.optuna_oracle import OptunaOracle
+from accumtune.oracles.optuna_oracle import OptunaOracle
 
 MICRO_BATCH_SIZES = (4, 8, 16, 32, 64, 128)
 ACCUMULATION_STEPS = (1, 2, 4, 8, 16)

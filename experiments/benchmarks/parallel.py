@@ -34,16 +34,16 @@ import keras_tuner  # noqa: E402
 import numpy as np  # noqa: E402
 
 import accumtune  # noqa: E402
-from accumtune.memory.profile import Measurement, Profile  # noqa: E402
-from accumtune.search import state  # noqa: E402
-from accumtune.search.display import Display  # noqa: E402
-from accumtune.search.runner import TrialRunner  # noqa: E402
-from accumtune.search.session import SearchSession  # noqa: E402
-from accumtune.search.settings import SearchSettings  # noqa: E402
+from accumtune.execution.placement import Place, Places  # noqa: E402
+from accumtune.memory.prediction.profile import Measurement, Profile  # noqa: E402
+from accumtune.oracles import persistence as state  # noqa: E402
+from accumtune.search.console.display import Display  # noqa: E402
+from accumtune.search.scheduler import SearchSession  # noqa: E402
+from accumtune.search.trial.settings import SearchSettings  # noqa: E402
+from accumtune.search.trial.trial_runner import TrialRunner  # noqa: E402
 from accumtune.tracking.journal import Journal, read_search  # noqa: E402
-from accumtune.trials.devices import Place, Places  # noqa: E402
-from accumtune.trials.directory import SearchDirectory, TaskDirectory  # noqa: E402
-from accumtune.trials.outcome import Outcome  # noqa: E402
+from accumtune.worker.transport.outcome import Outcome  # noqa: E402
+from accumtune.worker.transport.task_directory import SearchDirectory, TaskDirectory  # noqa: E402
 
 LEAST_EFFICIENCY = 0.9
 # The last quarter of a search may cost this much more per trial than the first.

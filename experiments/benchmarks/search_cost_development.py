@@ -176,7 +176,7 @@ def oracle_for(task: Task, seed: int, max_trials: int, guess: str | None = None)
     """
     import keras_tuner
 
-    from accumtune.search.optuna_oracle import OptunaOracle
+    from accumtune.oracles.optuna_oracle import OptunaOracle
 
     scale = task.noise_scale * math.exp(0.3 * random.Random(seed).gauss(0, 1))
     near = min(task.space["effective_batch_size"], key=lambda batch: abs(math.log(batch / scale)))
@@ -220,8 +220,8 @@ def needed(
     """Whether a search comes within 1 % of the grid's best, whole trainings until then, and trials."""
     from keras_tuner.engine.trial import TrialStatus
 
-    from accumtune.search import oracles
-    from accumtune.search.pruning import Pruning
+    from accumtune.oracles import keras_tuner_adapter as oracles
+    from accumtune.search.pruning.pruning import Pruning
 
     oracle = oracle_for(task, seed, max_trials, guess)
     pruning = None if pruner is None else Pruning(pruner, oracle.objective)
@@ -269,7 +269,7 @@ def designs() -> dict[str, tuple[Callable[[], Any], int]]:
 def main() -> None:
     from unittest.mock import patch
 
-    from accumtune.search import optuna_oracle
+    from accumtune.oracles import optuna_oracle
 
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--designs", nargs="*", default=list(designs()), choices=list(designs()))

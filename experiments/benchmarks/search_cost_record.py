@@ -24,11 +24,11 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from search_cost_tasks import MIB, OURS, STOCK, TRAINED, Cost, Record, Trained
 
+from accumtune.execution.executors import LocalExecutor, Outcome
 from accumtune.memory.device import memory_limit_environment
-from accumtune.trials.builder import ModelBuilder
-from accumtune.trials.directory import TaskDirectory
-from accumtune.trials.executors import LocalExecutor, Outcome
-from accumtune.trials.payload import dump_payload
+from accumtune.worker.builder import ModelBuilder
+from accumtune.worker.transport.payload import dump_payload
+from accumtune.worker.transport.task_directory import TaskDirectory
 
 TIMED_UPDATES = 6
 # The largest model fits with this micro-batch, and just so.

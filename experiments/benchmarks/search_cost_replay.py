@@ -22,12 +22,12 @@ from search_cost_gaussian import unchecked
 from search_cost_tasks import OURS, STOCK, Record
 
 import accumtune
+from accumtune.execution.executors import Outcome
 from accumtune.memory.probe import STEADY_MICRO_STEPS
 from accumtune.search import processes
-from accumtune.search.selection import select
+from accumtune.search.results.selection import select
 from accumtune.search.tuner import Tuner
 from accumtune.tracking.journal import Journal
-from accumtune.trials.executors import Outcome
 
 # What `accumtune.memory.probe` runs for each number of accumulation steps: a first update and 3 more, or as many
 # micro-steps as give a steady peak where that is more.

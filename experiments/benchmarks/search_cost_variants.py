@@ -7,7 +7,7 @@
   logarithms, rates outside it are taken for the nearest.
 - `median`, `percentile`: hopeless trials are stopped by Optuna's `MedianPruner` or `PercentilePruner(25)`, after at
   least six trials.
-- `forecast`: they are stopped by what is forecast from their epochs (`accumtune.search.forecast`).
+- `forecast`: they are stopped by what is forecast from their epochs (`accumtune.search.pruning.forecast`).
 - `both`: `rate` and `median`.
 - `start 5`, `start 8`: more trials, spread evenly, before the Gaussian process begins (with three dimensions: after 3).
 
@@ -99,7 +99,7 @@ def needed(task: str, name: str, seed: int) -> tuple[bool, float, float, float]:
     from search_cost_replay import ours
 
     import accumtune
-    from accumtune.search import optuna_oracle
+    from accumtune.oracles import optuna_oracle
 
     record = interpolated(record_of(task))
     fewest = STARTS.get(name, optuna_oracle._FEWEST_STARTUP_TRIALS)

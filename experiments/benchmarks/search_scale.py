@@ -29,10 +29,10 @@ import keras
 import numpy as np
 
 import accumtune
+from accumtune.execution.executors import Outcome
 from accumtune.search import processes
 from accumtune.tracking.journal import Journal
-from accumtune.trials import worker
-from accumtune.trials.executors import Outcome
+from accumtune.worker import main as worker
 
 PEAK_PER_SAMPLE, PEAK_BASE = 2**18, 2**20
 

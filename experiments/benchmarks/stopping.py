@@ -25,7 +25,7 @@ from typing import Any
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 MOST_SECONDS = 10.0
-# A twentieth is what `accumtune.trials.checkpoint` promises.
+# A twentieth is what `accumtune.worker.checkpoint.trial_checkpoint` promises.
 MOST_SHARE = 0.05
 # Name (by its parameters in float32), units of its hidden layers, seconds of an epoch.
 MODELS = (("small", (16,), 0.5), ("small", (16,), 5.0), ("50 MB", (4096, 2560), 5.0), ("50 MB", (4096, 2560), 30.0))
@@ -112,8 +112,8 @@ def checkpoints(folder: Path, units: tuple[int, ...], epoch_seconds: float, epoc
     """What writing the state takes of a training whose epochs last so long; the clock is turned, not waited for."""
     import keras
 
-    from accumtune.trials import checkpoint
-    from accumtune.trials.directory import TaskDirectory
+    from accumtune.worker.checkpoint import trial_checkpoint as checkpoint
+    from accumtune.worker.transport.task_directory import TaskDirectory
 
     keras.utils.set_random_seed(0)
     layers = [keras.layers.Dense(count) for count in (*units, 1)]

@@ -29,7 +29,7 @@ import mlflow  # noqa: E402
 from tracking_searches import print_searches, searches  # noqa: E402
 
 from accumtune.tracking.journal import Journal  # noqa: E402
-from accumtune.tracking.mlflow import Tracker  # noqa: E402
+from accumtune.tracking.mlflow.tracker import Tracker  # noqa: E402
 
 METRICS = ("loss", "accuracy", "val_loss", "val_accuracy")
 SHAPES = ((1, 10_000), (10, 1_000), (100, 100))

@@ -21,7 +21,7 @@ from sklearn.datasets import load_digits
 
 import accumtune
 from accumtune.tracking.journal import read_search
-from accumtune.tracking.mlflow import Tracker
+from accumtune.tracking.mlflow.tracker import Tracker
 
 MODES = ("none", "sqlite", "dead", "silent")
 

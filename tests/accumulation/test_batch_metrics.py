@@ -7,7 +7,7 @@ from equality import assert_exact, dense, numbers, regression, train
 from keras import layers, ops
 from promises import holds
 
-from accumtune.accumulation import batch_metrics
+from accumtune.accumulation.losses import batch_metrics
 
 
 def f1(y_true, y_pred):

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from accumtune.accumulation import groups
+from accumtune.accumulation.engines import grouped_update as groups
 
 torch_only = pytest.mark.skipif(equality.BACKEND != "torch", reason="torch's optimizers")
 

@@ -6,7 +6,7 @@ import pytest
 from equality import BACKEND, dense, regression
 
 from accumtune.accumulation import accumulate, stop_accumulating
-from accumtune.accumulation.replaced import replaced
+from accumtune.accumulation.patched_attributes import replaced
 
 
 class Anything:

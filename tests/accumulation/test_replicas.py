@@ -287,7 +287,7 @@ def test_gradients_are_reduced_once_where_an_optimizer_hands_them_on():
 @pytest.mark.skipif(BACKEND != "tensorflow", reason="a strategy of TensorFlow")
 def test_replicas_in_other_processes_are_refused():
     """What they hold of an effective batch is not known here: shares would be those of other samples."""
-    from accumtune.accumulation.replicas import Replicas
+    from accumtune.accumulation.engines.replicas import Replicas
 
     here = SimpleNamespace(worker_devices=("CPU:0", "CPU:1"))
     assert Replicas(SimpleNamespace(num_replicas_in_sync=2, extended=here, scope=None)).number == 2

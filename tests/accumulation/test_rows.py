@@ -6,7 +6,7 @@ import pytest
 from equality import BACKEND, EFFECTIVE, SAMPLES, regression
 from keras.src.trainers.data_adapters.array_data_adapter import ArrayDataAdapter
 
-from accumtune.accumulation.rows import ALIGNMENT, row_numbers, rows_of
+from accumtune.accumulation.data.row_indices import ALIGNMENT, row_numbers, rows_of
 
 
 @pytest.mark.skipif(BACKEND != "torch", reason="the others' adapters give what the host can read")

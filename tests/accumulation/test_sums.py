@@ -42,7 +42,7 @@ def ancestors(op):
 
 @pytest.mark.parametrize("name", ["Adam", "AdamW", "RMSprop", "Adafactor", "SGD"])
 def test_an_assignment_begins_where_the_one_before_has_ended(name):
-    from accumtune.accumulation.sums import one_variable_after_the_other
+    from accumtune.accumulation.engines.gradient_sums import one_variable_after_the_other
 
     def make():
         return keras.optimizers.SGD(0.1, momentum=0.9) if name == "SGD" else getattr(keras.optimizers, name)(0.1)
@@ -75,7 +75,7 @@ def addresses_after_windows(windows=4):
 
 
 def test_accumulators_stay_where_they_are(monkeypatch):
-    from accumtune.accumulation import sums
+    from accumtune.accumulation.engines import gradient_sums as sums
 
     found = addresses_after_windows()
     assert found[0] and all(addresses == found[0] for addresses in found)

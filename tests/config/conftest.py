@@ -2,9 +2,9 @@
 
 import pytest
 
-from accumtune.trials.directory import TaskDirectory
-from accumtune.trials.outcome import finished
-from accumtune.trials.payload import dump_payload
+from accumtune.worker.transport.outcome import finished
+from accumtune.worker.transport.payload import dump_payload
+from accumtune.worker.transport.task_directory import TaskDirectory
 
 
 @pytest.fixture

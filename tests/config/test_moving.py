@@ -14,7 +14,7 @@ from accumtune.memory.machine import machine_memory
 
 def profile_of(line=lambda size: 10 * MIB + size * MIB, limit=None, **other):
     """A profile as measurements would make it; sizes whose peak is over the limit ran out of memory."""
-    from accumtune.memory.profile import Measurement, Profile
+    from accumtune.memory.prediction.profile import Measurement, Profile
 
     def measurement(size, steps):
         peak = line(size) + (MIB if steps > 1 else 0)
@@ -44,7 +44,7 @@ def test_a_budget_in_which_nothing_fits():
 
 
 def test_a_change_of_micro_batch_is_told_where_it_changes_the_training(monkeypatch):
-    from accumtune.trials import costs
+    from accumtune.execution import standalone_profile as costs
 
     monkeypatch.setattr(costs, "profile", lambda *args, **kwargs: profile_of())
     coupled = config_of(batch_coupled_layers=["BatchNormalization (bn)"])
@@ -56,7 +56,8 @@ def test_a_change_of_micro_batch_is_told_where_it_changes_the_training(monkeypat
 
 
 def test_the_device_at_hand_is_a_budget(monkeypatch):
-    from accumtune.trials import costs, device
+    from accumtune.execution import device_query as device
+    from accumtune.execution import standalone_profile as costs
 
     asked = {}
     monkeypatch.setattr(device, "free_device_memory_bytes", lambda: 100 * MIB)
@@ -66,7 +67,7 @@ def test_the_device_at_hand_is_a_budget(monkeypatch):
 
 
 def test_free_memory_of_this_machine():
-    from accumtune.trials.device import free_device_memory_bytes
+    from accumtune.execution.device_query import free_device_memory_bytes
 
     assert 64 * MIB < free_device_memory_bytes() < 2**50
 

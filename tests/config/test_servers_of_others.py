@@ -10,7 +10,7 @@ from made_config import config_of
 from accumtune import cli
 from accumtune.config import TrainingConfig, load_config
 from accumtune.errors import ConfigError, TrackingError
-from accumtune.tracking.reaching import refuse_other_server
+from accumtune.tracking.mlflow.server_health import refuse_other_server
 
 TOKEN = "token-of-the-caller"
 

@@ -11,7 +11,7 @@ from made_config import config_of
 
 from accumtune.config import TrainingConfig, load_config
 from accumtune.errors import ConfigError
-from accumtune.tracking.uris import absolute_uri, redacted, without_credentials
+from accumtune.tracking.tracking_uri import absolute_uri, redacted, without_credentials
 
 
 def test_saved_is_loaded(tmp_path):

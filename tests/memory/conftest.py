@@ -5,8 +5,8 @@ import os
 import pytest
 
 from accumtune.memory.device import memory_limit_environment
-from accumtune.trials.directory import TaskDirectory
-from accumtune.trials.payload import dump_payload
+from accumtune.worker.transport.payload import dump_payload
+from accumtune.worker.transport.task_directory import TaskDirectory
 
 BACKEND = os.environ["KERAS_BACKEND"]
 

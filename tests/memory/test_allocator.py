@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from accumtune.memory.allocator import ALIGNMENT, FIRST_REGION_BYTES, MIB, Allocator
-from accumtune.memory.layout import constant_chunks, opened_allocator, shelf_chunks
+from accumtune.memory.cpu_simulation.allocator import ALIGNMENT, FIRST_REGION_BYTES, MIB, Allocator
+from accumtune.memory.cpu_simulation.allocator_layout import constant_chunks, opened_allocator, shelf_chunks
 
 
 def opened(region_mib):

@@ -6,7 +6,7 @@ import keras
 import numpy as np
 import pytest
 
-from accumtune.memory.compiling import PeakWithoutCompiling
+from accumtune.memory.compilation import PeakWithoutCompiling
 from accumtune.memory.device import Device
 from accumtune.memory.probe import probe
 

@@ -4,10 +4,10 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from accumtune.memory import confirmation
-from accumtune.memory.confirmation import ENOUGH, MOST_FAILURES, MOST_TRIES, next_to_run
-from accumtune.memory.exploration import next_probe_size
-from accumtune.memory.profile import HEADROOM, Measurement, Profile
+from accumtune.memory.prediction import confirmation
+from accumtune.memory.prediction.confirmation import ENOUGH, MOST_FAILURES, MOST_TRIES, next_to_run
+from accumtune.memory.prediction.exploration import next_probe_size
+from accumtune.memory.prediction.profile import HEADROOM, Measurement, Profile
 
 MIB = 2**20
 LARGEST = 1024

@@ -44,7 +44,7 @@ def test_a_small_tensor_leaves_a_large_free_chunk_whole(value_in_child):
         import numpy as np
         import tensorflow as tf
 
-        from accumtune.memory import tensorflow
+        from accumtune.memory import device_tensorflow as tensorflow
 
         def address(tensor):
             return np.asarray(memoryview(tensor)).ctypes.data  # without a copy
@@ -113,7 +113,7 @@ def test_opening_the_device_too_late_is_an_error():
 @pytest.mark.parametrize("budget_bytes", [None, 64 * MIB])
 def test_of_several_gpus_one_is_measured_and_the_host_is_not_limited(monkeypatch, budget_bytes):
     """TensorFlow's calls as a machine with two GPUs answers them; what it refuses there is refused here."""
-    from accumtune.memory import tensorflow
+    from accumtune.memory import device_tensorflow as tensorflow
 
     visible, limits = ["first", "second"], {}
 
@@ -204,7 +204,7 @@ def open_fake_gpu(monkeypatch, stats, budget_bytes):
     import jax
     from keras.src.backend.jax import trainer
 
-    from accumtune.accumulation import jax as engine
+    from accumtune.accumulation.engines import engine_jax as engine
 
     monkeypatch.setattr(jax, "local_devices", lambda: [FakeJaxGpu(stats)])
     monkeypatch.setattr(trainer, "jit", jax.jit)
@@ -234,7 +234,7 @@ def test_a_device_is_called_by_its_kind(monkeypatch, platform, name):
 def test_what_xla_tries_out_when_it_compiles_for_a_gpu_is_not_the_peak_of_a_step(monkeypatch):
     import numpy as np
 
-    from accumtune.accumulation import jax as engine
+    from accumtune.accumulation.engines import engine_jax as engine
 
     stats = {"bytes_in_use": 5000, "peak_bytes_in_use": 700_000}
     device = open_fake_gpu(monkeypatch, stats, None)

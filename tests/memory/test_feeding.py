@@ -5,8 +5,8 @@ import os
 import numpy as np
 import pytest
 
+from accumtune.accumulation.data.array_datasets import batch_source
 from accumtune.errors import DataError
-from accumtune.memory.feeding import batch_source
 
 MIB = 2**20
 BACKEND = os.environ["KERAS_BACKEND"]
@@ -131,8 +131,8 @@ def test_the_data_set_at_rest_is_not_on_the_device(value_in_child, tmp_path):
         import keras
         import numpy as np
 
+        from accumtune.accumulation.data.array_datasets import batch_source
         from accumtune.memory.device import open_device
-        from accumtune.memory.feeding import batch_source
 
         device = open_device("tensorflow")
         model = keras.Sequential([keras.layers.Input((8192,)), keras.layers.Dense(1)])

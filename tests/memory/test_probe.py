@@ -4,9 +4,9 @@ import os
 
 import pytest
 
-from accumtune.memory.exploration import next_probe_size
 from accumtune.memory.machine import device_memory
-from accumtune.memory.profile import Measurement, Profile
+from accumtune.memory.prediction.exploration import next_probe_size
+from accumtune.memory.prediction.profile import Measurement, Profile
 
 MIB = 2**20
 BACKEND = os.environ["KERAS_BACKEND"]

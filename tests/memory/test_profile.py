@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from accumtune.errors import BudgetError
-from accumtune.memory.exploration import next_probe_size
-from accumtune.memory.profile import Measurement, Profile
+from accumtune.memory.prediction.exploration import next_probe_size
+from accumtune.memory.prediction.profile import Measurement, Profile
 
 MIB = 2**20
 ALLOCATOR = "tensorflow allocator"

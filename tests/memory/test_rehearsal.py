@@ -5,9 +5,9 @@ import os
 
 import pytest
 
-from accumtune.memory.profile import Measurement, Profile
-from accumtune.memory.rehearsal import Rehearsal
-from accumtune.memory.trace import Lines, Trace
+from accumtune.memory.cpu_simulation.allocation_trace import Lines, Trace
+from accumtune.memory.cpu_simulation.rehearsal import Rehearsal
+from accumtune.memory.prediction.profile import Measurement, Profile
 
 MIB = 2**20
 tensorflow_only = pytest.mark.skipif(os.environ["KERAS_BACKEND"] != "tensorflow", reason="TensorFlow's allocator")

@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from accumtune.memory import watching
+from accumtune.memory import memory_watch as watching
 from accumtune.memory.device import Device
 
 MIB = 2**20
@@ -71,7 +71,7 @@ def test_tensorflow_waiting_for_memory_is_noticed_before_its_own_patience_ends(v
         import tensorflow as tf
 
         from accumtune.memory.device import is_out_of_memory, open_device
-        from accumtune.memory.watching import watched
+        from accumtune.memory.memory_watch import watched
 
         device = open_device("tensorflow", 64 * 2**20)
         noticed = threading.Event()

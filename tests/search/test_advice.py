@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from accumtune.search import results
-from accumtune.search.advice import advice
+from accumtune.search.console.advice import advice
+from accumtune.search.results import search_results as results
 
 
 def texts(**changes):

@@ -6,7 +6,7 @@ import keras
 import keras_tuner
 import numpy as np
 
-from accumtune.search.carried import describe_fit, of_trial
+from accumtune.search.results.carried import describe_fit, of_trial
 from accumtune.tracking.records import TrialRecord
 
 NOTHING = {"optimizer": None, "loss": None, "metrics": None}

@@ -2,8 +2,8 @@
 
 from concurrent.futures import Future, ThreadPoolExecutor
 
-from accumtune.search.claims import Claims
-from accumtune.search.trial_result import TrialResult
+from accumtune.search.trial.claims import Claims
+from accumtune.search.trial.trial_result import TrialResult
 
 RESULT = TrialResult("completed", {"width": 8})
 

@@ -12,18 +12,18 @@ import keras_tuner
 import pytest
 
 from accumtune.errors import SearchDirectoryError, SearchError, SearchFailedError
-from accumtune.memory.profile import Measurement, Profile
-from accumtune.search import state
-from accumtune.search.display import Display
-from accumtune.search.runner import TrialRunner
-from accumtune.search.session import SearchSession
-from accumtune.search.settings import SearchSettings
+from accumtune.execution.executors import Outcome
+from accumtune.execution.profiling import ModelFacts
+from accumtune.memory.prediction.profile import Measurement, Profile
+from accumtune.oracles import persistence as state
+from accumtune.search.console.display import Display
+from accumtune.search.scheduler import SearchSession
+from accumtune.search.trial.settings import SearchSettings
+from accumtune.search.trial.trial_runner import TrialRunner
 from accumtune.tracking.journal import Journal, read_search
-from accumtune.trials import directory as directories
-from accumtune.trials.directory import SearchDirectory
-from accumtune.trials.executors import Outcome
-from accumtune.trials.profiling import ModelFacts
-from accumtune.trials.worker import appeared
+from accumtune.worker.main import appeared
+from accumtune.worker.transport import task_directory as directories
+from accumtune.worker.transport.task_directory import SearchDirectory
 
 TRIALS = 4
 

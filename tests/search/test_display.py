@@ -7,9 +7,9 @@ import threading
 
 import pytest
 
-from accumtune.search.display import Display
-from accumtune.search.progress import Progress, duration
-from accumtune.search.trial_result import TrialResult
+from accumtune.search.console.display import Display
+from accumtune.search.console.progress import Progress, duration
+from accumtune.search.trial.trial_result import TrialResult
 
 VALUES = {"effective_batch_size": 16, "micro_batch_size": 8, "accumulation_steps": 2, "rate": 0.1}
 REPORT = {"peak_memory_bytes": 2**20, "throughput_samples_per_second": 100.0}

@@ -15,7 +15,7 @@ from models import build_fixed, build_plain, build_wide, dense
 
 import accumtune
 from accumtune import errors
-from accumtune.search import session
+from accumtune.search import scheduler as session
 from accumtune.tracking.journal import Journal, read_search
 
 pytestmark = pytest.mark.usefixtures("one_fork_server")

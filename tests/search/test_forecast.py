@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from accumtune.search.forecast import forecast
+from accumtune.search.pruning.forecast import forecast
 
 SHARES = (1.0, 0.5, 0.25, 0.1, 0.0)
 

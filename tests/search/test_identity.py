@@ -13,13 +13,20 @@ from made_tuner import X, Y, make
 from models import dense
 
 from accumtune.errors import SearchDirectoryError
-from accumtune.memory.profile import Measurement, Profile
-from accumtune.search import identity, results
-from accumtune.search.selection import select
-from accumtune.search.verifying import predicted_choice
+from accumtune.memory.prediction.profile import Measurement, Profile
+from accumtune.search import identity
+from accumtune.search.results import search_results as results
+from accumtune.search.results.selection import select
+from accumtune.search.results.verifying import predicted_choice
 from accumtune.tracking.journal import Journal, read_search
-from accumtune.trials.directory import SearchDirectory, write_atomically
-from accumtune.trials.identity import content_digest, describe_arrays, describe_training, exact, text_of
+from accumtune.worker.identity.training_identity import (
+    content_digest,
+    describe_arrays,
+    describe_training,
+    exact,
+    text_of,
+)
+from accumtune.worker.transport.task_directory import SearchDirectory, write_atomically
 
 pytestmark = pytest.mark.usefixtures("one_fork_server")
 

@@ -7,9 +7,9 @@ from models import build_fixed
 
 import accumtune
 from accumtune.errors import SearchError
-from accumtune.search.overrides import HONOURED_OF_ORACLE, HONOURED_OF_TUNER, refuse_overridden
-from accumtune.search.own_run_trial import OwnRunTrial
-from accumtune.search.trial_result import TrialResult
+from accumtune.search.subclassing.overrides import HONOURED_OF_ORACLE, HONOURED_OF_TUNER, refuse_overridden
+from accumtune.search.subclassing.own_run_trial import OwnRunTrial
+from accumtune.search.trial.trial_result import TrialResult
 
 
 def public(kind):

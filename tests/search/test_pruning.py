@@ -5,7 +5,7 @@ import optuna
 import pytest
 
 import accumtune
-from accumtune.search.pruning import Pruning
+from accumtune.search.pruning.pruning import Pruning
 
 
 def test_a_pruner_stops_what_is_worse_than_the_others_and_ignores_pruned_ones():

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from accumtune.errors import NoResultError, SearchError
-from accumtune.search.selection import Candidate, pareto_front, select
+from accumtune.search.results.selection import Candidate, pareto_front, select
 
 POLICIES = ["quality", "memory", "throughput", "balanced"]
 

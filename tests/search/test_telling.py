@@ -1,6 +1,6 @@
 """What is written when a search ends, and in which order."""
 
-from accumtune.search.telling import Telling
+from accumtune.search.console.telling import Telling
 
 
 class Recorded:

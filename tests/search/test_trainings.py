@@ -4,11 +4,11 @@ import math
 
 import pytest
 
-from accumtune.search.settings import SearchSettings
-from accumtune.search.trainings import Trainings
-from accumtune.search.trial_result import judged
+from accumtune.search.trial.settings import SearchSettings
+from accumtune.search.trial.trainings import Trainings
+from accumtune.search.trial.trial_result import judged
 from accumtune.tracking.journal import Journal
-from accumtune.trials.directory import SearchDirectory
+from accumtune.worker.transport.task_directory import SearchDirectory
 
 
 def test_a_trial_promoted_from_one_that_was_reused_goes_on_from_the_weights_that_exist(tmp_path):

@@ -7,8 +7,8 @@ from types import SimpleNamespace
 
 import accumtune
 from accumtune.commands import searches
-from accumtune.search.selection import Candidate, select
-from accumtune.search.verifying import predicted_choice, verified_choice
+from accumtune.search.results.selection import Candidate, select
+from accumtune.search.results.verifying import predicted_choice, verified_choice
 from accumtune.tracking.journal import Journal
 
 
@@ -59,7 +59,7 @@ def test_commands_say_of_a_choice_what_the_tuner_says(monkeypatch):
     world = World(fits={1, 2, 4})
     record = SimpleNamespace(objective_direction="min", objective_name="objective")
     monkeypatch.setattr(searches, "read_candidates", lambda folder: (record, world.candidates))
-    monkeypatch.setattr("accumtune.search.results.training_config", lambda record, choice: choice)
+    monkeypatch.setattr("accumtune.search.results.search_results.training_config", lambda record, choice: choice)
     options = argparse.Namespace(policy="quality", tolerance=0.01)
     _, _, before = searches.choose(Path(), options)
     assert before.reason.endswith("; its memory and speed are predicted, as it has not run in this micro-batch.")

@@ -11,9 +11,9 @@ import pytest
 from test_crash import Trainings, session
 
 from accumtune.errors import SearchError
+from accumtune.execution.placement import Place
 from accumtune.search import workers
 from accumtune.tracking.journal import Journal, read_search
-from accumtune.trials.devices import Place
 
 
 def test_keras_tuner_s_chief_and_workers_are_pointed_to_an_executor(monkeypatch):
@@ -49,7 +49,7 @@ import sys, time
 sys.path.insert(0, {tests!r})
 import keras
 import accumtune
-import accumtune.search.session as session
+import accumtune.search.scheduler as session
 from models import build_plain, data
 
 class Waiting(keras.callbacks.Callback):

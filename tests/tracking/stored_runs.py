@@ -5,7 +5,7 @@ import sqlite3
 import time
 from pathlib import Path
 
-from accumtune.tracking.mlflow import Tracker
+from accumtune.tracking.mlflow.tracker import Tracker
 
 
 class Runs:

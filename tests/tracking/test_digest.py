@@ -8,8 +8,8 @@ import pandas
 import pytest
 from scipy.sparse import coo_array, csr_array
 
-from accumtune.tracking import digest
-from accumtune.tracking.digest import data_digest
+from accumtune.tracking import data_digest as digest
+from accumtune.tracking.data_digest import data_digest
 
 X = np.arange(24.0).reshape(4, 6)
 

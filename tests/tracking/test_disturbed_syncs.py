@@ -14,8 +14,8 @@ from made_search import MadeSearch, report
 from stored_runs import Runs, sync
 
 from accumtune.errors import TrackingError
-from accumtune.tracking.mlflow import Tracker
-from accumtune.tracking.origin import import_line
+from accumtune.tracking.mlflow.config_origin import import_line
+from accumtune.tracking.mlflow.tracker import Tracker
 
 
 class Interrupted(Exception):
@@ -68,7 +68,8 @@ def test_a_killed_process_leaves_what_the_next_completes(finished, new_uri):
     report(finished)
     expected = sync(finished, new_uri()).content()
     uri = new_uri()
-    script = "import sys; from accumtune.tracking.mlflow import Tracker; Tracker(sys.argv[1], sys.argv[2]).sync()"
+    script = "import sys\nfrom accumtune.tracking.mlflow.tracker import Tracker\n"
+    script += "Tracker(sys.argv[1], sys.argv[2]).sync()"
     process = subprocess.Popen([sys.executable, "-c", script, str(finished.folder), uri])
     # Kill it when the first trial is there.
     with sqlite3.connect(uri.removeprefix("sqlite:///")) as connection:
@@ -169,7 +170,7 @@ def test_two_searches_at_once_into_one_store(tmp_path, finished, uri):
 def test_two_syncs_of_one_search_take_turns(finished, uri, monkeypatch):
     import fcntl
 
-    from accumtune.tracking import mlflow as module
+    from accumtune.tracking.mlflow import tracker as module
 
     monkeypatch.setattr(module, "_WAIT_SECONDS", 0.2)
     with open(finished.folder / "tracking.lock", "a") as file:

@@ -3,7 +3,7 @@
 from made_search import report
 from stored_runs import Runs, sync, wait_until
 
-from accumtune.tracking.mlflow import Tracker
+from accumtune.tracking.mlflow.tracker import Tracker
 
 
 def test_a_running_trial_is_there_live(made, uri):

@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from made_search import report
 from stored_runs import Runs, dump, sync
 
-from accumtune.tracking import browsing
-from accumtune.tracking.mlflow import Tracker
-from accumtune.tracking.runs import clean_name
+from accumtune.tracking.mlflow import ui as browsing
+from accumtune.tracking.mlflow.run_content import clean_name
+from accumtune.tracking.mlflow.tracker import Tracker
 
 
 def test_every_trial_has_its_run(finished, uri):

@@ -8,9 +8,9 @@ import pytest
 from made_search import MadeSearch
 from test_report import candidates_of, write
 
-from accumtune.search import results
+from accumtune.search.results import search_results as results
 from accumtune.tracking.journal import read_search
-from accumtune.tracking.noise import noise_scale_of
+from accumtune.tracking.report.noise_scale_note import noise_scale_of
 
 
 def searched(folder: Path, **noise):

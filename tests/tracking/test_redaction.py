@@ -4,9 +4,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from accumtune.tracking import replay
+from accumtune.tracking.mlflow import replay
 from accumtune.tracking.redaction import first_line, redacted, redacted_value
-from accumtune.tracking.uris import server_of, without_credentials
+from accumtune.tracking.tracking_uri import server_of, without_credentials
 
 SCHEMES = ("http", "https", "postgresql", "postgresql+psycopg", "mysql+pymysql", "mssql+pyodbc")
 # Every letter is of the secret alone, so that any rest of it is found.

@@ -6,8 +6,8 @@ import mlflow
 import numpy as np
 import pytest
 
-from accumtune.tracking.mlflow import Tracker
-from accumtune.tracking.registry import MODEL_FILE
+from accumtune.tracking.mlflow.model_registry import MODEL_FILE
+from accumtune.tracking.mlflow.tracker import Tracker
 
 
 def saved_model(folder, name="digits", key="a" * 64):

@@ -10,10 +10,10 @@ import re
 
 import pytest
 
-from accumtune.search.selection import Candidate, pareto_front, select
-from accumtune.tracking import report
-from accumtune.tracking.interactive import pareto_html
+from accumtune.search.results.selection import Candidate, pareto_front, select
 from accumtune.tracking.journal import read_search
+from accumtune.tracking.report import writer as report
+from accumtune.tracking.report.pareto_page import pareto_html
 
 MIB = 2**20
 FILES = {

@@ -16,7 +16,7 @@ from pathlib import Path
 import mlflow
 import pytest
 
-from accumtune.tracking.mlflow import Tracker
+from accumtune.tracking.mlflow.tracker import Tracker
 
 SECRET = "s3cret-of-the-database"
 
@@ -166,7 +166,7 @@ def test_a_server_is_stopped_started_and_wiped_and_everything_arrives_once(made,
 
 def test_postgres_behind_a_server_and_directly(finished, postgres, tmp_path):
     """And the password of its address is written down nowhere."""
-    from accumtune.tracking.mlflow import read_cache
+    from accumtune.tracking.mlflow.tracker import read_cache
 
     Tracker(finished.folder, postgres).sync()
     Tracker(finished.folder, postgres).sync()
@@ -248,7 +248,7 @@ def test_two_searches_write_into_one_new_database_at_once(tmp_path):
     script = (
         "import sys; sys.path.insert(0, sys.argv[1])\n"
         "from pathlib import Path; from made_search import MadeSearch\n"
-        "from accumtune.tracking.mlflow import Tracker\n"
+        "from accumtune.tracking.mlflow.tracker import Tracker\n"
         "made = MadeSearch(Path(sys.argv[2]), search_id=sys.argv[3] * 32).start()\n"
         "tracker = Tracker(made.folder, sys.argv[4], interval_seconds=0.01); tracker.start()\n"
         "for number in range(4): made.complete(f'{number:02}', number)\n"

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from accumtune.tracking.files import read_small, write_whole
+from accumtune.tracking.small_files import read_small, write_whole
 
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])

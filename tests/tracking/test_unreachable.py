@@ -14,9 +14,9 @@ from made_search import report
 from stored_runs import Runs, sync, wait_until
 
 from accumtune.errors import TrackingError
-from accumtune.tracking import mlflow as tracking
-from accumtune.tracking import reaching
-from accumtune.tracking.mlflow import Tracker, read_cache
+from accumtune.tracking.mlflow import server_health as reaching
+from accumtune.tracking.mlflow import tracker as tracking
+from accumtune.tracking.mlflow.tracker import Tracker, read_cache
 
 
 def free_port():

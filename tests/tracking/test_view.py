@@ -5,8 +5,8 @@ import json
 import zlib
 
 from accumtune.tracking.journal import read_search
-from accumtune.tracking.mlflow import Tracker
-from accumtune.tracking.view import view_state
+from accumtune.tracking.mlflow.saved_view import view_state
+from accumtune.tracking.mlflow.tracker import Tracker
 
 
 def views(uri, name="made"):

@@ -1,0 +1,217 @@
+"""Where accumulation takes hold of a Keras model, and lets go of it.
+
+Methods are replaced on the instance, never on its class: `make_train_function`, so that `fit` and `train_on_batch` run
+a window per step; `make_test_function`, so that a `fit` validates in micro-batches; `fit`, so that only the rows of a
+micro-batch are read at a time; and two that Keras's own `fit` calls when its data are ready (`_assert_compile_called`
+says that it begins, `_symbolic_build` gets the iterator of an epoch), so that an epoch has as many steps as windows
+whoever calls it. Saving, pickling and cloning look at the class and its configuration, so what they give is a plain
+Keras model.
+"""
+
+from __future__ import annotations
+
+import functools
+import gc
+import types
+import weakref
+from typing import Any
+
+from accumtune.accumulation import compatibility, optimizers
+from accumtune.accumulation.patched_attributes import put, put_back, replaced
+from accumtune.accumulation.window import Accumulation
+from accumtune.errors import CustomTrainStepError, ModelError, UncompiledModelError
+
+_ADAPT = """\
+leave train_step as it is and override what it calls:
+    class MyModel(keras.Model):
+        def call(self, inputs, training=None): ...                     # the forward pass
+        def compute_loss(self, x, y, y_pred, sample_weight, training=True):
+            return super().compute_loss(x, y, y_pred, sample_weight) + ...   # a mean over samples
+        def compute_metrics(self, x, y, y_pred, sample_weight=None): ...
+Losses of a layer go through self.add_loss(mean over samples)."""
+
+
+def install(model: Any, accumulation: Accumulation) -> Any:
+    """`accumulate` after its arguments were read."""
+    import keras
+
+    _check(model)
+    compatibility.check()
+    remove(model)
+    is_tensorflow = keras.backend.backend() == "tensorflow"
+    build = "_maybe_symbolic_build" if is_tensorflow else "_symbolic_build"
+    attributes = {
+        "_accumtune_accumulation": accumulation,
+        "_accumtune_rows": None,  # the arrays of the fit that is running
+        "_accumtune_samples": None,  # a few of the first batch, see known_samples.py
+        "_accumtune_validation_size": None,  # of the fit that is running
+        "_accumtune_counts_batches": False,  # whether the fit that is running has set steps_per_epoch by itself
+        "_accumtune_fit_begins": False,  # until its data are ready
+        "_accumtune_noise_meter": None,  # of the callback that listens to it, see noise_scale.py
+        "make_train_function": types.MethodType(_make_train_function, model),
+        "make_test_function": types.MethodType(_make_test_function, model),
+        "_assert_compile_called": types.MethodType(_assert_compile_called, model),
+        "_symbolic_build": types.MethodType(_symbolic_build, model),
+        build: types.MethodType(_maybe_symbolic_build if is_tensorflow else _symbolic_build, model),
+        "fit": _fit(model, vars(model).get("fit")),
+    }
+    before = put(model, attributes)
+    put(model, {"_accumtune_before": before, "_accumtune_attributes": tuple(attributes)})
+    _forget_functions(model)
+    return model
+
+
+def remove(model: Any) -> Any:
+    """`stop_accumulating`; on a plain model it does nothing."""
+    if "_accumtune_accumulation" not in vars(model):
+        return model
+    put_back(model, model._accumtune_attributes, model._accumtune_before)
+    put_back(model, ("_accumtune_before", "_accumtune_attributes"), {})
+    _forget_functions(model)
+    return model
+
+
+def _forget_functions(model: Any) -> None:
+    """Has Keras make its functions anew: what is compiled already trains as before."""
+    model.train_function = model.test_function = None
+    _free_engine(model)
+
+
+def _free_engine(model: Any) -> None:
+    """Gives back the accumulators of an engine that is no longer used: it and its functions refer to each other."""
+    engine = vars(model).get("_accumtune_engine")
+    if engine is not None:
+        put_back(model, ["_accumtune_engine"], {})
+        if engine() is not None:
+            gc.collect()
+
+
+def _check(model: Any) -> None:
+    import keras
+
+    if not isinstance(model, keras.Model):
+        raise ModelError(f"Received a {type(model).__name__}.", "a keras.Model.", "pass the model that you compiled.")
+    if not model.compiled or model.optimizer is None:
+        raise UncompiledModelError(
+            f"Received model {model.name!r}, which is not compiled.",
+            "a compiled model.",
+            'call model.compile(optimizer="adam", loss=...) before accumulate(model, ...).',
+        )
+    for name in ("train_step", "make_train_function"):
+        is_ours = name in vars(model) and "_accumtune_accumulation" in vars(model) and name != "train_step"
+        if getattr(type(model), name) is not getattr(keras.Model, name) or (name in vars(model) and not is_ours):
+            raise CustomTrainStepError(
+                f"Received model {model.name!r} of class {type(model).__name__}, which has its own {name}.",
+                "the stock train_step: accumulation replaces it, so what yours does would be lost.",
+                _ADAPT,
+            )
+    optimizers.check(model.optimizer)
+
+
+def _make_train_function(model: Any, force: bool = False) -> Any:
+    """Stands in for `keras.Model.make_train_function` on an accumulating model."""
+    if model.train_function is not None and not force:
+        return model.train_function
+    _check(model)  # compile may have been called again
+    model.train_function = None
+    _free_engine(model)
+    engine = _engine()(model, model._accumtune_accumulation)
+    put(model, {"_accumtune_engine": weakref.ref(engine)})
+    model.train_function = engine
+    return engine
+
+
+def _make_test_function(model: Any, force: bool = False) -> Any:
+    """Stands in for `keras.Model.make_test_function`: a function whose batches are cut while a `fit` asks for that."""
+    import keras
+
+    from accumtune.accumulation import validation
+
+    if model.test_function is not None and not force:
+        return model.test_function
+    make = model._accumtune_before.get("make_test_function", types.MethodType(type(model).make_test_function, model))
+    if keras.backend.backend() == "tensorflow" and "make_test_function" not in model._accumtune_before:
+        from accumtune.accumulation.engines.engine_tensorflow import ordering
+
+        make = make if ordering is None else types.MethodType(ordering.make_test_function, model)
+    make(force=force)
+    model.test_function = validation.in_micro_batches(model, model.test_function)
+    return model.test_function
+
+
+def _engine() -> Any:
+    """The train function of the Keras backend in use."""
+    import keras
+
+    backend = keras.backend.backend()
+    if backend == "tensorflow":
+        from accumtune.accumulation.engines.engine_tensorflow import TensorFlowTraining
+
+        return TensorFlowTraining
+    if backend == "jax":
+        from accumtune.accumulation.engines.engine_jax import JaxTraining
+
+        return JaxTraining
+    if backend == "torch":
+        from accumtune.accumulation.engines.engine_torch import TorchTraining
+
+        return TorchTraining
+    raise ModelError(
+        f"Received a model on the Keras backend {backend!r}.", "tensorflow, jax or torch.", "set KERAS_BACKEND."
+    )
+
+
+def _assert_compile_called(model: Any, method_name: str | None = None) -> None:
+    """Stands in for Keras's, which `fit` calls before it looks at its data, and other methods likewise."""
+    put(model, {"_accumtune_fit_begins": method_name == "fit"})
+    type(model)._assert_compile_called(model, method_name)
+
+
+def _maybe_symbolic_build(model: Any, iterator: Any = None, data_batch: Any = None) -> None:
+    """Stands in for TensorFlow's, which builds a model under a `tf.distribute` strategy only."""
+    _count_in_windows(model, iterator)
+    type(model)._maybe_symbolic_build(model, iterator=iterator, data_batch=data_batch)
+
+
+def _symbolic_build(model: Any, iterator: Any = None, data_batch: Any = None) -> None:
+    """Stands in for Keras's, which would take a window, or the numbers of its rows, for a batch."""
+    from accumtune.accumulation.data import batches as feeding
+
+    if iterator is not None:
+        _count_in_windows(model, iterator)
+        iterator = feeding.first_micro_batches(iterator, model._accumtune_accumulation, model._accumtune_rows)
+    type(model)._symbolic_build(model, iterator=iterator, data_batch=data_batch)
+    optimizers.check(model.optimizer)  # some are known only now
+
+
+def _count_in_windows(model: Any, epoch: Any) -> None:
+    """Once per `fit`: the epoch iterator that trains, not those that validate, counts windows from now on."""
+    from accumtune.accumulation.data import batches as feeding
+
+    if epoch is not None and model._accumtune_fit_begins:
+        put(model, {"_accumtune_fit_begins": False})
+        feeding.count_in_windows(epoch, model._accumtune_accumulation, model._accumtune_counts_batches)
+
+
+def _fit(model: Any, own: Any) -> Any:
+    """The model's `fit`; `own` is one that this instance had already."""
+    from accumtune.accumulation.data import batches as feeding
+    from accumtune.accumulation.losses import batch_metrics
+
+    @functools.wraps(own or type(model).fit)
+    def fit(*args: Any, **kwargs: Any) -> Any:
+        accumulation = model._accumtune_accumulation
+        if own is None and feeding.has_stock_fit(model):
+            given, rows = feeding.with_rows(model, accumulation, feeding.named_arguments(model, args, kwargs))
+            is_smaller = given.get("validation_batch_size") != kwargs.get("validation_batch_size")
+            size = (given.get("batch_size") or 32) if is_smaller else None
+            # A model does not keep the data it was trained on.
+            with replaced(model, {"_accumtune_rows": rows}), batch_metrics.validating_at(model, size):
+                return type(model).fit(model, **given)
+        # It prepares the data, or is told of them (autologging): they and the other arguments are as they were given.
+        size = None if kwargs.get("validation_batch_size") else accumulation.micro_batch_size
+        counts_batches = kwargs.get("steps_per_epoch") is None
+        with replaced(model, {"_accumtune_validation_size": size, "_accumtune_counts_batches": counts_batches}):
+            return own(*args, **kwargs) if own is not None else type(model).fit(model, *args, **kwargs)
+
+    return fit

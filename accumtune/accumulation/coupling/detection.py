@@ -1,0 +1,246 @@
+"""What keeps accumulation from being exact: results that depend on which samples share a micro-batch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from accumtune.accumulation.coupling.known_samples import Samples
+from accumtune.accumulation.coupling.layer_trials import has_code_of_the_user, recorded_calls
+from accumtune.accumulation.coupling.layer_trials import why_coupled as why_layer_coupled
+
+if TYPE_CHECKING:
+    import keras
+
+
+_ALONG_SAMPLES = "works along the axis of the samples."
+# What a user may set on a layer, model, loss or metric, its class or the function.
+DECLARATION = "samples_are_independent"
+DECLARED = f"says {DECLARATION} = False."
+HOW_TO_KNOW = f"Try it with data, batch_coupled_layers(model, x, y), or declare it: {DECLARATION} = True."
+
+
+@dataclass(frozen=True)
+class Coupling:
+    """A layer or loss whose result depends on which samples share a micro-batch.
+
+    Args:
+        name: the layer's or the loss's name.
+        kind: its class or function.
+        reason: what it does with the batch.
+        is_known: False where it could not be looked at, and accumulation may be exact all the same.
+    """
+
+    name: str
+    kind: str
+    reason: str
+    is_known: bool = True
+
+    def __str__(self) -> str:
+        return f"{self.name} ({self.kind}): {self.reason}"
+
+
+def batch_coupled_layers(model: keras.Model, x: Any = None, y: Any = None) -> list[Coupling]:
+    """What keeps accumulated training of `model` from equalling training at the effective batch.
+
+    Found are: BatchNormalization and layers derived from it (while trainable), SpectralNormalization, recurrent
+    layers with `stateful=True`, normalizations and losses along the axis of the samples, layers whose `add_loss` is
+    not a mean over samples, in-batch losses of Keras (Circle; Dice and Tversky over the whole batch) and overridden
+    `compute_loss`. Losses, layers, Lambdas and models of the user's own are tried out: does a sample's result depend
+    on the other samples, does a forward pass change variables, is a loss a mean over samples also where targets are
+    missing?
+
+    What could not be tried is listed as unknown (`is_known` is False). A subclassed model can be tried once it was
+    trained, or with samples of its data. Where you know better, say so on the layer, model, loss or metric (the
+    object, its class or the function): `samples_are_independent = True`, or False.
+
+    Args:
+        model: a Keras model; losses are looked at when it is compiled.
+        x, y: a few samples of the training data (NumPy arrays, or structures of them), to try the model's own code
+            with; five rows are enough for x. A model that is not built yet is built, as by a call. Default: samples of
+            the last `fit`, where the model accumulates.
+
+    Returns:
+        One `Coupling` each, `str()` of which reads well; `[]` means that accumulation is exact.
+    """
+    seen = Samples(x, y) if x is not None else getattr(model, "_accumtune_samples", None)
+    layers = list(model._flatten_layers(include_self=True))
+    has_own_code = any(map(has_code_of_the_user, layers))
+    calls = recorded_calls(model, None if seen is None else seen.x) if has_own_code else {}
+    layers = list(model._flatten_layers(include_self=True))
+    found = [_layer(layer) for layer in layers]
+    found += _tried_layers(layers, {id(layer) for layer, item in zip(layers, found, strict=True) if item}, calls)
+    found += _losses(model, seen)
+    found += _metrics(model)
+    found.append(_compute_loss(model))
+    return list(dict.fromkeys(item for item in found if item is not None))
+
+
+def runs_code_of_the_user(model: keras.Model) -> bool:
+    """Whether some of a model's layers or losses have to be tried out, best with data."""
+    import keras
+
+    losses = [keras.losses.get(loss) if isinstance(loss, str) else loss for loss in _compiled_losses(model)]
+    own_losses = [loss for loss in losses if not _is_per_sample(loss, getattr(loss, "fn", loss))]
+    return bool(own_losses) or any(map(has_code_of_the_user, model._flatten_layers(include_self=True)))
+
+
+def _tried_layers(layers: list[Any], coupled: set[int], calls: dict[int, Any]) -> list[Coupling]:
+    """Layers with code of the user's, inner ones first.
+
+    A block is not coupled by itself where a layer in it is: that one is in the list. And where a block is found to be
+    independent, so is what is in it.
+    """
+    found: dict[int, Coupling] = {}
+    for layer in sorted(layers, key=lambda layer: len(list(layer._flatten_layers()))):
+        parts = {id(part) for part in layer._flatten_layers(include_self=True)}
+        if coupled & parts or not has_code_of_the_user(layer):
+            continue
+        declared = getattr(layer, DECLARATION, None)
+        reason = DECLARED if declared is False else "" if declared else why_layer_coupled(layer, calls.get(id(layer)))
+        if reason is None:
+            found[id(layer)] = Coupling(layer.name, type(layer).__name__, _unknown(layer), is_known=False)
+            continue
+        found = {key: item for key, item in found.items() if key not in parts or item.is_known}
+        if reason:
+            found[id(layer)] = Coupling(layer.name, type(layer).__name__, reason)
+            coupled = coupled | {id(layer)}
+    return list(found.values())
+
+
+def _unknown(layer: Any) -> str:
+    names = getattr(getattr(type(layer).call, "__code__", None), "co_names", ())
+    does = ""
+    if "add_loss" in names:
+        does = ", and adds a loss of its own"
+    elif {"assign", "assign_add", "assign_sub"} & set(names):
+        does = ", and assigns to variables"
+    return f"could not be tried out{does}: unknown. {HOW_TO_KNOW}"
+
+
+def _layer(layer: Any) -> Coupling | None:
+    import keras
+
+    def coupling(reason: str) -> Coupling:
+        return Coupling(layer.name, type(layer).__name__, reason)
+
+    if getattr(layer, DECLARATION, None):
+        return None
+
+    if isinstance(layer, keras.layers.BatchNormalization):
+        return coupling("normalizes with the statistics of the micro-batch.") if layer.trainable else None
+    if "BatchNorm" in type(layer).__name__ or "BatchRenorm" in type(layer).__name__:
+        return coupling("by its name, normalizes with the statistics of the micro-batch.")
+    if isinstance(layer, keras.layers.SpectralNormalization):
+        return coupling("takes a power iteration in every forward pass, hence several per update.")
+    if getattr(layer, "stateful", False):
+        return coupling("carries its state from micro-batch to micro-batch.")
+    along_an_axis = (
+        keras.layers.LayerNormalization,
+        keras.layers.RMSNormalization,
+        keras.layers.Softmax,
+        keras.layers.UnitNormalization,
+    )
+    if isinstance(layer, along_an_axis) and _has_samples(layer.axis):
+        return coupling(_ALONG_SAMPLES)
+    return None
+
+
+def _axis_of(loss: Any) -> Any:
+    return getattr(loss, "axis", getattr(loss, "_fn_kwargs", {}).get("axis"))
+
+
+def _has_samples(axis: Any) -> bool:
+    """Whether `axis`, an int or several, has the first one in it."""
+    return 0 in (axis if isinstance(axis, (list, tuple)) else (axis,))
+
+
+def _compute_loss(model: Any) -> Coupling | None:
+    import keras
+
+    if type(model).compute_loss is keras.Model.compute_loss or getattr(model, DECLARATION, None):
+        return None
+    return Coupling(
+        model.name,
+        type(model).__name__,
+        "has its own compute_loss, which is exact only where it is a mean over samples.",
+    )
+
+
+def _compiled_losses(model: Any) -> list[Any]:
+    from keras import tree
+
+    compiled = getattr(model, "_compile_loss", None)
+    if compiled is None:
+        return []
+    if compiled.built:
+        return [entry.loss for entry in compiled._flat_losses]
+    return [loss for loss in tree.flatten(compiled._user_loss) if loss is not None]
+
+
+def _losses(model: Any, seen: Samples | None) -> list[Coupling | None]:
+    losses = _compiled_losses(model)
+    outputs = [output.shape for output in getattr(model, "outputs", None) or []]
+    pairs = [] if seen is None else seen.targets_and_predictions(model)
+    # Which loss is whose is known where there is one for each output.
+    return [
+        _loss(
+            loss,
+            shapes=[outputs[index]] if len(losses) == len(outputs) else outputs,
+            seen=[pairs[index]] if len(losses) == len(pairs) else [],
+        )
+        for index, loss in enumerate(losses)
+    ]
+
+
+def _metrics(model: Any) -> list[Coupling]:
+    """Metrics over the batch, where it is spread over devices; elsewhere they get whole effective batches."""
+    from accumtune.accumulation.losses.batch_metrics import own_metrics_of_spread_windows
+
+    reason = f"is taken for one number per batch, of which each device's micro-batches give others. {HOW_TO_KNOW}"
+    return [
+        Coupling(str(metric.name), type(metric).__name__, reason, is_known=False)
+        for metric in own_metrics_of_spread_windows(model)
+    ]
+
+
+def _loss(loss: Any, shapes: list[Any], seen: list[Any]) -> Coupling | None:
+    import keras
+
+    from accumtune.accumulation.coupling.loss_trials import UNKNOWN, why_coupled
+    from accumtune.accumulation.losses.loss_shares import is_sum
+
+    loss = keras.losses.get(loss) if isinstance(loss, str) else loss
+    function = getattr(loss, "fn", loss)
+    declared = getattr(function, DECLARATION, getattr(loss, DECLARATION, None))
+    if declared or _is_per_sample(loss, function):
+        return None
+    if declared is False:
+        reason = DECLARED
+    elif isinstance(loss, keras.losses.Circle):
+        reason = "compares the samples of a micro-batch with each other."
+    elif function in (keras.losses.dice, keras.losses.tversky):
+        reason = "is one ratio over the whole micro-batch, not a mean over samples."
+    elif _has_samples(_axis_of(loss)):
+        reason = _ALONG_SAMPLES
+    elif isinstance(loss, keras.losses.Loss) and type(loss).__call__ is not keras.losses.Loss.__call__:
+        reason = "has its own __call__, which is exact only where it is a mean over samples."
+    else:
+        values = loss.call if hasattr(loss, "call") else loss
+        reason = why_coupled(values, is_sum(loss), code=loss, shapes=shapes, seen=seen)
+    kind = getattr(function, "__name__", type(loss).__name__)
+    is_known = reason != UNKNOWN
+    reason = reason if is_known else f"{reason} {HOW_TO_KNOW}"
+    return Coupling(str(getattr(loss, "name", kind)), kind, reason, is_known) if reason else None
+
+
+def _is_per_sample(loss: Any, function: Any) -> bool:
+    """Whether this is one of Keras's losses that give each sample a value of its own."""
+    import keras
+
+    if isinstance(loss, keras.losses.Circle) or _has_samples(_axis_of(loss)):
+        return False
+    if function in (keras.losses.dice, keras.losses.tversky):
+        return _axis_of(loss) is not None
+    is_stock_class = type(loss).__module__.startswith(("keras.", "builtins"))
+    return is_stock_class and getattr(function, "__module__", type(loss).__module__).startswith("keras.")

@@ -1,0 +1,249 @@
+"""Batches as `fit` reads them: micro-batches cut from a batch, or windows counted in an epoch."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import itertools
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from accumtune.accumulation.data import row_indices as rows
+from accumtune.accumulation.data.row_indices import Rows
+from accumtune.accumulation.window import Accumulation, split
+from accumtune.errors import BatchSizeError
+
+_DATA = ("x", "y", "sample_weight")
+_KERAS_BATCH_SIZE = 32  # where fit is given none
+
+
+@dataclass(frozen=True)
+class Window:
+    """The micro-batches of one update, where a batch is expected (torch's data loader yields them)."""
+
+    micro_batches: list[Any]
+
+
+@dataclass(frozen=True, eq=False)
+class HostBatch:
+    """A batch that stays with the host: Keras on JAX puts what it sees of one on the device, and the next one too."""
+
+    batch: Any
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """A part of a window, whose tensors are made when its micro-step begins.
+
+    Args:
+        samples: how many there are.
+        take: gives `(x, y, sample_weight)`.
+    """
+
+    samples: int
+    take: Callable[[], Any]
+
+
+def samples_of(batch: Any) -> int:
+    """The samples in a batch (x, y, sample_weight)."""
+    from keras import tree
+
+    return int(next(leaf for leaf in tree.flatten(batch) if leaf is not None).shape[0])
+
+
+def unpacked(batch: Any) -> tuple[Any, Any, Any]:
+    """A batch in any of Keras's forms as (x, y, sample_weight)."""
+    from keras.src.trainers.data_adapters import data_adapter_utils
+
+    return data_adapter_utils.unpack_x_y_sample_weight(batch)
+
+
+def micro_batches(batch: Any, micro_batch_size: int | None, source: Rows | None, cut: Any = None) -> list[MicroBatch]:
+    """The micro-batches of a batch; all of it where no size is given, or where it fits in one.
+
+    Args:
+        batch: what the iterator of an epoch gave, in any of Keras's forms.
+        source: the arrays, where such batches may be numbers of their rows.
+        cut: `cut(leaf, slice)` cuts one array; indexing if None.
+    """
+    batch = batch.batch if isinstance(batch, HostBatch) else batch
+    numbers = None if source is None else rows.row_numbers(batch)
+    if source is not None and numbers is not None:
+        parts = split(len(numbers), micro_batch_size or len(numbers))
+        return [MicroBatch(part.stop - part.start, functools.partial(source.take, numbers[part])) for part in parts]
+    batch = unpacked(batch)
+    samples = samples_of(batch)
+    parts = split(samples, micro_batch_size or max(samples, 1))
+    if len(parts) <= 1:
+        return [MicroBatch(samples, lambda: batch)]
+    return [MicroBatch(part.stop - part.start, functools.partial(part_of, batch, part, cut)) for part in parts]
+
+
+def part_of(batch: Any, part: slice, cut: Any = None) -> Any:
+    """A part of each array of a batch."""
+    from keras import tree
+
+    cut = cut or (lambda leaf, part: leaf[part])
+    return tree.map_structure(lambda leaf: None if leaf is None else cut(leaf, part), batch)
+
+
+def shapes(batch: Any) -> tuple[tuple[int, ...], ...]:
+    """The shapes of the arrays of a batch."""
+    from keras import tree
+
+    return tuple(tuple(leaf.shape) for leaf in tree.flatten(batch) if leaf is not None)
+
+
+def same_shapes(window: list[MicroBatch], accumulation: Accumulation, source: Rows | None) -> bool:
+    """Whether the micro-batches differ in their number of samples at most: as parts of one batch or array do."""
+    if accumulation.micro_batch_size is not None or source is not None:
+        return True
+    return len({tuple(shape[1:] for shape in shapes(part.take())) for part in window}) <= 1
+
+
+def named_arguments(model: Any, args: tuple, kwargs: dict) -> dict[str, Any]:
+    """The arguments of `fit` by name, as far as they were given."""
+    signature = inspect.signature(type(model).fit)
+    if any(parameter.kind is parameter.VAR_POSITIONAL for parameter in signature.parameters.values()):
+        signature = inspect.signature(_keras_fit())  # of a wrapper, which hands on what it is given
+    arguments = signature.bind(model, *args, **kwargs).arguments
+    given = dict(list(arguments.items())[1:])  # without self
+    others = [name for name in given if signature.parameters[name].kind is inspect.Parameter.VAR_KEYWORD]
+    return given | (given.pop(others[0]) if others else {})
+
+
+def has_stock_fit(model: Any) -> bool:
+    """Whether `fit` is Keras's own: neither a class's that prepares its data, nor a wrapper around Keras's."""
+    return type(model).fit is _keras_fit()
+
+
+def prepares_its_data(model: Any) -> bool:
+    """Whether the model's class has a `fit` of its own, which is to be given what its user would give it."""
+    owner = next(cls for cls in type(model).__mro__ if "fit" in vars(cls))
+    return owner.__module__.split(".")[0] != "keras"
+
+
+def _keras_fit() -> Any:
+    import keras
+
+    backend = "keras.src.backend."
+    trainer = next(cls for cls in keras.Model.__mro__ if cls.__module__.startswith(backend) and "fit" in vars(cls))
+    return vars(trainer)["fit"]
+
+
+def with_rows(model: Any, accumulation: Accumulation, given: dict[str, Any]) -> tuple[dict[str, Any], Rows | None]:
+    """The arguments of Keras's own `fit` that need the least memory, and the arrays behind them.
+
+    Arrays are replaced by the numbers of their rows, unless they are no NumPy arrays or are spread over devices, and
+    validation takes no more samples at once than training.
+    """
+    import keras
+    from keras.src.trainers.data_adapters import array_slicing
+    from keras.src.trainers.data_adapters.array_data_adapter import can_convert_arrays
+
+    given = dict(given)
+    if given.get("validation_split") and given.get("validation_data") is None:
+        data, given["validation_data"] = array_slicing.train_validation_split(
+            tuple(given.get(name) for name in _DATA), validation_split=given.pop("validation_split")
+        )
+        given |= dict(zip(_DATA, data, strict=True))
+    arrays = x, y, sample_weight = given.get("x"), given.get("y"), given.get("sample_weight")
+    size, steps = accumulation.micro_batch_size, given.get("steps_per_epoch")
+    if size is not None and not given.get("validation_batch_size"):
+        # Plain Keras takes the batch of training, which need not fit in memory.
+        given["validation_batch_size"] = min(size, given.get("batch_size") or _KERAS_BATCH_SIZE)
+    if steps and not given.get("batch_size") and can_convert_arrays(arrays):
+        given["batch_size"] = math.ceil(samples_of(arrays) / (steps * (accumulation.accumulation_steps or 1)))
+    is_spread = keras.distribution.distribution() is not None or getattr(model, "_distribute_strategy", None)
+    source = None if is_spread else rows.rows_of(x, y, sample_weight, given.get("class_weight"))
+    if source is not None:
+        for name in (*_DATA, "class_weight"):
+            given.pop(name, None)
+        given["x"] = source.adapter(given.get("batch_size"), given.pop("shuffle", True))
+    return given, source
+
+
+def count_in_windows(epoch: Any, accumulation: Accumulation, counts_batches: bool) -> None:
+    """Makes Keras's iterator of an epoch give and count windows, where these are several batches.
+
+    Args:
+        epoch: a `keras.src.trainers.epoch_iterator.EpochIterator` that has not begun.
+        counts_batches: whether `steps_per_epoch`, if there is one, was set by a fit of the model's own, and not by
+            the user, who counts updates.
+    """
+    import keras
+
+    steps = accumulation.accumulation_steps
+    stays_on_host = keras.backend.backend() == "jax" and keras.distribution.distribution() is None
+    if steps is None and not stays_on_host:
+        return
+    epoch.data_adapter = _windowed(epoch.data_adapter, steps or 1, stays_on_host)
+    if steps is None:
+        return
+    epoch._num_batches = epoch.data_adapter.num_batches
+    if counts_batches and epoch.steps_per_epoch and epoch.steps_per_epoch != keras.config.max_steps_per_epoch():
+        if epoch.steps_per_epoch % steps:
+            raise BatchSizeError(
+                f"Received {accumulation}, and a model whose fit sets steps_per_epoch={epoch.steps_per_epoch}.",
+                "a number of batches that accumulation_steps divides, where a fit of the model's own counts them.",
+                "use accumulate(model, micro_batch_size=...) with the effective batch as fit's batch_size.",
+            )
+        epoch.steps_per_epoch //= steps
+
+
+def first_micro_batches(epoch: Any, accumulation: Accumulation, source: Rows | None) -> Iterator[Any]:
+    """The iterator of an epoch, for building variables: with a micro-batch in place of a window or of row numbers."""
+    for begin, end, data in epoch:
+        batch = data[0] if isinstance(data, (list, tuple)) else next(data)
+        if isinstance(batch, Window):
+            batch = batch.micro_batches[0]
+        yield begin, end, [micro_batches(batch, accumulation.micro_batch_size, source)[0].take()]
+
+
+def _windows(batches: Iterator[Any], accumulation_steps: int) -> Iterator[Window]:
+    # The iterator is there already: torch draws from its generator where one is made, as in plain training.
+    while window := list(itertools.islice(batches, accumulation_steps)):
+        yield Window(window)
+
+
+def _host_batches(batches: Iterator[Any]) -> Iterator[HostBatch]:
+    _make_empty_to_jax()
+    return map(HostBatch, batches)
+
+
+@functools.cache
+def _make_empty_to_jax() -> None:
+    """To JAX a `HostBatch` is a structure without arrays: nothing is there to put on a device."""
+    import jax
+
+    jax.tree_util.register_pytree_node(HostBatch, lambda batch: ((), batch), lambda batch, _: batch)
+
+
+def _windowed(adapter: Any, accumulation_steps: int, stays_on_host: bool) -> Any:
+    """The same data; `num_batches` counts windows. Keras takes a DataAdapter wherever it takes data."""
+    from keras.src.trainers.data_adapters.data_adapter import DataAdapter
+
+    class WindowedAdapter(DataAdapter):
+        get_numpy_iterator = adapter.get_numpy_iterator
+        get_tf_dataset = adapter.get_tf_dataset
+        on_epoch_begin = adapter.on_epoch_begin
+        on_epoch_end = adapter.on_epoch_end
+        batch_size = property(lambda self: adapter.batch_size)
+        has_partial_batch = property(lambda self: adapter.has_partial_batch)
+        partial_batch_size = property(lambda self: adapter.partial_batch_size)
+
+        def get_jax_iterator(self) -> Iterator[Any]:
+            batches = adapter.get_jax_iterator()
+            return _host_batches(batches) if stays_on_host else iter(batches)
+
+        def get_torch_dataloader(self) -> Iterator[Window]:
+            return _windows(iter(adapter.get_torch_dataloader()), accumulation_steps)
+
+        @property
+        def num_batches(self) -> int | None:
+            number = adapter.num_batches
+            return None if number is None else math.ceil(number / accumulation_steps)
+
+    return WindowedAdapter()

@@ -1,0 +1,286 @@
+"""One train function on JAX: a Python loop over a jitted micro-step, and one jitted update.
+
+The model's state is donated to the update only, so an interrupted window leaves the model whole. What a micro-step
+hands on to the next one (sums, metrics, the non-trainable variables that have changed, such as seeds) is donated from
+micro-step to micro-step. What has not changed is not returned: a compiled function would copy it, frozen weights too.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import keras
+import numpy as np
+
+from accumtune.accumulation import moving_statistics as statistics
+from accumtune.accumulation import noise_scale
+from accumtune.accumulation.coupling import known_samples
+from accumtune.accumulation.data import batches as feeding
+from accumtune.accumulation.losses import batch_metrics
+from accumtune.accumulation.losses import loss_shares as losses
+from accumtune.accumulation.window import Accumulation, factors, shares
+
+# Compiles a step's functions; memory/device_jax.py replaces it, where memory is measured.
+compiled: Callable[..., Any] = jax.jit
+
+
+class JaxTraining:
+    """Trains one window per call; Keras hands it the model's state and the iterator of an epoch."""
+
+    def __init__(self, model: Any, accumulation: Accumulation) -> None:
+        self.model = model
+        self.accumulation = accumulation
+        self.is_jitted = bool(model.jit_compile and not model.run_eagerly)
+        self.has_mask = False
+        self._metrics = batch_metrics.WholeWindow(model, is_able=keras.distribution.distribution() is None)
+        self._traced: set[Any] = set()
+        self._normalizations: list[Any] = []
+        state = trainable, non_trainable, optimizer, metrics = _shardings(model)
+        carried = (trainable, _replicated(), non_trainable, metrics)
+        self._only = self._jitted(model.train_step, (None, state), donate=(0,))
+        self._first = self._jitted(self._first_step, (None, carried))
+        self._next = self._jitted(self._next_step, (None, carried), donate=(0,))
+        self._update = self._jitted(self._update_step, (trainable, optimizer, non_trainable), donate=(0, 1))
+        # Only what the denominators need of this forward pass is compiled: masks, seldom predictions.
+        self._count = self._jitted(self._count_step)
+        self._squared_norm = self._jitted(self._squared_norm_step)
+
+    def __call__(self, state: Any, iterator: Any) -> tuple[Any, Any]:
+        """Runs `steps_per_execution` windows; returns logs and state. Raises StopIteration where there is no data."""
+        logs = None
+        for _ in range(self.model.steps_per_execution):
+            window = self._window(iterator)
+            if not window:
+                break
+            logs, state = self._train(state, window)
+        if logs is None:
+            raise StopIteration
+        return logs, state
+
+    def _window(self, iterator: Any) -> list[feeding.MicroBatch]:
+        size, rows = self.accumulation.micro_batch_size, self.model._accumtune_rows
+        if size is None:
+            batches = itertools.islice(iterator, self.accumulation.accumulation_steps)
+            return [part for batch in batches for part in feeding.micro_batches(batch, None, rows)]
+        for batch in itertools.islice(iterator, 1):
+            devices = _data_parallel_devices()
+            parts = feeding.micro_batches(batch, size * devices, rows)
+            return [_spread(part, devices) for part in parts] if devices > 1 and len(parts) > 1 else parts
+        return []
+
+    def _train(self, state: Any, window: list[Any]) -> tuple[Any, Any]:
+        batch = window[0].take()
+        known_samples.note(self.model, batch)
+        if len(window) == 1:
+            return self._only(state, batch)
+        trainable, non_trainable, optimizer, metrics = state
+        scales = self._scales(state, window, batch)
+        listener = noise_scale.listening(self.model, [part.samples for part in window])
+        logs: Any = None
+        carried: Any = None
+        self._metrics.forget()
+        for index in range(len(scales)):
+            part = window.pop(0)
+            batch = part.take() if index else batch
+            inputs = (trainable, non_trainable, optimizer, batch, *scales[index])
+            result = self._first(metrics, *inputs) if carried is None else self._next(carried, *inputs)
+            (logs, outputs), carried = result
+            self._metrics.take(outputs)
+            del inputs, result, outputs
+            batch = None  # gone before the next one is taken
+            listener(index, functools.partial(self._squared_norm, carried[0]))
+        sums, moments, changed, metrics = carried
+        del carried
+        non_trainable = _with(changed, non_trainable)
+        trainable, optimizer, changed = self._update(trainable, optimizer, sums, moments, non_trainable)
+        if self._metrics.has_outputs:
+            logs, metrics = self._with_whole_window(logs, metrics)
+        return logs, (trainable, _with(changed, non_trainable), optimizer, metrics)
+
+    def _with_whole_window(self, logs: Any, metrics: Any) -> tuple[Any, Any]:
+        variables = self.model.metrics_variables
+        with keras.StatelessScope(state_mapping=list(zip(variables, metrics, strict=True))) as scope:
+            logs = self._metrics.update(logs)
+        return logs, [scope.get_current_value(variable) for variable in variables]
+
+    # What each micro-batch counts for
+
+    def _scales(self, state: Any, window: list[Any], first: Any) -> list[tuple[Any, Any]]:
+        """Share and factors of each micro-batch; `first` is the first one's."""
+        samples = [part.samples for part in window]
+        parts = [np.asarray(part, _precision()) for part in shares(samples)]
+        compiled = losses.flat_losses(self.model)
+        plain = [factors(samples) if losses.is_sum(loss) else [1.0] * len(window) for loss in compiled]
+        rows = np.asarray(plain, _precision()).reshape(len(compiled), len(window)).T
+        if self._must_count(state, window, compiled, (first, parts[0], rows[0])):
+            trainable, non_trainable = state[:2]
+            counts = [self._count(trainable, non_trainable, part.take()) for part in window]
+            columns = np.asarray(counts).T.tolist()
+            counted = [factors(samples, None if losses.is_sum(loss) else columns[i]) for i, loss in enumerate(compiled)]
+            rows = np.asarray(counted, _precision()).T
+        return list(zip(parts, rows, strict=True))
+
+    def _must_count(self, state: Any, window: list[Any], compiled: list[Any], first: tuple[Any, Any, Any]) -> bool:
+        if not compiled:
+            return False
+        has_weight = first[0][2] is not None
+        if any(losses.may_depend_on_data(loss, has_weight) for loss in compiled):
+            return True
+        if not feeding.same_shapes(window, self.accumulation, self.model._accumtune_rows):
+            return True
+        shapes = feeding.shapes(first[0])
+        if self.is_jitted and not self.has_mask and shapes not in self._traced:
+            self._traced.add(shapes)
+            # Traced before it runs: whether predictions carry a mask shows only then. JAX keeps the trace.
+            trainable, non_trainable, optimizer, metrics = state
+            self._first.trace(metrics, trainable, non_trainable, optimizer, *first)
+        return self.has_mask or not self.is_jitted
+
+    def _count_step(self, trainable: Any, non_trainable: Any, batch: Any) -> Any:
+        from keras import StatelessScope
+
+        model = self.model
+        x, y, sample_weight = batch
+        mapping = [*zip(model.trainable_variables, trainable), *zip(model.non_trainable_variables, non_trainable)]  # noqa: B905
+        with StatelessScope(state_mapping=mapping):
+            y_pred = model(x, training=False) if model._call_has_training_arg else model(x)
+            with losses.counting(model) as counts:
+                model._compile_loss(y, y_pred, sample_weight)
+        return jnp.stack([jnp.asarray(count, _precision()) for count in counts])
+
+    # The jitted functions
+
+    def _jitted(self, function: Any, out_shardings: Any = None, donate: tuple[int, ...] = ()) -> Any:
+        if not self.is_jitted:
+            return function
+        if keras.distribution.distribution() is None:
+            return compiled(function, donate_argnums=donate)
+        # As Keras does: else what comes back is laid out in another way, and each function compiled once more for it.
+        return compiled(function, donate_argnums=donate, out_shardings=out_shardings)
+
+    def _first_step(self, metrics: Any, trainable: Any, non_trainable: Any, *inputs: Any) -> tuple[Any, Any]:
+        logs, gradients, moments, new, metrics = self._gradients(metrics, trainable, non_trainable, *inputs)
+        sums = [gradient.astype(_accumulator_dtype(gradient)) for gradient in gradients]
+        return logs, (sums, moments, _changed(new, non_trainable), metrics)
+
+    def _next_step(self, carried: Any, trainable: Any, non_trainable: Any, *inputs: Any) -> tuple[Any, Any]:
+        sums, moments_so_far, changed, metrics = carried
+        so_far = _with(changed, non_trainable)
+        logs, gradients, moments, new, metrics = self._gradients(metrics, trainable, so_far, *inputs)
+        added = []
+        for variable, total, gradient in zip(self.model.trainable_variables, sums, gradients, strict=True):
+            gradient = gradient.astype(total.dtype)
+            # float8 scales are not summed: their "gradient" is a new value
+            added.append(gradient if getattr(variable, "overwrite_with_gradient", False) else total + gradient)
+        moments = statistics.combined(moments_so_far, moments)
+        return logs, (added, moments, _changed(new, non_trainable), metrics)
+
+    def _squared_norm_step(self, accumulators: Any) -> Any:
+        pairs = zip(self.model.trainable_variables, accumulators, strict=True)
+        sums = [total for variable, total in pairs if not getattr(variable, "overwrite_with_gradient", False)]
+        return sum(jnp.sum(jnp.square(total)) for total in sums)
+
+    def _update_step(
+        self, trainable: Any, optimizer: Any, sums: Any, moments: Any, non_trainable: Any
+    ) -> tuple[Any, Any, Any]:
+        from keras import StatelessScope
+
+        gradients = [total.astype(value.dtype) for total, value in zip(sums, trainable, strict=True)]
+        trainable, optimizer = self.model.optimizer.stateless_apply(optimizer, gradients, trainable)
+        variables = self.model.non_trainable_variables
+        with StatelessScope(state_mapping=list(zip(variables, non_trainable, strict=True))) as scope:
+            statistics.moved(self._normalizations, moments)
+        moved = [scope.get_current_value(variable) for variable in variables]
+        return trainable, optimizer, _changed(moved, non_trainable)
+
+    def _gradients(
+        self, metrics: Any, trainable: Any, non_trainable: Any, optimizer: Any, batch: Any, share: Any, scales: Any
+    ) -> tuple[Any, ...]:
+        """One forward and backward pass, as in Keras's train_step; gradients of this micro-batch's part."""
+        x, y, sample_weight = batch
+
+        def objective(trainable: Any) -> tuple[Any, Any]:
+            with (
+                statistics.recorded(self.model) as notes,
+                batch_metrics.tracking(self.model, share),
+                losses.scaled(self.model, scales, self._see_mask),
+            ):
+                loss, extra = self.model.compute_loss_and_updates(
+                    trainable,
+                    non_trainable,
+                    metrics,
+                    x,
+                    y,
+                    sample_weight,
+                    training=True,
+                    optimizer_variables=optimizer,
+                )
+            losses.check_scalar(loss)
+            noted = notes.mine()
+            self._normalizations = [entry.layer for entry in noted]
+            return loss * jnp.asarray(share, loss.dtype), (extra, statistics.packed(noted))
+
+        (_, (extra, moments)), gradients = jax.value_and_grad(objective, has_aux=True)(trainable)
+        loss, y_pred, new_non_trainable, new_metrics = extra
+        with self._metrics.waiting(), batch_metrics.tracking(self.model, share):
+            logs, new_metrics = self.model._update_metrics_variables(new_metrics, loss, x, y, y_pred, sample_weight)
+        outputs = self._metrics.outputs(y, y_pred, sample_weight)
+        return (logs, outputs), gradients, moments, new_non_trainable, new_metrics
+
+    def _see_mask(self) -> None:
+        self.has_mask = True
+
+
+def _changed(values: list[Any], before: list[Any]) -> list[Any]:
+    """The values, with None in place of each that a step has handed through: known while it is traced."""
+    return [None if value is old else value for value, old in zip(values, before, strict=True)]
+
+
+def _with(changed: list[Any], before: list[Any]) -> list[Any]:
+    return [old if value is None else value for value, old in zip(changed, before, strict=True)]
+
+
+def _shardings(model: Any) -> tuple[Any, Any, Any, Any]:
+    """How the state of a model is laid out: trainable, non-trainable, the optimizer's and the metrics' variables."""
+    if keras.distribution.distribution() is None:
+        return None, None, None, None
+    shardings: tuple[Any, Any, Any, Any] = model._get_state_sharding_spec()
+    return shardings
+
+
+def _replicated() -> Any:
+    distribution = keras.distribution.distribution()
+    if distribution is None:
+        return None
+    return jax.sharding.NamedSharding(distribution.device_mesh.backend_mesh, jax.sharding.PartitionSpec())
+
+
+def _data_parallel_devices() -> int:
+    """Over how many devices Keras spreads a batch; a micro-batch is what one of them holds."""
+    distribution = keras.distribution.distribution()
+    if distribution is None or distribution.batch_dim_name is None:
+        return 1
+    mesh = distribution.device_mesh
+    return int(mesh.shape[mesh.axis_names.index(distribution.batch_dim_name)])
+
+
+def _spread(part: feeding.MicroBatch, devices: int) -> feeding.MicroBatch:
+    """A part of a batch, laid out over the devices anew; as it is where it does not divide."""
+    from keras.src.backend.jax.trainer import _distribute_data
+
+    if part.samples % devices:
+        return part
+    return feeding.MicroBatch(part.samples, lambda: _distribute_data(part.take()))
+
+
+def _precision() -> Any:
+    return np.float64 if jax.config.read("jax_enable_x64") else np.float32
+
+
+def _accumulator_dtype(gradient: Any) -> Any:
+    return jnp.float64 if gradient.dtype == jnp.float64 else jnp.float32

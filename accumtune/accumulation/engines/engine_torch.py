@@ -1,0 +1,195 @@
+"""One train function on torch: backward of each micro-batch's part into `.grad`, and one update."""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from typing import Any
+
+import torch
+from keras import tree
+
+from accumtune.accumulation import moving_statistics as statistics
+from accumtune.accumulation import noise_scale, optimizers
+from accumtune.accumulation.coupling import known_samples
+from accumtune.accumulation.data import batches as feeding
+from accumtune.accumulation.engines import grouped_update as groups
+from accumtune.accumulation.losses import batch_metrics
+from accumtune.accumulation.losses import loss_shares as losses
+from accumtune.accumulation.losses.blank_predictions import BlankPredictions
+from accumtune.accumulation.window import Accumulation, factors, shares
+
+
+class TorchTraining:
+    """Trains one window per call; Keras hands it a list with one batch, or with one window of batches."""
+
+    def __init__(self, model: Any, accumulation: Accumulation) -> None:
+        self.model = model
+        self.accumulation = accumulation
+        self.has_mask: bool | None = None
+        self._metrics = batch_metrics.WholeWindow(model)
+        self._normalizations: list[Any] = []
+        self._blank = BlankPredictions()
+        self._part = torch.compile(self._backward) if model._should_torch_compile() else self._backward
+
+    def __call__(self, data: Any) -> Any:
+        """Runs `steps_per_execution` windows; returns the logs."""
+        logs = None
+        size, rows = self.accumulation.micro_batch_size, self.model._accumtune_rows
+        for batch in data:
+            batches = batch.micro_batches if isinstance(batch, feeding.Window) else [batch]
+            logs = self._train([part for one in batches for part in feeding.micro_batches(one, size, rows)])
+        return logs
+
+    def _train(self, window: list[feeding.MicroBatch]) -> Any:
+        model = self.model
+        model.zero_grad()  # a window that was interrupted may have left gradients
+        moments: Any = ()
+        self._normalizations = []
+        self._metrics.forget()
+        batch = window[0].take()
+        known_samples.note(model, batch)
+        if len(window) == 1:
+            logs, _ = self._only(batch)
+        else:
+            samples = [part.samples for part in window]
+            parts, scales = _numbers(shares(samples)), _numbers(self._factors(window, batch, samples))
+            sums: list[Any] = [None] * len(model.trainable_weights)
+            listener = noise_scale.listening(model, samples)
+            for index in range(len(parts)):
+                part = window.pop(0)
+                batch = part.take() if index else batch
+                with (
+                    statistics.recorded(model) as notes,
+                    self._metrics.waiting(),
+                    batch_metrics.tracking(model, parts[index]),
+                ):
+                    logs, outputs = self._part(batch, parts[index], scales[index])
+                self._metrics.take(outputs)
+                moments = self._joined(moments, notes.mine())
+                sums = _collected(model.trainable_weights, sums)
+                batch = None  # gone before the next one is taken
+                listener(index, functools.partial(_squared_norm, model.trainable_weights, sums))
+            self._restore(sums)
+        self._update(moments)
+        with torch.no_grad():
+            return self._metrics.update(logs)
+
+    def _only(self, batch: Any) -> Any:
+        return self._part(batch, _numbers(1.0), None)
+
+    def _factors(
+        self, window: list[feeding.MicroBatch], first: tuple[Any, Any, Any], samples: list[int]
+    ) -> list[list[float]]:
+        """The factors of the losses, one row per micro-batch; `first` is the first one's data."""
+        compiled = losses.flat_losses(self.model)
+        if not compiled:
+            return [[] for _ in window]
+        if self.has_mask is None:
+            y_pred = self._look(first[0])
+            self.has_mask = any(losses.mask_of(leaf) is not None for leaf in tree.flatten(y_pred))
+        has_weight = first[2] is not None
+        is_even = feeding.same_shapes(window, self.accumulation, self.model._accumtune_rows)
+        must_count = self.has_mask or not is_even
+        if must_count or any(losses.may_depend_on_data(loss, has_weight) for loss in compiled):
+            counts = [self._count(part.take()) for part in window]
+            columns = [
+                factors(samples, None if losses.is_sum(loss) else [row[index] for row in counts])
+                for index, loss in enumerate(compiled)
+            ]
+        else:
+            columns = [factors(samples) if losses.is_sum(loss) else [1.0] * len(window) for loss in compiled]
+        return [list(row) for row in zip(*columns, strict=True)]
+
+    def _count(self, batch: Any) -> list[float]:
+        x, y, sample_weight = batch
+
+        def count(y_pred: Any) -> list[Any]:
+            with torch.no_grad(), losses.counting(self.model) as counts:
+                self.model._compile_loss(y, y_pred, sample_weight)
+            return counts
+
+        counts = None if self.has_mask else self._blank.counts(x, count)
+        return [float(number) for number in count(self._look(x))] if counts is None else counts
+
+    def _look(self, x: Any) -> Any:
+        with torch.no_grad():
+            y_pred = self._predict(x, training=False)
+        self._blank.learn(x, y_pred)
+        return y_pred
+
+    def _predict(self, x: Any, training: bool) -> Any:
+        return self.model(x, training=training) if self.model._call_has_training_arg else self.model(x)
+
+    def _backward(self, batch: Any, share: Any, scales: Any) -> Any:
+        """One forward and backward pass, as in Keras's train_step; adds this micro-batch's part to `.grad`."""
+        model = self.model
+        x, y, sample_weight = batch
+        y_pred = self._predict(x, training=True)
+        with losses.scaled(model, scales, self._see_mask):
+            loss = model._compute_loss(x=x, y=y, y_pred=y_pred, sample_weight=sample_weight, training=True)
+        losses.check_scalar(loss)
+        model._loss_tracker.update_state(loss, sample_weight=feeding.samples_of(batch))
+        if model.trainable_weights:
+            model.optimizer.scale_loss(loss * share.to(loss.dtype)).backward()
+        logs = model.compute_metrics(x, y, y_pred, sample_weight=sample_weight)
+        return logs, () if scales is None else self._metrics.outputs(y, y_pred, sample_weight)
+
+    def _see_mask(self) -> None:
+        self.has_mask = True
+
+    def _restore(self, sums: list[Any]) -> None:
+        for variable, total in zip(self.model.trainable_weights, sums, strict=True):
+            if total is not None:
+                variable.value.grad = total.to(variable.value.dtype)
+
+    def _joined(self, so_far: Any, noted: list[Any]) -> Any:
+        with torch.no_grad():
+            if not self._normalizations:
+                self._normalizations = [entry.layer for entry in noted]
+                return statistics.packed(noted)
+            return statistics.combined(so_far, statistics.packed(noted))
+
+    def _update(self, moments: Any) -> None:
+        model = self.model
+        weights = model.trainable_weights[:]
+        with torch.no_grad():
+            if weights:
+                with groups.updating_in_groups(optimizers.updating(model.optimizer)):
+                    model.optimizer.apply([weight.value.grad for weight in weights], weights)
+            else:
+                warnings.warn("The model does not have any trainable weights.", stacklevel=2)
+            statistics.moved(self._normalizations, moments)
+        model.zero_grad()  # no accumulated gradient outlives its window
+
+
+def _numbers(values: Any) -> Any:
+    """Numbers of the host as a tensor: for one of Python's, compiled code would be made again and again."""
+    return torch.tensor(values, dtype=torch.float64)
+
+
+def _collected(variables: list[Any], sums: list[Any]) -> list[Any]:
+    """Moves gradients that `.grad` would add in less than float32 into float32 sums of their own."""
+    for index, variable in enumerate(variables):
+        gradient = variable.value.grad
+        if gradient is None:
+            continue
+        overwrites = getattr(variable, "overwrite_with_gradient", False)  # float8 scales: a new value, not a sum
+        if gradient.dtype in (torch.float32, torch.float64) and not overwrites:
+            continue
+        so_far = None if overwrites else sums[index]
+        gradient = gradient.to(torch.float32)
+        sums[index] = gradient if so_far is None else so_far.add_(gradient)
+        variable.value.grad = None
+    return sums
+
+
+def _squared_norm(variables: list[Any], sums: list[Any]) -> Any:
+    """Of what has been summed up so far, in sums of its own or in `.grad`."""
+    pairs = [
+        (variable, variable.value.grad if total is None else total)
+        for variable, total in zip(variables, sums, strict=True)
+        if not getattr(variable, "overwrite_with_gradient", False)
+    ]
+    norms = torch._foreach_norm([total for _, total in pairs if total is not None])
+    return torch.stack(norms).square().sum()

@@ -1,0 +1,311 @@
+"""Metrics that are one number per batch (F1, Dice, R²): they get the whole effective batch, not each micro-batch.
+
+A mean of such numbers over micro-batches depends on their size. So the micro-steps leave these metrics alone and give
+back targets and predictions, which wait on the host; after the update the metrics get them together. Validation runs
+in micro-batches, and gives them batches of the size that plain Keras would have taken.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import numpy as np
+
+# (y, y_pred, sample weights, masks of the leaves of y_pred)
+Outputs = tuple[Any, Any, Any, Any]
+_IS_NUMBER = "_accumtune_is_number"
+
+
+class WholeWindow:
+    """The metrics of `model` that wait for the whole window, and what its micro-batches gave.
+
+    Args:
+        is_able: False where a window is spread over devices; metrics then see each micro-batch, as ever.
+    """
+
+    def __init__(self, model: Any, is_able: bool = True) -> None:
+        self._model = model
+        self._is_able = is_able
+        self._waiting: list[Any] = []
+        self._given: list[Outputs] = []
+
+    @contextlib.contextmanager
+    def waiting(self) -> Iterator[None]:
+        """While open (and traced), metrics over the batch are not updated."""
+        with contextlib.ExitStack() as stack:
+            for metric in _own_metrics(self._model) if self._is_able else []:
+                stack.enter_context(_replaced(metric, "update_state", self._unless_number(metric)))
+            yield
+
+    def _unless_number(self, metric: Any) -> Callable[..., Any]:
+        from keras import ops
+
+        update = metric.update_state
+
+        def update_state(y_true: Any, y_pred: Any, sample_weight: Any = None) -> Any:
+            if not _is_function(metric):
+                self._wait_for(metric)
+                return None
+            values = ops.convert_to_tensor(metric._fn(y_true, y_pred, **metric._fn_kwargs))
+            object.__setattr__(metric, _IS_NUMBER, not len(values.shape))
+            if not len(values.shape):
+                self._wait_for(metric)
+                return None
+            with _replaced(metric, "_fn", lambda *args, **kwargs: values):
+                return update(y_true, y_pred, sample_weight=sample_weight)
+
+        return update_state
+
+    def _wait_for(self, metric: Any) -> None:
+        if all(metric is not other for other in self._waiting):
+            self._waiting.append(metric)
+
+    def outputs(self, y: Any, y_pred: Any, sample_weight: Any) -> Outputs | tuple[()]:
+        """What a micro-step gives back: nothing where no metric waits."""
+        from keras import tree
+
+        from accumtune.accumulation.losses.loss_shares import mask_of
+
+        if not self._waiting:
+            return ()
+        return y, y_pred, sample_weight, [mask_of(leaf) for leaf in tree.flatten(y_pred)]
+
+    def take(self, outputs: Any) -> None:
+        """Keeps what a micro-step gave."""
+        if outputs:
+            self._given.append(_on_host(tuple(outputs)))
+
+    def update(self, logs: Any) -> Any:
+        """Updates what waited, in Keras's present state; returns the logs with the results."""
+        from keras import tree
+
+        given, self._given = self._given, []
+        if not given:
+            return logs
+        shapes = {tuple(leaf.shape[1:] for leaf in tree.flatten(one) if leaf is not None) for one in given}
+        if len(shapes) > 1:
+            names = ", ".join(metric.name for metric in self._waiting)
+            warnings.warn(
+                f"Metrics over the batch ({names}) see each micro-batch by itself: those of an update differ in shape.",
+                stacklevel=2,
+            )
+        for outputs in [_joined(given)] if len(shapes) == 1 else given:
+            _update(self._model, self._waiting, outputs)
+        results = self._model._compile_metrics.result()
+        return {name: results.get(name, value) for name, value in logs.items()}
+
+    @property
+    def has_outputs(self) -> bool:
+        return bool(self._given)
+
+    def forget(self) -> None:
+        """Drops what an interrupted window has left."""
+        self._given = []
+
+
+@contextlib.contextmanager
+def tracking(model: Any, share: Any) -> Iterator[None]:
+    """While open, means that are given one number per micro-batch count it by what it is of the window.
+
+    So does a model whose `compute_loss`, `compute_metrics` or layers keep `keras.metrics.Mean` of a part of the loss.
+
+    Args:
+        share: the part of the window that this micro-batch is; None where it is all of it.
+    """
+    import keras
+    from keras import ops
+
+    def by_share(metric: Any) -> Callable[..., Any]:
+        update = metric.update_state
+
+        def update_state(values: Any, sample_weight: Any = None) -> Any:
+            if sample_weight is None and not len(ops.convert_to_tensor(values).shape):
+                sample_weight = ops.cast(share, metric.dtype)
+            return update(values, sample_weight=sample_weight)
+
+        return update_state
+
+    with contextlib.ExitStack() as stack:
+        for metric in model.metrics if share is not None else []:
+            if getattr(type(metric), "update_state", None) is keras.metrics.Mean.update_state:
+                stack.enter_context(_replaced(metric, "update_state", by_share(metric)))
+        yield
+
+
+@contextlib.contextmanager
+def validating_at(model: Any, batch_size: int | None) -> Iterator[None]:
+    """While open, `model.evaluate` gives metrics over the batch this many samples at a time, whatever its own batches.
+
+    They cost a second pass over the data, that of `predict`.
+    """
+    if batch_size is None or not _has_own_metrics(model):
+        yield
+        return
+    own = model.evaluate
+
+    def evaluate(x: Any = None, y: Any = None, **kwargs: Any) -> Any:
+        logs = own(x, y, **kwargs)
+        # Where it is known from training that a function gives one value per sample, batches do not matter.
+        waiting = [metric for metric in _own_metrics(model) if getattr(metric, _IS_NUMBER, True)]
+        if waiting and isinstance(logs, dict):
+            logs = logs | _at(model, waiting, _batches(x, y, kwargs), batch_size, logs)
+        return logs
+
+    with _replaced(model, "evaluate", evaluate):
+        yield
+
+
+def _batches(x: Any, y: Any, kwargs: dict[str, Any]) -> Iterable[Any]:
+    from keras.src.trainers.data_adapters import get_data_adapter
+
+    adapter = get_data_adapter(
+        x=x, y=y, sample_weight=kwargs.get("sample_weight"), batch_size=kwargs.get("batch_size"), shuffle=False
+    )
+    return itertools.islice(adapter.get_numpy_iterator(), kwargs.get("steps"))
+
+
+def _at(
+    model: Any, metrics: list[Any], batches: Iterable[Any], batch_size: int, logs: dict[str, Any]
+) -> dict[str, float]:
+    from accumtune.accumulation.data.batches import unpacked
+
+    for metric in metrics:
+        metric.reset_state()
+    waiting: list[Outputs] = []
+    rows = 0
+    for batch in batches:
+        x, y, sample_weight = unpacked(batch)
+        y_pred = model.predict_on_batch(x)
+        waiting.append(_on_host((y, y_pred, sample_weight, ())))
+        rows += _rows(y_pred)
+        while rows >= batch_size:
+            whole = _joined(waiting)
+            _update(model, metrics, _cut(whole, slice(0, batch_size)))
+            rows -= batch_size
+            waiting = [_cut(whole, slice(batch_size, None))] if rows else []
+    if waiting:
+        _update(model, metrics, _joined(waiting))
+    results = model._compile_metrics.result()
+    return {name: float(value) for name, value in results.items() if name in logs and np.ndim(value) == 0}
+
+
+def own_metrics_of_spread_windows(model: Any) -> list[Any]:
+    """A model's own metrics where its windows are spread over devices: these see each micro-batch by itself."""
+    import keras
+
+    strategy = getattr(model, "_distribute_strategy", None)
+    is_spread = keras.distribution.distribution() is not None or (strategy and strategy.num_replicas_in_sync > 1)
+    return _own_metrics(model) if is_spread else []
+
+
+def _has_own_metrics(model: Any) -> bool:
+    compiled = model._compile_metrics
+    return compiled is not None and bool(_own_metrics(model) if compiled.built else True)
+
+
+def _own_metrics(model: Any) -> list[Any]:
+    """Those that are not Keras's, which all count what they see."""
+    compiled = model._compile_metrics
+    return [metric for metric in compiled.metrics if _may_look_at_batches(metric)] if compiled is not None else []
+
+
+def _may_look_at_batches(metric: Any) -> bool:
+    import keras
+
+    from accumtune.accumulation.coupling.detection import DECLARATION
+
+    code = metric._fn if _is_function(metric) else metric
+    if getattr(code, DECLARATION, getattr(metric, DECLARATION, False)):
+        return False
+    if code in (keras.losses.dice, keras.losses.tversky):
+        return True
+    module = getattr(code, "__module__", "") if _is_function(metric) else type(metric).__module__
+    return not str(module).startswith(("keras.", "keras_hub."))
+
+
+def _is_function(metric: Any) -> bool:
+    import keras
+
+    return isinstance(metric, keras.metrics.MeanMetricWrapper) and (
+        type(metric).update_state is keras.metrics.MeanMetricWrapper.update_state
+    )
+
+
+def _update(model: Any, metrics: list[Any], outputs: Outputs) -> None:
+    """Updates these of the compiled metrics, and no other."""
+    from keras import ops, tree
+    from keras.src import backend
+
+    y, y_pred, sample_weight, masks = tree.map_structure(
+        lambda leaf: None if leaf is None else ops.convert_to_tensor(leaf), outputs
+    )
+    for leaf, mask in zip(tree.flatten(y_pred), masks, strict=False):
+        if mask is not None:
+            backend.set_keras_mask(leaf, mask)
+    with contextlib.ExitStack() as stack:
+        for metric in model._compile_metrics.metrics:
+            if all(metric is not other for other in metrics):
+                stack.enter_context(_replaced(metric, "update_state", lambda *args, **kwargs: None))
+        model._compile_metrics.update_state(y, y_pred, sample_weight)
+
+
+def _on_host(outputs: Outputs) -> Outputs:
+    import keras
+    from keras import ops, tree
+
+    def on_host(leaf: Any) -> Any:
+        if leaf is None or isinstance(leaf, np.ndarray):
+            return leaf
+        if keras.backend.backend() == "torch":
+            return leaf.detach().cpu()
+        return np.asarray(ops.convert_to_numpy(leaf))
+
+    host: Outputs = tree.map_structure(on_host, outputs)
+    return host
+
+
+def _joined(given: list[Outputs]) -> Outputs:
+    from keras import tree
+
+    def joined(*leaves: Any) -> Any:
+        if leaves[0] is None:
+            return None
+        if isinstance(leaves[0], np.ndarray):
+            return np.concatenate(leaves)
+        import torch
+
+        return torch.cat(leaves)
+
+    whole: Outputs = tree.map_structure(joined, *given)
+    return whole
+
+
+def _cut(outputs: Outputs, part: slice) -> Outputs:
+    from keras import tree
+
+    cut: Outputs = tree.map_structure(lambda leaf: None if leaf is None else leaf[part], outputs)
+    return cut
+
+
+def _rows(y_pred: Any) -> int:
+    from keras import tree
+
+    return int(tree.flatten(y_pred)[0].shape[0])
+
+
+@contextlib.contextmanager
+def _replaced(holder: Any, name: str, value: Any) -> Iterator[None]:
+    # Keras watches attributes for what has to be saved; these are not to be.
+    own = vars(holder).get(name)
+    object.__setattr__(holder, name, value)
+    try:
+        yield
+    finally:
+        if own is None:
+            object.__delattr__(holder, name)
+        else:
+            object.__setattr__(holder, name, own)

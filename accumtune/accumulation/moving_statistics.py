@@ -1,0 +1,165 @@
+"""BatchNormalization's moving statistics: those of the whole window, the momentum applied once per update.
+
+Averaging the variances of micro-batches or replicas would leave out the variance between them. Two groups of samples
+combine as in Chan, Golub and LeVeque, "Updating formulae and a pairwise algorithm for computing sample variances"
+(1979).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from accumtune.accumulation.patched_attributes import replaced
+
+
+@dataclass
+class Moments:
+    """Samples of one normalization: their number (a tensor where shapes do not tell), each channel's mean, variance."""
+
+    layer: Any
+    number: Any
+    mean: Any
+    variance: Any
+
+
+# Numbers of samples, means and sums of squared deviations of all channels of all normalizations, one after the other:
+# a few operations on long vectors take the place of a few for each of dozens of layers.
+Packed = tuple[Any, Any, Any] | tuple[()]
+
+
+def packed(noted: list[Moments]) -> Packed:
+    """What the normalizations of a model noted, as three vectors."""
+    from keras import ops
+
+    if not noted:
+        return ()
+    mean = ops.concatenate([entry.mean for entry in noted])
+    numbers, channels = [entry.number for entry in noted], [entry.mean.shape[0] for entry in noted]
+    if all(isinstance(number, float) for number in numbers):
+        number = ops.convert_to_tensor(np.repeat(numbers, channels), mean.dtype)
+    else:
+        tensors = [ops.cast(number, mean.dtype) for number in numbers]
+        number = ops.take(ops.stack(tensors), np.repeat(np.arange(len(noted)), channels))
+    return number, mean, ops.concatenate([entry.variance for entry in noted]) * number
+
+
+def combined(one: Packed, other: Packed) -> Packed:
+    """The moments of two groups of samples together."""
+    from keras import ops
+
+    if not one or not other:
+        return ()
+    number = one[0] + other[0]
+    part = ops.divide_no_nan(other[0], number)
+    difference = other[1] - one[1]
+    return number, one[1] + difference * part, one[2] + other[2] + difference * difference * one[0] * part
+
+
+def over_replicas(moments: Packed, summed: Any) -> Packed:
+    """The moments of what all replicas saw, on each of them.
+
+    Args:
+        summed: gives a list of this replica's tensors added up over all replicas.
+    """
+    from keras import ops
+
+    if not moments:
+        return ()
+    number, mean, squares = moments
+    total, weighted = summed([number, number * mean])
+    together = ops.divide_no_nan(weighted, total)
+    (squares,) = summed([squares + number * ops.square(mean - together)])
+    return total, together, squares
+
+
+def moved(layers: list[Any], moments: Packed) -> None:
+    """Moves the layers' statistics towards the moments of the window, as Keras does for one batch."""
+    from keras import ops
+
+    if not moments:
+        return
+    number, mean, squares = moments
+    variance = ops.divide_no_nan(squares, number)
+    start = 0
+    for layer in layers:
+        channels = slice(start, start + layer.moving_mean.shape[0])
+        start = channels.stop
+        for variable, value in ((layer.moving_mean, mean[channels]), (layer.moving_variance, variance[channels])):
+            moving = ops.cast(variable.value, value.dtype)
+            # The class's assign: that of the variable does nothing where moments are still recorded.
+            type(variable).assign(variable, moving * layer.momentum + value * (1.0 - layer.momentum))
+
+
+class Notes:
+    """Moments in the order in which they were noted, one list per thread: replicas are traced in threads."""
+
+    def __init__(self) -> None:
+        self._lists: dict[int, list[Moments]] = {}
+
+    def mine(self) -> list[Moments]:
+        return self._lists.setdefault(threading.get_ident(), [])
+
+
+@contextlib.contextmanager
+def recorded(model: Any, may_be_empty: bool = False) -> Iterator[Notes]:
+    """While open, batch normalizations leave their moving statistics as they are and note their moments instead.
+
+    There is one entry per normalization, in the order of the calls.
+
+    Args:
+        may_be_empty: whether a micro-batch may have no samples, as that of a replica with fewer than the others.
+    """
+    layers = [layer for layer in model._flatten_layers() if _keeps_statistics(layer)]
+    moving = [variable for layer in layers for variable in (layer.moving_mean, layer.moving_variance)]
+    notes = Notes()
+    with contextlib.ExitStack() as changed:
+        for layer in layers:
+            changed.enter_context(replaced(layer, {"_moments": _noting(layer, notes, may_be_empty)}))
+        for variable in moving:
+            # Nothing takes what Keras would assign, so a graph does not even compute it.
+            changed.enter_context(replaced(variable, {"assign": _assign_nothing}))
+        yield notes
+
+
+def _assign_nothing(value: Any) -> Any:
+    return value
+
+
+def _keeps_statistics(layer: Any) -> bool:
+    import keras
+
+    return (
+        isinstance(layer, keras.layers.BatchNormalization)
+        and layer.built
+        and layer.trainable
+        and not getattr(layer, "renorm", False)
+    )
+
+
+def _noting(layer: Any, notes: Notes, may_be_empty: bool) -> Any:
+    from keras import ops
+
+    own_moments = layer._moments
+
+    def call(inputs: Any, mask: Any) -> Any:
+        mean, variance = own_moments(inputs, mask)
+        number: Any
+        if all(isinstance(size, int) for size in inputs.shape):
+            number = math.prod(inputs.shape) / inputs.shape[layer.axis]
+        else:
+            number = ops.cast(ops.size(inputs), mean.dtype) / inputs.shape[layer.axis]
+        if mask is not None:
+            number *= ops.mean(ops.cast(mask, mean.dtype))
+        if may_be_empty:  # the mean of nothing is NaN, and so would be the gradients of all replicas
+            mean, variance = (ops.where(number > 0, value, ops.zeros_like(value)) for value in (mean, variance))
+        notes.mine().append(Moments(layer, number, ops.stop_gradient(mean), ops.stop_gradient(variance)))
+        return mean, variance
+
+    return call

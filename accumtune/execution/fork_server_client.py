@@ -1,0 +1,181 @@
+"""One fork server as the search sees it: it is started, takes requests, answers, and ends."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from accumtune.errors import WorkerError
+
+_START_SECONDS = 300.0  # importing TensorFlow from a cold disk has taken more than a minute
+_REAP_SECONDS = 10.0
+# Not `-m`, nor without -P: then the working directory comes first, and a cloudpickle.py in it would be run.
+_START = """\
+import sys
+folder = sys.argv.pop(1)
+if folder not in sys.path:
+    sys.path.insert(0, folder)
+from accumtune.execution.fork_server import main
+main()
+"""
+
+
+class ForkServerClient:
+    """Starts `accumtune.execution.fork_server` and speaks with it.
+
+    Args:
+        backend: the Keras backend that it imports.
+        folder: where it keeps its log, and its tasks' temporary files.
+        on_message: called with each answer, in a thread of this object.
+        on_end: called in that thread when the server is gone, whyever, and its process has ended.
+
+    Raises:
+        WorkerError: it could not be started.
+    """
+
+    def __init__(
+        self,
+        backend: str,
+        folder: Path,
+        on_message: Callable[[dict[str, Any]], None],
+        on_end: Callable[[ForkServerClient], None],
+    ) -> None:
+        self._backend = backend
+        self._log = folder / "forkserver.log"
+        self._on_message, self._on_end = on_message, on_end
+        self._connection, self._process = self._start(folder)
+        self._is_open = True
+        self._reader = threading.Thread(target=self._read, name="accumtune-executor", daemon=True)
+        self._reader.start()
+
+    def is_alive(self) -> bool:
+        """Whether it takes requests and its answers are read."""
+        return self._is_open and self._process.poll() is None
+
+    def send(self, request: dict[str, Any]) -> None:
+        """Sends a request; where the server is gone, `on_end` says so."""
+        with contextlib.suppress(OSError):
+            self._connection.sendall(json.dumps(request).encode() + b"\n")
+
+    def close(self) -> None:
+        """Ends the server and all of its tasks; returns when they are gone."""
+        with contextlib.suppress(OSError):
+            self._connection.shutdown(socket.SHUT_WR)
+        try:
+            self._process.wait(timeout=10)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+        if threading.current_thread() is not self._reader:
+            self._reader.join(timeout=10)
+        self._connection.close()
+
+    def broken(self, what: str) -> WorkerError:
+        """An error with the last lines of the server's log."""
+        with contextlib.suppress(OSError):
+            what += ". Its last lines:\n" + "\n".join(self._log.read_text(errors="replace").splitlines()[-15:])
+        return WorkerError(
+            f"The process that starts trials {what}",
+            f'a Python environment in which `import keras` works with KERAS_BACKEND="{self._backend}".',
+            f"import these by hand: {_preload(self._backend).replace(',', ', ')}.",
+        )
+
+    def _start(self, folder: Path) -> tuple[socket.socket, subprocess.Popen[bytes]]:
+        here = str(Path(__file__).resolve().parents[2])
+        ours, theirs = socket.socketpair()
+        arguments = [here, str(theirs.fileno()), _preload(self._backend), str(folder)]
+        try:
+            with theirs, open(self._log, "ab") as log:
+                process = subprocess.Popen(
+                    [sys.executable, "-P", "-c", _START, *arguments],
+                    pass_fds=[theirs.fileno()],
+                    # Its own session: Ctrl-C in the terminal is for the search, which then decides about its trials.
+                    start_new_session=True,
+                    env={**os.environ, "KERAS_BACKEND": self._backend},
+                    stdin=subprocess.DEVNULL,
+                    stdout=log,
+                    stderr=log,
+                )
+        except OSError as error:
+            ours.close()
+            raise self.broken(f"could not be started ({error})") from error
+        ours.settimeout(_START_SECONDS)
+        try:
+            ready = ours.recv(2**16)
+        except OSError:
+            ready = b""
+        if not ready:
+            process.kill()
+            process.wait()
+            ours.close()
+            raise self.broken(f"did not start within {_START_SECONDS:.0f} s or ended at once")
+        ours.settimeout(None)
+        return ours, process
+
+    def _read(self) -> None:
+        received = b""
+        try:
+            while chunk := self._receive():
+                received += chunk
+                *lines, received = received.split(b"\n")
+                for line in lines:
+                    self._on_message(json.loads(line))
+        finally:  # a reader that is gone would let every later task wait for ever
+            self._is_open = False
+            self._end_process()
+            self._on_end(self)
+
+    def _receive(self) -> bytes:
+        try:
+            return self._connection.recv(2**16)
+        except OSError:
+            return b""
+
+    def _end_process(self) -> None:
+        with contextlib.suppress(OSError):
+            self._connection.shutdown(socket.SHUT_RDWR)
+        try:
+            self._process.wait(timeout=10)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+        _reap_session(self._process.pid)
+
+
+def _reap_session(session: int) -> None:
+    """Takes note of the server's tasks that are gone, where this process inherits them: in a container it is PID 1."""
+    deadline = time.monotonic() + _REAP_SECONDS
+    while (pids := _inherited(session)) and time.monotonic() < deadline:
+        for pid in pids:
+            with contextlib.suppress(ChildProcessError):
+                os.waitpid(pid, os.WNOHANG)
+        time.sleep(0.01)
+
+
+def _inherited(session: int) -> list[int]:
+    found = []
+    for file in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):  # gone meanwhile
+            # After the name in parentheses: state, parent, process group, session.
+            _, parent, _, its_session = file.read_text().rsplit(")", 1)[1].split()[:4]
+            if (int(parent), int(its_session)) == (os.getpid(), session):
+                found.append(int(file.parent.name))
+    return found
+
+
+def _preload(backend: str) -> str:
+    modules = [backend, "keras", "keras_tuner", "cloudpickle", f"accumtune.accumulation.engines.engine_{backend}"]
+    if backend == "tensorflow":
+        # Keras Tuner imports it in every trial.
+        modules.append("tensorboard.plugins.hparams.api")
+    ours = ("trials.worker", "trials.signature", "trials.fitting", "trials.checkpoint", "trials.callbacks")
+    return ",".join([*modules, *(f"accumtune.{name}" for name in (*ours, f"memory.{backend}", "memory.watching"))])

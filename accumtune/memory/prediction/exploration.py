@@ -1,0 +1,82 @@
+"""Which size to probe next, so that a few tell what all others take. Pure arithmetic."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from accumtune.memory.prediction.profile import LARGEST_EXTRAPOLATION, MARGIN, MIB, Profile
+
+# Where the slope shows, the next probe may be this many times as large.
+LARGEST_PROBE_STEP = 8
+# A size closer than this to one that was measured teaches too little for the price of tracing it.
+SMALLEST_PROBE_STEP = 1.2
+
+
+def next_probe_size(profile: Profile, budget_bytes: int | None, micro_batch_sizes: Sequence[int]) -> int | None:
+    """The size to probe next, or `None` when enough is known.
+
+    The smallest first; then up, at most eightfold, to the largest that should fit, until that one is measured; at once
+    where steps are rehearsed. Without a budget, until most of the peak grows with the micro-batch, and at most four
+    sizes.
+
+    Args:
+        profile: what was measured so far.
+        budget_bytes: the limit the probes run under.
+        micro_batch_sizes: the sizes to choose from.
+    """
+    measured = profile.measured_sizes()
+    failed = min((m.micro_batch_size for m in profile.measurements if not m.is_feasible), default=None)
+    candidates = [size for size in sorted(set(micro_batch_sizes)) if failed is None or size < failed]
+    if not measured:
+        # One after the other failed: halve the way, down to the smallest.
+        return candidates[0 if failed is None else (len(candidates) - 1) // 2] if candidates else None
+    larger = [size for size in candidates if size > measured[-1]]
+    if larger and budget_bytes is not None and len(measured) == 1:
+        # Twice the size teaches the slope where no listed size is certain enough.
+        larger = [size for size in larger if _is_open(profile, size, budget_bytes)]
+        double = 2 * measured[0]
+        if not larger and (failed is None or double < failed) and _is_open(profile, double, budget_bytes):
+            return double
+    if budget_bytes is None:
+        if len(measured) >= 4 or (len(measured) > 1 and _grows_at(profile, measured[-1])):
+            return None
+    else:
+        larger = [size for size in larger if _is_open(profile, size, budget_bytes)]
+    if failed is not None:
+        # The prediction was wrong: halve the way between what ran and what did not.
+        halfway = [size for size in larger if size * size <= measured[-1] * failed] or larger[:1]
+        return halfway[-1] if halfway else None
+    within_reach = [size for size in larger if size <= _reach(profile)] or larger[:1]
+    return within_reach[-1] if within_reach else None
+
+
+def _is_open(profile: Profile, size: int, budget_bytes: int | None) -> bool:
+    """Whether a size could fit. With one size measured, nothing is known of the slope: half of the peak grows."""
+    if budget_bytes is None:
+        return True
+    measured = profile.measured_sizes()
+    if size < SMALLEST_PROBE_STEP * measured[-1]:
+        return False
+    if len(measured) == 1:
+        peak = min(m.peak_memory_bytes for m in profile.measurements if m.peak_memory_bytes is not None)
+        # The next doubling is worth a try wherever there is any room.
+        growth = (1 + size / measured[0]) / 2 if size > 2 * measured[0] else 1 + MARGIN
+        return peak * growth + MIB <= budget_bytes
+    steps = max(m.accumulation_steps for m in profile.measurements)
+    if profile.is_rehearsed:
+        return profile.largest_rehearsed(steps, budget_bytes, size) == size
+    return profile.needed_bytes(size, steps) * (1 + MARGIN) + MIB <= budget_bytes
+
+
+def _reach(profile: Profile) -> float:
+    """The largest size that is worth a probe by what is known."""
+    largest = profile.measured_sizes()[-1]
+    if profile.is_rehearsed:
+        return math.inf
+    return largest * (LARGEST_PROBE_STEP if profile.is_straight else LARGEST_EXTRAPOLATION)
+
+
+def _grows_at(profile: Profile, size: int) -> bool:
+    """Whether most of the peak is there because of the micro-batch."""
+    return profile.predict_peak_memory(2 * size) > 1.5 * profile.predict_peak_memory(size)

@@ -1,0 +1,321 @@
+"""Measured points -> peak memory and throughput of every other micro-batch size. Pure arithmetic.
+
+Peak memory of a step is the larger of two moments: the update (parameters, slots, gradients: the same for every
+micro-batch) and the end of a forward pass (parameters, slots and the activations of one micro-batch: a line), so
+`peak = max(update floor, static + slope * micro-batch)`, which is convex. With more than one micro-step per
+update the accumulators come on top, so that one and several micro-steps have a curve each; they differ by no more
+than that constant, and lend each other their slope. The data of the whole window comes on top of the curve while
+the window runs, and is there twice for a moment when it is cut into micro-batches.
+
+Between measured sizes the curve is the chord, which is above a convex curve; beyond the last one it goes on at one
+slope through all points off the floor. Measured peaks are reproduced, but for those near their limit (`peaks.CROWDED`),
+which are no more than a bound.
+
+Where the probes have left traces of what they asked of the allocator (TensorFlow on a CPU), no curve is needed: the
+step is rehearsed in the simulated allocator (`accumtune.memory.cpu_simulation.rehearsal`, `rehearsed_peaks`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from accumtune.errors import BudgetError
+from accumtune.memory.budget import format_bytes, parse_budget
+from accumtune.memory.cpu_simulation.allocation_trace import Trace
+from accumtune.memory.cpu_simulation.rehearsal import ORDERS, Rehearsal
+from accumtune.memory.prediction.measurement import Measurement
+from accumtune.memory.prediction.peaks import MeasuredPeaks, group_of
+from accumtune.memory.prediction.simulated_peaks import RehearsedPeaks
+from accumtune.memory.prediction.step_time import fit_seconds
+
+__all__ = ["Measurement", "Profile"]
+
+MIB = 2**20
+
+# How far above the predicted peak a limit has to be, where nothing has run under it: TensorFlow 2.21 on a CPU, one
+# region: the same step's peak differs by up to 4 % from process to process, and a nearly full allocator needs a few
+# percent more than it hands out when it has room. Beyond the largest measured size the slope's error counts as well.
+MARGIN = 0.06
+MARGIN_PER_DOUBLING = 0.03
+# The same where the step was rehearsed: its order may differ by chance, and its Python frees at other moments.
+REHEARSED_MARGIN = 0.045
+REHEARSED_PER_DOUBLING = 0.01
+# What is run to confirm that it fits runs under a limit lower by this share, so that it runs the next time too.
+HEADROOM = 0.02
+# No promise is made further than this beyond the largest measured size: a floor can hide a slope.
+LARGEST_EXTRAPOLATION = 4
+_LISTS = "measurements", "traces"
+
+
+@dataclass(frozen=True)
+class Profile:
+    """What a model's training step costs, from a few measured points.
+
+    Args:
+        measurements: the points.
+        device: its name.
+        memory_source: who counted the bytes.
+        signature: what the memory depends on; profiles are cached by it.
+        memory_budget_bytes: the limit the probes ran under, if any.
+        sample_bytes: the bytes of one sample's data (inputs, targets and weight) where the data of a whole window is
+            on the device at once, as batches of a pipeline are; 0 where each micro-step takes its rows from arrays.
+        traces: what probes asked of the allocator, a trace per micro-batch size, where that is known.
+    """
+
+    measurements: tuple[Measurement, ...]
+    device: str
+    memory_source: str
+    signature: str = ""
+    memory_budget_bytes: int | None = None
+    sample_bytes: int = 0
+    traces: tuple[Trace, ...] = ()
+    _peaks: MeasuredPeaks = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "measurements", tuple(self.measurements))
+        object.__setattr__(self, "traces", tuple(self.traces))
+        object.__setattr__(self, "_peaks", MeasuredPeaks(self.measurements, self._window_bytes))
+
+    @cached_property
+    def _rehearsal(self) -> Rehearsal | None:
+        return Rehearsal(self.traces) if self.is_rehearsed else None
+
+    @cached_property
+    def _rehearsed(self) -> RehearsedPeaks | None:
+        if self._rehearsal is None:
+            return None
+        traced_sizes = {trace.micro_batch_size for trace in self.traces}
+        return RehearsedPeaks(self._rehearsal, traced_sizes, self._peaks, self._window_bytes)
+
+    def __repr__(self) -> str:
+        sizes = ", ".join(str(size) for size in self.measured_sizes()) or "nothing"
+        budget = "none" if self.memory_budget_bytes is None else format_bytes(self.memory_budget_bytes)
+        return (
+            f"Profile(device={self.device!r}, memory_source={self.memory_source!r}, memory_budget={budget}, "
+            f"measured_micro_batch_sizes=({sizes}))"
+        )
+
+    # Memory
+
+    def predict_peak_memory(
+        self, micro_batch_size: int, accumulation_steps: int = 1, memory_budget: int | float | str | None = None
+    ) -> int:
+        """The expected peak in bytes, without a margin.
+
+        Args:
+            micro_batch_size: any size.
+            accumulation_steps: micro-steps per update.
+            memory_budget: the limit that it trains under, `"2GiB"` or bytes. When hardly any is left of it,
+                TensorFlow's allocator counts more than was asked for. None: memory is to spare.
+
+        Raises:
+            BudgetTooSmallError: nothing has been measured that fits.
+        """
+        limit = None if memory_budget is None else parse_budget(memory_budget)
+        within = None if limit is None else self._peak_within(micro_batch_size, accumulation_steps, limit)
+        return within or self._peak_with_room(micro_batch_size, accumulation_steps)
+
+    def _peak_within(self, micro_batch_size: int, accumulation_steps: int, limit_bytes: int) -> int | None:
+        """As measured under that limit, else as rehearsed under it; None where neither knows."""
+        group = group_of(accumulation_steps)
+        window = self._window_bytes(micro_batch_size, accumulation_steps)
+        measured = [
+            point.peak_memory_bytes + window - self._window_bytes(micro_batch_size, point.accumulation_steps)
+            for point in self.measurements
+            if (point.micro_batch_size, group_of(point.accumulation_steps)) == (micro_batch_size, group)
+            and point.memory_limit_bytes == limit_bytes and point.peak_memory_bytes is not None
+        ]  # fmt: skip
+        if measured or self._rehearsed is None:
+            return max(measured, default=None)
+        return self._rehearsed.within(micro_batch_size, accumulation_steps, limit_bytes)
+
+    def _peak_with_room(self, micro_batch_size: int, accumulation_steps: int) -> int:
+        if self._rehearsed is None or not self._peaks:
+            return self._peaks.with_room(micro_batch_size, accumulation_steps)
+        running = self._peaks.points.get((micro_batch_size, group_of(accumulation_steps)))
+        if running is None:
+            running = self._rehearsed.with_room(micro_batch_size, accumulation_steps)
+        window = self._window_bytes(micro_batch_size, accumulation_steps)
+        return int(np.ceil(max(running + window, self._peaks.static(accumulation_steps) + 2 * window)))
+
+    def largest_rehearsed(self, accumulation_steps: int, limit_bytes: float, highest: int) -> int:
+        """The largest size up to `highest` that is expected to run under a limit, without any margin; 0 for none."""
+        assert self._rehearsed is not None
+        smallest = min(highest, max(1, self.bracket(accumulation_steps, int(limit_bytes))[0]))
+        return self._rehearsed.largest(accumulation_steps, limit_bytes, smallest, highest)
+
+    @property
+    def is_rehearsed(self) -> bool:
+        """Whether peaks come from the simulated allocator, and not from curves."""
+        return len(self.traces) > 1
+
+    @property
+    def is_straight(self) -> bool:
+        """Whether the measured points show the line on which the peak goes on."""
+        return len(self.measured_sizes()) > 1 and self._peaks.doubt == 0
+
+    def needed_bytes(self, micro_batch_size: int, accumulation_steps: int) -> int:
+        """What a limit has to leave, without a margin."""
+        if self.is_rehearsed:
+            return self.predict_peak_memory(micro_batch_size, accumulation_steps)
+        return self._peaks.needed(micro_batch_size, accumulation_steps)
+
+    def margin_bytes(self, micro_batch_size: int, accumulation_steps: int = 1) -> int:
+        """How far above the predicted peak a limit has to be for the step to run under it.
+
+        6 %, and 1 MiB because limits are whole MiB; what was taken beyond the prediction under a limit. Beyond the
+        largest measured size, 3 % for each doubling, and what a slope could add that has only begun to show there.
+        Of a rehearsed step 4.5 %, and 1 % for each doubling.
+        """
+        predicted = self.predict_peak_memory(micro_batch_size, accumulation_steps)
+        needed = self.needed_bytes(micro_batch_size, accumulation_steps)
+        largest = self.measured_sizes()[-1]
+        doublings = max(0.0, float(np.log2(micro_batch_size / largest)))
+        if self.is_rehearsed:
+            return int(MIB + predicted * (REHEARSED_MARGIN + REHEARSED_PER_DOUBLING * doublings))
+        doubt = self._peaks.doubt * max(0, micro_batch_size - largest)
+        return int(MIB + needed - predicted + needed * (MARGIN + MARGIN_PER_DOUBLING * doublings) + doubt)
+
+    def fits(self, micro_batch_size: int, accumulation_steps: int, budget_bytes: int) -> bool:
+        """Whether a step runs under a limit of `budget_bytes`: what was measured, else prediction and margin."""
+        _, failed = self.bracket(accumulation_steps, budget_bytes)
+        # Where it failed although it was predicted to fit, nothing is believed above what has run.
+        if failed is not None:
+            largest_that_ran = self._largest_that_ran(group_of(accumulation_steps))
+            if micro_batch_size > min(largest_that_ran, failed - 1):
+                return False
+        # Without a window of data on the device, every further micro-step is like the second.
+        steps = accumulation_steps if self.sample_bytes else group_of(accumulation_steps)
+        for point in self.measurements:
+            is_larger = point.micro_batch_size >= micro_batch_size and point.accumulation_steps >= steps
+            if is_larger and point.has_run_within(budget_bytes):
+                return True
+        if not self._peaks or micro_batch_size > LARGEST_EXTRAPOLATION * self.measured_sizes()[-1]:
+            return False
+        predicted = self.predict_peak_memory(micro_batch_size, accumulation_steps)
+        if predicted + self.margin_bytes(micro_batch_size, accumulation_steps) > budget_bytes:
+            return False
+        # Free memory may be in pieces, none of which is large enough.
+        limit = (1 - REHEARSED_MARGIN) * budget_bytes
+        if not self.is_rehearsed:
+            return True
+        return self.largest_rehearsed(accumulation_steps, limit, micro_batch_size) == micro_batch_size
+
+    def largest_micro_batch_size(
+        self, budget: int | float | str | None = None, accumulation_steps: int = 1
+    ) -> int | None:
+        """The largest micro-batch size, any integer, that runs under a limit of `budget`.
+
+        Args:
+            budget: `"2GiB"` or bytes; by default the one the profile was measured under.
+            accumulation_steps: micro-steps per update.
+
+        Returns:
+            At most four times the largest size that was measured; `None` where not even 1 fits.
+
+        Raises:
+            BudgetError: there is no budget, or it cannot be read.
+        """
+        budget_bytes = parse_budget(budget) if budget is not None else self.memory_budget_bytes
+        if budget_bytes is None:
+            raise BudgetError(
+                "Received budget=None, and the profile was measured without one.",
+                'a budget such as "2GiB"',
+                'largest_micro_batch_size("2GiB")',
+            )
+        fitting, failing = 0, 1
+        while self.fits(failing, accumulation_steps, budget_bytes):
+            fitting, failing = failing, failing * 2
+        while failing - fitting > 1:
+            middle = (fitting + failing) // 2
+            if self.fits(middle, accumulation_steps, budget_bytes):
+                fitting = middle
+            else:
+                failing = middle
+        return fitting or None
+
+    def is_extrapolated(self, micro_batch_size: int) -> bool:
+        """Whether a size is outside those that were measured."""
+        sizes = self.measured_sizes()
+        return not sizes or not sizes[0] <= micro_batch_size <= sizes[-1]
+
+    def bracket(self, accumulation_steps: int, budget_bytes: int) -> tuple[int, int | None]:
+        """The largest size that has run under the budget, 0 where none has, and the smallest that ran out of it."""
+        group, ran, failed = group_of(accumulation_steps), 0, None
+        for point in self.measurements:
+            limit = point.memory_limit_bytes
+            if point.is_feasible:
+                if group_of(point.accumulation_steps) >= group and point.has_run_within(budget_bytes):
+                    ran = max(ran, point.micro_batch_size)
+            elif group_of(point.accumulation_steps) <= group:
+                # A failure under a slightly lower limit counts too: there is too little room above it.
+                if limit is None or limit >= (1 - HEADROOM) * budget_bytes - MIB:
+                    failed = min(failed or point.micro_batch_size, point.micro_batch_size)
+        return ran, failed
+
+    def _window_bytes(self, micro_batch_size: int, accumulation_steps: int) -> int:
+        return self.sample_bytes * micro_batch_size * accumulation_steps
+
+    def _largest_that_ran(self, group: int) -> int:
+        """Of the sizes measured with as many accumulators, or more."""
+        ran = [m for m in self.measurements if m.is_feasible and group_of(m.accumulation_steps) >= group]
+        return max((measurement.micro_batch_size for measurement in ran), default=0)
+
+    def measured_sizes(self) -> list[int]:
+        """The micro-batch sizes that ran, in rising order."""
+        return sorted({m.micro_batch_size for m in self.measurements if m.is_feasible})
+
+    # Speed
+
+    def predict_throughput(self, micro_batch_size: int, accumulation_steps: int = 1) -> float:
+        """Samples per second: an update takes `accumulation_steps * s(micro_batch_size) + u` seconds."""
+        seconds_per_update, micro_step = fit_seconds(self.measurements)
+        seconds = accumulation_steps * micro_step.at(micro_batch_size) + seconds_per_update
+        return micro_batch_size * accumulation_steps / max(seconds, 1e-9)
+
+    # Growing
+
+    def with_measurement(self, measurement: Measurement) -> Profile:
+        """The profile refined by one more point. Measured again, a point keeps its higher peak."""
+        kept = []
+        for known in self.measurements:
+            if _key(known) != _key(measurement):
+                kept.append(known)
+            elif known.peak_memory_bytes is not None and measurement.peak_memory_bytes is not None:
+                peak = max(known.peak_memory_bytes, measurement.peak_memory_bytes)
+                seconds = measurement.seconds_per_update or known.seconds_per_update
+                measurement = replace(measurement, peak_memory_bytes=peak, seconds_per_update=seconds)
+        grown = replace(self, measurements=(*kept, measurement))
+        if "_rehearsal" in self.__dict__:  # of the same traces
+            grown.__dict__["_rehearsal"] = self._rehearsal
+        return grown
+
+    def with_trace(self, trace: Trace) -> Profile:
+        """The profile with what a probe asked of the allocator; as many traces are kept as are of use."""
+        others = (known for known in self.traces if known.micro_batch_size != trace.micro_batch_size)
+        known = sorted([*others, trace], key=lambda each: each.micro_batch_size)
+        return replace(self, traces=tuple(known[-ORDERS - 1 :]))
+
+    # Files
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "measurements": [m.to_dict() for m in self.measurements],
+            "traces": [trace.to_dict() for trace in self.traces],
+            **{f.name: getattr(self, f.name) for f in fields(self) if f.init and f.name not in _LISTS},
+        }
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Profile:
+        rest = {key: value for key, value in values.items() if key not in _LISTS}
+        measurements = tuple(Measurement.from_dict(m) for m in values["measurements"])
+        return cls(measurements, traces=tuple(Trace.from_dict(trace) for trace in values.get("traces", ())), **rest)
+
+
+def _key(measurement: Measurement) -> tuple[int, int, bool]:
+    return measurement.micro_batch_size, measurement.accumulation_steps, measurement.is_feasible

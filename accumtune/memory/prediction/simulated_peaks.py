@@ -1,0 +1,97 @@
+"""What a rehearsed step peaks at, corrected by what was measured."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Set
+from functools import cached_property
+
+import numpy as np
+
+from accumtune.memory.cpu_simulation.rehearsal import Rehearsal, largest_before_failure
+from accumtune.memory.prediction.peaks import MeasuredPeaks, group_of
+
+# What TensorFlow's allocator takes before anything trains.
+SMALLEST_LIMIT_BYTES = 4 * 2**20
+# A peak of up to this share of a limit fits in however many pieces free memory is: that is not played through.
+AMPLE_SHARE = 0.25
+
+
+class RehearsedPeaks:
+    """The counterpart of `MeasuredPeaks` where probes have left traces.
+
+    Args:
+        rehearsal: plays a step through the simulated allocator.
+        traced_sizes: the micro-batch sizes of its traces.
+        measured: the points.
+        window_bytes: the data of a whole window, by micro-batch size and accumulation steps.
+    """
+
+    def __init__(
+        self,
+        rehearsal: Rehearsal,
+        traced_sizes: Set[int],
+        measured: MeasuredPeaks,
+        window_bytes: Callable[[int, int], int],
+    ) -> None:
+        self._rehearsal = rehearsal
+        self._traced_sizes = traced_sizes
+        self._measured = measured
+        self._window_bytes = window_bytes
+
+    def with_room(self, micro_batch_size: int, accumulation_steps: int) -> float:
+        """The peak where memory is to spare, without the window's data."""
+        group = group_of(accumulation_steps)
+        return self._moved(micro_batch_size, group) + self._excess_bytes - self._window_bytes(micro_batch_size, group)
+
+    def within(self, micro_batch_size: int, accumulation_steps: int, limit_bytes: int) -> int | None:
+        """The peak under a limit, the window's data included; None where memory runs out."""
+        group = group_of(accumulation_steps)
+        beside = self._beside(micro_batch_size, accumulation_steps)
+        if limit_bytes - beside <= SMALLEST_LIMIT_BYTES:
+            return None
+        rehearsed = self._rehearsal.peak_bytes(micro_batch_size, group, limit_bytes - beside)
+        return None if rehearsed is None else rehearsed + beside
+
+    def largest(self, accumulation_steps: int, limit_bytes: float, smallest: int, highest: int) -> int:
+        """The largest size from `smallest` to `highest` that is expected to run under a limit; 0 for none."""
+        window = self._window_bytes(highest, accumulation_steps)
+        if self.with_room(highest, accumulation_steps) + window <= AMPLE_SHARE * limit_bytes:
+            return highest
+
+        def runs(size: int) -> bool:
+            return self.within(size, accumulation_steps, int(limit_bytes)) is not None
+
+        return largest_before_failure(runs, smallest, highest)
+
+    def _beside(self, micro_batch_size: int, accumulation_steps: int) -> int:
+        """What is there beside what was rehearsed: data of further micro-steps, and what real trials took more."""
+        window = self._window_bytes(micro_batch_size, accumulation_steps)
+        return window - self._window_bytes(micro_batch_size, group_of(accumulation_steps)) + self._excess_bytes
+
+    def _moved(self, micro_batch_size: int, group: int) -> float:
+        """The rehearsed peak, moved by what the traced steps were off: each had an order of its own."""
+        traced, off = self._errors.get(group, ([1], [0.0]))
+        rehearsed = self._rehearsal.peak_bytes(micro_batch_size, group) or 0
+        return rehearsed + float(np.interp(micro_batch_size, traced, off))
+
+    @cached_property
+    def _errors(self) -> dict[int, tuple[list[int], list[float]]]:
+        """Traced sizes, and how many bytes more than the rehearsed one was measured, by number of accumulators."""
+        errors: dict[int, tuple[list[int], list[float]]] = {}
+        for size, group in sorted(self._measured.points):
+            if size in self._traced_sizes:
+                sizes, off = errors.setdefault(group, ([], []))
+                sizes.append(size)
+                measured = self._measured.points[size, group] + self._window_bytes(size, group)
+                off.append(measured - (self._rehearsal.peak_bytes(size, group) or 0))
+        return errors
+
+    @cached_property
+    def _excess_bytes(self) -> int:
+        """What real trials took beyond the rehearsed step: a callback's own variables, say."""
+        excess = [0.0]
+        for (size, group), peak in self._measured.points.items():
+            # Of smaller sizes the traces were dropped: they may have had another order.
+            if size > min(self._traced_sizes) and size not in self._traced_sizes:
+                excess.append(peak + self._window_bytes(size, group) - self._moved(size, group))
+        return int(max(excess))

@@ -1,0 +1,258 @@
+"""What a search has found, put together from its journals and profiles."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from accumtune.config import TrainingConfig
+from accumtune.memory.prediction.profile import Profile
+from accumtune.search.feasibility import Pair, effective_batch_sizes, feasible_pairs
+from accumtune.search.results import carried
+from accumtune.search.results.selection import Candidate, Choice, pareto_front
+from accumtune.tracking.data_digest import data_digest
+from accumtune.tracking.mlflow.tracker import read_cache
+from accumtune.tracking.records import SearchRecord, TrialRecord
+from accumtune.tracking.report import writer as report
+from accumtune.tracking.report.noise_scale_note import noise_scale_of
+from accumtune.worker.data.user_data import input_arguments
+from accumtune.worker.transport.payload import is_data_function
+from accumtune.worker.transport.task_directory import SearchDirectory
+
+
+def candidates(record: SearchRecord, profiles_folder: Path) -> list[Candidate]:
+    """The trained configurations within the budget, and with exact accumulation their other micro-batches.
+
+    Args:
+        record: the search.
+        profiles_folder: what the models cost.
+    """
+    completed = record.with_status("completed")
+    trained = [_trained(trial) for trial in completed if _is_within(trial, record)]
+    if not _is_exact(record):
+        return trained
+    signatures = {trial.trial_id: trial.signature for trial in record.trials}
+    others: list[Candidate] = []
+    # Also of one that was trained under a larger budget: in another micro-batch it may fit this one.
+    for candidate in map(_trained, completed):
+        profile = load_profile(profiles_folder, signatures.get(candidate.trial_id))
+        if profile is not None:
+            others.extend(_untrained(candidate, profile, record))
+    return trained + others
+
+
+def load_profile(profiles_folder: Path, signature: str | None) -> Profile | None:
+    """The profile of a model signature, or None where it was not kept."""
+    try:
+        return Profile.from_dict(json.loads((profiles_folder / f"{signature}.json").read_text()))
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def training_config(record: SearchRecord, choice: Choice) -> TrainingConfig:
+    """What production imports, from the candidate that was chosen."""
+    candidate, tracked = choice.candidate, read_cache(record.folder)
+    trial = next(trial for trial in record.trials if trial.trial_id == candidate.trial_id)
+    return TrainingConfig(
+        micro_batch_size=candidate.micro_batch_size,
+        accumulation_steps=candidate.accumulation_steps,
+        effective_batch_size=candidate.effective_batch_size,
+        # Hyperband's bookkeeping belongs to the search.
+        hyperparameters={k: v for k, v in candidate.hyperparameters.items() if not k.startswith("tuner/")},
+        memory_budget_bytes=record.memory_budget_bytes,
+        peak_memory_bytes=None if candidate.peak_memory_bytes is None else int(candidate.peak_memory_bytes),
+        memory_source=candidate.memory_source,
+        throughput_samples_per_second=candidate.throughput_samples_per_second,
+        objective={
+            "name": record.objective_name,
+            "direction": record.objective_direction,
+            "value": candidate.objective,
+        },
+        learning_rate_scaling=record.learning_rate_scaling,
+        base_effective_batch_size=record.base_effective_batch_size
+        or min(effective_batch_sizes(record.micro_batch_sizes, record.accumulation_steps)),
+        epochs=max((epoch.epoch for epoch in trial.epochs), default=-1) + 1 or None,
+        fit_options=dict(record.fit.get("options") or {}),
+        **carried.of_trial(trial, list(record.fit.get("not_carried") or [])),
+        precision_policy=trial.precision_policy,
+        backend=record.backend,
+        versions=dict(trial.versions or record.versions),
+        device=trial.device,
+        data_shapes=_data_shapes(record, trial),
+        batch_coupled_layers=list(record.batch_coupled_layers),
+        policy=choice.policy,
+        reason=choice.reason,
+        source={
+            "experiment": record.name,
+            "run_id": tracked.get("parent_run_id"),
+            "search_id": record.search_id,
+            "trial_id": candidate.trial_id,
+            "tracking_uri": tracked.get("tracking_uri"),
+        },
+    )
+
+
+def write_report(files: SearchDirectory, record: SearchRecord, best: tuple[Choice, TrainingConfig] | None) -> None:
+    """Pictures, table and note, into the search's folder."""
+    found = candidates(record, files.profiles_folder)
+    report.write_report(
+        files.report_folder,
+        record=record,
+        candidates=found,
+        front=pareto_front(found, record.objective_direction),
+        best=None if best is None else best[0],
+        config_json=None if best is None else best[1].to_json(),
+        profile_points=_profile_points(record, files.profiles_folder, None if best is None else best[0].candidate),
+    )
+
+
+def summary(record: SearchRecord, found: Sequence[Candidate], limit: int) -> str:
+    """The table of candidates for the terminal, best first, and what became of the other trials."""
+    direction = record.objective_direction
+    front = pareto_front(found, direction)
+    trained = [candidate for candidate in found if candidate.is_trained]
+    sign = -1 if direction == "max" else 1
+    shown = sorted(trained, key=lambda item: sign * (item.objective if item.objective is not None else np.inf))[:limit]
+    shown += [candidate for candidate in front if not candidate.is_trained]
+    counts = {status: len(record.with_status(status)) for status in ("completed", "reused", "infeasible", "failed")}
+    lines = [
+        f"Results of search {record.name!r}: "
+        + ", ".join(f"{count} {status}" for status, count in counts.items() if count),
+        report.candidates_table(shown, front, direction),
+        "* on the Pareto front of objective, peak memory and throughput",
+    ]
+    noise = noise_scale_of(record, shown[0] if shown else None)
+    lines += [] if noise is None else [noise.advice()]
+    return "\n".join(lines)
+
+
+def describe_data(fit_args: Sequence[Any], fit_kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Shapes and digest of the training data, where they come as arrays."""
+    x, y, _ = input_arguments(fit_args, fit_kwargs)
+    return {"shapes": {"x": _shape(x), "y": _shape(y)}, "digest": data_digest(x, y)}
+
+
+def count_samples(fit_args: Sequence[Any], fit_kwargs: Mapping[str, Any]) -> int | None:
+    """How many the training has, where the data come as arrays and no share of them is for validation."""
+    x, _, _ = input_arguments(fit_args, fit_kwargs)
+    shape = _shape(x)
+    while isinstance(shape, dict) or (isinstance(shape, list) and shape and isinstance(shape[0], list)):
+        shape = next(iter(shape.values() if isinstance(shape, dict) else shape), None)
+    return shape[0] if shape and not fit_kwargs.get("validation_split") else None
+
+
+def _shape(tree: Any) -> Any:
+    if tree is None or is_data_function(tree):
+        return None
+    if isinstance(tree, Mapping):
+        return {str(key): _shape(value) for key, value in tree.items()}
+    if isinstance(tree, (tuple, list)):
+        return [_shape(value) for value in tree]
+    shape = getattr(tree, "shape", None)
+    return None if shape is None else [int(size) for size in shape]
+
+
+def _data_shapes(record: SearchRecord, trial: TrialRecord) -> Any:
+    """Of the arrays that the search got, or of a sample where a function loads them: it has no number of samples."""
+    known = record.data.get("shapes") or {}
+    if known.get("x") is not None or not trial.sample_shapes:
+        return record.data.get("shapes")
+    x, y, *_ = map(_batch_shape, trial.sample_shapes)
+    return {"x": x, "y": y}
+
+
+def _batch_shape(sample: Any) -> Any:
+    if isinstance(sample, Mapping):
+        return {name: _batch_shape(value) for name, value in sample.items()}
+    if sample and isinstance(sample[-1], str):  # a shape and the type of its values
+        return [None, *sample[0]]
+    return None if sample is None else [_batch_shape(value) for value in sample]
+
+
+def _is_exact(record: SearchRecord) -> bool:
+    """Whether pairs of one effective batch are the same training."""
+    return not record.batch_coupled_layers
+
+
+def _is_within(trial: TrialRecord, record: SearchRecord) -> bool:
+    budget, peak = record.memory_budget_bytes, trial.peak_memory_bytes
+    return budget is None or peak is None or peak <= budget
+
+
+def _trained(trial: TrialRecord) -> Candidate:
+    batch = {name: int(trial.hyperparameters[name]) for name in _BATCH}
+    return Candidate(
+        objective=trial.objective_value,
+        peak_memory_bytes=trial.peak_memory_bytes,
+        throughput_samples_per_second=trial.throughput_samples_per_second,
+        hyperparameters=dict(trial.hyperparameters),
+        trial_id=trial.trial_id,
+        is_trained=True,
+        is_measured=True,
+        memory_source=trial.memory_source,
+        **batch,
+    )
+
+
+def _untrained(candidate: Candidate, profile: Profile, record: SearchRecord) -> list[Candidate]:
+    """The same training in other micro-batches, with what the profile predicts for them."""
+    pairs = feasible_pairs(
+        profile, candidate.effective_batch_size, record.micro_batch_sizes, record.memory_budget_bytes
+    )
+    untrained = [pair for pair in pairs if pair.micro_batch_size != candidate.micro_batch_size]
+    budget = record.memory_budget_bytes
+    others = [_in_pair(candidate, profile, pair, budget) for pair in untrained]
+    # Where the backend has no allocator limit, a run may have taken more than was predicted.
+    return [other for other in others if budget is None or (other.peak_memory_bytes or 0) <= budget]
+
+
+def _in_pair(candidate: Candidate, profile: Profile, pair: Pair, budget_bytes: int | None) -> Candidate:
+    """The same training in another micro-batch: measured, where it has run for a few updates, or predicted."""
+    micro, steps = pair.micro_batch_size, pair.accumulation_steps
+    same = [it for it in profile.measurements if (it.micro_batch_size, it.accumulation_steps) == (micro, steps)]
+    other = replace(
+        candidate,
+        micro_batch_size=micro,
+        accumulation_steps=steps,
+        peak_memory_bytes=profile.predict_peak_memory(micro, steps, budget_bytes),
+        throughput_samples_per_second=profile.predict_throughput(micro, steps),
+        hyperparameters={**candidate.hyperparameters, **pair.as_hyperparameters()},
+        is_trained=False,
+        memory_source="profile",
+    )
+    if not same or same[0].peak_memory_bytes is None or not same[0].seconds_per_update:
+        return other
+    return replace(
+        other,
+        peak_memory_bytes=same[0].peak_memory_bytes,
+        throughput_samples_per_second=pair.effective_batch_size / same[0].seconds_per_update,
+        memory_source=same[0].memory_source,
+        is_measured=True,
+    )
+
+
+def _profile_points(record: SearchRecord, profiles_folder: Path, best: Candidate | None) -> list[dict[str, Any]]:
+    """Predicted peak over micro-batch size of the model that won, for the memory picture."""
+    if best is None:
+        return []
+    trial = next(trial for trial in record.trials if trial.trial_id == best.trial_id)
+    profile = load_profile(profiles_folder, trial.signature)
+    if profile is None:
+        return []
+    return [
+        {
+            "micro_batch_size": size,
+            "accumulation_steps": 2,
+            "predicted_peak_memory_bytes": profile.predict_peak_memory(size, 2, record.memory_budget_bytes),
+            "predicted_throughput_samples_per_second": profile.predict_throughput(size, 2),
+        }
+        for size in record.micro_batch_sizes
+    ]
+
+
+_BATCH = ("effective_batch_size", "micro_batch_size", "accumulation_steps")

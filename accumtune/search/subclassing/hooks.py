@@ -1,0 +1,28 @@
+"""What a search calls around its trials: the methods that a subclass of a tuner may override."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from accumtune.search.trial.trial_result import TrialResult
+
+
+@dataclass(frozen=True)
+class Hooks:
+    """Keras Tuner's, by their names there.
+
+    Args:
+        pre_create_trial: before a proposal.
+        on_trial_begin: with the proposal, before it runs.
+        on_trial_end: with a trial that has ended, its score and status known.
+        run_trial: runs a trial, given what Hyperband overrides; None where no subclass has one.
+        after_trial: when the trials that have ended are told.
+    """
+
+    pre_create_trial: Callable[[], None] = lambda: None
+    on_trial_begin: Callable[[Any], None] = lambda trial: None
+    on_trial_end: Callable[[Any], None] = lambda trial: None
+    run_trial: Callable[[Any, Mapping[str, Any]], TrialResult] | None = None
+    after_trial: Callable[[], None] = lambda: None

@@ -1,0 +1,166 @@
+"""Trials that are run by a subclass's `run_trial`, around the training in a process of its own."""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from accumtune.errors import AccumtuneError, SearchError
+from accumtune.search.checks import refuse_batch_size
+from accumtune.search.trial.trial_result import TrialResult
+from accumtune.tracking.journal import read_trial
+
+FitArguments = tuple[tuple[Any, ...], dict[str, Any]]
+# Trains a trial: trial, what of `fit` differs as plain values, and other arguments of `fit` where more does.
+Train = Callable[[Any, Mapping[str, Any], FitArguments | None], TrialResult]
+
+
+class NotCompleted(Exception):
+    """To a `run_trial`: its trial has failed, does not fit the budget, or is stopped. Nothing is left to do."""
+
+
+@dataclass
+class _Run:
+    overrides: Mapping[str, Any]
+    result: TrialResult | None = None
+    histories: list[Any] = field(default_factory=list)
+
+
+class OwnRunTrial:
+    """Calls a subclass's `run_trial`; may be used from several threads at once.
+
+    Args:
+        run_trial: the subclass's, whose `super().run_trial(...)` calls `train`.
+        train: trains a trial in a process of its own.
+        fit_arguments: of `search`.
+        objective: Keras Tuner's.
+        folder_of: of a trial, by its id.
+    """
+
+    def __init__(
+        self,
+        run_trial: Callable[..., Any],
+        train: Train,
+        fit_arguments: FitArguments,
+        objective: Any,
+        folder_of: Callable[[str], Path],
+    ) -> None:
+        self._run_trial = run_trial
+        self._train = train
+        self._fit_arguments = fit_arguments
+        self._objective = objective
+        self._folder_of = folder_of
+        self._runs: dict[str, _Run] = {}
+
+    def __call__(self, trial: Any, overrides: Mapping[str, Any]) -> TrialResult:
+        """Runs a trial; `overrides` are arguments of `fit` that Hyperband gives it.
+
+        Raises:
+            SearchError: `run_trial` trains nothing, or returns what is no result.
+        """
+        run = self._runs[trial.trial_id] = _Run(overrides)
+        args, kwargs = self._fit_arguments
+        try:
+            returned = self._run_trial(trial, *args, **kwargs)
+        except NotCompleted:
+            returned = None
+        except AccumtuneError:
+            raise
+        except Exception as error:
+            reason = f"run_trial raised {type(error).__name__}: {error}".splitlines()[0]
+            text = "".join(traceback.format_exception(error))
+            return TrialResult("failed", dict(trial.hyperparameters.values), reason=reason, traceback=text)
+        finally:
+            del self._runs[trial.trial_id]
+        if run.result is None:
+            raise SearchError(
+                "Received a run_trial that returned without training the trial.",
+                "`super().run_trial(trial, *args, **kwargs)` in it: that trains in a process of its own, within the "
+                "budget.",
+                "move how the model is trained into the `fit` of a keras_tuner.HyperModel, and leave run_trial out.",
+            )
+        result = replace(run.result, values={**trial.hyperparameters.values, **run.result.values})
+        if result.status != "completed":
+            return result
+        if returned is not None and returned is not run.histories:
+            result = replace(result, metrics={**result.metrics, **self._metrics(returned)})
+        if not self._objective.has_value(result.metrics):
+            raise SearchError(
+                f"Received a run_trial without the objective {self._objective.name!r}: the training reports "
+                f"{', '.join(result.metrics)}.",
+                "a run_trial that returns the objective, or a model that is compiled with it.",
+                f"return {{{self._objective.name!r}: value}}.",
+            )
+        return result
+
+    def train(self, trial: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Any]:
+        """What a subclass gets from `super().run_trial`: a History of each execution.
+
+        Raises:
+            SearchError: called outside of a search, or twice for a trial; or with a batch size.
+            NotCompleted: the training did not come to its end.
+        """
+        run = self._runs.get(trial.trial_id)
+        if run is None or run.result is not None:
+            raise SearchError(
+                f"Received {'a second call of run_trial for one trial' if run else 'run_trial outside of search'}.",
+                "one training for each trial.",
+                "several trainings whose objectives are averaged: executions_per_trial=, or the `fit` of a "
+                "keras_tuner.HyperModel that trains them.",
+            )
+        refuse_batch_size(kwargs)
+        plain, other = self._differences(tuple(args), {k: v for k, v in kwargs.items() if k != "verbose"})
+        run.result = self._train(trial, {**plain, **run.overrides}, other)
+        if run.result.status != "completed":
+            raise NotCompleted(run.result.reason)
+        run.histories = _histories(self._folder_of(trial.trial_id))
+        return run.histories
+
+    def _differences(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[dict[str, Any], FitArguments | None]:
+        """What is not as `search` was given it: plain values by name, or everything where more differs."""
+        given_args, given = self._fit_arguments
+        changed = {name: value for name, value in kwargs.items() if name not in given or given[name] is not value}
+        same_data = len(args) == len(given_args) and all(map(_is, args, given_args))
+        if same_data and set(given) <= set(kwargs) and all(type(value) in _PLAIN for value in changed.values()):
+            return changed, None
+        return {}, (args, kwargs)
+
+    def _metrics(self, returned: Any) -> dict[str, float]:
+        from keras_tuner.src.engine import tuner_utils  # it has no public name
+
+        try:
+            tuner_utils.validate_trial_results(returned, self._objective, "run_trial()")
+        except Exception as error:
+            raise SearchError(
+                f"Received {returned!r} of type {type(returned).__name__} from run_trial: {error}",
+                "what super().run_trial returned, a number, or a dict with the objective.",
+                "return super().run_trial(trial, *args, **kwargs).",
+            ) from error
+        metrics = tuner_utils.convert_to_metrics_dict(returned, self._objective)
+        return {name: float(value) for name, value in metrics.items()}
+
+
+_PLAIN = (int, float, str, bool, type(None))
+
+
+def _is(one: Any, other: Any) -> bool:
+    return one is other
+
+
+def _histories(folder: Path) -> list[Any]:
+    """A trial's curves, as Keras has them."""
+    import keras
+
+    histories: dict[int, Any] = {}
+    for epoch in read_trial(folder).epochs:
+        history = histories.setdefault(epoch.execution, keras.callbacks.History())
+        history.history = getattr(history, "history", {})
+        history.epoch = [*getattr(history, "epoch", []), epoch.epoch]
+        for name, value in epoch.logs.items():
+            history.history.setdefault(name, []).append(value)
+    return [histories[execution] for execution in sorted(histories)]

@@ -1,0 +1,265 @@
+"""The search's side of MLflow: a replay of its journals in the background, and how to look at the result."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import shlex
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Literal, cast
+
+from accumtune.errors import AccumtuneError, TrackingError
+from accumtune.tracking.mlflow import ui as browsing
+from accumtune.tracking.mlflow.replay import Replay, described
+from accumtune.tracking.mlflow.server_health import is_answering
+from accumtune.tracking.mlflow.ui import UI_PORT
+from accumtune.tracking.small_files import read_small
+from accumtune.tracking.tracking_uri import (
+    DEFAULT_TRACKING_URI,
+    absolute_uri,
+    default_tracking_uri,
+    without_credentials,
+)
+
+__all__ = ["DEFAULT_TRACKING_URI", "Tracker"]
+
+CACHE_FILE = "tracking.json"
+_INTERVAL_SECONDS = 2.0
+_STOP_SECONDS = 60.0
+# A server that has answered to nothing for so long is given up ...
+_SILENCE_SECONDS = 20.0
+# ... so soon after the search has ended; it will not hold up anyone who waits for the result.
+_SILENT_STOP_SECONDS = 1.0
+_JOIN_SECONDS = 0.1
+_MOST_CACHE_BYTES = 2**16
+_LAST_ATTEMPTS = 3
+_RETRY_SECONDS = 0.2
+# How long `sync` lets another process finish.
+_WAIT_SECONDS = 60.0
+
+
+class Tracker:
+    """Keeps the MLflow runs of one search equal to its journals.
+
+    Nothing that happens to the tracking store reaches the search: the journals have it all, and a replay brings it
+    later, each value once.
+
+    Args:
+        search_folder: the search's folder, with `search.jsonl`.
+        tracking_uri: MLflow's; None for `MLFLOW_TRACKING_URI`, else `sqlite:///mlruns/mlflow.db` with artifacts in
+            `mlruns/artifacts`; False for no tracking.
+        interval_seconds: how often the background looks for news.
+        stop_seconds: how long `stop` waits for what is still to be sent, as long as the store answers.
+
+    Example:
+
+    >>> tracker = Tracker(folder)
+    >>> tracker.start()
+    >>> ...
+    >>> message = tracker.stop()  # "" where everything has arrived
+    """
+
+    def __init__(
+        self,
+        search_folder: str | os.PathLike[str],
+        tracking_uri: str | Literal[False] | None = None,
+        *,
+        interval_seconds: float = _INTERVAL_SECONDS,
+        stop_seconds: float = _STOP_SECONDS,
+    ) -> None:
+        self.folder = Path(search_folder).resolve()
+        self.tracking_uri = self._resolve(tracking_uri)
+        self._interval_seconds = interval_seconds
+        self._stop_seconds = stop_seconds
+        self._replay = None if self.tracking_uri is None else Replay(self.folder, self.tracking_uri)
+        self._lock = threading.Lock()
+        self._stopping = threading.Event()
+        self._thread: threading.Thread | None = None
+        self._fault = ""
+
+    @staticmethod
+    def _resolve(tracking_uri: str | Literal[False] | None) -> str | None:
+        if tracking_uri is False:
+            return None
+        # Absolute now: the user's code may change the working directory later.
+        return absolute_uri(tracking_uri or default_tracking_uri())
+
+    @property
+    def parent_run_id(self) -> str | None:
+        """The search's run; None as long as the store has not given it one."""
+        return self._known("parent_run_id")
+
+    @property
+    def experiment_id(self) -> str | None:
+        return self._known("experiment_id")
+
+    def sync(self) -> None:
+        """Brings everything that the journals hold into MLflow, now. A second call changes nothing.
+
+        Raises:
+            TrackingError: the store cannot be reached or refuses; nothing is lost.
+        """
+        if self._replay is None:
+            return
+        uri = self._replay.tracking_uri
+        for attempt in range(1, _LAST_ATTEMPTS + 1):
+            try:
+                return self._run(is_fresh=True, wait_seconds=_WAIT_SECONDS)
+            except AccumtuneError:
+                raise
+            except Exception as error:  # whatever the store's driver raises: SQLAlchemy's, requests', MLflow's
+                if attempt == _LAST_ATTEMPTS:
+                    raise TrackingError(
+                        f"MLflow at {without_credentials(uri)} refused: {described(error, uri)}",
+                        "a store that can be written to",
+                        f"mend it, then `{self._sync_command()}`: nothing is lost.",
+                    ) from error
+            # Two searches that write into one database at the same moment: the next attempt finds it free.
+            time.sleep(_RETRY_SECONDS)
+
+    def start(self) -> None:
+        """Begins to replay in the background; returns at once and never fails because of the store."""
+        if self._replay is None or self._thread is not None:
+            return
+        # `accumtune sync` must know the store, also where it never answers.
+        with contextlib.suppress(OSError):
+            self._remember()
+        self._stopping.clear()
+        self._thread = threading.Thread(target=self._loop, name="accumtune-tracking", daemon=True)
+        self._thread.start()
+
+    def stop(self) -> str:
+        """Sends the rest and ends the background; waits at most `stop_seconds`.
+
+        Returns:
+            "" where everything has arrived, otherwise what to tell the user.
+        """
+        if self._thread is None or self._replay is None:
+            return ""
+        self._stopping.set()
+        self._await_end(self._thread, self._replay)
+        fault = "it takes too long" if self._thread.is_alive() else self._fault
+        self._thread = None
+        if not fault:
+            return ""
+        return (
+            f"MLflow at {without_credentials(self._replay.tracking_uri)} does not have everything yet ({fault}). "
+            f"Nothing is lost: `{self._sync_command()}` brings it later."
+        )
+
+    def _await_end(self, thread: threading.Thread, replay: Replay) -> None:
+        """Waits for the last run of the background, but not for a server that says nothing, even if it is asked."""
+        began = time.monotonic()
+        while thread.is_alive() and (waited := time.monotonic() - began) < self._stop_seconds:
+            if waited > _SILENT_STOP_SECONDS and replay.pulse.silent_seconds() > _SILENCE_SECONDS:
+                if not is_answering(replay.tracking_uri):
+                    return
+                replay.pulse.beat()
+            thread.join(min(_JOIN_SECONDS, self._stop_seconds - waited))
+
+    def ui_command(self, port: int = UI_PORT) -> str:
+        """The command that starts the MLflow UI; "" where a server has it already, or without tracking."""
+        return "" if self.tracking_uri is None else browsing.ui_command(self.tracking_uri, port)
+
+    def ui_address(self, port: int = UI_PORT) -> str:
+        """Where the UI shows this search: a table of its trials with the columns that matter; charts are beside it.
+
+        "" as long as the store has no experiment for it, or without tracking.
+        """
+        if self.tracking_uri is None or self.experiment_id is None:
+            return ""
+        return browsing.ui_address(self.tracking_uri, self.experiment_id, self._known("view_key"), port)
+
+    def _sync_command(self) -> str:
+        folder = self.folder.relative_to(Path.cwd()) if self.folder.is_relative_to(Path.cwd()) else self.folder
+        command = ["accumtune", "sync", str(folder)]
+        uri = self.tracking_uri or ""
+        if uri != absolute_uri(default_tracking_uri()):
+            # What a journal or a terminal keeps has no password: the next sync is told it anew.
+            command += ["--tracking-uri", uri if uri == without_credentials(uri) else "ADDRESS"]
+        return shlex.join(command)
+
+    def _loop(self) -> None:
+        is_fresh = True
+        while not self._stopping.is_set():
+            is_fresh = not self._try(is_fresh)
+            self._stopping.wait(self._interval_seconds)
+        for _ in range(_LAST_ATTEMPTS):
+            if self._try(is_fresh=True):
+                return
+            time.sleep(_RETRY_SECONDS)
+
+    def _try(self, is_fresh: bool) -> bool:
+        try:
+            self._run(is_fresh)
+        except Exception as error:  # the search goes on whatever the store does; `stop` tells
+            self._fault = described(error, str(self.tracking_uri))
+            return False
+        self._fault = ""
+        return True
+
+    def _run(self, is_fresh: bool, wait_seconds: float = 0.0) -> None:
+        assert self._replay is not None
+        with self._lock, _quiet_thread():
+            self._replay.run(is_fresh, wait_seconds)
+            self._remember()
+
+    def _remember(self) -> None:
+        """Writes down where the runs are, for commands that must not wait for the store."""
+        assert self.tracking_uri is not None
+        content: dict[str, str | None] = {"tracking_uri": without_credentials(self.tracking_uri)}
+        content |= {name: self._known(name) for name in ("experiment_id", "parent_run_id", "view_key")}
+        if content != self._cache():
+            temporary = self.folder / f".{CACHE_FILE}.{os.getpid()}"
+            temporary.write_text(json.dumps(content, indent=2))
+            os.replace(temporary, self.folder / CACHE_FILE)
+
+    def _known(self, name: Literal["parent_run_id", "experiment_id", "view_key"]) -> str | None:
+        """From the store, or as long as it has not been asked, from the last time that it was."""
+        if self._replay is None:
+            return None
+        if self._replay.parent_run_id is not None:
+            return cast(str | None, getattr(self._replay, name))
+        cache = self._cache()
+        is_same = cache.get("tracking_uri") == without_credentials(self.tracking_uri or "")
+        return cache.get(name) if is_same else None
+
+    def _cache(self) -> dict[str, str | None]:
+        return read_cache(self.folder)
+
+
+def read_cache(folder: Path) -> dict[str, str | None]:
+    """Where a search's runs were last seen: `tracking_uri` (without credentials), `experiment_id`, `parent_run_id`."""
+    try:
+        content = json.loads(read_small(Path(folder) / CACHE_FILE, _MOST_CACHE_BYTES))
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+@contextlib.contextmanager
+def _quiet_thread() -> Iterator[None]:
+    """Making a database tells of forty migrations, a slow server of each retry: nothing to someone who searches.
+
+    Only this thread is quiet; what the user's own MLflow says is heard as before.
+    """
+    thread = threading.get_ident()
+
+    def is_elsewhere(record: logging.LogRecord) -> bool:
+        return record.thread != thread or record.levelno > logging.WARNING
+
+    for name in _LOUD_LOGGERS:
+        logging.getLogger(name).addFilter(is_elsewhere)
+    try:
+        yield
+    finally:
+        for name in _LOUD_LOGGERS:
+            logging.getLogger(name).removeFilter(is_elsewhere)
+
+
+_LOUD_LOGGERS = ("mlflow.store.db.utils", "alembic.runtime.migration", "urllib3.connectionpool")

@@ -1,0 +1,72 @@
+"""The Pareto front as one HTML file that answers to the mouse and needs no network: SVG, a table, a little JavaScript.
+
+A plotting library's bundle would add 4 MB to each search's run; this is some twenty kilobytes.
+"""
+
+from __future__ import annotations
+
+import html
+import json
+import math
+from collections.abc import Sequence
+from importlib.resources import files
+from typing import Any
+
+from accumtune.memory.budget import format_bytes, mib
+from accumtune.tracking.records import SearchRecord
+from accumtune.tracking.report.candidate_tables import is_among, number, own_hyperparameters, size, speed
+
+_TEMPLATE = "pareto.html"
+
+
+def pareto_html(record: SearchRecord, candidates: Sequence[Any], front: Sequence[Any], best: Any | None) -> str | None:
+    """The page; None where there is nothing to show.
+
+    Args:
+        record: the search.
+        candidates: what could be chosen; those without objective or peak memory are left out.
+        front: those that no other beats.
+        best: the winner.
+    """
+    points = [
+        _point(item, front, best)
+        for item in candidates
+        if _is_number(item.objective) and _is_number(item.peak_memory_bytes)
+    ]
+    if not points:
+        return None
+    content = {
+        "objective": record.objective_name,
+        "direction": record.objective_direction,
+        "budget": None if record.memory_budget_bytes is None else mib(record.memory_budget_bytes),
+        "budgetText": None if record.memory_budget_bytes is None else format_bytes(record.memory_budget_bytes),
+        "points": points,
+    }
+    # "</" would end the script that holds it, wherever a hyperparameter has it.
+    data = json.dumps(content, ensure_ascii=False).replace("</", "<\\/").replace("<!--", "<\\!--")
+    template = files("accumtune.tracking.report").joinpath(_TEMPLATE).read_text(encoding="utf-8")
+    title = html.escape(f"{record.name}: quality, memory and speed")
+    return template.replace("{{title}}", title).replace("{{data}}", data)
+
+
+def _point(item: Any, front: Sequence[Any], best: Any | None) -> dict[str, Any]:
+    rate = item.throughput_samples_per_second
+    mark = "" if item.is_trained else "~"
+    return {
+        "memory": mib(item.peak_memory_bytes),
+        "objective": item.objective,
+        "speed": rate if _is_number(rate) else None,
+        "isTrained": item.is_trained,
+        "isFront": is_among(item, front),
+        "isBest": best is not None and is_among(item, [best]),
+        "batch": f"{item.effective_batch_size} = {item.micro_batch_size} × {item.accumulation_steps}",
+        "trial": item.trial_id,
+        "objectiveText": number(item.objective),
+        "memoryText": mark + size(item.peak_memory_bytes),
+        "speedText": mark + speed(rate),
+        "hyperparameters": own_hyperparameters(item.hyperparameters),
+    }
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and math.isfinite(value)

@@ -1,0 +1,163 @@
+"""Keras Tuner's tuners under a memory budget: same names, same arguments, plus the budget."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import keras_tuner
+
+from accumtune.errors import SearchError
+from accumtune.oracles.metric_direction import with_direction
+from accumtune.search.tuner import Tuner
+
+if TYPE_CHECKING:
+    from accumtune.search.pruning.pruning import Pruning
+
+_ORACLE_ARGUMENTS = (
+    "objective", "max_trials", "seed", "hyperparameters", "tune_new_entries", "allow_new_entries",
+    "max_retries_per_trial", "max_consecutive_failed_trials",
+)  # fmt: skip
+# Keras Tuner takes 0 for "any", and draws one from 1 to 10,000: two searches with seed=0 would differ.
+_SEED_FOR_ZERO = 10_001
+
+
+class RandomSearch(Tuner):
+    """`keras_tuner.RandomSearch` under a memory budget; the other arguments are those of `accumtune.Tuner`."""
+
+    def __init__(self, hypermodel: Any = None, objective: Any = None, max_trials: int = 10, **kwargs: Any) -> None:
+        own = _take(kwargs, _ORACLE_ARGUMENTS)
+        self._asked_seed = own.get("seed")
+        goal = with_direction(objective)
+        oracle = keras_tuner.oracles.RandomSearchOracle(objective=goal, max_trials=max_trials, **own)
+        super().__init__(oracle, hypermodel, **kwargs)
+
+
+class BayesianOptimization(Tuner):
+    """`keras_tuner.BayesianOptimization` under a memory budget, over the ordered effective batch.
+
+    Takes `num_initial_points`, `alpha` and `beta` as Keras Tuner's does; the other arguments are those of
+    `accumtune.Tuner`.
+    """
+
+    def __init__(self, hypermodel: Any = None, objective: Any = None, max_trials: int = 10, **kwargs: Any) -> None:
+        own = _take(kwargs, (*_ORACLE_ARGUMENTS, "num_initial_points", "alpha", "beta"))
+        self._asked_seed = own.get("seed")
+        goal = with_direction(objective)
+        oracle = keras_tuner.oracles.BayesianOptimizationOracle(objective=goal, max_trials=max_trials, **own)
+        super().__init__(oracle, hypermodel, **kwargs)
+
+
+class GridSearch(Tuner):
+    """`keras_tuner.GridSearch` under a memory budget; the other arguments are those of `accumtune.Tuner`."""
+
+    def __init__(
+        self, hypermodel: Any = None, objective: Any = None, max_trials: int | None = None, **kwargs: Any
+    ) -> None:
+        own = _take(kwargs, _ORACLE_ARGUMENTS)
+        self._asked_seed = own.get("seed")
+        oracle = keras_tuner.oracles.GridSearchOracle(objective=with_direction(objective), max_trials=max_trials, **own)
+        super().__init__(oracle, hypermodel, **kwargs)
+
+
+class Hyperband(Tuner):
+    """`keras_tuner.Hyperband` under a memory budget: a promoted trial goes on from its earlier weights.
+
+    Takes `max_epochs`, `factor` and `hyperband_iterations` as Keras Tuner's does; the other arguments are those of
+    `accumtune.Tuner`.
+    """
+
+    def __init__(
+        self,
+        hypermodel: Any = None,
+        objective: Any = None,
+        max_epochs: int = 100,
+        factor: int = 3,
+        hyperband_iterations: int = 1,
+        **kwargs: Any,
+    ) -> None:
+        own = _take(kwargs, tuple(name for name in _ORACLE_ARGUMENTS if name != "max_trials"))
+        self._asked_seed = own.get("seed")
+        oracle = keras_tuner.oracles.HyperbandOracle(
+            objective=with_direction(objective),
+            max_epochs=max_epochs,
+            factor=factor,
+            hyperband_iterations=hyperband_iterations,
+            **own,
+        )
+        super().__init__(oracle, hypermodel, **kwargs)
+
+
+class OptunaSearch(Tuner):
+    """A search whose proposals come from Optuna, and whose hopeless trials can be stopped.
+
+    `pip install 'accumtune[optuna]'`. Conditional hyperparameters, several `workers`, resuming and everything else of
+    `accumtune.Tuner` work as with Keras Tuner's own oracles.
+
+    A pruned trial counts as trained: it is completed, with the best epoch that it reached, and its reason
+    (`accumtune.reason` in MLflow) says after which epoch it was pruned; the sampler is told what it would have come to.
+    With several `executions_per_trial` the first one decides.
+
+    Args:
+        hypermodel: a Keras Tuner build function or `keras_tuner.HyperModel`.
+        objective: as in Keras Tuner.
+        max_trials: how many trials train.
+        sampler: an `optuna.samplers.BaseSampler`; None for a few trials spread evenly over the space and then
+            `GPSampler` where torch is installed, multivariate `TPESampler` otherwise.
+        pruner: who is told the objective after each epoch and may stop the trial: `"forecast"`, which tells from the
+            trials that ran to their end whether it can still be the best; an `optuna.pruners.BasePruner`; None trains
+            all trials to their end.
+        **kwargs: those of `accumtune.Tuner`, and of a `keras_tuner.Oracle`.
+
+    Raises:
+        SearchError: Optuna is not installed, or the pruner is none of its.
+    """
+
+    def __init__(
+        self,
+        hypermodel: Any = None,
+        objective: Any = None,
+        max_trials: int = 10,
+        *,
+        sampler: Any = None,
+        pruner: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        from accumtune.oracles.optuna_oracle import OptunaOracle, require_optuna
+
+        require_optuna()
+        _check_pruner(pruner)
+        own = _take(kwargs, _ORACLE_ARGUMENTS)
+        self._asked_seed = own.get("seed")
+        oracle = OptunaOracle(sampler, objective=with_direction(objective), max_trials=max_trials, **own)
+        self._pruner = pruner
+        super().__init__(oracle, hypermodel, **kwargs)
+
+    def _pruning(self) -> Pruning | None:
+        if self._pruner is None:
+            return None
+        from accumtune.search.pruning.pruning import Pruning
+
+        pruning = Pruning(self._pruner, self.oracle.objective)
+        pruning.remember(self.record().trials)
+        self.oracle.forecast = pruning.forecast
+        return pruning
+
+
+def _check_pruner(pruner: Any) -> None:
+    from optuna.pruners import BasePruner
+
+    if pruner is not None and pruner != "forecast" and not isinstance(pruner, BasePruner):
+        raise SearchError(
+            f"Received {pruner=}.",
+            'None, "forecast", or one of optuna.pruners.',
+            'take pruner="forecast" to stop trials that can no longer become the best.',
+        )
+
+
+def _take(kwargs: dict[str, Any], names: Sequence[str]) -> dict[str, Any]:
+    """Takes the oracle's own arguments out of the others."""
+    own = {name: kwargs.pop(name) for name in list(kwargs) if name in names}
+    if own.get("seed") == 0:
+        own["seed"] = _SEED_FOR_ZERO
+    return own

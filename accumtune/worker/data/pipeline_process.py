@@ -1,0 +1,225 @@
+"""A `tf.data` pipeline in a process of its own, where what it keeps is in nobody's memory budget.
+
+On a GPU, the tensors of `from_tensor_slices`, the buffer of `shuffle` and a `cache` are in the host's memory. On a CPU
+TensorFlow has one allocator for all: they would be counted as the training's, and a data set larger than the budget
+could not be trained on. So the function that makes the pipeline is called in a fork of the task's process, which has
+the plain allocator, and batches come through memory that both have, one of them made ahead.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import itertools
+import os
+import sys
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+from multiprocessing.connection import Pipe
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from accumtune.errors import DataError
+from accumtune.worker.child_process import end_process
+from accumtune.worker.data.pipeline_server import View, serve
+from accumtune.worker.data.shared_arrays import SharedArrays
+
+_OPEN = "accumtune_open"
+_NAMES = ("x", "validation_data")
+
+
+class PipelineProcess:
+    """The process, forked when this is made: TensorFlow must not have run an operation yet.
+
+    Args:
+        functions: what make the pipelines, by name.
+        seed: for what they draw; None for none.
+        payload: the file that the functions came from. A function that turns out to make no pipeline is noted beside
+            it, so that no other process of the search calls it twice.
+    """
+
+    def __init__(self, functions: Mapping[str, Callable[[], Any]], seed: int | None, payload: Path) -> None:
+        self._functions = functions
+        self._payload = payload
+        self._lock = threading.Lock()
+        self._numbers = itertools.count()
+        self._dropped: list[int] = []
+        self._connection, theirs = Pipe()
+        self._arrays = SharedArrays()
+        if os.fork() == 0:
+            self._connection.close()
+            end_process(lambda: serve(theirs, self._arrays, functions, seed))
+        theirs.close()
+
+    @classmethod
+    def of(
+        cls, functions: Mapping[str, Callable[[], Any]], payload: Path, seed: int | None
+    ) -> PipelineProcess | None:
+        """A process for the functions among the data of `fit`; None where there is none that may make a pipeline.
+
+        Args:
+            functions: of the payload's header.
+            payload, seed: as above.
+        """
+        functions = {name: functions[name] for name in _NAMES if name in functions}
+        is_needed = any(not _note_of(payload, name).exists() for name in functions)
+        return cls(functions, seed, payload) if is_needed else None
+
+    def moved(self, content: Mapping[str, Any]) -> dict[str, Any]:
+        """The content with functions that `called` asks the process for, in place of those it was made with."""
+        here = {name: self._function(name) for name in self._functions}
+        positional, named = list(content["fit_args"]), dict(content["fit_kwargs"])
+        if positional:
+            positional[0] = here.pop("x", positional[0])
+        return {**content, "fit_args": tuple(positional), "fit_kwargs": {**named, **here}}
+
+    def _function(self, name: str) -> Callable[[], Any]:
+        function = self._functions[name]
+
+        @functools.wraps(function)
+        def call() -> Any:
+            return function()
+
+        setattr(call, _OPEN, functools.partial(self._make, name))
+        return call
+
+    def _make(self, name: str) -> PipelineElsewhere | None:
+        """Calls a function there; None where it makes no pipeline, or one of ragged or sparse tensors."""
+        note = _note_of(self._payload, name)
+        if note.exists():
+            return None
+        pipeline = self.open(View(name, next(self._numbers)))
+        if pipeline is None:
+            with contextlib.suppress(OSError):
+                note.touch()
+        return pipeline
+
+    def open(self, view: View) -> PipelineElsewhere | None:
+        """A pipeline; it is made if that call of the function has not been."""
+        described = self._ask("open", view)
+        return None if described is None else PipelineElsewhere(self, view, *described)
+
+    def iterate(self, view: View) -> Iterator[list[np.ndarray]]:
+        """The elements of an epoch, each as its arrays in the order of `tf.nest`."""
+        number = next(self._numbers)
+        try:
+            while (arrays := self._ask("take", number, view)) is not None:
+                yield arrays
+        finally:
+            self._dropped.append(number)  # not asked for here: this may be the garbage collector
+
+    def pass_over(self, view: View, epochs: int) -> None:
+        """Winds a pipeline forward: `shuffle` draws an order for each iterator that is made."""
+        self._ask("pass_over", view, epochs)
+
+    def random_state(self) -> dict[str, Any]:
+        """Of the generators of Python, NumPy and Keras there, from which a pipeline may draw."""
+        state: dict[str, Any] = self._ask("random_state")
+        return state
+
+    def give_back_random_state(self, state: Mapping[str, Any]) -> None:
+        """Sets them to what `random_state` gave."""
+        self._ask("give_back_random_state", state)
+
+    def close(self) -> None:
+        """Ends the process."""
+        self._connection.close()
+
+    def _ask(self, *request: Any) -> Any:
+        with self._lock:
+            dropped, self._dropped = self._dropped, []
+            try:
+                self._connection.send((dropped, *request))
+                answer, error = self._connection.recv()
+            except (EOFError, ConnectionError):
+                raise DataError(
+                    "The process of the data pipeline has ended: it crashed, or was killed because the machine had no "
+                    "memory left.",
+                    "a function whose tf.data pipeline can be read to its end.",
+                    "read it by hand: `for batch in make_data(): pass`; the trial's log.txt has what it printed.",
+                ) from None
+            if request[0] == "take" and answer is not None:  # before the next request, which writes over them
+                answer = self._arrays.take(answer)
+        if error is not None:
+            raise error
+        return answer
+
+
+class PipelineElsewhere:
+    """A `tf.data.Dataset` in a `PipelineProcess`, as far as it is needed here.
+
+    Args:
+        process: that has it.
+        view: which one.
+        element_spec, cardinality: as of a `tf.data.Dataset`.
+    """
+
+    def __init__(self, process: PipelineProcess, view: View, element_spec: Any, cardinality: int) -> None:
+        self._process = process
+        self._view = view
+        self.element_spec = element_spec
+        self._cardinality = cardinality
+
+    def __iter__(self) -> Iterator[Any]:
+        """The elements, with arrays for tensors."""
+        import tensorflow as tf
+
+        for arrays in self._process.iterate(self._view):
+            yield tf.nest.pack_sequence_as(self.element_spec, arrays)
+
+    def batch(self, batch_size: int) -> PipelineElsewhere:
+        """Samples in batches."""
+        return self._cut(batch_size, is_batched=False)
+
+    def rebatch(self, batch_size: int) -> PipelineElsewhere:
+        """Batches cut anew."""
+        return self._cut(batch_size, is_batched=True)
+
+    def as_tf_dataset(self) -> Any:
+        """A `tf.data.Dataset` of these elements, of which only the newest is in the device's account."""
+        import tensorflow as tf
+
+        from accumtune.accumulation.data.array_datasets import counted_tensors, one_at_a_time
+
+        specs = tf.nest.flatten(self.element_spec)
+        nothing = [np.zeros([size or 0 for size in spec.shape.as_list()], spec.dtype.as_numpy_dtype) for spec in specs]
+        epoch: Iterator[list[np.ndarray]] = iter(())
+
+        def take(index: np.ndarray) -> list[np.ndarray]:
+            nonlocal epoch
+            if index == 0:  # an iterator was made, and is used: Keras makes some that are not
+                epoch = self._process.iterate(self._view)
+            arrays = next(epoch, None)
+            return [np.asarray(arrays is not None), *(nothing if arrays is None else arrays)]
+
+        def element(index: Any) -> Any:
+            is_there, *tensors = counted_tensors(take, index, [tf.TensorSpec((), tf.bool), *specs])
+            return is_there, tf.nest.pack_sequence_as(self.element_spec, tensors)
+
+        dataset = tf.data.Dataset.range(sys.maxsize).map(element)
+        dataset = dataset.take_while(lambda is_there, _: is_there).map(lambda _, element: element)
+        dataset = one_at_a_time(dataset)
+        if self._cardinality != tf.data.UNKNOWN_CARDINALITY:
+            dataset = dataset.apply(tf.data.experimental.assert_cardinality(self._cardinality))
+        dataset.pass_over = functools.partial(self._process.pass_over, self._view)
+        return dataset
+
+    def _cut(self, batch_size: int, is_batched: bool) -> PipelineElsewhere:
+        cut = self._process.open(replace(self._view, batch_size=batch_size, is_batched=is_batched))
+        assert cut is not None
+        return cut
+
+
+def called(function: Callable[[], Any]) -> Any:
+    """What a function for data gives; where it makes a pipeline and was given to a `PipelineProcess`, from there."""
+    open_elsewhere = getattr(function, _OPEN, None)
+    elsewhere = None if open_elsewhere is None else open_elsewhere()
+    return function() if elsewhere is None else elsewhere
+
+
+def _note_of(payload: Path, name: str) -> Path:
+    # By the time of writing too: a search that goes on may have been given another function.
+    return payload.with_name(f"{payload.stem}-{payload.stat().st_mtime_ns}-{name}-is-no-pipeline")

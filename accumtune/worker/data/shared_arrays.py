@@ -1,0 +1,68 @@
+"""Arrays between a process and its fork, in memory that both have: through a pipe, 1.7 MB took 5 to 9 ms."""
+
+from __future__ import annotations
+
+import mmap
+import os
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from accumtune.accumulation.data.row_indices import ALIGNMENT, aligned
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where an array lies."""
+
+    dtype: np.dtype
+    shape: tuple[int, ...]
+    offset: int
+
+
+class SharedArrays:
+    """Room for the arrays of one message at a time. Make it before the fork; who writes grows it."""
+
+    def __init__(self) -> None:
+        self._file = _anonymous_file()
+        os.ftruncate(self._file.fileno(), ALIGNMENT)
+        self._memory = mmap.mmap(self._file.fileno(), ALIGNMENT)
+
+    def put(self, arrays: Sequence[np.ndarray]) -> list[Any]:
+        """Writes arrays over those of before.
+
+        Returns:
+            What `take` needs, for a pipe: places, and as they are the arrays that are no plain memory (strings).
+        """
+        places: list[Any] = []
+        end = 0
+        for array in arrays:
+            if array.dtype.hasobject:
+                places.append(array)
+                continue
+            places.append(Place(array.dtype, array.shape, end))
+            end += -(-array.nbytes // ALIGNMENT) * ALIGNMENT
+        if end > len(self._memory):
+            os.ftruncate(self._file.fileno(), end)
+        for place, array in zip(places, arrays, strict=True):
+            if isinstance(place, Place):
+                self._at(place)[...] = array
+        return places
+
+    def take(self, places: Sequence[Any]) -> list[np.ndarray]:
+        """Copies of the arrays that were put there last, where TensorFlow need not copy them once more."""
+        return [aligned(self._at(place), copy=True) if isinstance(place, Place) else place for place in places]
+
+    def _at(self, place: Place) -> np.ndarray:
+        if (size := os.fstat(self._file.fileno()).st_size) > len(self._memory):
+            self._memory = mmap.mmap(self._file.fileno(), size)
+        return np.ndarray(place.shape, place.dtype, self._memory, place.offset)
+
+
+def _anonymous_file() -> BinaryIO:
+    if hasattr(os, "memfd_create"):  # Linux
+        return os.fdopen(os.memfd_create("accumtune"), "w+b")
+    return tempfile.TemporaryFile()

@@ -1,0 +1,331 @@
+"""The user's data inside a trial: a few samples for a probe, and batches of the effective size for training.
+
+Data come as arrays (also dicts and tuples of arrays), a `keras.utils.PyDataset`, or a function without arguments that
+returns one of these or a `tf.data.Dataset`.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from accumtune.accumulation.data.array_datasets import training_arguments, validation_source
+from accumtune.accumulation.data.array_kinds import as_rows, first_rows, joined, part
+from accumtune.accumulation.data.batches import named_arguments, prepares_its_data
+from accumtune.errors import DataError
+from accumtune.worker.data.pipeline_process import called
+from accumtune.worker.transport.payload import is_data_function
+
+_TORCH_LOADER = "torch.utils.data.dataloader.DataLoader"
+Samples = tuple[Any, Any, Any]  # x, y, sample_weight: trees of arrays, or None
+# As many as `model.evaluate` takes where nothing is said.
+_METRIC_BATCH_SIZE = 32
+
+
+def input_arguments(fit_args: Sequence[Any], fit_kwargs: Mapping[str, Any]) -> Samples:
+    """The training data among the arguments of `tuner.search`, before any function is called."""
+    named = dict(zip(("x", "y"), fit_args, strict=False))
+    return (
+        named.get("x", fit_kwargs.get("x")),
+        named.get("y", fit_kwargs.get("y")),
+        fit_kwargs.get("sample_weight"),
+    )
+
+
+def resolve(x: Any, y: Any = None, sample_weight: Any = None) -> Samples:
+    """Calls the functions among the data; a function for `x` may return `(x, y)` or `(x, y, sample_weight)`."""
+    if is_data_function(x):
+        x = called(x)
+        if y is None and isinstance(x, tuple) and 2 <= len(x) <= 3:
+            x, y, *rest = x
+            sample_weight = rest[0] if rest else sample_weight
+    return x, y() if is_data_function(y) else y, sample_weight
+
+
+def is_tf_dataset(value: Any) -> bool:
+    """Whether it is a `tf.data.Dataset`, without importing TensorFlow."""
+    return hasattr(value, "element_spec") and hasattr(value, "rebatch")
+
+
+def is_py_dataset(value: Any) -> bool:
+    """Whether it is a `keras.utils.PyDataset` or behaves like one."""
+    return hasattr(value, "__getitem__") and hasattr(value, "num_batches")
+
+
+def is_torch_loader(value: Any) -> bool:
+    """Whether it is a `torch.utils.data.DataLoader`, without importing torch."""
+    return any(f"{base.__module__}.{base.__name__}" == _TORCH_LOADER for base in type(value).__mro__)
+
+
+def is_pipeline(value: Any) -> bool:
+    """Whether it gives batches, rather than being the arrays."""
+    return is_tf_dataset(value) or is_py_dataset(value) or is_torch_loader(value)
+
+
+def first_samples(x: Any, y: Any = None, sample_weight: Any = None, *, count: int, is_batched: bool = True) -> Samples:
+    """The first samples of the data, as arrays; a data set that is smaller is repeated.
+
+    Args:
+        x, y, sample_weight: as given to `tuner.search`.
+        count: how many samples.
+        is_batched: whether the elements of a `tf.data.Dataset` are batches, as `fit` wants them.
+
+    Returns:
+        `(x, y, sample_weight)`, each a tree of arrays with `count` rows, or None.
+    """
+    x, y, sample_weight = resolve(x, y, sample_weight)
+    if is_tf_dataset(x):
+        x, y, sample_weight = _collect(iter(x if is_batched else x.batch(count)), count)
+    elif is_py_dataset(x):
+        x, y, sample_weight = _collect((x[index] for index in range(x.num_batches or count)), count)
+    elif is_torch_loader(x):
+        x, y, sample_weight = _collect(iter(x), count)
+    _number_of_rows(x)
+
+    def take(leaf: Any) -> Any:
+        return first_rows(leaf, count)
+
+    return _map(take, x), _map(take, y), _map(take, sample_weight)
+
+
+def feed_by_batches(model: Any, effective_batch_size: int, micro_batch_size: int) -> None:
+    """Makes `model.fit` train with the effective batch, whatever calls it, and validate at the micro-batch.
+
+    Arrays are read batch by batch, so that the data set at rest takes no memory on the device; batches of a pipeline
+    are cut anew. The user's own `HyperModel.fit` calls `model.fit` as ever. Metrics that are one number per batch see
+    `validation_batch_size` samples at a time, by default 32 as in `model.evaluate`: in all trials the same.
+    """
+    from accumtune.accumulation.losses.batch_metrics import validating_at
+
+    keras_fit = model.fit
+
+    @functools.wraps(keras_fit)
+    def fit(*args: Any, **kwargs: Any) -> Any:
+        given = named_arguments(model, args, kwargs)
+        if given.get("batch_size") not in (None, effective_batch_size):
+            warnings.warn(
+                f"fit() was called with batch_size={given['batch_size']}, but this trial is about an effective batch "
+                f"of {effective_batch_size}: that is used. Leave batch_size out of your HyperModel's fit().",
+                stacklevel=2,
+            )
+        given = _with_validation_split(given)
+        size = given.get("validation_batch_size") or _METRIC_BATCH_SIZE
+        given = _with_training_batches(model, given, effective_batch_size)
+        given = _with_validation_batches(model, given, micro_batch_size)
+        try:
+            with validating_at(model, size):
+                return keras_fit(**given)
+        except Exception as error:
+            refusal = getattr(given["x"], "refusal", None)
+            if refusal is None:
+                raise
+            raise refusal from error
+
+    model.fit = fit
+
+
+def fit_by_default(model: Any, effective_batch_size: int) -> Any:
+    """Makes `model.fit` take the effective batch where it is not told of a batch: Keras's own default is 32.
+
+    Data that come in batches keep these.
+
+    Returns:
+        The same model.
+    """
+    keras_fit = model.fit
+    names = list(inspect.signature(type(model).fit).parameters)[1:]  # without self
+
+    @functools.wraps(keras_fit)
+    def fit(*args: Any, **kwargs: Any) -> Any:
+        given = {**dict(zip(names, args, strict=False)), **kwargs}
+        if "batch_size" in names and given.get("batch_size") is None and _has_no_batches(given.get("x")):
+            position = names.index("batch_size")
+            if position < len(args):
+                args = (*args[:position], effective_batch_size, *args[position + 1 :])
+            else:
+                kwargs["batch_size"] = effective_batch_size
+        return keras_fit(*args, **kwargs)
+
+    model.fit = fit
+    return model
+
+
+def _has_no_batches(x: Any) -> bool:
+    """Whether these are the arrays, or what stands for them: all else comes in batches, and Keras wants no size."""
+    if isinstance(x, (Mapping, list, tuple)):
+        return all(map(_has_no_batches, x.values() if isinstance(x, Mapping) else x))
+    is_number = isinstance(x, (int, float, str, bool))  # of lists, which Keras takes too
+    return is_number or (bool(getattr(x, "shape", None)) and not is_pipeline(x) and not hasattr(x, "__next__"))
+
+
+def _with_validation_split(given: dict[str, Any]) -> dict[str, Any]:
+    share = given.pop("validation_split", 0.0)
+    if not share or given.get("validation_data") is not None:
+        return given
+    x, y, sample_weight = resolve(given.get("x"), given.get("y"), given.get("sample_weight"))
+    if is_pipeline(x):
+        raise DataError(
+            f"Received validation_split={share} with x of type {type(x).__name__}.",
+            "arrays, where validation_split is used.",
+            "split the data yourself and pass validation_data.",
+        )
+    # As Keras has it: the last samples, before shuffling.
+    split = int(_number_of_rows(x) * (1 - share))
+    head = _map(lambda leaf: part(leaf, slice(None, split)), (x, y, sample_weight))
+    tail = _map(lambda leaf: part(leaf, slice(split, None)), (x, y, sample_weight))
+    return {**given, "x": head[0], "y": head[1], "sample_weight": head[2], "validation_data": tail}
+
+
+def _with_training_batches(model: Any, given: dict[str, Any], batch_size: int) -> dict[str, Any]:
+    given.pop("batch_size", None)
+    x, y, sample_weight = resolve(given.pop("x", None), given.pop("y", None), given.pop("sample_weight", None))
+    if prepares_its_data(model):
+        if is_pipeline(x):
+            return {**given, "x": _rebatched(model, x, batch_size)}
+        return {**given, **training_arguments(model, x, y, sample_weight, batch_size=batch_size)}
+    shuffle, class_weight = given.pop("shuffle", True), given.pop("class_weight", None)
+    if is_pipeline(x):
+        return {**given, "x": _rebatched(model, x, batch_size), "class_weight": class_weight, "shuffle": shuffle}
+    _number_of_rows(x)
+    options = {"batch_size": batch_size, "shuffle": shuffle, "class_weight": class_weight}
+    return {**given, **training_arguments(model, x, y, sample_weight, **options)}
+
+
+def _with_validation_batches(model: Any, given: dict[str, Any], batch_size: int) -> dict[str, Any]:
+    validation_data = given.pop("validation_data", None)
+    given.pop("validation_batch_size", None)
+    if validation_data is None:
+        return given
+    if is_data_function(validation_data):
+        validation_data = called(validation_data)
+    parts = validation_data if isinstance(validation_data, (tuple, list)) else (validation_data,)
+    x, y, sample_weight = resolve(*parts)
+    if is_pipeline(x):
+        return {**given, "validation_data": _rebatched(model, x, batch_size)}
+    _number_of_rows(x)
+    return {**given, "validation_data": validation_source(model, x, y, sample_weight, batch_size=batch_size)}
+
+
+def _rebatched(model: Any, pipeline: Any, batch_size: int) -> Any:
+    from accumtune.worker.data.rebatch import rebatched
+
+    return rebatched(pipeline, batch_size, not is_tf_dataset(pipeline) or has_batches(model, pipeline))
+
+
+def has_batches(model: Any, dataset: Any) -> bool:
+    """Whether the elements of a `tf.data.Dataset` are batches, as `fit` wants them, or single samples.
+
+    Told by the ranks of what the model takes; batches, where it does not say what it takes.
+    """
+    spec = dataset.element_spec
+    if any(len(shape) == 0 for leaf in _leaves(spec) if (shape := _shape(leaf)) is not None):
+        return False  # a number is no batch
+    if prepares_its_data(model):
+        return True  # what its fit makes of them is what the model takes
+    pairs = _with_inputs(model, spec[0] if isinstance(spec, tuple) else spec)
+    return not pairs or not all(_may_be_sample(_shape(leaf), tuple(tensor.shape)) for leaf, tensor in pairs)
+
+
+def _with_inputs(model: Any, features: Any) -> list[tuple[Any, Any]]:
+    """The features, each with the model's input that it is for: by name, as Keras has it, else in order."""
+    inputs = getattr(model, "inputs", None) or []
+    if inputs and isinstance(features, Mapping):
+        named = {tensor.name: tensor for tensor in inputs}
+        if isinstance(model.input, Mapping):
+            named |= model.input
+        known = [(features[name], named[name]) for name in named if name in features]
+        if known:
+            return known
+    return list(zip(_leaves(features), inputs, strict=False))
+
+
+def _may_be_sample(shape: tuple[int | None, ...] | None, batch_shape: tuple[int | None, ...]) -> bool:
+    if shape is None or len(shape) >= len(batch_shape):
+        return False
+    # Keras adds a last axis of 1 to batches that lack it.
+    return len(shape) < len(batch_shape) - 1 or batch_shape[-1] != 1 or shape[-1] == 1
+
+
+def _shape(spec: Any) -> tuple[int | None, ...] | None:
+    shape = getattr(spec, "shape", None)
+    return None if shape is None or shape.rank is None else tuple(shape)
+
+
+def _collect(batches: Iterator[Any], count: int) -> Samples:
+    collected: list[Samples] = []
+    rows = 0
+    for batch in batches:
+        parts = batch if isinstance(batch, (tuple, list)) else (batch,)  # torch's are lists
+        arrays = _map(as_rows, tuple(parts) + (None,) * (3 - len(parts)))
+        collected.append(arrays)
+        rows += _number_of_rows(arrays[0])
+        if rows >= count:
+            break
+    if not collected:
+        raise DataError(
+            "Received data without a single batch.",
+            "at least one sample.",
+            "look at what the function or the data set yields; an iterator that was read before is empty.",
+        )
+    joined: tuple[Any, Any, Any] = _join(collected)
+    return joined
+
+
+def _join(trees: list[Any]) -> Any:
+    first = trees[0]
+    if first is None:
+        return None
+    if isinstance(first, Mapping):
+        return {key: _join([tree[key] for tree in trees]) for key in first}
+    if isinstance(first, (tuple, list)):
+        return type(first)(_join([tree[index] for tree in trees]) for index in range(len(first)))
+    shapes = sorted({tuple(array.shape[1:]) for array in trees}) if isinstance(first, np.ndarray) else []
+    if len(shapes) > 1:
+        raise DataError(
+            f"Received batches whose samples have different shapes: {shapes[0]} in one, {shapes[-1]} in another.",
+            "samples of one shape: a search cuts batches anew, to the sizes that it tries.",
+            "pad them to one length: padded_batch(32, padded_shapes=...), keras.utils.pad_sequences(..., maxlen=...).",
+        )
+    return joined(trees)
+
+
+def _map(function: Callable[[Any], Any], tree: Any) -> Any:
+    if tree is None:
+        return None
+    if isinstance(tree, Mapping):
+        return {key: _map(function, value) for key, value in tree.items()}
+    if isinstance(tree, (tuple, list)):
+        return type(tree)(_map(function, value) for value in tree)
+    return function(tree)
+
+
+def _leaves(tree: Any) -> list[Any]:
+    leaves: list[Any] = []
+    _map(leaves.append, tree)
+    return leaves
+
+
+def _number_of_rows(tree: Any) -> int:
+    rows = set()
+    for leaf in _leaves(tree):
+        shape = getattr(leaf, "shape", None)
+        if not shape:
+            raise DataError(
+                f"Received data of type {type(leaf).__module__}.{type(leaf).__qualname__}.",
+                "arrays (also dicts and tuples of arrays), a keras.utils.PyDataset, or a function without arguments "
+                "that returns these or a tf.data.Dataset.",
+                "convert it with np.asarray, or pass a function that makes it.",
+            )
+        rows.add(int(shape[0]))
+    if len(rows) != 1 or 0 in rows:
+        raise DataError(
+            f"Received arrays with {sorted(rows) or 'no'} samples.",
+            "arrays with one and the same number of samples.",
+            "look at the shapes of x, y and sample_weight: the first axis counts the samples.",
+        )
+    return rows.pop()

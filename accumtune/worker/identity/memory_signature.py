@@ -1,0 +1,137 @@
+"""What decides how much memory a model takes, as one short text: models that share it share a profile."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Mapping
+from importlib.metadata import version
+from typing import Any
+
+import numpy as np
+
+from accumtune.accumulation.data.array_kinds import bytes_per_row, described
+from accumtune.worker.identity.object_description import describe, plain_attributes
+
+# Raised when figures of the same model are no longer comparable: cached profiles are then measured anew.
+_HOW_IT_IS_MEASURED = 5
+# Kernels and compilers with other workspaces.
+_ENVIRONMENT = ("TF_ENABLE_ONEDNN_OPTS", "TF_XLA_FLAGS", "XLA_FLAGS", "PYTORCH_CUDA_ALLOC_CONF", "TF_GPU_ALLOCATOR")
+
+
+def describe_model(
+    model: Any, sample: Any, device: str, hyperparameters: Mapping[str, Any], *, is_pipeline: bool = False
+) -> dict[str, Any]:
+    """What the search must know about a model before it trains.
+
+    Args:
+        model: a compiled Keras model.
+        sample: one sample, `(x, y, sample_weight)`.
+        device: where it will run.
+        hyperparameters: the values it was built with.
+        is_pipeline: whether training gets whole batches, or takes rows from arrays.
+
+    Returns:
+        `signature` (32 hexadecimal digits), `device`, `parameters` (how many are trainable), `static_bytes` (of them:
+        less than any training needs), `sample_bytes` (of the data that waits on the device until its micro-step; 0
+        for arrays, of which rows are taken as needed), `batch_coupled_layers`, `precision_policy`, `sample_shapes`.
+    """
+    import keras
+
+    from accumtune.accumulation import batch_coupled_layers
+    from accumtune.accumulation.data.batches import prepares_its_data
+    from accumtune.accumulation.data.row_indices import rows_of
+
+    takes_rows = not (is_pipeline or prepares_its_data(model)) and rows_of(*sample) is not None
+    facts = {
+        "architecture": _architecture(model, hyperparameters),
+        # What no configuration shows: rematerialization, which kernel an LSTM uses, the code of the user's own layers.
+        "layers": [[plain_attributes(layer), _remat_mode(layer)] for layer in _layers(model)],
+        "variables": [(list(v.shape), str(v.dtype), bool(v.trainable)) for v in model.variables],
+        "optimizer": describe(model.optimizer),
+        "compiled": _compiled(model),
+        "sample": _shapes(sample),
+        "is_pipeline": is_pipeline,
+        "policy": keras.config.dtype_policy().name,
+        "settings": [keras.config.floatx(), keras.config.image_data_format(), _flash_attention()],
+        "environment": {name: os.environ[name] for name in _ENVIRONMENT if name in os.environ},
+        "backend": keras.config.backend(),
+        "keras": keras.__version__,
+        "backend_version": version(keras.config.backend()),
+        "measured_as": _HOW_IT_IS_MEASURED,
+        "device": device,
+    }
+    text = json.dumps(facts, sort_keys=True)
+    return {
+        "signature": hashlib.sha256(text.encode()).hexdigest()[:32],
+        "device": device,
+        "sample_bytes": 0 if takes_rows else _sample_bytes(sample),
+        "parameters": sum(int(np.prod(v.shape)) for v in model.trainable_variables),
+        "static_bytes": sum(int(np.prod(v.shape)) * _bytes_per_element(v.dtype) for v in model.trainable_variables),
+        "batch_coupled_layers": [str(layer) for layer in batch_coupled_layers(model)],
+        "precision_policy": facts["policy"],
+        "sample_shapes": facts["sample"],
+    }
+
+
+def _architecture(model: Any, hyperparameters: Mapping[str, Any]) -> Any:
+    """The model's configuration; for a subclass that has none, every hyperparameter may matter."""
+    chosen = describe(hyperparameters)
+    try:
+        config = describe(model.get_config())
+    except Exception:  # whatever a user's get_config raises: it only costs a probe
+        return {"class": describe(type(model)), "hyperparameters": chosen}
+    if not hasattr(model, "inputs") or not model.inputs:
+        # A subclass may hide in its call() what its configuration does not show.
+        return {"config": config, "hyperparameters": chosen}
+    return config
+
+
+def _layers(model: Any) -> list[Any]:
+    return list(model._flatten_layers(include_self=True))
+
+
+def _remat_mode(layer: Any) -> Any:
+    mode = getattr(layer, "_remat_mode", None)
+    return None if mode is None else describe(tuple(mode))
+
+
+def _compiled(model: Any) -> dict[str, Any]:
+    """The arguments of `compile`, as objects: serialized, a function of the user's is its name alone."""
+    given = getattr(getattr(model, "_compile_config", None), "config", {})
+    described = {name: describe(value) for name, value in given.items() if name != "optimizer"}
+    return {**described, "jit_compile": bool(model.jit_compile), "run_eagerly": bool(model.run_eagerly)}
+
+
+def _flash_attention() -> Any:
+    import keras
+
+    return getattr(keras.config, "is_flash_attention_enabled", lambda: None)()
+
+
+def _shapes(tree: Any) -> Any:
+    if tree is None:
+        return None
+    if isinstance(tree, Mapping):
+        return {str(key): _shapes(value) for key, value in tree.items()}
+    if isinstance(tree, (list, tuple)):
+        return [_shapes(value) for value in tree]
+    return described(tree)
+
+
+def _sample_bytes(tree: Any) -> int:
+    if tree is None:
+        return 0
+    if isinstance(tree, Mapping):
+        return sum(_sample_bytes(value) for value in tree.values())
+    if isinstance(tree, (list, tuple)):
+        return sum(_sample_bytes(value) for value in tree)
+    return bytes_per_row(tree)
+
+
+def _bytes_per_element(dtype: Any) -> int:
+    name = str(dtype)
+    digits = re.search(r"\d+", name)
+    return max(1, int(digits[0]) // 8) if digits else 4

@@ -1,0 +1,340 @@
+"""What decides the result of a training, as short texts that are the same in every process and on every day.
+
+Real numbers and the content of arrays count here; what `object_description` describes is what takes memory.
+Code is described by its source where that is asked for and there is one, else by its bytecode, which differs between
+versions of Python: texts that depend on code begin with `code:`.
+"""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import functools
+import hashlib
+import inspect
+import json
+import re
+import sys
+import sysconfig
+import textwrap
+import types
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+
+_DEPTH = 5
+_CODE = "code:"
+_CHUNK_BYTES = 2**24
+# Numbers, short texts: beyond, a digest stands for them.
+_READABLE_LENGTH = 80
+
+
+def text_of(value: Any, *, by_source: bool = False) -> str:
+    """One text for any object: readable where it is short, a digest elsewhere."""
+    described = exact(value, by_source=by_source)
+    text = json.dumps(described, sort_keys=True)
+    if '"code"' in text:
+        return _CODE + hashlib.sha256(text.encode()).hexdigest()[:16]
+    return text if len(text) <= _READABLE_LENGTH else hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def is_code(text: Any) -> bool:
+    """Whether a text of `text_of` depends on code."""
+    return isinstance(text, str) and text.startswith(_CODE)
+
+
+def exact(value: Any, *, by_source: bool = False, depth: int = _DEPTH) -> Any:
+    """Plain data for any object; objects that train differently differ in it.
+
+    Args:
+        value: the object.
+        by_source: whether code is described by its source.
+        depth: how many objects within objects are looked into; below, an object is its type.
+    """
+    if value is None or isinstance(value, (bool, int, str)):
+        return value
+    if isinstance(value, float):
+        return repr(value)
+    if isinstance(value, np.generic):
+        return exact(value.item())
+    if isinstance(value, types.ModuleType):
+        return value.__name__
+    inner = functools.partial(exact, by_source=by_source, depth=depth)
+    if isinstance(value, Mapping):
+        return {str(key): inner(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [inner(item) for item in value]
+    if isinstance(value, (set, frozenset)):
+        return sorted(json.dumps(inner(item), sort_keys=True) for item in value)
+    if depth <= 0:
+        return _name_of(type(value))
+    inner = functools.partial(exact, by_source=by_source, depth=depth - 1)
+    if hasattr(value, "shape") and hasattr(value, "dtype") and hasattr(value, "__array__"):
+        return ["array", content_digest(value, is_ordered=True)]
+    if isinstance(value, functools.partial):
+        return [inner(value.func), inner(value.args), inner(value.keywords)]
+    if inspect.ismethod(value):
+        return [inner(value.__func__), inner(value.__self__)]
+    if inspect.isfunction(value):
+        return _function(value, by_source, depth)
+    if isinstance(value, type):
+        return _class(value, by_source)
+    return _object(value, inner, by_source)
+
+
+def _function(function: types.FunctionType, by_source: bool, depth: int) -> Any:
+    if not _is_of_user(function):
+        return f"{function.__module__}.{function.__qualname__}"
+    used = {name: function.__globals__[name] for name in _names(function.__code__) if name in function.__globals__}
+    closed = dict(zip(function.__code__.co_freevars, function.__closure__ or (), strict=False))
+    cells = {}
+    for name, cell in closed.items():
+        with contextlib.suppress(ValueError):  # a name that is not bound yet
+            cells[name] = cell.cell_contents
+    around = {**used, **cells}
+    return {
+        "code": (_source(function) if by_source else None) or _bytecode(function.__code__),
+        "defaults": exact([function.__defaults__, function.__kwdefaults__], depth=depth - 1),
+        "uses": {
+            name: exact(item, by_source=by_source, depth=depth - 1)
+            for name, item in sorted(around.items())
+            if item is not function and _is_lasting(item)
+        },
+    }
+
+
+def _class(kind: type, by_source: bool) -> Any:
+    """The name of a class, and the code of its methods where it is the user's."""
+    methods = {
+        f"{base.__qualname__}.{name}": (_source(method) if by_source else None) or _bytecode(method.__code__)
+        for base in kind.__mro__
+        if _is_of_user(base)
+        for name, method in sorted(vars(base).items())
+        if inspect.isfunction(method)
+    }
+    return {"class": _name_of(kind), "code": methods} if methods else _name_of(kind)
+
+
+def _object(value: Any, inner: Any, by_source: bool) -> Any:
+    described: dict[str, Any] = {"class": _class(type(value), by_source)}
+    try:
+        return {**described, "config": _without_names(inner(value.get_config()))}
+    except Exception:  # none, or whatever a user's raises: its attributes tell
+        attributes = {name: item for name, item in getattr(value, "__dict__", {}).items() if _is_lasting(item)}
+        return {**described, "attributes": {name: inner(item) for name, item in sorted(attributes.items())}}
+
+
+def _is_lasting(value: Any) -> bool:
+    """Whether a value is the same in the next session: no time, no path that has one, nothing that only lives now."""
+    if isinstance(value, float):
+        return abs(value) < 1e8
+    if isinstance(value, str):
+        return re.fullmatch(r"[A-Za-z_ .-]*", value) is not None
+    if isinstance(value, (list, tuple)):
+        return all(map(_is_lasting, value))
+    if isinstance(value, dict):
+        return all(map(_is_lasting, value.values()))
+    if isinstance(value, np.ndarray):
+        return True
+    return value is None or isinstance(value, (bool, int, np.generic)) or inspect.isfunction(value)
+
+
+def _without_names(config: Any) -> Any:
+    """Keras counts what a process has made: `dense_3` is `dense` in another process."""
+    if isinstance(config, dict):
+        return {key: _without_names(item) for key, item in config.items()}
+    if isinstance(config, list):
+        return [_without_names(item) for item in config]
+    return re.sub(r"_\d+$", "", config) if isinstance(config, str) else config
+
+
+def _names(code: types.CodeType) -> set[str]:
+    names = set(code.co_names)
+    for constant in code.co_consts:
+        if isinstance(constant, types.CodeType):
+            names |= _names(constant)
+    return names
+
+
+def _bytecode(code: types.CodeType) -> list[Any]:
+    constants = [
+        _bytecode(item) if isinstance(item, types.CodeType)
+        else sorted(map(repr, item)) if isinstance(item, frozenset) else repr(item)
+        for item in code.co_consts
+        if item != code.co_consts[0] or not isinstance(item, str)  # not the docstring
+    ]  # fmt: skip
+    return [code.co_code.hex(), list(code.co_names), constants]
+
+
+def _source(function: Any) -> str | None:
+    """The source without comments, and without the values that a hyperparameter may take: more may be added."""
+    try:
+        tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
+    except (OSError, TypeError, SyntaxError):  # typed into an interpreter, or a lambda within a line
+        return None
+    return ast.unparse(_WithoutRanges().visit(tree))
+
+
+class _WithoutRanges(ast.NodeTransformer):
+    def visit_Call(self, node: ast.Call) -> ast.AST:
+        self.generic_visit(node)
+        called = node.func
+        if isinstance(called, ast.Attribute) and called.attr in ("Choice", "Int", "Float", "Boolean", "Fixed"):
+            names = [word.value for word in node.keywords if word.arg == "name"]
+            node.args, node.keywords = (node.args[:1] or names), []
+        return node
+
+
+@functools.cache
+def _library_folders() -> tuple[str, ...]:
+    return tuple({sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")})
+
+
+def _is_of_user(value: Any) -> bool:
+    name = getattr(value, "__module__", None) or "__main__"  # made by exec
+    file = getattr(sys.modules.get(name), "__file__", None)
+    if name == "__main__":
+        return True
+    if name.split(".")[0] in ("builtins", "accumtune") or (file is None and name in sys.modules):
+        return False
+    return file is None or not str(file).startswith(_library_folders())
+
+
+def _name_of(kind: type) -> str:
+    return kind.__qualname__ if kind.__module__ == "__main__" else f"{kind.__module__}.{kind.__qualname__}"
+
+
+# Models
+
+
+def describe_training(model: Any, hyperparameters: Mapping[str, Any]) -> dict[str, str]:
+    """What a compiled model's training depends on beside the data, in parts that a person can tell apart."""
+    optimizer = model.optimizer
+    compiled = getattr(getattr(model, "_compile_config", None), "config", {})
+    layers = list(model._flatten_layers(include_self=True))
+    try:
+        config = _without_names(exact(model.get_config()))
+    except Exception:  # whatever a user's get_config raises
+        config = [_without_names(exact(layer)) for layer in layers if layer is not model]
+    kinds = {_name_of(type(layer)): exact(type(layer)) for layer in layers}
+    code = text_of([kind for _, kind in sorted(kinds.items())])
+    batch = ("effective_batch_size", "micro_batch_size", "accumulation_steps")
+    return {
+        "layers": text_of([config, [[list(v.shape), str(v.dtype), bool(v.trainable)] for v in model.variables]]),
+        "code of its layers": code,
+        "optimizer": _name_of(type(optimizer)),
+        **{
+            f"optimizer's {name}": text_of(item)
+            for name, item in optimizer.get_config().items()
+            if name not in ("name", "is_legacy_optimizer")
+        },
+        **{name: text_of(item) for name, item in compiled.items() if name in ("loss", "loss_weights", "metrics")},
+        "batch": json.dumps({name: hyperparameters[name] for name in batch if name in hyperparameters}),
+    }
+
+
+# Data
+
+
+def content_digest(tree: Any, *, is_ordered: bool) -> str:
+    """A digest of the shapes, types and values of arrays.
+
+    Args:
+        tree: an array, or dicts and tuples of them. The first axis counts samples.
+        is_ordered: whether the order of the samples counts; without, data that were shuffled anew are the same.
+    """
+    leaves = [np.asarray(leaf) for leaf in _leaves(tree)]
+    rows = {len(leaf) if leaf.ndim else -1 for leaf in leaves}
+    shapes = repr([(leaf.shape, leaf.dtype.str) for leaf in leaves])
+    if not rows or len(rows) > 1 or rows == {-1}:
+        parts = [shapes, *(leaf.tobytes().hex() if leaf.dtype != object else repr(leaf.tolist()) for leaf in leaves)]
+        return hashlib.sha256("".join(parts).encode()).hexdigest()[:16]
+    total = np.zeros(rows.pop(), np.uint64)
+    for leaf in leaves:
+        total = _mixed(total * np.uint64(0x9E3779B97F4A7C15) + _row_hashes(leaf))
+    if is_ordered:
+        total = _mixed(total + np.arange(len(total), dtype=np.uint64))
+    sums = f"{int(total.sum(dtype=np.uint64))}{int(_mixed(total).sum(dtype=np.uint64))}"
+    return hashlib.sha256((shapes + sums).encode()).hexdigest()[:16]
+
+
+def _row_hashes(array: np.ndarray) -> np.ndarray:
+    if array.dtype.hasobject:
+        digests = (hashlib.blake2b(repr(row).encode(), digest_size=8).digest() for row in array.tolist())
+        return np.array([int.from_bytes(digest, "little") for digest in digests], np.uint64)
+    hashes = np.zeros(len(array), np.uint64)
+    row_bytes = array[:1].nbytes
+    if not row_bytes:
+        return hashes
+    words = -(-row_bytes // 8)
+    weights = np.random.Generator(np.random.PCG64(0)).integers(0, 2**63, words, np.uint64) * np.uint64(2) + np.uint64(1)
+    step = max(1, _CHUNK_BYTES // row_bytes)
+    for start in range(0, len(array), step):
+        part = np.ascontiguousarray(array[start : start + step])
+        padded = np.zeros((len(part), words * 8), np.uint8)
+        padded[:, :row_bytes] = part.reshape(len(part), -1).view(np.uint8).reshape(len(part), row_bytes)
+        hashes[start : start + step] = (_mixed(padded.view(np.uint64)) * weights).sum(axis=1, dtype=np.uint64)
+    return hashes
+
+
+def _mixed(values: np.ndarray) -> np.ndarray:
+    """Spreads the bits (the finalizer of splitmix64): sums of products of plain values would hide a swap."""
+    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    mixed: np.ndarray = values ^ (values >> np.uint64(31))
+    return mixed
+
+
+def describe_arrays(tree: Any, *, is_ordered: bool) -> dict[str, str]:
+    """Shapes, types and content of arrays; of what is none, its type and its own count."""
+    leaves = [part for leaf in _leaves(tree) for part in _parts(leaf)]
+    if leaves and all(_is_array(leaf) for leaf in leaves):
+        shapes = ", ".join(f"{tuple(np.shape(leaf))} {leaf.dtype}" for leaf in leaves)
+        return {"shapes": shapes, "content": content_digest(leaves, is_ordered=is_ordered)}
+    return {"shapes": ", ".join(map(_kind_of, leaves))}
+
+
+def describe_pipeline(pipeline: Any) -> dict[str, str]:
+    """Its count, its shapes and the content of its first batch."""
+    with contextlib.suppress(Exception):  # ragged batches, or whatever a user's own raises: its shapes tell
+        first = next(iter(pipeline)) if hasattr(pipeline, "element_spec") else pipeline[0]
+        return {"shapes": _kind_of(pipeline), "content": content_digest(first, is_ordered=True)}
+    return {"shapes": _kind_of(pipeline)}
+
+
+def _parts(leaf: Any) -> tuple[Any, ...]:
+    """The arrays that a table, a sparse matrix or a ragged tensor is made of."""
+    if hasattr(leaf, "tocsr"):
+        rows = leaf.tocsr()
+        return np.array(rows.shape), rows.data, rows.indices, rows.indptr
+    if hasattr(leaf, "nested_row_splits"):
+        return leaf.flat_values, *leaf.nested_row_splits
+    return (leaf.to_numpy(),) if hasattr(leaf, "to_numpy") else (leaf,)
+
+
+def _is_array(leaf: Any) -> bool:
+    return isinstance(leaf, np.ndarray) or (hasattr(leaf, "__array__") and hasattr(leaf, "dtype"))
+
+
+def _kind_of(leaf: Any) -> str:
+    """A pipeline's content may be in another order each time; its count and its shapes are not."""
+    kind = type(leaf).__name__
+    if hasattr(leaf, "element_spec"):
+        count = leaf.cardinality() if hasattr(leaf, "cardinality") else None
+        return f"{kind} of {'' if count is None else int(count)} {leaf.element_spec}"
+    for name in ("num_batches", "shape"):
+        with contextlib.suppress(Exception):  # whatever a user's own raises
+            return f"{kind} of {getattr(leaf, name)}"
+    return kind
+
+
+def _leaves(tree: Any) -> Iterator[Any]:
+    if isinstance(tree, Mapping):
+        for key in sorted(tree, key=str):
+            yield from _leaves(tree[key])
+    elif isinstance(tree, (tuple, list)):
+        for item in tree:
+            yield from _leaves(item)
+    elif tree is not None:
+        yield tree

@@ -1,0 +1,216 @@
+"""The files of one task (a trial, a probe) and of a search, and how they are written."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from accumtune.errors import SearchDirectoryError
+
+
+@contextlib.contextmanager
+def atomic_file(path: Path, *, outlives_a_power_cut: bool = True) -> Iterator[BinaryIO]:
+    """A file to write, of which a reader, or the next process after a kill, sees all or nothing."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            yield file
+            file.flush()
+            if outlives_a_power_cut:
+                os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)  # of a disk that is full, the space is wanted
+        raise
+
+
+def write_atomically(path: Path, content: bytes | str) -> None:
+    """Writes a file so that a reader, or the next process after a kill, sees all of it or none of it."""
+    with atomic_file(path) as file:
+        file.write(content.encode() if isinstance(content, str) else content)
+
+
+def check_writable(folder: Path) -> None:
+    """Makes a folder and tries to write into it, before anything is at stake.
+
+    Raises:
+        SearchDirectoryError: it cannot be written to.
+    """
+    with clear_disk_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / f".writable.{os.getpid()}"
+        try:
+            probe.write_bytes(b"\0" * 4096)
+        finally:
+            probe.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def clear_disk_errors(folder: Path) -> Iterator[None]:
+    """Says what to do about a folder that cannot be written to, or a disk that is full.
+
+    Raises:
+        SearchDirectoryError: instead of the operating system's error.
+    """
+    try:
+        yield
+    except OSError as error:
+        where = Path(error.filename).resolve() if isinstance(error.filename, str) else folder.resolve()
+        if error.errno not in _DISK_ERRORS or not where.is_relative_to(folder.resolve()):
+            raise
+        full = is_disk_full(error)
+        raise SearchDirectoryError(
+            f"The search directory {folder} cannot be written to: {error.strerror} ({error.filename or folder}).",
+            "a folder on a disk with space left" if full else "a folder that can be written to",
+            ("free some space" if full else "mend its permissions, or give another directory=")
+            + ", then run the same script again: what has completed is kept.",
+        ) from error
+
+
+def is_disk_full(error: BaseException) -> bool:
+    """Whether there is no space left, or not for this user."""
+    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+
+
+_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST)
+
+
+@dataclass(frozen=True)
+class TaskDirectory:
+    """One task is one process is one directory; this owns every file name in it.
+
+    Args:
+        path: the directory. It is made when something is written.
+    """
+
+    path: Path
+
+    @property
+    def task_file(self) -> Path:
+        """What to do, written by the search: the name of a task and its arguments (JSON)."""
+        return self.path / "task.json"
+
+    @property
+    def outcome_file(self) -> Path:
+        """How it ended, written by the child (JSON). Missing when the child could not write it."""
+        return self.path / "outcome.json"
+
+    @property
+    def prune_file(self) -> Path:
+        """Written by the search where the trial is hopeless: it ends after its present epoch, and has completed."""
+        return self.path / "prune"
+
+    @property
+    def log_file(self) -> Path:
+        """Everything that the child printed."""
+        return self.path / "log.txt"
+
+    @property
+    def journal_file(self) -> Path:
+        """What happened, line by line (see `accumtune.tracking.journal`)."""
+        return self.path / "journal.jsonl"
+
+    @property
+    def weights_file(self) -> Path:
+        """The weights of the best epoch, under Keras Tuner's own name."""
+        return self.path / "checkpoint.weights.h5"
+
+    @property
+    def build_config_file(self) -> Path:
+        """Keras's build configuration, under Keras Tuner's own name."""
+        return self.path / "build_config.json"
+
+    @property
+    def checkpoint_file(self) -> Path:
+        """Where an interrupted training goes on from (see `worker.checkpoint`); gone when it has ended."""
+        return self.path / "continue.npz"
+
+    @property
+    def stop_file(self) -> Path:
+        """While it exists, the task is asked to save its state at the end of its epoch and to end."""
+        return self.path / "stop"
+
+    def ask_to_stop(self, at_once: bool = False) -> None:
+        """Makes the stop file; `at_once` is for whoever watches over the process, not for the task itself."""
+        with contextlib.suppress(OSError):  # a directory that is gone has nothing to stop
+            write_atomically(self.stop_file, "at once" if at_once else "after this epoch")
+
+    def is_to_stop_at_once(self) -> bool:
+        try:
+            return self.stop_file.read_text() == "at once"
+        except OSError:
+            return False
+
+    def write_task(self, name: str, arguments: dict[str, Any]) -> None:
+        """Prepares the directory for a new process: the outcome of an earlier one is gone."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        self.outcome_file.unlink(missing_ok=True)
+        self.stop_file.unlink(missing_ok=True)
+        self.prune_file.unlink(missing_ok=True)
+        write_atomically(self.task_file, json.dumps({"task": name, "arguments": arguments}))
+
+    def read_task(self) -> tuple[str, dict[str, Any]]:
+        task = json.loads(self.task_file.read_text())
+        return task["task"], task["arguments"]
+
+    def write_outcome(self, outcome: dict[str, Any]) -> None:
+        write_atomically(self.outcome_file, json.dumps(outcome))
+
+    def read_outcome(self) -> dict[str, Any] | None:
+        try:
+            outcome: dict[str, Any] = json.loads(self.outcome_file.read_text())
+        except FileNotFoundError:
+            return None
+        return outcome
+
+    def log_tail(self, lines: int = 20) -> str:
+        """The last lines that the child printed."""
+        try:
+            return "\n".join(self.log_file.read_text(errors="replace").splitlines()[-lines:])
+        except OSError:  # not written, or on a file system that is gone
+            return ""
+
+
+@dataclass(frozen=True)
+class SearchDirectory:
+    """The directory of a search: Keras Tuner's files, one directory per trial, and what trials share.
+
+    Args:
+        path: `<directory>/<project_name>`.
+    """
+
+    path: Path
+
+    @property
+    def journal_file(self) -> Path:
+        return self.path / "search.jsonl"
+
+    @property
+    def payload_file(self) -> Path:
+        """The hypermodel and the data, for all trials. Its arrays are in `payload/arrays`."""
+        return self.path / "payload" / "payload.pkl"
+
+    @property
+    def profiles_folder(self) -> Path:
+        """One file per model signature: what it costs."""
+        return self.path / "profiles"
+
+    @property
+    def report_folder(self) -> Path:
+        return self.path / "report"
+
+    @property
+    def scratch_folder(self) -> Path:
+        """Tasks that are not trials: discovering the space, inspecting and probing models."""
+        return self.path / "scratch"
+
+    def trial(self, trial_id: str) -> TaskDirectory:
+        """The directory of a trial, under Keras Tuner's own name."""
+        return TaskDirectory(self.path / f"trial_{trial_id}")
