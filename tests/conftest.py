@@ -1,5 +1,6 @@
 """Fixtures for all tests: a process that starts trials, small models and data."""
 
+import fcntl
 import os
 import signal
 
@@ -23,9 +24,16 @@ settings.load_profile("any time")
 
 @pytest.fixture(scope="session")
 def digits(tmp_path_factory):
-    """A finished digits search: its folder and what it printed."""
-    folder = tmp_path_factory.mktemp("digits")
-    return folder, run_experiment(folder, *DIGITS)
+    """A finished digits search, one for all workers of pytest-xdist: its folder and what it printed."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "digits"
+    folder.mkdir(exist_ok=True)
+    printed = folder / "printed.txt"
+    with open(folder / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not printed.exists():
+            printed.write_text(run_experiment(folder, *DIGITS))
+    return folder, printed.read_text()
 
 
 @pytest.fixture(scope="session")

@@ -19,6 +19,7 @@ def test_the_notebook_is_kept_without_outputs(notebook):
         assert not cell.get("outputs") and cell.get("execution_count") is None
 
 
+@pytest.mark.slow
 def test_the_notebook_runs_from_top_to_bottom(notebook, tmp_path):
     (parameters,) = [cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", ())]
     parameters.source = 'TRIALS, EPOCHS, BUDGET = 2, 1, "8MiB"'

@@ -38,6 +38,7 @@ def shared(tmp_path_factory):
     return shared
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("script, words", SCRIPTS.items())
 def test_a_search_of_the_gallery_runs_and_says_what_it_found(script, words, tmp_path, shared, monkeypatch):
     monkeypatch.setenv("KERAS_HOME", str(shared))

@@ -80,6 +80,7 @@ def kill_after(folder, name, epoch, script=SCRIPT):
     assert process.wait() == -signal.SIGKILL, "it was killed, not finished"
 
 
+@pytest.mark.slow
 def test_killed_and_resumed_is_as_if_nothing_had_happened(job):
     import mlflow
 

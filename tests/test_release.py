@@ -53,7 +53,7 @@ def test_the_wheel_has_what_runs_and_the_licence(released):
         names = archive.namelist()
         (licence,) = [name for name in names if "dist-info/licenses" in name]
         assert "Apache License" in archive.read(licence).decode()
-    for name in ("py.typed", "demo.py", "config/training_config.schema.json", "tracking/pareto.html"):
+    for name in ("py.typed", "demo.py", "config/training_config.schema.json", "tracking/report/pareto.html"):
         assert f"accumtune/{name}" in names
     outside = [name for name in names if not name.startswith(("accumtune/", "accumtune-"))]
     assert not outside and not [name for name in names if name.startswith("accumtune/docs/")]
@@ -67,6 +67,7 @@ def test_the_sdist_has_the_tests_and_the_documentation(released):
     assert not [name for name in names if name.startswith("mlruns/") and name != "mlruns/README.md"]
 
 
+@pytest.mark.slow
 def test_the_demo_runs_without_the_repository(elsewhere):
     folder, environment = elsewhere
     where = run(sys.executable, "-c", "import accumtune; print(accumtune.__file__)", cwd=folder, env=environment)

@@ -201,6 +201,7 @@ FAMILIES = """
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(BACKEND != "tensorflow", reason="DataParallel wants batches that divide by the devices")
 def test_layers_and_losses_of_every_kind_on_two_devices():
     run(21, [{"accumulation_steps": 2, "batch_size": 4}], FAMILIES)

@@ -72,6 +72,7 @@ def test_free_memory_of_this_machine():
     assert 64 * MIB < free_device_memory_bytes() < 2**50
 
 
+@pytest.mark.slow
 def test_a_real_profile_moves_a_configuration_that_then_holds():
     # Few divisors, few probes: each is a process.
     batch = {"micro_batch_size": 1, "accumulation_steps": 3, "effective_batch_size": 3}

@@ -10,7 +10,7 @@ import keras
 import keras_tuner
 import numpy as np
 import pytest
-from test_checkpoint import EPOCHS, X, Y, build
+from small_training import EPOCHS, X, Y, build
 from test_executors import wait_until_gone
 
 from accumtune.errors import SearchError, WorkerError
@@ -246,6 +246,7 @@ def test_with_a_storage_url_a_trial_goes_on_where_the_lost_machine_was(tmp_path,
     assert not [path for path in store.rglob("*") if path.is_file()]  # nothing is left there
 
 
+@pytest.mark.slow
 def test_without_a_storage_url_it_begins_anew(tmp_path, threads):
     *_, again = trained_twice(tmp_path / "broken", tmp_path / "seen", threads)
     assert again == list(range(EPOCHS))

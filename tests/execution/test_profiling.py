@@ -27,6 +27,7 @@ def build(hp):
     return model
 
 
+@pytest.mark.slow
 def test_the_largest_micro_batch_of_a_profile_has_run_under_the_budget():
     """This model's peak jumps by half between 128 and 144: the line through 2, 8, 32 and 128 promises too much."""
     lines = []

@@ -11,7 +11,7 @@ ray = pytest.importorskip("ray", reason="pip install -e '.[ray]' brings it")
 
 from ray.cluster_utils import Cluster  # noqa: E402
 from test_executors import wait_until_gone  # noqa: E402
-from test_pools import pid_in, wait, written  # noqa: E402
+from test_pool_executor import pid_in, wait, written  # noqa: E402
 
 import accumtune  # noqa: E402
 from accumtune.execution import pool_executor as pools  # noqa: E402

@@ -136,6 +136,7 @@ def wait_until_synced(uri, trial_id):
         time.sleep(0.2)
 
 
+@pytest.mark.slow
 def test_a_server_is_stopped_started_and_wiped_and_everything_arrives_once(made, served, empty_store):
     made.start()
     made.complete("00", 0)
@@ -164,6 +165,7 @@ def test_a_server_is_stopped_started_and_wiped_and_everything_arrives_once(made,
     assert again == found and count == 4
 
 
+@pytest.mark.slow
 def test_postgres_behind_a_server_and_directly(finished, postgres, tmp_path):
     """And the password of its address is written down nowhere."""
     from accumtune.tracking.mlflow.tracker import read_cache
@@ -243,6 +245,7 @@ def test_a_server_that_does_not_serve_holds_nothing_up(kind, made, new_uri, requ
     assert count == 2 and found["00"][0] == "FINISHED" and len(found["00"][2]) == 3
 
 
+@pytest.mark.slow
 def test_two_searches_write_into_one_new_database_at_once(tmp_path):
     """Two processes that both have to make it."""
     script = (

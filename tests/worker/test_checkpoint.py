@@ -8,6 +8,7 @@ import keras
 import keras_tuner
 import numpy as np
 import pytest
+from small_training import EPOCHS, X, Y, build
 
 from accumtune.execution.repeated_training import run_executions
 from accumtune.hypermodel import AccumulationHyperModel
@@ -15,19 +16,6 @@ from accumtune.tracking.journal import Journal, read_trial
 from accumtune.worker.checkpoint.state_file import read_state, write_state
 from accumtune.worker.transport.payload import dump_payload
 from accumtune.worker.transport.task_directory import TaskDirectory
-
-GENERATOR = np.random.default_rng(0)
-X = GENERATOR.normal(size=(40, 6)).astype("float32")
-Y = (X[:, :1] * X[:, 1:2] > 0).astype("float32")
-EPOCHS = 8
-
-
-def build(hp):
-    model = keras.Sequential(
-        [keras.Input((6,)), keras.layers.Dense(16, "relu"), keras.layers.Dropout(0.3), keras.layers.Dense(1)]
-    )
-    model.compile(keras.optimizers.Adam(0.05), loss=keras.losses.BinaryCrossentropy(from_logits=True))
-    return model
 
 
 class InTwoPhases(keras_tuner.HyperModel):
