@@ -16,7 +16,7 @@ FRAMEWORKS = ("tensorflow", "jax", "torch", "keras", "keras_tuner", "mlflow", "m
 # The floors of the house, ground first (DESIGN section 3). A module imports from its own floor or one below;
 # trials write the journal, so tracking is below them.
 FLOORS = [
-    {"errors", "memory.budget", "memory.gpu_driver", "memory.machine", "memory.units"},
+    {"errors", "memory.budget", "memory.machine", "memory.units"},
     {"accumulation"},
     {"memory"},
     {"tracking"},
@@ -104,6 +104,15 @@ def imports_between(trees):
 def test_no_modules_import_each_other_in_a_circle():
     trees = {name: ast.parse(path.read_text()) for name, path in modules()}
     assert list(graphlib.TopologicalSorter(imports_between(trees)).static_order())
+
+
+def test_what_simulates_an_allocator_is_used_through_its_package():
+    parts = "memory.cpu_simulation."
+    for name, path in modules():
+        if not name.startswith(parts.rstrip(".")):
+            for node in ast.walk(ast.parse(path.read_text())):
+                inside = isinstance(node, ast.ImportFrom) and (node.module or "").startswith(f"accumtune.{parts}")
+                assert not inside, f"accumtune.{name} imports {ast.unparse(node)}"
 
 
 def test_the_rule_would_notice_a_circle():

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from accumtune.config.value import ConfigValue
+if TYPE_CHECKING:
+    from accumtune.config.training_config import TrainingConfig
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ class KerasArguments:
         return "\n".join([*lines, *(f"- {difference}" for difference in self.differences)])
 
 
-def keras_arguments(config: ConfigValue) -> KerasArguments:
+def keras_arguments(config: TrainingConfig) -> KerasArguments:
     """See `TrainingConfig.keras_arguments`."""
     steps = config.accumulation_steps
     # Of a strategy's global batch, each replica gets its part.
@@ -60,7 +61,7 @@ def keras_arguments(config: ConfigValue) -> KerasArguments:
     )
 
 
-def _differences(config: ConfigValue, steps: int) -> Iterator[str]:
+def _differences(config: TrainingConfig, steps: int) -> Iterator[str]:
     """Read from Keras 3.15's source and tried; the numbers are those of the project's facts."""
     if config.learning_rate_scaling is not None:
         ratio = config.effective_batch_size / (config.base_effective_batch_size or config.effective_batch_size)

@@ -6,14 +6,13 @@ import warnings
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from accumtune.config.production import batch_values
-from accumtune.config.value import AnyConfig, ConfigValue
-from accumtune.config.versions import installed_versions
+from accumtune.config.production import batch_values, installed_versions
 from accumtune.errors import BatchSizeError, BudgetTooSmallError
 from accumtune.memory.budget import format_bytes, parse_budget
 from accumtune.memory.machine import budget_hint
 
 if TYPE_CHECKING:
+    from accumtune.config.training_config import TrainingConfig
     from accumtune.memory.prediction.profile import Profile
 
 # Predicted throughputs closer than this are the same to anyone: then the smaller micro-batch, which needs less.
@@ -22,7 +21,7 @@ _SAME_SPEED = 0.02
 FREE_MEMORY_SHARE = 0.9
 
 
-def for_budget(config: AnyConfig, budget: int | float | str, build_model: Any, x: Any, y: Any) -> AnyConfig:
+def for_budget(config: TrainingConfig, budget: int | float | str, build_model: Any, x: Any, y: Any) -> TrainingConfig:
     """See `TrainingConfig.for_budget`."""
     from accumtune.execution import standalone_profile as costs
     from accumtune.execution.device_query import current_backend
@@ -40,14 +39,14 @@ def for_budget(config: AnyConfig, budget: int | float | str, build_model: Any, x
     return moved
 
 
-def for_device(config: AnyConfig, build_model: Any, x: Any, y: Any) -> AnyConfig:
+def for_device(config: TrainingConfig, build_model: Any, x: Any, y: Any) -> TrainingConfig:
     """See `TrainingConfig.for_device`."""
     from accumtune.execution.device_query import free_device_memory_bytes
 
     return for_budget(config, int(FREE_MEMORY_SHARE * free_device_memory_bytes()), build_model, x, y)
 
 
-def for_replicas(config: AnyConfig, replicas: int) -> AnyConfig:
+def for_replicas(config: TrainingConfig, replicas: int) -> TrainingConfig:
     """See `TrainingConfig.for_replicas`."""
     effective = config.effective_batch_size
     is_count = isinstance(replicas, int) and not isinstance(replicas, bool) and replicas >= 1
@@ -77,7 +76,7 @@ def for_replicas(config: AnyConfig, replicas: int) -> AnyConfig:
     return moved
 
 
-def _warn_where_coupled(config: ConfigValue, moved: ConfigValue) -> None:
+def _warn_where_coupled(config: TrainingConfig, moved: TrainingConfig) -> None:
     if moved.micro_batch_size != config.micro_batch_size and config.batch_coupled_layers:
         warnings.warn(
             f"The samples of a micro-batch meet in {', '.join(config.batch_coupled_layers)}: with micro-batches of "
@@ -86,7 +85,7 @@ def _warn_where_coupled(config: ConfigValue, moved: ConfigValue) -> None:
         )
 
 
-def fitted(config: AnyConfig, profile: Profile, budget_bytes: int, backend: str) -> AnyConfig:
+def fitted(config: TrainingConfig, profile: Profile, budget_bytes: int, backend: str) -> TrainingConfig:
     """The same training with the fastest micro-batch that a profile says fits.
 
     Raises:
@@ -124,6 +123,6 @@ def divisors(number: int) -> list[int]:
     return [size for size in range(1, number + 1) if number % size == 0]
 
 
-def _share(config: ConfigValue) -> int:
+def _share(config: TrainingConfig) -> int:
     """What one replica trains of an effective batch."""
     return config.effective_batch_size // config.replicas

@@ -1,20 +1,20 @@
-"""A configuration put to work: the best hyperparameters, accumulation on."""
+"""Builds the model of a configuration, with accumulation on, and brings a pipeline to its batches."""
 
 from __future__ import annotations
 
 import warnings
-from typing import Any
+from collections.abc import Mapping
+from importlib import metadata
+from typing import TYPE_CHECKING, Any
 
-from accumtune.config.validation import BATCH_HYPERPARAMETERS
-from accumtune.config.value import ConfigValue
+from accumtune.config.schema import BATCH_HYPERPARAMETERS
+from accumtune.errors import DataError
 
-# Kept here for those who look for it where it was.
-from accumtune.config.versions import installed_versions
-
-__all__ = ["build", "installed_versions"]
+if TYPE_CHECKING:
+    from accumtune.config.training_config import TrainingConfig
 
 
-def build(config: ConfigValue, build_model: Any) -> Any:
+def build(config: TrainingConfig, build_model: Any) -> Any:
     """See `TrainingConfig.build`."""
     import keras
     import keras_tuner
@@ -32,7 +32,7 @@ def build(config: ConfigValue, build_model: Any) -> Any:
     return accumulate(config, builder_of(config, build_model).build_plain(hp))
 
 
-def accumulate(config: ConfigValue, model: Any) -> Any:
+def accumulate(config: TrainingConfig, model: Any) -> Any:
     """See `TrainingConfig.accumulate`."""
     from accumtune import accumulation
     from accumtune.worker.data.user_data import fit_by_default
@@ -41,7 +41,7 @@ def accumulate(config: ConfigValue, model: Any) -> Any:
     return fit_by_default(accumulating, config.fit_arguments()["batch_size"])
 
 
-def builder_of(config: ConfigValue, build_model: Any) -> Any:
+def builder_of(config: TrainingConfig, build_model: Any) -> Any:
     """What builds models as the search did."""
     from accumtune.worker.builder import ModelBuilder
 
@@ -52,7 +52,7 @@ def builder_of(config: ConfigValue, build_model: Any) -> Any:
     )
 
 
-def replayed_values(config: ConfigValue, micro_batch_size: int) -> dict[str, Any]:
+def replayed_values(config: TrainingConfig, micro_batch_size: int) -> dict[str, Any]:
     """The hyperparameters' values that a build function is given."""
     return {**config.hyperparameters, **batch_values(micro_batch_size, config.effective_batch_size, config.replicas)}
 
@@ -61,3 +61,62 @@ def batch_values(micro_batch_size: int, effective_batch_size: int, replicas: int
     """The three batch sizes by name; micro-batch and steps are one replica's."""
     steps = -(-(effective_batch_size // replicas) // micro_batch_size)
     return dict(zip(BATCH_HYPERPARAMETERS, (micro_batch_size, steps, effective_batch_size), strict=True))
+
+
+def installed_versions() -> dict[str, str]:
+    """The versions that decide what a training step costs, as far as they are installed."""
+    versions = {}
+    for name in ("accumtune", "keras", "tensorflow", "jax", "torch", "numpy"):
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return versions
+
+
+def dataset(config: TrainingConfig, pipeline: Any, is_batched: bool | None) -> Any:
+    """See `TrainingConfig.dataset`."""
+    from accumtune.worker.data.rebatch import rebatched
+    from accumtune.worker.data.user_data import is_pipeline, is_tf_dataset
+
+    if not is_pipeline(pipeline):
+        raise DataError(
+            f"Received data of type {type(pipeline).__module__}.{type(pipeline).__qualname__}.",
+            "a tf.data.Dataset or a keras.utils.PyDataset.",
+            "arrays need no batches of their own: model.fit(x, y, **config.fit_arguments()).",
+        )
+    if is_tf_dataset(pipeline) and is_batched is None:
+        is_batched = _has_batches(pipeline, config.data_shapes)
+    return rebatched(pipeline, config.effective_batch_size, is_batched is not False)
+
+
+def _has_batches(pipeline: Any, data_shapes: Any) -> bool:
+    """Whether its elements are batches, told by the rank of the inputs that the search trained on.
+
+    Raises:
+        DataError: it cannot be told.
+    """
+    import tensorflow as tf
+
+    spec = pipeline.element_spec
+    if any(leaf.shape.rank == 0 for leaf in tf.nest.flatten(spec)):
+        return False  # a number cannot be a batch
+    searched = _first(data_shapes.get("x")) if isinstance(data_shapes, Mapping) else None
+    here = _first(tf.nest.map_structure(lambda leaf: leaf.shape, spec[0] if isinstance(spec, tuple) else spec))
+    rank = None if here is None else here.rank
+    if searched is None or rank not in (len(searched), len(searched) - 1):
+        raise DataError(
+            f"Received a dataset with inputs of shape {here}; those of the search had "
+            f"{'an unknown shape' if searched is None else f'the shape {tuple(searched)}'}.",
+            "a dataset of which can be told whether its elements are samples or batches.",
+            "say it: config.dataset(ds, is_batched=True), or False.",
+        )
+    return bool(rank == len(searched))
+
+
+def _first(tree: Any) -> Any:
+    """The first shape of a structure of shapes, by the names of its keys."""
+    if isinstance(tree, Mapping):
+        return _first(tree[min(tree)]) if tree else None
+    is_shape = hasattr(tree, "rank") or not any(isinstance(part, (Mapping, list, tuple)) for part in tree or ())
+    return tree if is_shape or not tree else _first(tree[0])

@@ -1,21 +1,29 @@
-"""`TrainingConfig`: the winner of a search, and what production does with it."""
+"""`TrainingConfig`: the best configuration of a search as a value, its JSON, and what production does with it."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from typing import TYPE_CHECKING, Any, Self
 
-from accumtune.config.text import described
-from accumtune.config.value import ConfigValue
+from accumtune.config.schema import BATCH_HYPERPARAMETERS, SCHEMA_VERSION, parse, plain, validated
+from accumtune.memory.budget import format_bytes
+from accumtune.tracking.small_files import write_whole
+from accumtune.tracking.tracking_uri import without_credentials
 
 if TYPE_CHECKING:
     from accumtune.config.keras_arguments import KerasArguments
-    from accumtune.config.reproduction import Reproduction
-    from accumtune.config.verification import Verification
+    from accumtune.config.verification import Reproduction, Verification
+
+# A predicted peak has fractions of a byte.
+_BYTES = ("memory_budget_bytes", "peak_memory_bytes")
 
 
 @dataclass(frozen=True, repr=False, kw_only=True)
-class TrainingConfig(ConfigValue):
+class TrainingConfig:
     """How to train a model with exact gradient accumulation, what it was measured to cost, and where that is from.
 
     The attributes are named as the keys of its JSON (`to_json`, `save`, `load_config`), described by
@@ -57,6 +65,80 @@ class TrainingConfig(ConfigValue):
     >>> model.fit(x, y, **config.fit_arguments())
     """
 
+    micro_batch_size: int
+    accumulation_steps: int
+    effective_batch_size: int
+    hyperparameters: Mapping[str, Any] = field(hash=False)
+    memory_budget_bytes: int | None = None
+    peak_memory_bytes: int | None = None
+    memory_source: str | None = None
+    throughput_samples_per_second: float | None = None
+    objective: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    learning_rate_scaling: str | None = None
+    base_effective_batch_size: int | None = None
+    replicas: int = 1
+    epochs: int | None = None
+    seed: int | None = None
+    fit_options: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    trial: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    precision_policy: str | None = None
+    backend: str | None = None
+    versions: Mapping[str, str] = field(default_factory=dict, hash=False)
+    device: str | None = None
+    data_shapes: Any = field(default=None, hash=False)
+    batch_coupled_layers: Sequence[str] = field(default=(), hash=False)
+    policy: str | None = None
+    reason: str | None = None
+    source: Mapping[str, str | None] = field(default_factory=dict, hash=False)
+    schema_version: int = SCHEMA_VERSION
+
+    def __post_init__(self) -> None:
+        values = {item.name: plain(getattr(self, item.name)) for item in fields(self)}
+        for name in _BYTES:
+            if isinstance(values[name], float) and math.isfinite(values[name]):
+                values[name] = int(values[name])
+        validated(values, "The TrainingConfig")
+        if values["source"].get("tracking_uri"):
+            values["source"]["tracking_uri"] = without_credentials(values["source"]["tracking_uri"])
+        for name, value in values.items():
+            object.__setattr__(self, name, value)
+
+    @classmethod
+    def from_json(cls, text: str | bytes, origin: str = "The text") -> Self:
+        """Reads what `to_json` wrote.
+
+        Raises:
+            ConfigError: it is something else, broken, or from a newer accumtune.
+        """
+        return cls(**parse(text, origin))
+
+    def to_json(self) -> str:
+        """JSON for people and programs; `schema_version` comes first."""
+        values = asdict(self)
+        return json.dumps({"schema_version": values.pop("schema_version"), **values}, indent=2) + "\n"
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes the JSON file in one move: a reader sees the old file or the new one, never half of it."""
+        write_whole(path, self.to_json())
+
+    def fit_arguments(self, **overrides: Any) -> dict[str, Any]:
+        """Arguments for `model.fit`: `batch_size`, `epochs` where the number is known, and the search's `fit_options`.
+
+        With `dataset(ds)` too: Keras passes over `batch_size` where the data come as batches.
+
+        Args:
+            overrides: what you want otherwise, for example `epochs=100`, or more of `fit`'s arguments.
+        """
+        arguments: dict[str, Any] = {"batch_size": self.effective_batch_size, "epochs": self.epochs, **self.fit_options}
+        if "class_weight" in arguments:  # the keys of JSON are text
+            arguments["class_weight"] = {int(key): value for key, value in arguments["class_weight"].items()}
+        return {name: value for name, value in arguments.items() if value is not None} | overrides
+
+    @property
+    def own_hyperparameters(self) -> dict[str, Any]:
+        """The hyperparameters without the batch sizes."""
+        return {k: v for k, v in self.hyperparameters.items() if k not in BATCH_HYPERPARAMETERS}
+
     def build(self, build_model: Any) -> Any:
         """A compiled model with the best hyperparameters that accumulates over `micro_batch_size`.
 
@@ -87,9 +169,9 @@ class TrainingConfig(ConfigValue):
         Raises:
             DataError: it is something else, or it cannot be told whether its elements are batches.
         """
-        from accumtune.config import datasets
+        from accumtune.config import production
 
-        return datasets.dataset(self, dataset, is_batched)
+        return production.dataset(self, dataset, is_batched)
 
     def load_weights(self, model: Any, source: Any = None, *, tracking_uri: str | None = None) -> Any:
         """Loads the best trial's weights into a model, for a warm start; nothing is unpickled or executed.
@@ -216,9 +298,32 @@ class TrainingConfig(ConfigValue):
             VerificationError: it ran out of memory here.
             BuildError: the model could not be built or trained.
         """
-        from accumtune.config import reproduction
+        from accumtune.config import verification
 
-        return reproduction.reproduce(self, build_model, x, y, validation_data, fit_arguments)
+        return verification.reproduce(self, build_model, x, y, validation_data, fit_arguments)
 
     def __repr__(self) -> str:
-        return f"TrainingConfig({', '.join(described(self))})"
+        return f"TrainingConfig({', '.join(_described(self))})"
+
+
+def _described(config: TrainingConfig) -> list[str]:
+    """What a person wants to know of a configuration first, in parts of a line."""
+    batch = f"{config.effective_batch_size} = {config.micro_batch_size} × {config.accumulation_steps}"
+    if config.replicas > 1:
+        batch += f" × {config.replicas} replicas"
+    parts = [f"effective batch {batch}"]
+    parts += [f"{name}={_short(value)}" for name, value in config.own_hyperparameters.items()]
+    if config.peak_memory_bytes is not None:
+        budget = "" if config.memory_budget_bytes is None else f" of {format_bytes(config.memory_budget_bytes)}"
+        parts.append(f"peak {format_bytes(config.peak_memory_bytes)}{budget}")
+    if config.throughput_samples_per_second is not None:
+        parts.append(f"{config.throughput_samples_per_second:,.0f} samples/s")
+    if config.objective.get("value") is not None:
+        parts.append(f"{config.objective.get('name', 'objective')} {config.objective['value']:.4g}")
+    if config.device is not None:
+        parts.append(f"on {config.device}")
+    return parts
+
+
+def _short(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else repr(value)

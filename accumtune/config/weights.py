@@ -6,15 +6,17 @@ import contextlib
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from accumtune.config.stores import download, open_store, store_uris
-from accumtune.config.value import ConfigValue
+from accumtune.config.sources import download, open_store, store_uris
 from accumtune.errors import ConfigError
 from accumtune.tracking.journal import SEARCH_JOURNAL, read_search_journal
 from accumtune.tracking.mlflow.run_content import TRIAL_TAG
 from accumtune.tracking.redaction import first_line
 from accumtune.tracking.tracking_uri import absolute_uri, without_credentials
+
+if TYPE_CHECKING:
+    from accumtune.config.training_config import TrainingConfig
 
 _EXPECTED = "the weights of the trial that the configuration is of"
 _FIX = (
@@ -23,7 +25,7 @@ _FIX = (
 )
 
 
-def load_weights(config: ConfigValue, model: Any, source: Any, tracking_uri: str | None) -> Any:
+def load_weights(config: TrainingConfig, model: Any, source: Any, tracking_uri: str | None) -> Any:
     """See `TrainingConfig.load_weights`."""
     with _found(config, source, tracking_uri) as file:
         try:
@@ -38,7 +40,7 @@ def load_weights(config: ConfigValue, model: Any, source: Any, tracking_uri: str
 
 
 @contextlib.contextmanager
-def _found(config: ConfigValue, source: Any, tracking_uri: str | None) -> Iterator[Path]:
+def _found(config: TrainingConfig, source: Any, tracking_uri: str | None) -> Iterator[Path]:
     if source is not None:
         yield _in(Path(source), config)
         return
@@ -50,7 +52,7 @@ def _found(config: ConfigValue, source: Any, tracking_uri: str | None) -> Iterat
         yield _registered(config, tracking_uri, folder)
 
 
-def _in(place: Path, config: ConfigValue) -> Path:
+def _in(place: Path, config: TrainingConfig) -> Path:
     """The file itself; or the search's folder, in which the trial has one."""
     if place.is_dir():
         place = place / f"trial_{config.source.get('trial_id')}" / "checkpoint.weights.h5"
@@ -59,7 +61,7 @@ def _in(place: Path, config: ConfigValue) -> Path:
     return _of_the_search(place, config)
 
 
-def _of_the_search(file: Path, config: ConfigValue) -> Path:
+def _of_the_search(file: Path, config: TrainingConfig) -> Path:
     """The file, if the folder around it is of no other search: one that was made anew has trials of the same names."""
     folder, search_id = file.parent.parent, config.source.get("search_id")
     if search_id and (folder / SEARCH_JOURNAL).exists():
@@ -69,7 +71,7 @@ def _of_the_search(file: Path, config: ConfigValue) -> Path:
     return file
 
 
-def _registered(config: ConfigValue, tracking_uri: str | None, folder: str) -> Path:
+def _registered(config: TrainingConfig, tracking_uri: str | None, folder: str) -> Path:
     recorded = config.trial.get("weights")
     where = f"{recorded!r} is not on this machine" if recorded else "the configuration knows no file of them"
     try:
@@ -85,7 +87,7 @@ def _registered(config: ConfigValue, tracking_uri: str | None, folder: str) -> P
     return file
 
 
-def _elsewhere(config: ConfigValue, tracking_uri: str | None) -> str:
+def _elsewhere(config: TrainingConfig, tracking_uri: str | None) -> str:
     """Where the configuration says that its search was tracked: whoever wrote it may name any address."""
     named = config.source.get("tracking_uri")
     if not named or tracking_uri is not None or named in map(_written, store_uris(None)):
@@ -98,7 +100,7 @@ def _written(uri: str) -> str:
     return without_credentials(absolute_uri(uri))
 
 
-def _downloaded(config: ConfigValue, tracking_uri: str | None, folder: str) -> Path | None:
+def _downloaded(config: TrainingConfig, tracking_uri: str | None, folder: str) -> Path | None:
     """The registered model of the search's run, which is the trial's, as Keras has saved it."""
     run_id, trial_id = config.source.get("run_id"), config.source.get("trial_id")
     for uri in store_uris(tracking_uri) if run_id else ():

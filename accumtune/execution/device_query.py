@@ -37,7 +37,7 @@ def free_device_memory_bytes() -> int:
 
 
 def _free_memory_bytes() -> int:
-    from accumtune.memory.available import available_memory_bytes
     from accumtune.memory.device import open_device
+    from accumtune.memory.machine import available_memory_bytes
 
     return available_memory_bytes(open_device().name)

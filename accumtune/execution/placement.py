@@ -14,32 +14,16 @@ import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from accumtune.errors import BudgetError, SearchError
-from accumtune.memory import gpu_driver
 from accumtune.memory.budget import format_bytes
+from accumtune.memory.machine import Gpu
 
 MIB = 2**20
 # What CUDA and its libraries take of a GPU in each process, outside of every allocator: 300 to 600 MB.
 _CONTEXT_BYTES = 600 * MIB
 _NO_GPU = "-1"  # what CUDA_VISIBLE_DEVICES says then
-
-
-@dataclass(frozen=True)
-class Gpu:
-    """A GPU as the driver lists it.
-
-    Args:
-        index: what `CUDA_VISIBLE_DEVICES` calls it; of an instance of a divided GPU (MIG) its UUID.
-        name: its type, such as `"NVIDIA H100 80GB HBM3"`.
-        memory_bytes: all of its memory; None where nobody could tell.
-    """
-
-    index: str
-    name: str = ""
-    memory_bytes: int | None = None
 
 
 @dataclass(frozen=True)
@@ -132,7 +116,7 @@ def plan_places(
         return [Place("", {**hidden, **threads_environment(share)}, f"CPU, {_count(share, 'core')}")] * workers
     sharers = Counter(gpus[number % len(gpus)] for number in range(workers))
     for gpu, count in sharers.items():
-        _check_sharing(f"GPU {gpu.index}", count, gpu.memory_bytes, memory_budget_bytes, _CONTEXT_BYTES)
+        _check_sharing(f"GPU {gpu.index}", count, gpu.total_bytes, memory_budget_bytes, _CONTEXT_BYTES)
     threads = threads_environment(_cores_each(cores, workers)) if workers > 1 else {}
     return [_gpu_place(gpus[number % len(gpus)], sharers, threads) for number in range(workers)]
 
@@ -217,28 +201,12 @@ def _unknown_devices(devices: object, visible: Sequence[Gpu]) -> SearchError:
     )
 
 
-def visible_gpus() -> list[Gpu]:
-    """The NVIDIA GPUs that this process may use, asked of the driver so that no framework takes a device."""
-    return [Gpu(gpu.index, gpu.name, gpu.total_bytes) for gpu in gpu_driver.visible_gpus()]
-
-
 def usable_cores() -> int:
     """The cores that this process may use."""
     try:
         return len(os.sched_getaffinity(0))
     except AttributeError:  # not Linux
         return os.cpu_count() or 1
-
-
-def machine_memory_bytes() -> int | None:
-    """What this machine, or the container that this process lives in, may hold."""
-    limits = []
-    try:
-        limits.append(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
-        limits.append(int(Path("/sys/fs/cgroup/memory.max").read_text()))
-    except (OSError, ValueError):  # no such file, or "max"
-        pass
-    return min(limits, default=None)
 
 
 def apply_place() -> None:

@@ -17,7 +17,7 @@ from accumtune.execution.executors import Executor
 from accumtune.execution.placement import current_place
 from accumtune.execution.timeouts import DEFAULT_SECONDS
 from accumtune.memory.budget import format_bytes
-from accumtune.memory.cpu_simulation.allocation_trace import Trace
+from accumtune.memory.cpu_simulation import Trace
 from accumtune.memory.device import memory_limit_environment
 from accumtune.memory.prediction.confirmation import MOST_FAILURES, MOST_TRIES, next_to_run
 from accumtune.memory.prediction.exploration import next_probe_size

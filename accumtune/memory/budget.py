@@ -22,7 +22,7 @@ _UNITS = {
 _PATTERN = re.compile(r"\s*([0-9]+(?:\.[0-9]*)?|\.[0-9]+)\s*([a-z]*)\s*", re.IGNORECASE)
 _SHARE = re.compile(r"\s*([0-9]+(?:\.[0-9]*)?|\.[0-9]+)\s*%\s*")
 _EXPECTED = 'a number of bytes (2147483648) or a text such as "2GiB", "1.5 GiB", "512MiB" or "80%" (of the device)'
-_FIX = "write the number and its unit, for example memory_budget=\"2GiB\"."
+_FIX = 'write the number and its unit, for example memory_budget="2GiB".'
 
 
 def parse_budget(budget: int | float | str) -> int:

@@ -21,7 +21,7 @@ from typing import Protocol
 
 from accumtune.errors import BudgetError
 from accumtune.memory.budget import format_bytes
-from accumtune.memory.cpu_simulation.allocation_trace import Trace
+from accumtune.memory.cpu_simulation import Trace
 from accumtune.memory.machine import gpu_total_bytes
 from accumtune.memory.out_of_memory import died_of_memory, is_out_of_memory
 

@@ -17,7 +17,7 @@ from accumtune.accumulation.data.array_datasets import (
     validation_source,
 )
 from accumtune.memory.compilation import PeakWithoutCompiling
-from accumtune.memory.cpu_simulation.allocation_trace import Trace
+from accumtune.memory.cpu_simulation import Trace
 from accumtune.memory.device import Device, Recorder, is_out_of_memory
 from accumtune.memory.memory_watch import watched
 from accumtune.memory.prediction.measurement import Measurement

@@ -12,6 +12,7 @@ from accumtune.errors import SearchError
 from accumtune.execution import placement as device_plans
 from accumtune.execution.executors import Executor, LocalExecutor
 from accumtune.execution.placement import Place
+from accumtune.memory.machine import machine_memory, visible_gpus
 
 _CHIEF_AND_WORKERS = ("KERASTUNER_TUNER_ID", "KERASTUNER_ORACLE_IP", "KERASTUNER_ORACLE_PORT")
 
@@ -33,14 +34,14 @@ def plan(
                 "leave devices out; how many GPUs a trial gets on Ray: executor=RayPool(num_gpus=1).",
             )
         return getattr(executor, "places", _alike)(workers)
-    gpus = [] if devices == "cpu" else device_plans.resolve_gpus(devices, device_plans.visible_gpus())
+    gpus = [] if devices == "cpu" else device_plans.resolve_gpus(devices, visible_gpus())
     if workers == 1 and devices == "auto":
         return [Place()]  # whatever the framework does by itself; it may use several GPUs
     return device_plans.plan_places(
         workers,
         gpus,
         cores=device_plans.usable_cores(),
-        memory_bytes=device_plans.machine_memory_bytes(),
+        memory_bytes=machine_memory().total_bytes,
         memory_budget_bytes=memory_budget_bytes,
         without_gpus=devices == "cpu",
     )

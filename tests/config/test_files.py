@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from made_config import config_of
 
-from accumtune.config import TrainingConfig, load_config, migrations
+from accumtune.config import TrainingConfig, load_config, schema
 from accumtune.errors import AccumtuneError, ConfigError
 
 
@@ -151,7 +151,7 @@ def from_version_0(values):
 @pytest.fixture
 def migrations_from_before(monkeypatch):
     steps = {0: from_version_0, -1: lambda values: {**values, "steps": values["steps"] + 1}}
-    monkeypatch.setattr(migrations, "MIGRATIONS", steps)
+    monkeypatch.setattr(schema, "MIGRATIONS", steps)
 
 
 def test_older_versions_are_migrated_step_by_step(tmp_path, migrations_from_before):

@@ -8,8 +8,7 @@ from made_config import MIB, build_model, config_of, data, moved_training
 from accumtune.config import TrainingConfig, moving
 from accumtune.config.verification import compared
 from accumtune.errors import BatchSizeError, BudgetError, BudgetTooSmallError, VerificationError
-from accumtune.memory import available
-from accumtune.memory.machine import machine_memory
+from accumtune.memory.machine import available_memory_bytes, machine_memory
 
 
 def profile_of(line=lambda size: 10 * MIB + size * MIB, limit=None, **other):
@@ -101,13 +100,13 @@ def test_a_container_has_no_more_than_its_limit(tmp_path):
 
 def test_free_memory_of_a_gpu_is_what_its_driver_says(monkeypatch):
     fake_nvml.install(monkeypatch, fake_nvml.gpu("H100", 81559, 1234, "GPU-aa"))
-    assert available.available_memory_bytes("GPU:0 NVIDIA H100") == 1234 * MIB
+    assert available_memory_bytes("GPU:0 NVIDIA H100") == 1234 * MIB
     fake_nvml.install(monkeypatch, init_error="Driver Not Loaded")
     with pytest.raises(BudgetError, match="Driver Not Loaded") as error:
-        available.available_memory_bytes("GPU:0 NVIDIA H100")
+        available_memory_bytes("GPU:0 NVIDIA H100")
     assert "for_budget" in error.value.fix
     with pytest.raises(BudgetError, match="free memory of TPU:0 v5e is not known"):
-        available.available_memory_bytes("TPU:0 v5e")
+        available_memory_bytes("TPU:0 v5e")
 
 
 # Replicas

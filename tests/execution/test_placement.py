@@ -12,7 +12,6 @@ import pytest
 
 from accumtune.errors import BudgetError, SearchError
 from accumtune.execution.placement import (
-    Gpu,
     Place,
     Places,
     apply_place,
@@ -21,9 +20,9 @@ from accumtune.execution.placement import (
     plan_places,
     resolve_gpus,
     threads_environment,
-    visible_gpus,
 )
 from accumtune.execution.profiling import Profiler
+from accumtune.memory.machine import Gpu, visible_gpus
 from accumtune.memory.prediction.profile import Measurement
 from accumtune.worker.transport.outcome import Outcome
 from accumtune.worker.transport.payload import dump_payload

@@ -44,15 +44,16 @@ def test_a_small_tensor_leaves_a_large_free_chunk_whole(value_in_child):
         import numpy as np
         import tensorflow as tf
 
-        from accumtune.memory import device_tensorflow as tensorflow
+        from accumtune.memory.cpu_simulation import tensorflow_setup
+        from accumtune.memory.device_tensorflow import open_device
 
         def address(tensor):
             return np.asarray(memoryview(tensor)).ctypes.data  # without a copy
 
         if not has_shelf:
-            tensorflow.shelf_chunks = lambda budget_bytes: ()
-            tensorflow.constant_chunks = lambda budget_bytes: 0
-        device = tensorflow.open_device(64 * 2**20)
+            tensorflow_setup.shelf_chunks = lambda budget_bytes: ()
+            tensorflow_setup.constant_chunks = lambda budget_bytes: 0
+        device = open_device(64 * 2**20)
         large = tf.zeros([2**18])
         gap = address(large)
         del large

@@ -6,7 +6,7 @@ import fake_nvml
 import pytest
 
 from accumtune.errors import BudgetError
-from accumtune.memory import gpu_driver, machine
+from accumtune.memory import machine
 from accumtune.memory.budget import parse_budget, parse_share
 
 MIB = 2**20
@@ -62,7 +62,7 @@ def test_the_first_visible_gpu_is_the_device(monkeypatch):
 def test_a_divided_gpu_is_its_instances(monkeypatch):
     instances = [fake_nvml.gpu("H100 MIG 1g.10gb", 9856, size, f"MIG-{size}") for size in (9000, 8000)]
     fake_nvml.install(monkeypatch, h100(instances=[instances[0], None, instances[1]]))
-    assert [gpu.index for gpu in gpu_driver.visible_gpus()] == ["MIG-9000", "MIG-8000"]
+    assert [gpu.index for gpu in machine.visible_gpus()] == ["MIG-9000", "MIG-8000"]
     assert machine.gpu_total_bytes() == 9856 * MIB, "not the 80 GB of the whole"
     for visible, free in (("0", 9000), ("MIG-8000", 8000)):
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
@@ -76,9 +76,9 @@ def test_a_gpu_without_memory_of_its_own_is_the_machine(monkeypatch):
 
 def test_a_driver_that_does_not_answer_is_no_gpu(monkeypatch):
     fake_nvml.install(monkeypatch, h100(), init_error="Driver Not Loaded")
-    assert gpu_driver.visible_gpus() == []
+    assert machine.visible_gpus() == []
     monkeypatch.setitem(sys.modules, "pynvml", None)
-    assert gpu_driver.visible_gpus() == []
+    assert machine.visible_gpus() == []
 
 
 def test_a_share_of_the_device():

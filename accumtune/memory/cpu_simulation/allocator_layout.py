@@ -51,7 +51,7 @@ def shelf_chunks(budget_bytes: int | None) -> Iterator[int]:
 
 
 def opened_allocator(budget_bytes: int | None) -> Allocator:
-    """The simulated allocator as `accumtune.memory.device_tensorflow.open_device` leaves the real one."""
+    """The simulated allocator as `tensorflow_setup` leaves the real one."""
     allocator = Allocator(None if budget_bytes is None else budget_bytes // MIB * MIB)
     allocator.allocate(1)
     region = allocator.allocate(region_bytes(budget_bytes, 2 * LARGEST_REGION_BYTES) // MIB * MIB)

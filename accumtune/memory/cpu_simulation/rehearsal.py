@@ -32,9 +32,7 @@ class Rehearsal:
         ]
         self._peaks: dict[tuple[int, int | None], list[dict[int, int]] | None] = {}
 
-    def peak_bytes(
-        self, micro_batch_size: int, accumulation_steps: int, budget_bytes: int | None = None
-    ) -> int | None:
+    def peak_bytes(self, micro_batch_size: int, accumulation_steps: int, budget_bytes: int | None = None) -> int | None:
         """The mean peak of an update over the orders that are known; without a budget, where memory is to spare.
 
         Args:

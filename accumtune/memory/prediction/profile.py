@@ -12,7 +12,7 @@ slope through all points off the floor. Measured peaks are reproduced, but for t
 which are no more than a bound.
 
 Where the probes have left traces of what they asked of the allocator (TensorFlow on a CPU), no curve is needed: the
-step is rehearsed in the simulated allocator (`accumtune.memory.cpu_simulation.rehearsal`, `rehearsed_peaks`).
+step is rehearsed in the simulated allocator (`accumtune.memory.cpu_simulation`, `rehearsed_peaks`).
 """
 
 from __future__ import annotations
@@ -26,8 +26,7 @@ import numpy as np
 
 from accumtune.errors import BudgetError
 from accumtune.memory.budget import format_bytes, parse_budget
-from accumtune.memory.cpu_simulation.allocation_trace import Trace
-from accumtune.memory.cpu_simulation.rehearsal import ORDERS, Rehearsal
+from accumtune.memory.cpu_simulation import ORDERS, Rehearsal, Trace
 from accumtune.memory.prediction.measurement import Measurement
 from accumtune.memory.prediction.peaks import MeasuredPeaks, group_of
 from accumtune.memory.prediction.simulated_peaks import RehearsedPeaks

@@ -7,7 +7,7 @@ from functools import cached_property
 
 import numpy as np
 
-from accumtune.memory.cpu_simulation.rehearsal import Rehearsal, largest_before_failure
+from accumtune.memory.cpu_simulation import Rehearsal, largest_before_failure
 from accumtune.memory.prediction.peaks import MeasuredPeaks, group_of
 
 # What TensorFlow's allocator takes before anything trains.

@@ -1,4 +1,4 @@
-"""A configuration's text -> its values, or one clear error. Nothing in a file is ever executed or unpickled."""
+"""Reads and checks the values of a configuration. Nothing in a file is ever executed or unpickled."""
 
 from __future__ import annotations
 
@@ -6,12 +6,17 @@ import functools
 import importlib.resources
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
-from accumtune.config.migrations import SCHEMA_VERSION, migrated
 from accumtune.errors import ConfigError
 
+SCHEMA_VERSION = 1
+
+# An older version -> what turns its values into those of the next one. A step takes and returns plain values of JSON;
+# it may raise LookupError, TypeError or ValueError where a file is not what it says. Keys that only became possible
+# need no step: what is optional has a default.
+MIGRATIONS: Mapping[int, Callable[[dict[str, Any]], dict[str, Any]]] = {}
 # A configuration has about 2 KiB; what is far larger is something else.
 MAXIMUM_BYTES = 2**20
 BATCH_HYPERPARAMETERS = ("micro_batch_size", "accumulation_steps", "effective_batch_size")
@@ -41,14 +46,33 @@ def parse(text: str | bytes, origin: str) -> dict[str, Any]:
     return validated(_current(values, origin), origin)
 
 
+def _migrated(values: dict[str, Any]) -> dict[str, Any]:
+    """The values as the current schema has them, as far as there are steps; a newer version stays as it is."""
+    version = values.get("schema_version")
+    while isinstance(version, int) and not isinstance(version, bool) and version in MIGRATIONS:
+        values = {**MIGRATIONS[version](values), "schema_version": version + 1}
+        version += 1
+    return values
+
+
 def _current(values: Any, origin: str) -> Any:
     """The values in the current schema; what has no readable version is left for `validated` to refuse."""
     try:
-        return migrated(values) if isinstance(values, dict) else values
+        return _migrated(values) if isinstance(values, dict) else values
     except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RecursionError) as error:
         version = _shortened(repr(values.get("schema_version")))
         what = f"cannot be brought to schema_version {SCHEMA_VERSION}: {type(error).__name__}: {_first_line(error)}"
         raise ConfigError(f"{origin} has schema_version {version} and {what}.", _EXPECTED, _FIX) from None
+
+
+def plain(value: Any) -> Any:
+    """Copies, with NumPy's scalars and arrays as Python's and tuples as lists: what JSON would give back."""
+    if isinstance(value, Mapping):
+        return {str(name): plain(item) for name, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(item) for item in value]
+    convert = getattr(value, "tolist", None) or getattr(value, "item", None)
+    return convert() if callable(convert) else value
 
 
 def validated(values: Any, origin: str) -> dict[str, Any]:
