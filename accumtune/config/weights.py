@@ -14,6 +14,7 @@ from accumtune.tracking.journal import SEARCH_JOURNAL, read_search_journal
 from accumtune.tracking.mlflow.run_content import TRIAL_TAG
 from accumtune.tracking.redaction import first_line
 from accumtune.tracking.tracking_uri import absolute_uri, without_credentials
+from accumtune.worker import trial_weights
 
 if TYPE_CHECKING:
     from accumtune.config.training_config import TrainingConfig
@@ -29,7 +30,7 @@ def load_weights(config: TrainingConfig, model: Any, source: Any, tracking_uri: 
     """See `TrainingConfig.load_weights`."""
     with _found(config, source, tracking_uri) as file:
         try:
-            model.load_weights(file)
+            trial_weights.load_weights(model, file)
         except (ValueError, OSError, KeyError) as error:
             raise ConfigError(
                 f"The weights in {str(file)!r} do not fit the model: {first_line(str(error))}",

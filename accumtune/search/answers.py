@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import keras_tuner
@@ -11,6 +12,7 @@ from accumtune.config import TrainingConfig
 from accumtune.search.chronicle import Chronicle
 from accumtune.search.results.selection import Candidate, Policy
 from accumtune.tracking.records import SearchRecord
+from accumtune.worker.trial_weights import build_as_trained, load_weights
 
 
 class Answers(keras_tuner.Tuner):
@@ -68,6 +70,18 @@ class Answers(keras_tuner.Tuner):
     def get_best_models(self, num_models: int = 1) -> list[Any]:
         """Models with the weights of their best epoch, accumulating as they were trained."""
         return [self.load_model(trial) for trial in self._best_trials(num_models)]
+
+    def load_model(self, trial: Any) -> Any:
+        """Keras Tuner's, also where the model's own `build` leaves layers to its first call.
+
+        Raises:
+            ValueError: the weights do not fit the model.
+        """
+        model = self.hypermodel.build(trial.hyperparameters)
+        weights_file = Path(self._get_checkpoint_fname(trial.trial_id))
+        build_as_trained(model, weights_file)
+        load_weights(model, weights_file)
+        return model
 
     def _best_trials(self, count: int) -> list[Any]:
         completed = [t for t in self.oracle.trials.values() if t.status == "COMPLETED"]

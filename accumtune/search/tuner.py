@@ -188,6 +188,8 @@ class Tuner(Searching):
                     executions_per_trial=executions_per_trial,
                     **kwargs,
                 )
+                # Not by Keras Tuner's constructor: it would compile with them again what the hypermodel has built.
+                self.optimizer, self.loss, self.metrics = optimizer, loss, metrics
                 self._seen = self._chronicle.position()
         except BaseException:
             self._processes.close()

@@ -12,6 +12,7 @@ from typing import Any
 
 from accumtune.memory.budget import format_bytes
 from accumtune.worker.transport.task_directory import TaskDirectory, write_atomically
+from accumtune.worker.trial_weights import build_as_trained, load_weights
 
 
 def execute(
@@ -58,7 +59,12 @@ def execute(
     keras.utils.set_random_seed(seed + state.execution)
     model = hypermodel.build(hp)
     if initial_weights is not None:
-        _load_weights(model, Path(initial_weights))
+        weights_file = Path(initial_weights)
+        build_as_trained(model, weights_file)
+        # Without its slots the optimizer would begin anew: Keras passes over what is not there yet.
+        if not model.optimizer.built:
+            model.optimizer.build(model.trainable_variables)
+        load_weights(model, weights_file)
     writer = JournalWriter(Journal(directory.journal_file), attempt=state.attempt, execution=state.execution)
     stop = StopWhenHopeless(directory.prune_file)
     arguments = dict(content["fit_kwargs"])
@@ -135,15 +141,6 @@ def _end_out_of_memory(directory: TaskDirectory, budget_bytes: int | None) -> No
         {"status": "out_of_memory", "reason": f"it held more than its budget of {format_bytes(budget_bytes or 0)}"}
     )
     os._exit(0)
-
-
-def _load_weights(model: Any, weights_file: Path) -> None:
-    if not model.built:
-        model.build_from_config(json.loads(TaskDirectory(weights_file.parent).build_config_file.read_text()))
-    # Without its slots the optimizer would begin anew: Keras passes over what is not there yet.
-    if not model.optimizer.built:
-        model.optimizer.build(model.trainable_variables)
-    model.load_weights(weights_file)
 
 
 def _save_build_config(model: Any, directory: TaskDirectory) -> None:

@@ -68,12 +68,11 @@ def save_with_signature(
     import numpy as np
 
     from accumtune.worker.data.user_data import first_samples, has_batches, input_arguments, is_tf_dataset, resolve
+    from accumtune.worker.trial_weights import build_as_trained, load_weights
 
     model = hypermodel.build_plain(hyperparameters_from(hyperparameters))
-    if not model.built:
-        build_config = TaskDirectory(Path(weights).parent).build_config_file
-        model.build_from_config(json.loads(build_config.read_text()))
-    model.load_weights(weights)
+    build_as_trained(model, Path(weights))
+    load_weights(model, weights)
     x, y, sample_weight = resolve(*input_arguments(fit_args, fit_kwargs))
     is_batched = not is_tf_dataset(x) or has_batches(model, x)
     sample = first_samples(x, y, sample_weight, count=_SAMPLES, is_batched=is_batched)[0]

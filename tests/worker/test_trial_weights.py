@@ -1,0 +1,78 @@
+"""A trial's weights come back whole, or there is an error: never a model that is random in part, in silence."""
+
+import json
+from types import SimpleNamespace
+
+import keras
+import numpy as np
+import pytest
+
+from accumtune.config.weights import load_weights as load_weights_of_config
+from accumtune.errors import ConfigError
+from accumtune.worker.transport.task_directory import TaskDirectory
+from accumtune.worker.trial_weights import build_as_trained, load_weights
+
+X = np.arange(12, dtype="float32").reshape(4, 3)
+
+
+class BuildsItself(keras.Model):
+    """Makes its layers in `build`, which leaves their variables to the first call, as Keras's guides do."""
+
+    def build(self, input_shape):
+        self.hidden, self.out = keras.layers.Dense(5), keras.layers.Dense(2)
+
+    def call(self, inputs):
+        return self.out(self.hidden(inputs))
+
+
+class OfADict(BuildsItself):
+    def call(self, inputs):
+        return super().call(keras.ops.concatenate([inputs["a"], inputs["b"]], axis=-1))
+
+
+class OfTwo(BuildsItself):
+    def build(self, a_shape, b_shape):
+        super().build(None)
+
+    def call(self, a, b):
+        return super().call(keras.ops.concatenate([a, b], axis=-1))
+
+
+@pytest.mark.parametrize(
+    "kind, call",
+    [
+        (BuildsItself, lambda model: model(X)),
+        (OfADict, lambda model: model({"a": X, "b": X})),
+        (OfTwo, lambda model: model(X, X)),
+        (lambda: keras.Sequential([keras.layers.Dense(2)]), lambda model: model(X)),
+    ],
+)
+def test_a_model_that_is_built_by_its_first_call_gets_its_weights(tmp_path, kind, call):
+    trained = kind()
+    expected = keras.ops.convert_to_numpy(call(trained))
+    files = TaskDirectory(tmp_path)
+    trained.save_weights(files.weights_file)
+    files.build_config_file.write_text(json.dumps(trained.get_build_config()))
+    model = kind()
+    build_as_trained(model, files.weights_file)
+    load_weights(model, files.weights_file)
+    np.testing.assert_array_equal(keras.ops.convert_to_numpy(call(model)), expected)
+
+
+def test_what_cannot_be_built_is_refused(tmp_path):
+    trained, file = BuildsItself(), tmp_path / "checkpoint.weights.h5"
+    expected = keras.ops.convert_to_numpy(trained(X))
+    trained.save_weights(file)
+    model = BuildsItself()
+    model.build((None, 3))
+    model.load_weights(file)  # Keras's own: nothing is loaded, and nothing says so
+    assert not np.array_equal(keras.ops.convert_to_numpy(model(X)), expected)
+    model = BuildsItself()
+    model.build((None, 3))
+    with pytest.raises(ValueError, match="has weights for layers that are not built: dense.*, dense"):
+        load_weights(model, file)
+    with pytest.raises(ConfigError, match="do not fit the model"):
+        load_weights_of_config(SimpleNamespace(source={}), model, file, None)
+    model(X)
+    load_weights(model, file)
+    np.testing.assert_array_equal(keras.ops.convert_to_numpy(model(X)), expected)
