@@ -11,12 +11,11 @@ import pytest
 
 import accumtune
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "experiments" / "benchmarks"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "experiments" / "benchmarks" / "search"))
 
-from search_cost_development import TASKS, epochs_of, task
-from search_cost_gaussian import predict, unchecked
-from search_cost_replay import Run, ours, stock
-from search_cost_tasks import MADE, STOCK, Record, made_record
+from cost_replay import Run, ours, stock
+from cost_tasks import MADE, STOCK, Record, made_record
+from unchecked_gaussian import predict, unchecked
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +65,7 @@ def test_half_of_the_made_pairs_fit_and_the_best_effective_batch_is_the_named_on
 
 
 def test_a_record_is_read_as_it_was_written(tmp_path, monkeypatch, record):
-    monkeypatch.setattr("search_cost_tasks.RECORDS", tmp_path)
+    monkeypatch.setattr("cost_tasks.RECORDS", tmp_path)
     written = replace(record, losses={(8, 1e-3, 32): (0.5, 0.25)}, loss_of=None, name="small")
     written.write()
     assert Record.read("small") == written
@@ -94,19 +93,3 @@ def test_a_hopeless_trial_presents_fewer_samples(record):
     whole, stopped = (ours(record, accumtune.OptunaSearch, seed=1, pruner=pruner) for pruner in (None, "forecast"))
     assert len(whole.events) == len(stopped.events) == record.max_trials
     assert stopped.presentations < 0.95 * whole.presentations
-
-
-def test_a_trial_of_the_development_tasks_trains_until_it_is_stopped():
-    class AfterTwo:
-        ends = []
-
-        def is_hopeless(self, trial_id, epoch, logs):
-            return epoch >= 1
-
-        def end(self, trial_id, status):
-            self.ends.append(status)
-
-    curve = task(TASKS[1]).curve({"effective_batch_size": 8, "learning_rate": 1e-3, "width": 32.0})
-    assert epochs_of("0", curve, None) == len(curve)
-    assert (epochs_of("0", curve, AfterTwo()), epochs_of("0", curve[:2], AfterTwo())) == (2, 2)
-    assert AfterTwo.ends == ["pruned", "completed"]

@@ -25,7 +25,7 @@ from accumtune.oracles.keras_tuner_adapter import MAX_DRAWS
 from accumtune.oracles.optuna_study import Study
 
 # Completed trials, spread evenly over the space, before a model is fitted. A Gaussian process makes something of very
-# few (as many as there are dimensions: `experiments/benchmarks/search_cost_variants.py` has others), TPE does not.
+# few (as many as there are dimensions: `experiments/DECISIONS.md` has others), TPE does not.
 _FEWEST_STARTUP_TRIALS = 3
 _STARTUP_TRIALS_OF_TPE = 10
 # A Gaussian process costs the cube of the number of trials; beyond this many, TPE takes milliseconds.

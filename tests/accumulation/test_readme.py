@@ -37,12 +37,12 @@ def test_another_list_would_be_noticed(change):
 
 
 def benchmark():
-    """experiments/benchmarks/accumulation.py, which imports no framework by itself."""
-    path = README.parent / "experiments/benchmarks/accumulation.py"
+    """experiments/benchmarks/engine/accumulation.py, which imports no framework by itself."""
+    path = README.parent / "experiments/benchmarks/engine/accumulation.py"
     spec = importlib.util.spec_from_file_location("accumulation_benchmark", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    return module, module.recorded(path.with_name("accumulation_records"))
+    return module, module.recorded(module.RECORDS)
 
 
 def test_the_readme_shows_what_the_benchmark_recorded():

@@ -1,7 +1,7 @@
 """A search that is gone at any write: resumed, it has lost nothing and trained nothing twice.
 
 The real oracles, session, runner and journals, with an executor that trains nothing, so that every moment can be
-tried. `experiments/benchmarks/crash.py` kills real searches at random moments.
+tried. `experiments/stress/crash.py` kills real searches at random moments.
 """
 
 import json

@@ -11,9 +11,8 @@ with `share` the finished trainings' (1 after the first epoch, 0 at the end), `g
 take, and nothing known of `end`. That is linear in `end` and `gain`: two unknowns whose posterior is a 2 × 2 system.
 Values that are all positive are taken as logarithms, as a loss that halves says the same at any height.
 
-The constants were chosen on made tasks that are not those of the benchmark
-(`experiments/benchmarks/search_cost_development.py`), such that of the three best points of each none was stopped in 12
-draws of 1, 2, 3, 5 and 8 finished trainings; what was no better than the best so far trained 47 to 58 % of its epochs.
+The constants were chosen on made tasks that are not those of the benchmark (`experiments/DECISIONS.md`), such that of
+the three best points of each none was stopped in 12 draws of 1, 2, 3, 5 and 8 finished trainings.
 """
 
 from __future__ import annotations

@@ -42,8 +42,7 @@ from accumtune.worker.transport.outcome import StopRequested, Superseded
 from accumtune.worker.transport.task_directory import TaskDirectory, atomic_file
 
 # An epoch's end is written when this time has passed since the last one, and twenty times what writing took: short
-# epochs cost nothing, and large models at most a twentieth of their time. In `experiments/benchmarks/stopping.py` that
-# was 1 % of epochs of 0.5 s (a small model), and 4 % of epochs of 5 s (50 MB of parameters, 150 MB of state).
+# epochs cost nothing, and large models at most a twentieth of their time.
 _LEAST_SECONDS_BETWEEN = 2.0
 _WRITING_SECONDS_TIMES = 20.0
 _FORMAT = 3

@@ -1,4 +1,4 @@
-"""Small searches with real trials, side by side in four ways to track them: a part of `tracking.py`."""
+"""Small searches with real trials, side by side in four ways to track them: a part of `overhead.py`."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from typing import Any
 
 # Imported once: each search is a fork of the process that imports this, and starts its own trials' processes.
 import keras
+from common import Table
 from sklearn.datasets import load_digits
 
 import accumtune
@@ -159,7 +160,9 @@ def searches(root: Path, rounds: int, trials: int, epochs: int, epoch_seconds: f
 
 
 def print_searches(found: list[dict[str, Any]]) -> None:
-    print(f"{'tracking':<9}  {'seconds':>8}  {'of none':>8}  {'waited s':>8}  {'share':>7}  {'CPU s':>6}  {'share':>7}")
+    columns = {"tracking": "<9", "seconds": ">8.1f", "of none": ">8.3f", "waited s": ">8.2f", "waited": ">7.2%"}
+    table = Table(columns | {"CPU s": ">6.2f", "CPU": ">7.2%"})
+    table.print_header()
     base = {item["round"]: item["seconds"] for item in found if item["mode"] == "none"}
     cores = os.cpu_count() or 1
     for mode in MODES:
@@ -169,10 +172,7 @@ def print_searches(found: list[dict[str, Any]]) -> None:
             for name in ("seconds", "waited_seconds", "tracker_cpu_seconds")
         )
         ratio = statistics.median(item["seconds"] / base[item["round"]] for item in items)
-        print(
-            f"{mode:<9}  {seconds:>8.1f}  {ratio:>8.3f}  {waited:>8.2f}  {waited / seconds:>7.2%}  {cpu:>6.2f}  "
-            f"{cpu / (seconds * cores):>7.2%}"
-        )
+        table.print_row(mode, seconds, ratio, waited, waited / seconds, cpu, cpu / (seconds * cores))
     print(
         "seconds: median wall time of a search; of none: median of the ratios to the same round's search without\n"
         "tracking; waited: what the search itself waited for the tracker; CPU: what the tracker's thread computed,\n"

@@ -1,6 +1,6 @@
 """Which oracle finds the best effective batch soonest: real oracles, a made objective, no training.
 
-    python experiments/benchmarks/oracles.py --seeds 8 --json oracles.json
+    python experiments/benchmarks/search/oracles.py --seeds 8
 
 The space has 10 effective batches, 5 learning rates and 4 widths; the objective is smooth, and its best effective
 batch is small, in the middle, or the largest. A search meets the target when it has tried something within 1 % of the
@@ -13,20 +13,22 @@ effective batch, of which every one can be run.
 
 from __future__ import annotations
 
-import argparse
 import itertools
-import json
 import math
 import os
 import statistics
+import sys
 import tempfile
 import time
+from pathlib import Path
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 # More threads make the small matrices of a Gaussian process slower.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import keras_tuner
+from common import keep, parser
 from keras_tuner.engine.trial import TrialStatus
 
 from accumtune.oracles.optuna_oracle import OptunaOracle
@@ -132,12 +134,11 @@ ORACLES = ("stock", "RandomSearch", "BayesianOptimization", "OptunaSearch random
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, default=8)
-    parser.add_argument("--trials", type=int, default=45)
-    parser.add_argument("--oracles", nargs="+", default=ORACLES, choices=ORACLES)
-    parser.add_argument("--json", metavar="PATH", help="write every run there, too")
-    arguments = parser.parse_args()
+    options = parser(__doc__)
+    options.add_argument("--seeds", type=int, default=8)
+    options.add_argument("--trials", type=int, default=45)
+    options.add_argument("--oracles", nargs="+", default=ORACLES, choices=ORACLES)
+    arguments = options.parse_args()
     found: list[dict[str, object]] = []
     titles = [f"best {batch}" for batch in BEST_BATCHES]
     print(f"searches that met the target in {arguments.trials} trials, and the median trial that did\n")
@@ -151,9 +152,7 @@ def main() -> None:
         ]
         found += runs
         print(row(name, runs), flush=True)
-    if arguments.json:
-        with open(arguments.json, "w") as file:
-            json.dump({"trials": arguments.trials, "runs": found}, file, indent=1)
+    keep(arguments.json, {"trials": arguments.trials, "runs": found})
 
 
 if __name__ == "__main__":

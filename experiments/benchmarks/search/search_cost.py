@@ -1,15 +1,14 @@
 """What a search costs: stock Keras Tuner on (micro-batch, accumulation steps) against accumtune.
 
-    python experiments/benchmarks/search_cost.py [--seeds 8] [--tasks fashion text made] [--json PATH] [--known PATH]
-        [--ours RandomSearch BayesianOptimization OptunaSearch]
+    python experiments/benchmarks/search/search_cost.py [--seeds 8] [--tasks fashion text made] [--json PATH]
+        [--known PATH] [--ours RandomSearch BayesianOptimization OptunaSearch]
 
 Both sides have the same space (pairs of micro-batch and accumulation steps, learning rate, width), `max_trials`,
 seeds and allocator limit. Stock accumulates with Keras's own `gradient_accumulation_steps`, and a trial without memory
 fails; that three in a row would end its search with an error is not held against it (they are counted). Real training
-of hundreds of searches would take weeks, so the exhaustive grid of each task is trained once (`search_cost_record.py`;
-the made tasks are formulas), and the real tuners then search the record (`search_cost_replay.py`): proposals, profiles,
-reuse and journals are the products' own, only training is looked up. `search_cost_real.py` runs one task for real on
-both sides to show that this agrees.
+of hundreds of searches would take weeks, so the exhaustive grid of each task is trained once (`cost_record.py`; the
+made tasks are formulas), and the real tuners then search the record (`cost_replay.py`): proposals, profiles,
+reuse and journals are the products' own, only training is looked up.
 
 A search has met the target when it has trained something within 1 % of the best of the exhaustive grid: of all that
 the listed pairs reach under the budget (accumtune may take more steps than are listed, and get beyond that). What it
@@ -21,7 +20,6 @@ ours, of the same seed.
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import json
 import os
@@ -35,9 +33,10 @@ from typing import Any
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 # More threads make the small matrices of a Gaussian process slower.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from search_cost_tasks import MADE, OURS, STOCK, TRAINED, Record, record_of
+from common import keep, parser
+from cost_tasks import MADE, OURS, STOCK, TRAINED, Record, record_of
 
 TOLERANCE = 0.01
 # Stock's tuner, and ours beside it.
@@ -53,7 +52,7 @@ SHARES = (0.1, 0.25, 0.5, 1.0)
 
 def known_searches(path: Path | None) -> dict[tuple[str, str, str, int], dict[str, Any]]:
     """Stock's searches of an earlier run: accumtune can change, they do not."""
-    from search_cost_replay import Run
+    from cost_replay import Run
 
     found = [] if path is None else json.loads(path.read_text())["searches"]
     return {
@@ -64,7 +63,7 @@ def known_searches(path: Path | None) -> dict[tuple[str, str, str, int], dict[st
 
 
 def job(task: str, side: str, tuner: str, seed: int) -> dict[str, Any]:
-    from search_cost_replay import search
+    from cost_replay import search
 
     started = time.monotonic()
     run = search(record_of(task), side, tuner, seed)
@@ -137,14 +136,13 @@ HEADER = (
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--tasks", nargs="*", default=[*TRAINED, *MADE])
-    parser.add_argument("--seeds", type=int, default=8)
-    parser.add_argument("--processes", type=int, default=1)
-    parser.add_argument("--ours", nargs="*", default=[ours for _, ours in PAIRINGS], help="which tuners of accumtune")
-    parser.add_argument("--json", type=Path, help="where to write the figures, each search's included")
-    parser.add_argument("--known", type=Path, help="a --json of an earlier run: stock's searches are taken from there")
-    arguments = parser.parse_args()
+    options = parser(__doc__)
+    options.add_argument("--tasks", nargs="*", default=[*TRAINED, *MADE])
+    options.add_argument("--seeds", type=int, default=8)
+    options.add_argument("--processes", type=int, default=1)
+    options.add_argument("--ours", nargs="*", default=[ours for _, ours in PAIRINGS], help="which tuners of accumtune")
+    options.add_argument("--known", type=Path, help="a --json of an earlier run: stock's searches are taken from there")
+    arguments = options.parse_args()
     tasks = [name for task in arguments.tasks for name in (MADE if task == "made" else [task])]
     seeds = list(range(1, arguments.seeds + 1))  # Keras Tuner takes 0 for "any"
     found: dict[str, list[Any]] = {"rows": [], "curves": [], "searches": []}
@@ -154,8 +152,7 @@ def main() -> None:
     with ProcessPoolExecutor(arguments.processes) as pool:
         for task in tasks:
             search_task(task, seeds, pairings, pool, found, known)
-            if arguments.json:  # after each task: hours of searches are not lost with the last one
-                arguments.json.write_text(json.dumps(found))
+            keep(arguments.json, found)  # after each task: hours of searches are not lost with the last one
     print_curves(found["curves"])
     print_summary(found["rows"], pairings, len(seeds), {task: record_of(task).infeasible_share() for task in tasks})
 

@@ -1,6 +1,6 @@
 """The ways to train that `accumulation.py` compares, each run in a process of its own.
 
-    python accumulation_ways.py WAY WORKLOAD JIT CLOCK
+    python ways.py WAY WORKLOAD JIT CLOCK
 
 reads a number of windows from each line of standard input, trains that many, and answers with a line of JSON: seconds
 per window after the first, and the peak of memory in bytes. Memory is counted where there is no clock ("none"), for one
@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-import accumulation_memory
+import counted_memory
 import keras
 import numpy as np
 from keras import layers
@@ -221,7 +221,7 @@ def use_all_cores() -> None:
 def main() -> None:
     way, workload, jit, clock = sys.argv[1:]
     use_all_cores()
-    counting = accumulation_memory.counting() if clock == "none" else contextlib.nullcontext(lambda: 0)
+    counting = counted_memory.counting() if clock == "none" else contextlib.nullcontext(lambda: 0)
     with counting as peak:
         run = way_to_train(way, workload, bool(int(jit)), CLOCKS[clock])
         for line in sys.stdin:

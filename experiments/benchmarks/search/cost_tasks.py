@@ -2,7 +2,7 @@
 
 A record is what a task's exhaustive grid came to: the validation loss of every effective batch, learning rate and
 width after each epoch, and what every micro-batch costs in memory and time, with accumulation by accumtune and by
-Keras. `search_cost_record.py` makes the records of the trained tasks; those of the made ones are formulas.
+Keras. `cost_record.py` makes the records of the trained tasks; those of the made ones are formulas.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 MIB = 2**20
-RECORDS = Path(__file__).with_name("search_cost_records")
+RECORDS = Path(__file__).with_name("records")
 OURS, STOCK = "accumtune", "keras"
 
 

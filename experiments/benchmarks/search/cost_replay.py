@@ -11,15 +11,14 @@ import contextlib
 import io
 import math
 import tempfile
-from collections.abc import Callable
 from concurrent.futures import Future
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 from unittest.mock import patch
 
 import keras_tuner
-from search_cost_gaussian import unchecked
-from search_cost_tasks import OURS, STOCK, Record
+from cost_tasks import OURS, STOCK, Record
+from unchecked_gaussian import unchecked
 
 import accumtune
 from accumtune.execution.executors import Outcome
@@ -33,9 +32,6 @@ from accumtune.tracking.journal import Journal
 # micro-steps as give a steady peak where that is more.
 PROBED_UPDATES = 3
 NEVER = 10**6
-
-# The learning rate that a trial trains with, from the one searched and the effective batch.
-RateOf = Callable[[float, int], float]
 
 
 @dataclass
@@ -130,8 +126,8 @@ class RecordedExecutor:
 
     backend = "tensorflow"
 
-    def __init__(self, record: Record, run: Run, rate_of: RateOf) -> None:
-        self.record, self.run, self.rate_of = record, run, rate_of
+    def __init__(self, record: Record, run: Run) -> None:
+        self.record, self.run = record, run
         self.pruning: Any = None
 
     def submit(
@@ -197,7 +193,7 @@ class RecordedExecutor:
             self.run.run_out_of_memory(self.record.out_of_memory_seconds, self.record.start_seconds[OURS])
             return Outcome("out_of_memory", reason="out of memory")
         self.run.spend(self.record.start_seconds[OURS])
-        curve = self.record.curve(effective, self.rate_of(values["learning_rate"], effective), width)
+        curve = self.record.curve(effective, values["learning_rate"], width)
         cost = self.record.costs[OURS, width, micro]
         epochs = self.epochs_of(directory, curve)
         for epoch in range(epochs):
@@ -223,13 +219,9 @@ class RecordedExecutor:
         return len(curve)
 
 
-
-
-def ours(
-    record: Record, tuner_class: type[Tuner], seed: int, rate_of: RateOf = lambda rate, batch: rate, **arguments: Any
-) -> Run:
+def ours(record: Record, tuner_class: type[Tuner], seed: int, **arguments: Any) -> Run:
     run = Run()
-    executor = RecordedExecutor(record, run, rate_of)
+    executor = RecordedExecutor(record, run)
 
     class Replayed(tuner_class):  # type: ignore[valid-type, misc]
         def _pruning(self) -> Any:
@@ -252,9 +244,8 @@ def ours(
     return run
 
 
-def search(record: Record, side: str, tuner: str, seed: int, max_trials: int | None = None) -> Run:
+def search(record: Record, side: str, tuner: str, seed: int) -> Run:
     """One search of `"keras"` or `"accumtune"` with the tuner of that name."""
-    record = replace(record, max_trials=max_trials or record.max_trials)
     if side == STOCK:
         return stock(record, getattr(keras_tuner, tuner), seed)
     return ours(record, getattr(accumtune, tuner), seed)

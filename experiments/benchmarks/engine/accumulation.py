@@ -1,12 +1,13 @@
 """What exact accumulation costs: throughput and peak memory beside Keras's own accumulation and two limits.
 
-    python experiments/benchmarks/accumulation.py [--quick] [--backends tensorflow tensorflow+xla jax torch]
-        [--workloads mlp cnn transformer mobilenet lstm] [--clock wall|cpu] [--results FOLDER]
+    python experiments/benchmarks/engine/accumulation.py --clock cpu --rounds 3 --windows 3 --results FOLDER \\
+        --backends tensorflow tensorflow+xla jax torch
+    python experiments/benchmarks/engine/accumulation.py --markdown      # the published table, from records/
 
-With `--results`, each configuration (a backend and a workload) leaves a JSON file there, is not measured again while
-that file exists: a long table can be made in pieces. `accumulation_records/` is such a folder.
+With `--results`, each configuration (a backend and a workload) leaves a JSON file there and is not measured again while
+that file exists: a long table can be made in pieces.
 
-Ways to train at the same effective batch, each in a process of its own (`accumulation_ways.py`):
+Ways to train at the same effective batch, each in a process of its own (`ways.py`):
 
 - ours: `accumulate(model, m)`, fit with the effective batch;
 - keras: `gradient_accumulation_steps=k`, fit with batches of m;
@@ -18,7 +19,7 @@ Ways to train at the same effective batch, each in a process of its own (`accumu
 The processes of a configuration take turns, a few windows each, ours between Keras's own and the limit, so that a
 ratio compares neighbours in time; the table has medians of the ratios over the rounds. A window is timed inside `fit`,
 from the end of the first to the end of the last one, its logs on the host. Peaks are those of processes of their own;
-how they are counted is in `accumulation_memory.py`. What designs gave is in `accumulation_records/README.md`.
+how they are counted is in `counted_memory.py`. What designs gave is in `records/README.md`.
 """
 
 from __future__ import annotations
@@ -35,6 +36,11 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from common import MIB, child_environment, keep, parser
+
+RECORDS = Path(__file__).with_name("records")
 WAYS = ("ours", "keras", "full", "limit")
 BACKENDS = ("tensorflow", "tensorflow+xla", "jax", "torch")
 WORKLOADS = ("mlp", "cnn", "transformer", "mobilenet", "lstm")
@@ -42,7 +48,6 @@ QUICK = ("mlp", "cnn")
 # What several threads hold at once differs from window to window; XLA's plans and torch's calls do not.
 PEAK_WINDOWS = {"tensorflow": 6, "jax": 2, "torch": 2}
 TURNS = ("keras", "ours", "limit", "full")
-MIB = 2**20
 
 
 class Child:
@@ -50,18 +55,11 @@ class Child:
 
     def __init__(self, backend: str, way: str, workload: str, jit: bool, clock: str, **environment: str) -> None:
         self.name = f"{way} on {workload} ({backend})"
-        script = Path(__file__).with_name("accumulation_ways.py")
+        script = Path(__file__).with_name("ways.py")
         self.log = tempfile.TemporaryFile("w+")
         self.process = subprocess.Popen(
             [sys.executable, script, way, workload, str(int(jit)), clock],
-            env=os.environ
-            | {
-                "KERAS_BACKEND": backend,
-                "TF_CPU_ALLOCATOR_USE_BFC": "true",
-                "TF_CPP_MIN_LOG_LEVEL": "3",
-                "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")]),
-            }
-            | environment,
+            env=child_environment(KERAS_BACKEND=backend, TF_CPU_ALLOCATOR_USE_BFC="true", **environment),
             # torch's threads wait for each other by spinning: on a busy machine that takes minutes.
             preexec_fn=on_one_core if clock == "cpu" or (clock, backend) == ("none", "torch") else None,
             text=True,
@@ -172,7 +170,7 @@ def summary(rows: list[dict]) -> dict[str, float]:
     }
 
 
-# As the README calls them.
+# As the documentation calls them.
 NAMES = {"tensorflow": "TensorFlow", "tensorflow+xla": "TensorFlow, XLA", "jax": "JAX", "torch": "torch"}
 NAMES |= {"mlp": "MLP", "cnn": "CNN", "transformer": "transformer", "mobilenet": "MobileNetV2", "lstm": "LSTM"}
 
@@ -185,7 +183,7 @@ def recorded(folder: Path) -> list[dict]:
 
 
 def markdown(rows: list[dict]) -> str:
-    """The README's tables."""
+    """The published tables."""
     lines = ["| | speed to Keras's own | to the limit | peak to Keras's own |", "|---|---|---|---|"]
     for row in rows:
         figures = (row["speed_to"]["keras"], row["speed_to"]["limit"], row["peak_to"]["keras"])
@@ -204,34 +202,28 @@ def found_or_measured(name: str, workload: str, arguments: argparse.Namespace) -
     rounds = 2 if arguments.quick else arguments.rounds
     if "speed_to" not in row:
         row |= measured_speed(*configuration, rounds, arguments.windows, arguments.clock)
-        write(file, row)
+        keep(file, row)
     if "peak_to" not in row:
         row |= measured_peaks(*configuration)
-        write(file, row)
+        keep(file, row)
     return row
 
 
-def write(file: Path | None, row: dict) -> None:
-    if file:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps(row, indent=2) + "\n")
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--backends", nargs="*", choices=BACKENDS, default=["tensorflow", "tensorflow+xla"])
-    parser.add_argument("--workloads", nargs="*", choices=WORKLOADS)
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--windows", type=int, default=5, help="windows per round; the first is not timed")
-    parser.add_argument("--quick", action="store_true", help="two workloads, two rounds")
-    parser.add_argument(
+    options = parser(__doc__)
+    options.add_argument("--backends", nargs="*", choices=BACKENDS, default=["tensorflow", "tensorflow+xla"])
+    options.add_argument("--workloads", nargs="*", choices=WORKLOADS)
+    options.add_argument("--rounds", type=int, default=7)
+    options.add_argument("--windows", type=int, default=5, help="windows per round; the first is not timed")
+    options.add_argument("--quick", action="store_true", help="two workloads, two rounds")
+    options.add_argument(
         "--clock", choices=("wall", "cpu"), default="wall", help="cpu: seconds of all threads, on a busy machine"
     )
-    parser.add_argument("--results", type=Path, help="a folder of JSON files, one per configuration")
-    parser.add_argument("--markdown", action="store_true", help="prints what `--results` has, and measures nothing")
-    arguments = parser.parse_args()
+    options.add_argument("--results", type=Path, help="a folder of JSON files, one per configuration")
+    options.add_argument("--markdown", action="store_true", help="prints the recorded table, and measures nothing")
+    arguments = options.parse_args()
     if arguments.markdown:
-        print(markdown(recorded(arguments.results)))
+        print(markdown(recorded(arguments.results or RECORDS)))
         return
     workloads = arguments.workloads or (QUICK if arguments.quick else WORKLOADS)
     print(header())
@@ -242,6 +234,7 @@ def main() -> None:
             print(printed(rows[-1]), flush=True)
     for label, value in summary(rows).items():
         print(f"{label:<40}{value:5.2f}")
+    keep(arguments.json, rows)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ then run to its end. After that:
   journal at a kill still stands there;
 - no process of a killed search is left.
 
-    python experiments/benchmarks/crash.py [--kills 50] [--seed 0] [--length SECONDS] [--quick] [--json PATH]
+    python experiments/stress/crash.py [--kills 50] [--seed 0] [--length SECONDS] [--quick] [--json PATH]
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 # What a search process imports, once: each search is a fork of this process, and starts its own trials' processes.
 import keras_tuner  # noqa: E402, F401
 import numpy as np  # noqa: E402
-from crash_looking import Snapshot, compare, left_over, look, snapshot, starts  # noqa: E402
+from crash_checks import Snapshot, compare, left_over, look, snapshot, starts  # noqa: E402
 
 import accumtune  # noqa: E402
 from accumtune.tracking.journal import read_search, trial_folders  # noqa: E402

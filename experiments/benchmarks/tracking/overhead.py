@@ -8,12 +8,11 @@
   rather than computes: the wall time of computing trials differs by a fifth from one time to the next, and of 1 %
   nothing could be said. What the tracker computes, which would slow down trials that compute, stands beside it.
 
-    python experiments/benchmarks/tracking.py [--parts replay sustained searches] [--rounds 2] [--quick] [--json PATH]
+    python experiments/benchmarks/tracking/overhead.py [--parts replay sustained searches] [--rounds 2] [--quick]
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import shutil
@@ -23,13 +22,15 @@ import time
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
-import mlflow  # noqa: E402
-from tracking_searches import print_searches, searches  # noqa: E402
+import mlflow
+from common import Table, keep, parser
+from searches import print_searches, searches
 
-from accumtune.tracking.journal import Journal  # noqa: E402
-from accumtune.tracking.mlflow.tracker import Tracker  # noqa: E402
+from accumtune.tracking.journal import Journal
+from accumtune.tracking.mlflow.tracker import Tracker
 
 METRICS = ("loss", "accuracy", "val_loss", "val_accuracy")
 SHAPES = ((1, 10_000), (10, 1_000), (100, 100))
@@ -129,16 +130,15 @@ def sustained(root: Path, seconds: float, rate: int, trials: int = 4) -> dict[st
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parts = ("replay", "sustained", "searches")
-    parser.add_argument("--parts", nargs="+", choices=parts, default=parts)
-    parser.add_argument("--rounds", type=int, default=2, help="of searches")
-    parser.add_argument("--trials", type=int, default=4, help="of each search")
-    parser.add_argument("--epochs", type=int, default=60, help="of each trial")
-    parser.add_argument("--epoch-seconds", type=float, default=1.0, help="that an epoch waits")
-    parser.add_argument("--quick", action="store_true", help="small sizes: does it run?")
-    parser.add_argument("--json", metavar="PATH", default=None)
-    options = parser.parse_args()
+    made = parser(__doc__)
+    made.add_argument("--parts", nargs="+", choices=parts, default=parts)
+    made.add_argument("--rounds", type=int, default=2, help="of searches")
+    made.add_argument("--trials", type=int, default=4, help="of each search")
+    made.add_argument("--epochs", type=int, default=60, help="of each trial")
+    made.add_argument("--epoch-seconds", type=float, default=1.0, help="that an epoch waits")
+    made.add_argument("--quick", action="store_true", help="small sizes: does it run?")
+    options = made.parse_args()
     if options.quick:
         options.rounds, options.trials, options.epochs, options.epoch_seconds = 1, 2, 2, 0.1
     results: dict[str, Any] = {}
@@ -150,16 +150,16 @@ def main() -> int:
         if "replay" in options.parts:
             shapes = [(trials, max(1, epochs // (100 if options.quick else 1))) for trials, epochs in SHAPES]
             replay(root / "first", 1, 1)  # MLflow's imports
-            print(f"\n{'trials':>6}  {'epochs each':>11}  {'seconds':>8}  {'epochs/s':>9}  {'epochs/CPU s':>12}")
+            print()
+            columns = {"trials": ">6", "epochs each": ">11,", "seconds": ">8.2f", "epochs/s": ">9,.0f"}
+            table = Table(columns | {"epochs/CPU s": ">12,.0f"})
+            table.print_header()
             results["replay"] = []
             for trials, epochs in shapes:
                 row = replay(root, trials, epochs)
                 results["replay"].append(row)
-                print(
-                    f"{trials:>6}  {epochs:>11,}  {row['seconds']:>8.2f}  {row['epochs_per_second']:>9,.0f}  "
-                    f"{row['epochs_per_cpu_second']:>12,.0f}",
-                    flush=True,
-                )
+                per_second = row["epochs_per_second"], row["epochs_per_cpu_second"]
+                table.print_row(trials, epochs, row["seconds"], *per_second)
             print(f"each epoch has {len(METRICS)} values")
         if "sustained" in options.parts:
             row = sustained(root, 2.0 if options.quick else 20.0, SUSTAINED_EPOCHS_PER_SECOND)
@@ -168,8 +168,7 @@ def main() -> int:
                 f"\n{row['epochs']:,} epochs written in {row['seconds']:.1f} s ({row['epochs_per_second']:,.0f}/s); "
                 f"{row['arrived']:,} arrived, the last {row['behind_seconds']:.1f} s after the writer's end"
             )
-    if options.json:
-        Path(options.json).write_text(json.dumps(results, indent=2))
+    keep(options.json, results)
     complete = "sustained" not in results or results["sustained"]["arrived"] == results["sustained"]["epochs"]
     return 0 if complete else 1
 

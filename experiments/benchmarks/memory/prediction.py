@@ -12,7 +12,7 @@ Each architecture has a budget, and is given to `accumtune.profile(...)` as a us
 
 Published anchors: 1.6 % to 3 % (LLMem, IJCAI 2024), about 16 % (DNNMem, 2020).
 
-    python experiments/benchmarks/memory_prediction.py [--only NAME ...] [--results FOLDER] [--table]
+    python experiments/benchmarks/memory/prediction.py [--only NAME ...] [--results FOLDER] [--table]
 
 Each architecture leaves a file in the folder and is not run again while that is there, so that the benchmark can be
 stopped, resumed, and shared out among processes by `--only`. `--table` runs nothing and prints what there is.
@@ -20,7 +20,6 @@ stopped, resumed, and shared out among processes by `--only`. `--table` runs not
 
 from __future__ import annotations
 
-import argparse
 import functools
 import json
 import math
@@ -33,16 +32,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "1")  # the same kernels on every CPU
 
-from memory_prediction_models import ARCHITECTURES, build_model, data
+from architectures import ARCHITECTURES, build_model, data
+from common import MIB, keep, parser
 
 from accumtune.memory.device import died_of_memory, memory_limit_environment, open_device
 from accumtune.memory.prediction.profile import Measurement, Profile
 from accumtune.memory.probe import STEADY_MICRO_STEPS
 
-MIB = 2**20
 LARGEST_SIZE = 256
 LISTED_SIZES = (1, 4, 16, 64)  # accumtune.profile looks up to four times beyond the last one
 CHECKED_STEPS = (1, 4)
@@ -203,26 +203,24 @@ def summarize(results: Sequence[dict[str, Any]]) -> str:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--only", nargs="+", choices=list(ARCHITECTURES), help="these architectures")
-    parser.add_argument("--results", type=Path, default=RESULTS, help=f"a folder; default: {RESULTS}")
-    parser.add_argument("--table", action="store_true", help="run nothing")
-    arguments = parser.parse_args()
-    arguments.results.mkdir(parents=True, exist_ok=True)
+    options = parser(__doc__, results=RESULTS)
+    options.add_argument("--only", nargs="+", choices=list(ARCHITECTURES), help="these architectures")
+    options.add_argument("--table", action="store_true", help="run nothing")
+    arguments = options.parse_args()
     names = arguments.only or list(ARCHITECTURES)
     files = {name: arguments.results / f"{name.replace(' ', '_')}.json" for name in ARCHITECTURES}
     for name in names if not arguments.table else ():
         if not files[name].exists():
             import tensorflow  # noqa: F401  (each child then has it at once)
 
-            result = json.dumps(examine(name), indent=2)
-            files[name].write_text(result)
-            print(describe(json.loads(result)), flush=True)
+            keep(files[name], examine(name))
+            print(describe(json.loads(files[name].read_text())), flush=True)
     results = [json.loads(file.read_text()) for file in files.values() if file.exists()]
     if arguments.table or len(names) > 1:
         print("\n".join(map(describe, results)))
     if results:
         print(summarize(results))
+    keep(arguments.json, results)
     return 0
 
 

@@ -1,6 +1,6 @@
 """Trains the exhaustive grid of a task of `search_cost.py`, once, and writes what it came to.
 
-    KERAS_HOME=... python experiments/benchmarks/search_cost_record.py fashion text
+    KERAS_HOME=... python experiments/benchmarks/search/cost_record.py fashion text
 
 The grid's losses are those of plain Keras at the effective batch, which is what both ways of accumulation compute (one
 model per batch and width, its weights put back between learning rates). Each micro-batch is then measured on both
@@ -20,9 +20,10 @@ from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from search_cost_tasks import MIB, OURS, STOCK, TRAINED, Cost, Record, Trained
+from common import MIB
+from cost_tasks import OURS, STOCK, TRAINED, Cost, Record, Trained
 
 from accumtune.execution.executors import LocalExecutor, Outcome
 from accumtune.memory.device import memory_limit_environment

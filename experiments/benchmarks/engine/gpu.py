@@ -8,7 +8,7 @@ For each backend that sees the device and each workload:
   (XLA seems to compute activations again where a program would not fit in its allocator's limit);
 - ours, keras: samples per second inside `fit`, exact accumulation and Keras's own, taking turns (`accumulation.py`).
 
-    python experiments/benchmarks/gpu.py [--backends jax torch tensorflow] [--memory-budget 2GiB] [--jobs 1]
+    python experiments/benchmarks/engine/gpu.py [--backends jax torch tensorflow] [--memory-budget 2GiB] [--jobs 1]
         [--json PATH]
 
 Memory is measured first, `--jobs` at once where the device has room for so many budgets; speed one after the other.
@@ -25,7 +25,6 @@ import functools
 import importlib.metadata
 import importlib.util
 import json
-import os
 import shutil
 import statistics
 import subprocess
@@ -35,7 +34,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from common import MIB, Table, child_environment, keep, parser
 
 BACKENDS = ("jax", "torch", "tensorflow")
 # A sample's shape; size of its vocabulary.
@@ -65,10 +66,8 @@ def why_not(backend: str) -> str | None:
 
 
 def environment(backend: str) -> dict[str, str]:
-    """Of a process that has this backend, finds accumtune in this repository, and shares the device."""
-    path = os.pathsep.join([str(Path(__file__).parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])])
-    ours = {"KERAS_BACKEND": backend, "PYTHONPATH": path, "TF_CPU_ALLOCATOR_USE_BFC": "true"}
-    return os.environ | ours | SHARED_DEVICE
+    """Of a process that has this backend and shares the device."""
+    return child_environment(KERAS_BACKEND=backend, TF_CPU_ALLOCATOR_USE_BFC="true", **SHARED_DEVICE)
 
 
 def versions() -> dict[str, str]:
@@ -153,7 +152,7 @@ def memory(workload: str, budget: str) -> dict[str, Any]:
 def speed(backend: str, workload: str) -> dict[str, Any]:
     """Samples per second of the accumulation benchmark's workload, and the median of the ratios of neighbours."""
     from accumulation import children
-    from accumulation_ways import WORKLOADS as WINDOWS_OF
+    from ways import WORKLOADS as WINDOWS_OF
 
     micro, steps = WINDOWS_OF[workload]
     seconds: dict[str, list[float]] = {"ours": [], "keras": []}
@@ -181,29 +180,24 @@ def measured_in_process(part: str, backend: str, workload: str, budget: str) -> 
         return json.loads(path.read_text()) if done.returncode == 0 else None
 
 
-def header() -> str:
-    return (
-        f"{'backend':<11}{'workload':<12}{'largest':>8}{'micro':>7}{'predicted':>11}{'measured':>10}{'error':>8}"
-        f"{'four times':>12}{'ours/s':>9}{'keras/s':>9}{'ratio':>7}"
-    )
+TABLE = Table({
+    "backend": "<10", "workload": "<11", "largest": ">7", "micro": ">6", "predicted MiB": ">13,.0f",
+    "measured MiB": ">12,.0f", "error": ">+7.1%", "four times": ">10", "ours/s": ">8,.0f", "keras/s": ">8,.0f",
+    "ratio": ">5.2f",
+})  # fmt: skip
 
 
-def printed(row: dict[str, Any]) -> str:
-    line = f"{row['backend']:<11}{row['workload']:<12}"
-    if "error" in row:
-        mib = {name: row[f"{name}_peak_memory_bytes"] / 2**20 for name in ("predicted", "measured")}
-        beyond = row["four_times_peak_memory_bytes"]
-        line += (
-            f"{row['largest_micro_batch_size']:>8}{row['micro_batch_size']:>7}"
-            f"{mib['predicted']:>7,.0f} MiB{mib['measured']:>6,.0f} MiB{row['error']:>+8.1%}"
-            f"{'out' if beyond is None else f'{beyond / 2**20:,.0f} MiB':>12}"
-        )
-    else:
-        line += f"{'failed; the reason is above':>56}"
-    if "speed_to_keras" not in row:
-        return line + "  failed; the reason is above"
-    per_second = row["samples_per_second"]
-    return f"{line}{per_second['ours']:>9,.0f}{per_second['keras']:>9,.0f}{row['speed_to_keras']:>7.2f}"
+def print_row(row: dict[str, Any]) -> None:
+    """What failed is "-"; its reason was printed when it did."""
+    peaks = [row.get(f"{name}_peak_memory_bytes") for name in ("predicted", "measured")]
+    beyond = row.get("four_times_peak_memory_bytes")
+    four_times = None if "error" not in row else "out" if beyond is None else f"{beyond / MIB:,.0f} MiB"
+    per_second = row.get("samples_per_second", {})
+    TABLE.print_row(
+        row["backend"], row["workload"], row.get("largest_micro_batch_size"), row.get("micro_batch_size"),
+        *(peak and peak / MIB for peak in peaks), row.get("error"), four_times,
+        per_second.get("ours"), per_second.get("keras"), row.get("speed_to_keras"),
+    )  # fmt: skip
 
 
 def usable(options: argparse.Namespace) -> list[str]:
@@ -229,43 +223,36 @@ def measure(options: argparse.Namespace, told: dict[str, Any]) -> bool:
     def run(part: str, row: dict[str, Any]) -> bool:
         found = measured_in_process(part, row["backend"], row["workload"], options.memory_budget)
         row |= found or {}
-        keep(told, options.json)
+        keep(options.json, told)
         return found is not None
 
     with ThreadPoolExecutor(options.jobs) as pool:
         all_ran = all(list(pool.map(functools.partial(run, "memory"), rows)))
-    print(header(), flush=True)
+    TABLE.print_header()
     for row in rows:
         all_ran &= run("speed", row)
-        print(printed(row), flush=True)
+        print_row(row)
     return all_ran
 
 
-def keep(told: dict[str, Any], file: Path | None) -> None:
-    if file:
-        file.write_text(json.dumps(told, indent=2) + "\n")
-
-
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--backends", nargs="+", choices=BACKENDS, default=list(BACKENDS))
-    parser.add_argument("--workloads", nargs="+", choices=list(WORKLOADS), default=list(WORKLOADS))
-    parser.add_argument("--memory-budget", default="2GiB")
-    parser.add_argument("--json", type=Path, help="where to write the figures")
-    parser.add_argument("--cpu", action="store_true", help="run without a CUDA device, to try the script out")
-    parser.add_argument("--jobs", type=int, default=1, help="memory measurements at once")
-    parser.add_argument("--one", nargs=3, metavar=("PART", "BACKEND", "WORKLOAD"), help=argparse.SUPPRESS)
-    options = parser.parse_args()
+    made = parser(__doc__)
+    made.add_argument("--backends", nargs="+", choices=BACKENDS, default=list(BACKENDS))
+    made.add_argument("--workloads", nargs="+", choices=list(WORKLOADS), default=list(WORKLOADS))
+    made.add_argument("--memory-budget", default="2GiB")
+    made.add_argument("--cpu", action="store_true", help="run without a CUDA device, to try the script out")
+    made.add_argument("--jobs", type=int, default=1, help="memory measurements at once")
+    made.add_argument("--one", nargs=3, metavar=("PART", "BACKEND", "WORKLOAD"), help=argparse.SUPPRESS)
+    options = made.parse_args()
 
     if options.one:
         part, backend, workload = options.one
-        found = memory(workload, options.memory_budget) if part == "memory" else speed(backend, workload)
-        keep(found, options.json)
+        keep(options.json, memory(workload, options.memory_budget) if part == "memory" else speed(backend, workload))
         return 0
     device = cuda_device()
     told: dict[str, Any] = {"device": device, "versions": versions(), "memory_budget": options.memory_budget}
     told["rows"] = []
-    keep(told, options.json)
+    keep(options.json, told)
     if device is None and not options.cpu:
         print("No CUDA device here (nvidia-smi found none): nothing was measured.")
         return 0

@@ -13,7 +13,7 @@ After each fault the processes of the trials that it has hit must be gone; after
 ended exactly once, have all its epochs once, stand in MLflow exactly once with no run left RUNNING, and every GPU of
 the cluster must be free.
 
-    python experiments/benchmarks/cluster_faults.py [--faults 30] [--seed 0] [--quick] [--json PATH]
+    python experiments/stress/cluster_faults.py [--faults 30] [--seed 0] [--quick] [--json PATH]
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from typing import Any
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 
-from cluster import Cluster, ancestors, is_alive, wait_for  # noqa: E402
+from ray_cluster import Cluster, ancestors, is_alive, wait_for  # noqa: E402
 
 TRIALS, EPOCHS, EPOCH_SECONDS, NODES = 20, 6, 1.0, 3
 KINDS = ("node killed", "worker killed", "search killed", "node lost", "node added")

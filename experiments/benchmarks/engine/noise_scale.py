@@ -1,6 +1,6 @@
 """What it costs to measure the gradient noise scale while accumulating, as a share of the training.
 
-    python experiments/benchmarks/noise_scale.py [--backends tensorflow jax torch] [--json PATH]
+    python experiments/benchmarks/engine/noise_scale.py [--backends tensorflow jax torch] [--json PATH]
 
 Each backend has a process of its own, in which two copies of a model take turns, one of them with the callback
 `GradientNoiseScale`: a few windows of one, the same of the other, the order drawn anew for each round. The workloads
@@ -13,13 +13,16 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import random
 import statistics
 import subprocess
 import sys
 import time
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from common import Table, child_environment, keep, parser
 
 # name: units of each hidden layer, micro-batch size, accumulation steps
 WORKLOADS = {
@@ -67,32 +70,27 @@ def measure(name: str, rounds: int) -> dict[str, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--backends", nargs="*", default=["tensorflow"])
-    parser.add_argument("--workloads", nargs="*", default=list(WORKLOADS), choices=list(WORKLOADS))
-    parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--json", type=Path, help="where to write the figures")
-    parser.add_argument("--one", help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
+    options = parser(__doc__)
+    options.add_argument("--backends", nargs="*", default=["tensorflow"])
+    options.add_argument("--workloads", nargs="*", default=list(WORKLOADS), choices=list(WORKLOADS))
+    options.add_argument("--rounds", type=int, default=15)
+    options.add_argument("--one", help=argparse.SUPPRESS)
+    arguments = options.parse_args()
     if arguments.one:
         print(json.dumps(measure(arguments.one, arguments.rounds)))
         return
     rows = []
-    print(f"{'backend':<12}{'workload':<16}{'cost':>8}{'quartiles':>18}")
+    table = Table({"backend": "<10", "workload": "<14", "cost": ">+7.1%", "quartile": ">+8.1%", "upper": ">+7.1%"})
+    table.print_header()
     for backend in arguments.backends:
         for name in arguments.workloads:
             command = [sys.executable, __file__, "--one", name, "--rounds", str(arguments.rounds)]
-            environment = {
-                **os.environ, "KERAS_BACKEND": backend, "TF_CPP_MIN_LOG_LEVEL": "3",
-                "PYTHONPATH": str(Path(__file__).parents[2]),
-            }  # fmt: skip
+            environment = child_environment(KERAS_BACKEND=backend)
             done = subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE, text=True)
             row = json.loads(done.stdout.splitlines()[-1])
             rows.append({"backend": backend, "workload": name, **row})
-            spread = f"{100 * row['lower_quartile']:+.1f} … {100 * row['upper_quartile']:+.1f} %"
-            print(f"{backend:<12}{name:<16}{100 * row['cost']:>+6.1f} %{spread:>18}", flush=True)
-    if arguments.json:
-        arguments.json.write_text(json.dumps(rows, indent=2))
+            table.print_row(backend, name, row["cost"], row["lower_quartile"], row["upper_quartile"])
+    keep(arguments.json, rows)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """What a trial costs beside its training, and that it does not grow with the number of trials.
 
-    python experiments/benchmarks/search_scale.py --trials 2000 --json scale.json
+    python experiments/benchmarks/search/scale.py --trials 2000
 
 Trials of a free model: the executor answers at once with made outcomes, everything else is real: the oracle and its
 files, journals, profiles, the choice of the pair, and with tracking on a replay into MLflow (SQLite). The cost of the
@@ -10,13 +10,10 @@ from the end of one trial to the end of the next, less what its process spent on
 
 from __future__ import annotations
 
-import argparse
 import contextlib
-import cProfile
-import json
 import os
-import pstats
 import statistics
+import sys
 import tempfile
 import time
 from concurrent.futures import Future
@@ -24,9 +21,11 @@ from pathlib import Path
 from unittest.mock import patch
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import keras
 import numpy as np
+from common import Table, keep, parser
 
 import accumtune
 from accumtune.execution.executors import Outcome
@@ -104,7 +103,7 @@ def data():
     return x, x[:, :1]
 
 
-def many(kind: str, trials: int, tracking: bool, folder: Path, profile: bool) -> dict[str, object]:
+def many(kind: str, trials: int, tracking: bool, folder: Path) -> dict[str, object]:
     """Wall and CPU time of each trial of a long search, from one proposal to the next."""
     tuner = getattr(accumtune, kind)(
         build_model, objective="val_loss", max_trials=trials, seed=1, memory_budget="64MiB",
@@ -121,13 +120,7 @@ def many(kind: str, trials: int, tracking: bool, folder: Path, profile: bool) ->
 
     tuner.oracle.create_trial = timed
     x, y = data()
-    profiler = cProfile.Profile()
-    if profile:
-        profiler.enable()
     tuner.search(x, y, validation_data=(x, y), epochs=2, verbose=0)
-    if profile:
-        profiler.disable()
-        pstats.Stats(profiler).sort_stats("cumulative").print_stats(45)
     tenth = trials // 10
     found: dict[str, object] = {"tuner": kind, "tracking": tracking, "trials": trials}
     for name, clock in (("wall", wall), ("cpu", cpu)):
@@ -157,14 +150,12 @@ def real(trials: int, folder: Path) -> dict[str, object]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--trials", type=int, default=2000)
-    parser.add_argument("--tuner", default="RandomSearch", choices=("RandomSearch", "OptunaSearch"))
-    parser.add_argument("--tracking", nargs="+", default=("off", "on"), choices=("off", "on"))
-    parser.add_argument("--real", type=int, default=10, help="real trials; 0 for none")
-    parser.add_argument("--profile", action="store_true", help="say where the time goes")
-    parser.add_argument("--json", metavar="PATH", help="write all figures there, too")
-    arguments = parser.parse_args()
+    options = parser(__doc__)
+    options.add_argument("--trials", type=int, default=2000)
+    options.add_argument("--tuner", default="RandomSearch", choices=("RandomSearch", "OptunaSearch"))
+    options.add_argument("--tracking", nargs="+", default=("off", "on"), choices=("off", "on"))
+    options.add_argument("--real", type=int, default=10, help="real trials; 0 for none")
+    arguments = options.parse_args()
     found: dict[str, object] = {"scale": []}
     if arguments.real:
         with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
@@ -174,26 +165,21 @@ def main() -> None:
             f"{it['trials']} real trials, seconds beside training after the first: median {it['median']:.2f}, "
             f"largest {it['largest']:.2f}\n"
         )
-    print(f"{arguments.tuner}, {arguments.trials} free trials: milliseconds per trial in the first and last tenth")
-    print("(medians; the ratio of means in brackets)\n")
-    print("| tracking | wall first | wall last | ratio          | CPU first | CPU last | ratio          |")
-    print("|----------|------------|-----------|----------------|-----------|----------|----------------|")
+    print(f"{arguments.tuner}, {arguments.trials} free trials: ms per trial, medians of the first and last tenth")
+    columns = {"tracking": "<8", "clock": "<5", "first": ">7.1f", "last": ">7.1f", "ratio": ">5.2f"}
+    table = Table(columns | {"of means": ">8.2f"})
+    table.print_header()
     for name in arguments.tracking:
         # On a busy machine the last of the replay goes on in the background, into a folder that is being removed.
         temporary = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
         with temporary as folder, contextlib.chdir(folder), no_processes():
-            run = many(arguments.tuner, arguments.trials, name == "on", Path(folder), arguments.profile)
+            run = many(arguments.tuner, arguments.trials, name == "on", Path(folder))
         found["scale"].append(run)
-        cells = []
         for clock in ("wall", "cpu"):
             it = run[clock]
-            cells += [
-                f"{1000 * it['first_seconds']:9.1f}", f"{1000 * it['last_seconds']:9.1f}",
-                f"{it['ratio']:7.2f} ({it['mean_ratio']:.2f})",
-            ]  # fmt: skip
-        print(f"| {name:8} | " + " | ".join(cells) + " |", flush=True)
-    if arguments.json:
-        Path(arguments.json).write_text(json.dumps(found, indent=1))
+            first, last = 1000 * it["first_seconds"], 1000 * it["last_seconds"]
+            table.print_row(name, clock, first, last, it["ratio"], it["mean_ratio"])
+    keep(arguments.json, found)
 
 
 if __name__ == "__main__":
