@@ -10,6 +10,7 @@ the machine is not ours alone. What a trial takes beside training, and one that 
 
 from __future__ import annotations
 
+import argparse
 import itertools
 import math
 import os
@@ -190,7 +191,9 @@ def record(task: Trained) -> Record:
 
 
 def main() -> None:
-    for name in sys.argv[1:] or list(TRAINED):
+    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options.add_argument("tasks", nargs="*", default=list(TRAINED), help=f"of {', '.join(TRAINED)}; default: all")
+    for name in options.parse_args().tasks:
         record(TRAINED[name]).write()
 
 
