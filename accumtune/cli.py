@@ -43,7 +43,7 @@ tab completion, in bash and zsh (from now on: the same line in ~/.bashrc or ~/.z
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point of the `accumtune` command."""
-    parser = _parser()
+    parser = make_parser()
     if "_ARGCOMPLETE" in os.environ:  # the shell asks what could come next; nothing else pays for the import
         import argcomplete
 
@@ -74,7 +74,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 close_standard_output()
 
 
-def _parser() -> argparse.ArgumentParser:
+def make_parser() -> argparse.ArgumentParser:
+    """The parser of `accumtune` and of all its commands."""
     parser = argparse.ArgumentParser(
         prog="accumtune",
         usage="%(prog)s [-h] [--version] COMMAND [options]",

@@ -13,6 +13,8 @@ import keras_tuner
 import pytest
 
 import accumtune
+from accumtune.tracking.mlflow import run_content
+from accumtune.tracking.records import SearchRecord, TrialRecord
 
 DOCS = Path(accumtune.__file__).parent / "docs"
 BLOCK = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
@@ -34,6 +36,8 @@ def test_the_documentation_builds_without_a_warning(tmp_path):
     )  # fmt: skip
     assert done.returncode == 0 and "WARNING" not in done.stdout + done.stderr, done.stdout + done.stderr
     assert "micro_batch_sizes" in (tmp_path / "api" / "search" / "index.html").read_text()
+    command_line = (tmp_path / "api" / "command-line" / "index.html").read_text()
+    assert "accumtune best" in command_line and "--tolerance" in command_line  # from the parser
 
 
 def accepted(function):
@@ -66,3 +70,40 @@ def test_code_in_the_documentation_uses_what_there_is(code):
 def test_the_rule_would_notice_a_name_that_is_gone():
     code = "accumtune.RandomSearch(build_model, memory_limit=1)\naccumtune.no_such_name"
     assert sorted(unknown_names(code)) == ["memory_limit", "no_such_name"]
+
+
+# What pages list is complete
+
+
+def missing_names(page, names):
+    text = (DOCS / "pages" / page).read_text()
+    return {name for name in names if f"`{name}`" not in text}
+
+
+def error_names():
+    found = vars(accumtune.errors).values()
+    return {it.__name__ for it in found if isinstance(it, type) and it.__module__ == "accumtune.errors"}
+
+
+def test_every_error_has_its_line():
+    assert missing_names("troubleshooting.md", error_names() - {"AccumtuneError"}) == set()
+    assert missing_names("troubleshooting.md", {"UnicornError"})  # the negative control
+
+
+def test_every_tag_param_and_metric_of_a_run_has_its_line():
+    """Those of a made search with one trial; what ends in a name of the user's is told in words."""
+    trial = TrialRecord(
+        Path(), "0", status="failed", reason="r", reused_from="1", memory_source="s", device="d", objective_value=1.0,
+        hyperparameters={"effective_batch_size": 4, "micro_batch_size": 2, "accumulation_steps": 2},
+        peak_memory_bytes=1, predicted_peak_memory_bytes=1, throughput_samples_per_second=1.0,
+        predicted_throughput_samples_per_second=1.0, best_epoch=0, updates=1, training_seconds=1.0,
+    )  # fmt: skip
+    search = SearchRecord(
+        Path(), search_id="i", reason="r", learning_rate_scaling="sqrt", tuner="t", backend="b", max_trials=1,
+        micro_batch_sizes=(2,), accumulation_steps=(2,), search_over="pairs",
+    )  # fmt: skip
+    parent, child = run_content.search_run(search, {}, None), run_content.trial_run(trial, search)
+    names = {*parent.params, *parent.tags, *child.params, *child.tags, *(point.name for point in child.scalars)}
+    told_in_words = ("mlflow.", "accumtune.trials_", "best_val_")
+    named = {name for name in names if not name.startswith(told_in_words)}
+    assert len(named) > 25 and missing_names("tracking.md", named) == set()

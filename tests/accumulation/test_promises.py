@@ -1,4 +1,4 @@
-"""The README promises what the tests hold, no more and no less."""
+"""The documentation promises what the tests hold, no more and no less, and shows what the benchmark recorded."""
 
 import importlib
 import importlib.util
@@ -7,12 +7,14 @@ from pathlib import Path
 
 import pytest
 
-README = Path(__file__).parents[2] / "README.md"
+ROOT = Path(__file__).parents[2]
+PAGE = ROOT / "accumtune/docs/pages/concepts/exactness.md"
+BENCHMARKS = ROOT / "accumtune/docs/pages/benchmarks.md"
 
 
 def promised(text):
-    """The lines of the lists in the section "The engine alone"."""
-    section = text.partition("\n## The engine alone\n")[2].partition("\n## ")[0]
+    """The lines of the lists in the section "The lists"."""
+    section = text.partition("\n## The lists\n")[2].partition("\n## ")[0]
     items = re.findall(r"^- (.*(?:\n  .*)*)", section, flags=re.MULTILINE)
     return {" ".join(item.split()).rstrip(";.") for item in items}
 
@@ -24,13 +26,13 @@ def held():
     return {promise for test in tests for promise in getattr(test, "promises", [])}
 
 
-def test_the_readme_promises_what_tests_hold():
-    assert promised(README.read_text()) == held()
+def test_the_page_promises_what_tests_hold():
+    assert promised(PAGE.read_text()) == held()
 
 
 @pytest.mark.parametrize("change", [("- sample weights", "- unicorns"), ("\n- ", "\n- unicorns;\n- ")])
 def test_another_list_would_be_noticed(change):
-    assert promised(README.read_text().replace(*change)) != held()
+    assert promised(PAGE.read_text().replace(*change)) != held()
 
 
 # The figures of the benchmark
@@ -38,19 +40,25 @@ def test_another_list_would_be_noticed(change):
 
 def benchmark():
     """experiments/benchmarks/engine/accumulation.py, which imports no framework by itself."""
-    path = README.parent / "experiments/benchmarks/engine/accumulation.py"
+    path = ROOT / "experiments/benchmarks/engine/accumulation.py"
     spec = importlib.util.spec_from_file_location("accumulation_benchmark", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module, module.recorded(module.RECORDS)
 
 
-def test_the_readme_shows_what_the_benchmark_recorded():
+def test_the_page_shows_what_the_benchmark_recorded():
     module, rows = benchmark()
     assert len(rows) > 10
-    text = README.read_text()
+    text = BENCHMARKS.read_text()
     assert module.markdown(rows) in text
     all_of_them = len(module.BACKENDS) * len(module.WORKLOADS)
     assert f"{len(rows)} of its {all_of_them} configurations" in " ".join(text.split())
+    over_all = module.summary(rows)
+    speed, peak = over_all["speed to Keras's own, geometric mean"], over_all["peak to Keras's own, median"]
+    least = over_all["speed to Keras's own, least"]
+    readme = (ROOT / "README.md").read_text()
+    for figure in (f"{speed:.2f} times the speed", f"least {least:.2f})", f"{peak:.2f} of its"):
+        assert figure in readme
     rows[0]["peak_to"]["keras"] += 0.01  # the negative control
     assert module.markdown(rows) not in text
