@@ -28,7 +28,11 @@ __all__ = [
 
 
 def accumulate(
-    model: keras.Model, micro_batch_size: int | None = None, *, accumulation_steps: int | None = None
+    model: keras.Model,
+    micro_batch_size: int | None = None,
+    *,
+    accumulation_steps: int | None = None,
+    ghost_batch_size: int | None = None,
 ) -> keras.Model:
     """Makes `model` train with exact gradient accumulation.
 
@@ -41,8 +45,13 @@ def accumulate(
     Training then equals plain Keras at the effective batch (docs of `batch_coupled_layers` say where it cannot):
     gradients are summed in float32 (float64 for float64 variables) and each micro-batch counts for what it holds,
     with sample weights, class weights, masks and every loss reduction. Dropout draws a fresh mask per micro-batch.
-    BatchNormalization normalizes per micro-batch, but its moving statistics after an update are those of the
-    effective batch, with the momentum applied once. Gradients of embeddings are dense.
+    BatchNormalization normalizes per micro-batch, or per ghost batch, but its moving statistics after an update are
+    those of the effective batch, with the momentum applied once. Gradients of embeddings are dense.
+
+    With `ghost_batch_size=g`, BatchNormalization normalizes each window in consecutive groups of g samples, whatever
+    the micro-batch; the rest of a window that is no multiple of g is a smaller group (Hoffer, Hubara and Soudry, "Train
+    longer, generalize better", 2017). Every micro-batch that is a multiple of g is then the same training. Inference is
+    as in plain Keras.
 
     With `micro_batch_size`, `fit` validates in micro-batches unless `validation_batch_size` says otherwise, so that
     validation needs no more memory than training. (Where predictions are masked, Keras's val_loss is a mean over
@@ -66,16 +75,20 @@ def accumulate(
             arguments of `compile` (run_eagerly, jit_compile, steps_per_execution) hold as before.
         micro_batch_size: samples in one forward and backward pass, at least 1.
         accumulation_steps: micro-batches per update, at least 1.
+        ghost_batch_size: samples that BatchNormalization normalizes together in training, at least 1; each micro-batch
+            but the last of a window is a multiple of it. Default: the micro-batch.
 
     Returns:
         The same model. It saves, loads and clones as a plain Keras model; a loaded copy does not accumulate.
         Called again, the micro-batch changes; `stop_accumulating` leads back to plain Keras.
 
     Raises:
-        BatchSizeError: both or neither argument given, or not a whole number of at least 1.
+        BatchSizeError: both or neither of the first two arguments given, one that is not a whole number of at least 1,
+            or a micro-batch that is no multiple of the ghost batch.
         UncompiledModelError: the model was not compiled.
         CustomTrainStepError: the model's class has a `train_step` or `make_train_function` of its own.
-        ModelError: not a `keras.Model`, or the optimizer accumulates by itself.
+        ModelError: not a `keras.Model`, or the optimizer accumulates by itself; with `ghost_batch_size`, a trainable
+            BatchNormalization with `renorm=True`, synchronized over several replicas, or with a `call` of its own.
 
     Example:
 
@@ -84,7 +97,7 @@ def accumulate(
     """
     from accumtune.accumulation import attach as training
 
-    accumulation = Accumulation.read(micro_batch_size, accumulation_steps)
+    accumulation = Accumulation.read(micro_batch_size, accumulation_steps, ghost_batch_size)
     return training.install(model, accumulation)
 
 

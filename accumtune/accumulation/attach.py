@@ -16,7 +16,7 @@ import types
 import weakref
 from typing import Any
 
-from accumtune.accumulation import compatibility, optimizers
+from accumtune.accumulation import compatibility, ghost_batch, optimizers
 from accumtune.accumulation.patched_attributes import put, put_back, replaced
 from accumtune.accumulation.window import Accumulation
 from accumtune.errors import CustomTrainStepError, ModelError, UncompiledModelError
@@ -36,6 +36,8 @@ def install(model: Any, accumulation: Accumulation) -> Any:
     import keras
 
     _check(model)
+    if accumulation.ghost_batch_size is not None:
+        ghost_batch.check(model)
     compatibility.check()
     remove(model)
     is_tensorflow = keras.backend.backend() == "tensorflow"

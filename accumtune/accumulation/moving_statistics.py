@@ -21,7 +21,10 @@ from accumtune.accumulation.patched_attributes import replaced
 
 @dataclass
 class Moments:
-    """Samples of one normalization: their number (a tensor where shapes do not tell), each channel's mean, variance."""
+    """Samples of one normalization: their number, each channel's mean and variance.
+
+    The number is a tensor where shapes do not tell, of one number for each channel with a mask or ghost batches.
+    """
 
     layer: Any
     number: Any
@@ -44,6 +47,10 @@ def packed(noted: list[Moments]) -> Packed:
     numbers, channels = [entry.number for entry in noted], [entry.mean.shape[0] for entry in noted]
     if all(isinstance(number, float) for number in numbers):
         number = ops.convert_to_tensor(np.repeat(numbers, channels), mean.dtype)
+    elif any(getattr(number, "shape", ()) for number in numbers):
+        casts = [ops.cast(number, mean.dtype) for number in numbers]
+        widths = zip(casts, channels, strict=True)
+        number = ops.concatenate([ops.broadcast_to(cast, (width,)) for cast, width in widths])
     else:
         tensors = [ops.cast(number, mean.dtype) for number in numbers]
         number = ops.take(ops.stack(tensors), np.repeat(np.arange(len(noted)), channels))
@@ -121,11 +128,22 @@ def recorded(model: Any, may_be_empty: bool = False) -> Iterator[Notes]:
     notes = Notes()
     with contextlib.ExitStack() as changed:
         for layer in layers:
-            changed.enter_context(replaced(layer, {"_moments": _noting(layer, notes, may_be_empty)}))
+            noting = {"_moments": _noting(layer, notes, may_be_empty), "_accumtune_notes": notes}
+            changed.enter_context(replaced(layer, noting))
         for variable in moving:
             # Nothing takes what Keras would assign, so a graph does not even compute it.
             changed.enter_context(replaced(variable, {"assign": _assign_nothing}))
         yield notes
+
+
+def see(layer: Any, number: Any, mean: Any, variance: Any) -> None:
+    """What a layer that normalizes by code of accumtune's does with the moments of a micro-batch."""
+    moments = Moments(layer, number, mean, variance)
+    notes = vars(layer).get("_accumtune_notes")
+    if notes is None:
+        moved([layer], packed([moments]))
+    else:
+        notes.mine().append(moments)
 
 
 def _assign_nothing(value: Any) -> Any:

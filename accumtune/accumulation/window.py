@@ -15,6 +15,7 @@ the window.
 
 from __future__ import annotations
 
+import math
 import numbers
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,18 +25,22 @@ from accumtune.errors import BatchSizeError
 
 @dataclass(frozen=True)
 class Accumulation:
-    """How a model accumulates: exactly one of the two is a number.
+    """How a model accumulates: exactly one of the first two is a number.
 
     Args:
         micro_batch_size: fit's batches are effective batches, split into micro-batches of this many samples.
         accumulation_steps: fit's batches are micro-batches, and this many of them make one update.
+        ghost_batch_size: how many samples BatchNormalization normalizes together; None: a micro-batch.
     """
 
     micro_batch_size: int | None = None
     accumulation_steps: int | None = None
+    ghost_batch_size: int | None = None
 
     @classmethod
-    def read(cls, micro_batch_size: object, accumulation_steps: object) -> Accumulation:
+    def read(
+        cls, micro_batch_size: object, accumulation_steps: object, ghost_batch_size: object = None
+    ) -> Accumulation:
         """What a user wrote, checked; raises BatchSizeError."""
         if (micro_batch_size is None) == (accumulation_steps is None):
             raise BatchSizeError(
@@ -43,9 +48,14 @@ class Accumulation:
                 "exactly one of the two.",
                 "micro_batch_size=32 splits each batch of fit; accumulation_steps=8 joins 8 batches of fit.",
             )
-        if micro_batch_size is not None:
-            return cls(micro_batch_size=_whole_number("micro_batch_size", micro_batch_size))
-        return cls(accumulation_steps=_whole_number("accumulation_steps", accumulation_steps))
+        ghost = None if ghost_batch_size is None else _whole_number("ghost_batch_size", ghost_batch_size)
+        if micro_batch_size is None:
+            steps = _whole_number("accumulation_steps", accumulation_steps)
+            return cls(accumulation_steps=steps, ghost_batch_size=ghost)
+        micro = _whole_number("micro_batch_size", micro_batch_size)
+        if ghost is not None:
+            check_groups(micro, ghost)
+        return cls(micro_batch_size=micro, ghost_batch_size=ghost)
 
 
 def _whole_number(name: str, value: object) -> int:
@@ -56,6 +66,17 @@ def _whole_number(name: str, value: object) -> int:
             f"write, for example, {name}=8.",
         )
     return int(value)
+
+
+def check_groups(samples: int, ghost_batch_size: int) -> None:
+    """Raises BatchSizeError where a micro-batch of so many samples would divide a ghost batch."""
+    if samples % ghost_batch_size:
+        nearest = max(samples - samples % ghost_batch_size, ghost_batch_size)
+        raise BatchSizeError(
+            f"Received a micro-batch of {samples} samples and ghost_batch_size={ghost_batch_size}.",
+            "a micro-batch that is a multiple of the ghost batch, which is never divided.",
+            f"use a micro-batch of {nearest}, or a ghost batch of {math.gcd(samples, ghost_batch_size)}.",
+        )
 
 
 def split(effective_batch_size: int, micro_batch_size: int) -> list[slice]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from accumtune.accumulation import ghost_batch
 from accumtune.accumulation.coupling.known_samples import Samples
 from accumtune.accumulation.coupling.layer_trials import has_code_of_the_user, recorded_calls
 from accumtune.accumulation.coupling.layer_trials import why_coupled as why_layer_coupled
@@ -43,7 +44,8 @@ class Coupling:
 def batch_coupled_layers(model: keras.Model, x: Any = None, y: Any = None) -> list[Coupling]:
     """What keeps accumulated training of `model` from equalling training at the effective batch.
 
-    Found are: BatchNormalization and layers derived from it (while trainable), SpectralNormalization, recurrent
+    Found are: BatchNormalization and layers derived from it (while trainable, and where the model does not accumulate
+    with a `ghost_batch_size`), SpectralNormalization, recurrent
     layers with `stateful=True`, normalizations and losses along the axis of the samples, layers whose `add_loss` is
     not a mean over samples, in-batch losses of Keras (Circle; Dice and Tversky over the whole batch) and overridden
     `compute_loss`. Losses, layers, Lambdas and models of the user's own are tried out: does a sample's result depend
@@ -63,6 +65,19 @@ def batch_coupled_layers(model: keras.Model, x: Any = None, y: Any = None) -> li
     Returns:
         One `Coupling` each, `str()` of which reads well; `[]` means that accumulation is exact.
     """
+    accumulation = getattr(model, "_accumtune_accumulation", None)
+    if accumulation is None or accumulation.ghost_batch_size is None:
+        return _coupled(model, x, y)
+    return coupled_with_ghost_batches(model, x, y)
+
+
+def coupled_with_ghost_batches(model: keras.Model, x: Any = None, y: Any = None) -> list[Coupling]:
+    """What `batch_coupled_layers` would list if the model accumulated with a `ghost_batch_size`."""
+    with ghost_batch.set_aside(model):
+        return _coupled(model, x, y)
+
+
+def _coupled(model: Any, x: Any, y: Any) -> list[Coupling]:
     seen = Samples(x, y) if x is not None else getattr(model, "_accumtune_samples", None)
     layers = list(model._flatten_layers(include_self=True))
     has_own_code = any(map(has_code_of_the_user, layers))

@@ -21,6 +21,7 @@ from accumtune.accumulation import moving_statistics as statistics
 from accumtune.accumulation import noise_scale
 from accumtune.accumulation.coupling import known_samples
 from accumtune.accumulation.data import batches as feeding
+from accumtune.accumulation.ghost_batch import GhostBatches
 from accumtune.accumulation.losses import batch_metrics
 from accumtune.accumulation.losses import loss_shares as losses
 from accumtune.accumulation.window import Accumulation, factors, shares
@@ -40,9 +41,10 @@ class JaxTraining:
         self._metrics = batch_metrics.WholeWindow(model, is_able=keras.distribution.distribution() is None)
         self._traced: set[Any] = set()
         self._normalizations: list[Any] = []
+        self._ghosts = GhostBatches(model, accumulation)
         state = trainable, non_trainable, optimizer, metrics = _shardings(model)
         carried = (trainable, _replicated(), non_trainable, metrics)
-        self._only = self._jitted(model.train_step, (None, state), donate=(0,))
+        self._only = self._jitted(self._only_step, (None, state), donate=(0,))
         self._first = self._jitted(self._first_step, (None, carried))
         self._next = self._jitted(self._next_step, (None, carried), donate=(0,))
         self._update = self._jitted(self._update_step, (trainable, optimizer, non_trainable), donate=(0, 1))
@@ -74,6 +76,7 @@ class JaxTraining:
         return []
 
     def _train(self, state: Any, window: list[Any]) -> tuple[Any, Any]:
+        self._ghosts.check_window([part.samples for part in window])
         batch = window[0].take()
         known_samples.note(self.model, batch)
         if len(window) == 1:
@@ -163,6 +166,10 @@ class JaxTraining:
         # As Keras does: else what comes back is laid out in another way, and each function compiled once more for it.
         return compiled(function, donate_argnums=donate, out_shardings=out_shardings)
 
+    def _only_step(self, state: Any, batch: Any) -> Any:
+        with self._ghosts.active(batch[0]):
+            return self.model.train_step(state, batch)
+
     def _first_step(self, metrics: Any, trainable: Any, non_trainable: Any, *inputs: Any) -> tuple[Any, Any]:
         logs, gradients, moments, new, metrics = self._gradients(metrics, trainable, non_trainable, *inputs)
         sums = [gradient.astype(_accumulator_dtype(gradient)) for gradient in gradients]
@@ -207,6 +214,7 @@ class JaxTraining:
         def objective(trainable: Any) -> tuple[Any, Any]:
             with (
                 statistics.recorded(self.model) as notes,
+                self._ghosts.active(x),
                 batch_metrics.tracking(self.model, share),
                 losses.scaled(self.model, scales, self._see_mask),
             ):

@@ -24,6 +24,7 @@ from accumtune.accumulation.data import batches as feeding
 from accumtune.accumulation.engines import gradient_sums as sums
 from accumtune.accumulation.engines import tensor_slices as tensors
 from accumtune.accumulation.engines.replicas import Replicas
+from accumtune.accumulation.ghost_batch import GhostBatches
 from accumtune.accumulation.losses import batch_metrics
 from accumtune.accumulation.losses import loss_shares as losses
 from accumtune.accumulation.window import Accumulation, factors, shares
@@ -55,6 +56,7 @@ class TensorFlowTraining:
         # Which weights a batch gives gradients, by which of its leaves are None: found where a step is traced.
         self._has_gradient: dict[tuple[bool, ...], tuple[bool, ...]] = {}
         self._notes = statistics.Notes()
+        self._ghosts = GhostBatches(model, accumulation)
         self._only = self._compiled(self._only_step, around=self._whole_window)
         self._first = self._compiled(self._first_step, around=self._recording)
         self._next = self._compiled(self._next_step, around=self._recording)
@@ -99,6 +101,8 @@ class TensorFlowTraining:
         building.build(self.model, first[0])
         self._choose_weights()
         parts = self._parts(window, is_sized)
+        for column in zip(*window, strict=True):
+            self._ghosts.check_window([part.samples for part in column if part.samples])
         join = self.replicas.join
         if len(window) == 1 and self.replicas.number == 1:
             return self._only(first[0], *parts[0])
@@ -210,7 +214,8 @@ class TensorFlowTraining:
 
     @contextlib.contextmanager
     def _recording(self) -> Iterator[None]:
-        with statistics.recorded(self.model, may_be_empty=self.replicas.number > 1) as self._notes:
+        recorded = statistics.recorded(self.model, may_be_empty=self.replicas.number > 1)
+        with recorded as self._notes, self._ghosts.active():
             yield
 
     @contextlib.contextmanager
@@ -225,7 +230,7 @@ class TensorFlowTraining:
     @contextlib.contextmanager
     def _whole_window(self) -> Iterator[None]:
         """One micro-batch is an update; but of several replicas, each has seen a part of the window alone."""
-        with self._updating(), self._recording() if self.replicas.number > 1 else contextlib.nullcontext():
+        with self._updating(), self._recording() if self.replicas.number > 1 else self._ghosts.active():
             yield
 
     def _only_step(self, batch: Any, share: Any, scales: Any, metric_weight: Any) -> Any:
@@ -291,6 +296,7 @@ class TensorFlowTraining:
         """One forward and backward pass, as in Keras's train_step; gradients of this micro-batch's part."""
         model = self.model
         x, y, sample_weight = batch
+        self._ghosts.see(x)
         is_empty = _is_empty(batch) if self.replicas.number > 1 else None
         part = share if scales is not None and self.replicas.number == 1 else None
         with batch_metrics.tracking(model, part), tf.GradientTape() as tape:

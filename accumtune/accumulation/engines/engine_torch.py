@@ -14,6 +14,7 @@ from accumtune.accumulation import noise_scale, optimizers
 from accumtune.accumulation.coupling import known_samples
 from accumtune.accumulation.data import batches as feeding
 from accumtune.accumulation.engines import grouped_update as groups
+from accumtune.accumulation.ghost_batch import GhostBatches
 from accumtune.accumulation.losses import batch_metrics
 from accumtune.accumulation.losses import loss_shares as losses
 from accumtune.accumulation.losses.blank_predictions import BlankPredictions
@@ -29,6 +30,7 @@ class TorchTraining:
         self.has_mask: bool | None = None
         self._metrics = batch_metrics.WholeWindow(model)
         self._normalizations: list[Any] = []
+        self._ghosts = GhostBatches(model, accumulation)
         self._blank = BlankPredictions()
         self._part = torch.compile(self._backward) if model._should_torch_compile() else self._backward
 
@@ -43,6 +45,7 @@ class TorchTraining:
 
     def _train(self, window: list[feeding.MicroBatch]) -> Any:
         model = self.model
+        self._ghosts.check_window([part.samples for part in window])
         model.zero_grad()  # a window that was interrupted may have left gradients
         moments: Any = ()
         self._normalizations = []
@@ -61,6 +64,7 @@ class TorchTraining:
                 batch = part.take() if index else batch
                 with (
                     statistics.recorded(model) as notes,
+                    self._ghosts.active(batch[0]),
                     self._metrics.waiting(),
                     batch_metrics.tracking(model, parts[index]),
                 ):
@@ -76,7 +80,8 @@ class TorchTraining:
             return self._metrics.update(logs)
 
     def _only(self, batch: Any) -> Any:
-        return self._part(batch, _numbers(1.0), None)
+        with self._ghosts.active(batch[0]):
+            return self._part(batch, _numbers(1.0), None)
 
     def _factors(
         self, window: list[feeding.MicroBatch], first: tuple[Any, Any, Any], samples: list[int]

@@ -1,0 +1,306 @@
+"""BatchNormalization in ghost batches: groups of a fixed number of samples, whatever the micro-batch.
+
+Hoffer, Hubara and Soudry, "Train longer, generalize better" (2017). A window is cut into consecutive groups; the ragged
+rest of it is a smaller group. A micro-batch is a multiple of a group, so no group is divided between micro-batches, and
+how a window is cut into them changes nothing. Moving statistics are those of the whole window, see
+moving_statistics.py.
+
+A layer's `call` is replaced while a step runs (or is traced), so that inference, saving and cloning know nothing of it.
+Groups without masks have a gradient of their own: three reductions and one sum over the large tensor, where automatic
+differentiation of mean and variance takes about twice as many.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import threading
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from accumtune.accumulation import moving_statistics as statistics
+from accumtune.accumulation.patched_attributes import replaced
+from accumtune.accumulation.window import Accumulation, check_groups
+from accumtune.errors import ModelError
+
+_OWN_CODE = ("call", "_moments")
+
+
+class GhostBatches:
+    """Has the normalizations of a model work in groups while `active`; without a ghost batch size, does nothing.
+
+    Args:
+        model: a model that trains.
+        accumulation: its ghost batch, and the micro-batch where that is known.
+    """
+
+    def __init__(self, model: Any, accumulation: Accumulation) -> None:
+        self.model = model
+        self.size = accumulation.ghost_batch_size
+        self._is_one_group = accumulation.micro_batch_size == self.size
+        self._samples: dict[int, int | None] = {}  # by thread: replicas are traced in threads
+
+    @contextlib.contextmanager
+    def active(self, batch: Any = None) -> Iterator[None]:
+        """While open, training passes normalize in groups; `batch` as in `see`."""
+        if self.size is None:
+            yield
+            return
+        check(self.model)
+        self.see(batch)
+        with contextlib.ExitStack() as changed:
+            for layer in normalizations(self.model):
+                changed.enter_context(replaced(layer, {"call": self._call(layer)}))
+            yield
+
+    def see(self, batch: Any) -> None:
+        """Notes how many samples the micro-batch has that is about to be trained, where its shape tells."""
+        from keras import tree
+
+        if self.size is not None and batch is not None:
+            sizes = [leaf.shape[0] for leaf in tree.flatten(batch) if leaf is not None]
+            self._samples[threading.get_ident()] = sizes[0] if sizes and isinstance(sizes[0], int) else None
+
+    def check_window(self, samples: Sequence[int]) -> None:
+        """Raises BatchSizeError where a micro-batch that is not the last of its window is no multiple of a group."""
+        for number in samples[:-1] if self.size is not None else ():
+            check_groups(number, self.size)
+
+    def _call(self, layer: Any) -> Any:
+        own_call = layer.call
+
+        def call(inputs: Any, training: Any = None, mask: Any = None) -> Any:
+            if not training or not layer.trainable:
+                return own_call(inputs, training=training, mask=mask)
+            self._check_rows(layer, inputs)
+            rows = inputs.shape[0]
+            is_one_group = rows <= self.size if isinstance(rows, int) else self._is_one_group
+            if is_one_group and mask is None:
+                return own_call(inputs, training=training, mask=mask)
+            return _normalized(layer, inputs, mask, self.size)
+
+        return call
+
+    def _check_rows(self, layer: Any, inputs: Any) -> None:
+        rank = len(inputs.shape)
+        rows, samples = inputs.shape[0], self._samples.get(threading.get_ident())
+        if layer.axis % rank == 0:
+            received = f"which normalizes along axis {layer.axis}, the samples"
+        elif isinstance(rows, int) and samples is not None and rows != samples:
+            received = f"which gets {rows} rows where the micro-batch has {samples} samples"
+        else:
+            return
+        raise ModelError(
+            f"Received {layer.name!r} ({type(layer).__name__}), {received}.",
+            "one row for each sample: groups of samples cannot be told otherwise.",
+            "keep the samples as the first axis in front of this layer, or leave out ghost_batch_size.",
+        )
+
+
+def check(model: Any) -> None:
+    """Raises ModelError where a normalization of the model cannot work in groups."""
+    for layer in normalizations(model):
+        reason = _why_not(layer, model)
+        if reason:
+            raise ModelError(
+                f"Received ghost_batch_size with {layer.name!r} ({type(layer).__name__}), which {reason}.",
+                "Keras's own BatchNormalization, without renorm and not synchronized over replicas.",
+                "leave out ghost_batch_size, or replace that layer or freeze it (trainable = False).",
+            )
+
+
+def _why_not(layer: Any, model: Any) -> str | None:
+    import keras
+
+    for name in _OWN_CODE:
+        if getattr(type(layer), name) is not getattr(keras.layers.BatchNormalization, name):
+            return f"has its own {name}"
+    if getattr(layer, "renorm", False):
+        return "has renorm=True: its corrections would follow each micro-batch"
+    strategy = getattr(model, "distribute_strategy", None)
+    if getattr(layer, "synchronized", False) and strategy is not None and strategy.num_replicas_in_sync > 1:
+        return "has synchronized=True: its groups would reach over the replicas"
+    return None
+
+
+def normalizations(model: Any) -> list[Any]:
+    """The BatchNormalization layers of a model that train, those derived from it too."""
+    import keras
+
+    layers = model._flatten_layers()
+    return [layer for layer in layers if isinstance(layer, keras.layers.BatchNormalization) and layer.trainable]
+
+
+@contextlib.contextmanager
+def set_aside(model: Any) -> Iterator[None]:
+    """While open, the model's normalizations count as frozen: what else couples samples shows."""
+    with contextlib.ExitStack() as changed:
+        for layer in normalizations(model):
+            if _why_not(layer, model) is None:
+                changed.enter_context(replaced(layer, {"_trainable": False}))
+        yield
+
+
+@dataclass(frozen=True)
+class _Groups:
+    """Inputs as groups of samples, and their moments.
+
+    Args:
+        blocks: the inputs with an axis of groups in front.
+        axes: what a group is normalized over.
+        mean, variance: of each group, in the rank of `blocks`.
+        number: entries of a group per channel; with a mask valid ones, in the rank of `blocks`.
+    """
+
+    blocks: Any
+    axes: tuple[int, ...]
+    mean: Any
+    variance: Any
+    number: Any
+
+    def moments(self) -> tuple[Any, Any, Any]:
+        """Numbers, means and variances, `(groups, channels)` each."""
+        from keras import ops
+
+        shape = ops.shape(self.mean)
+        number = ops.broadcast_to(ops.cast(self.number, self.mean.dtype), shape)
+        rows = (shape[0], math.prod(shape[1:]))
+        number, mean, variance = (ops.reshape(value, rows) for value in (number, self.mean, self.variance))
+        return number, ops.stop_gradient(mean), ops.stop_gradient(variance)
+
+
+def _normalized(layer: Any, inputs: Any, mask: Any, size: int) -> Any:
+    """What `BatchNormalization.call` gives in training, for groups of `size` samples and a smaller rest."""
+    from keras import backend, ops
+
+    inputs = ops.cast(inputs, backend.result_type(inputs.dtype, "float32"))
+    gamma = ops.cast(layer.gamma, inputs.dtype) if layer.scale else None
+    beta = ops.cast(layer.beta, inputs.dtype) if layer.center else None
+    if mask is not None:
+        mask = ops.cast(ops.broadcast_to(ops.expand_dims(mask, -1), ops.shape(inputs)), "bool")
+    rows = ops.shape(inputs)[0]
+    whole = rows // size * size
+    outputs, moments = [], []
+    for part, number, samples in (
+        (slice(0, whole), rows // size, size),
+        (slice(whole, None), 1, rows - whole),
+    ):
+        if isinstance(rows, int) and (number == 0 or samples == 0):
+            continue
+        is_all = isinstance(rows, int) and number * samples == rows
+        values, valid = (value if value is None or is_all else value[part] for value in (inputs, mask))
+        if mask is None:
+            groups = _groups(values, number, samples, layer.axis)
+            normalized = _with_own_gradient(groups, gamma, beta, layer.epsilon)
+        else:
+            groups = _masked_groups(values, valid, number, samples, layer.axis)
+            normalized = _with_moments(groups, gamma, beta, layer.epsilon)
+        outputs.append(ops.reshape(normalized, ops.shape(values)))
+        moments.append(groups.moments())
+    statistics.see(layer, *_together(*map(_joined, zip(*moments, strict=True))))
+    return ops.cast(_joined(outputs), layer.compute_dtype)
+
+
+def _joined(parts: Sequence[Any]) -> Any:
+    from keras import ops
+
+    return parts[0] if len(parts) == 1 else ops.concatenate(parts)
+
+
+def _together(numbers: Any, means: Any, variances: Any) -> tuple[Any, Any, Any]:
+    """Number, mean and variance of all groups together, for each channel; see moving_statistics.py."""
+    from keras import ops
+
+    total = ops.sum(numbers, 0)
+    mean = ops.divide_no_nan(ops.sum(numbers * means, 0), total)
+    squares = ops.sum(numbers * (variances + ops.square(means - mean)), 0)
+    return total, mean, ops.divide_no_nan(squares, total)
+
+
+def _groups(inputs: Any, groups: Any, samples: Any, axis: int) -> _Groups:
+    from keras import ops
+
+    shape, axes = _shape_in_groups(ops.shape(inputs), groups, samples, axis % len(inputs.shape))
+    blocks = ops.reshape(inputs, shape)
+    number = math.prod(shape[axis] for axis in axes)
+    values = ops.stop_gradient(blocks)
+    mean = ops.sum(values, axes, keepdims=True) / _at_least_one(number, inputs.dtype)
+    variance = ops.sum(ops.square(values - mean), axes, keepdims=True) / _at_least_one(number, inputs.dtype)
+    return _Groups(blocks, axes, mean, variance, number)
+
+
+def _masked_groups(inputs: Any, mask: Any, groups: Any, samples: Any, axis: int) -> _Groups:
+    """Moments of valid entries, with the small number that BatchNormalization adds to how many there are."""
+    import keras
+    from keras import ops
+
+    shape, axes = _shape_in_groups(ops.shape(inputs), groups, samples, axis % len(inputs.shape))
+    blocks, mask = ops.reshape(inputs, shape), ops.reshape(mask, shape)
+    number = ops.sum(ops.cast(mask, inputs.dtype), axes, keepdims=True)
+    count = number + keras.config.epsilon()
+    mean = ops.sum(ops.where(mask, blocks, 0), axes, keepdims=True) / count
+    variance = ops.sum(ops.square(ops.where(mask, blocks - mean, 0)), axes, keepdims=True) / count
+    return _Groups(blocks, axes, mean, variance, number)
+
+
+def _at_least_one(number: Any, dtype: Any) -> Any:
+    """A rest whose size is known only as it runs may have no samples."""
+    from keras import ops
+
+    return max(number, 1) if isinstance(number, int) else ops.cast(ops.maximum(number, 1), dtype)
+
+
+def _shape_in_groups(
+    shape: Sequence[Any], groups: Any, samples: Any, axis: int
+) -> tuple[tuple[Any, ...], tuple[int, ...]]:
+    """The shape of inputs in groups, and the axes to normalize over."""
+    import keras
+
+    if keras.backend.backend() != "tensorflow":  # inputs may lie in another order there, and would be copied
+        return (groups, samples, *shape[1:]), tuple(i for i in range(1, len(shape) + 1) if i != axis + 1)
+    before, after = math.prod(shape[1:axis]), math.prod(shape[axis + 1 :])
+    if axis == len(shape) - 1:
+        return (groups, samples * before, shape[axis]), (1,)
+    return (groups, samples * before, shape[axis], after), (1, 3)
+
+
+def _with_moments(groups: _Groups, gamma: Any, beta: Any, epsilon: float) -> Any:
+    """Normalized groups, differentiated by the backend."""
+    from keras import ops
+
+    channels = groups.mean.shape[1:]
+    factor = ops.rsqrt(groups.variance + epsilon)
+    factor = factor if gamma is None else factor * ops.reshape(gamma, channels)
+    outputs = (groups.blocks - groups.mean) * factor
+    return outputs if beta is None else outputs + ops.reshape(beta, channels)
+
+
+def _with_own_gradient(groups: _Groups, gamma: Any, beta: Any, epsilon: float) -> Any:
+    """Normalized groups, with the gradient that also reaches through their moments."""
+    from keras import ops
+
+    axes, channels, dtype = groups.axes, groups.mean.shape[1:], groups.mean.dtype
+    number, has_beta = _at_least_one(groups.number, dtype), beta is not None
+    gamma = ops.ones(channels, dtype) if gamma is None else ops.reshape(gamma, channels)
+    beta = ops.zeros(channels, dtype) if beta is None else ops.reshape(beta, channels)
+
+    @ops.custom_gradient
+    def normalize(blocks: Any, gamma: Any, beta: Any, mean: Any, inverse: Any) -> Any:
+        scale = inverse * gamma
+        outputs = (blocks - mean) * scale
+        outputs = outputs + beta if has_beta else outputs
+
+        def gradient(*args: Any, upstream: Any = None) -> tuple[Any, ...]:
+            upstream = args[0] if upstream is None else upstream
+            centered = blocks - mean
+            beta_sum = ops.sum(upstream, axes, keepdims=True)
+            gamma_sum = ops.sum(upstream * centered, axes, keepdims=True) * inverse
+            through_moments = centered * (scale * inverse * gamma_sum / number) + scale * beta_sum / number
+            of_blocks = upstream * scale - through_moments
+            nothing = ops.zeros_like(mean)
+            return of_blocks, ops.sum(gamma_sum, 0), ops.sum(beta_sum, 0), nothing, nothing
+
+        return outputs, gradient
+
+    return normalize(groups.blocks, gamma, beta, groups.mean, ops.rsqrt(groups.variance + epsilon))
