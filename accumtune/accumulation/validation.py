@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from accumtune.accumulation.data import batches as feeding
+from accumtune.accumulation.data.batches import micro_batches
 
 
 def in_micro_batches(model: Any, test_function: Any) -> Any:
@@ -20,16 +20,16 @@ def in_micro_batches(model: Any, test_function: Any) -> Any:
 def _on_tensorflow(model: Any, test_function: Any) -> Any:
     from keras import tree
 
-    from accumtune.accumulation.engines import tensor_slices as tensors
+    from accumtune.accumulation.engines import tensor_slices
 
     def test(iterator: Any) -> Any:
         size = model._accumtune_validation_size
         if size is None or model.distribute_strategy.num_replicas_in_sync > 1:
             return test_function(iterator)
         batches = itertools.islice(iterator, model.steps_per_execution)
-        tensor_batches = (tree.map_structure(tensors.as_tensor, batch) for batch in batches)
+        tensor_batches = (tree.map_structure(tensor_slices.as_tensor, batch) for batch in batches)
         logs = None
-        for part in _parts(tensor_batches, size, tensors.cut):
+        for part in _parts(tensor_batches, size, tensor_slices.cut):
             logs = test_function(iter([part]))
         if logs is None:
             raise StopIteration
@@ -68,5 +68,5 @@ def _on_torch(model: Any, test_function: Any) -> Any:
 
 def _parts(batches: Iterable[Any], size: int, cut: Any = None) -> Iterator[Any]:
     for batch in batches:
-        for part in feeding.micro_batches(batch, size, None, cut):
+        for part in micro_batches(batch, size, None, cut):
             yield part.take()

@@ -1,4 +1,4 @@
-"""`MODULE:name` on a command line -> the object, and the shapes in which people's functions return data."""
+"""Resolves `MODULE:name` on a command line to the object, and takes the shapes in which functions return data."""
 
 from __future__ import annotations
 

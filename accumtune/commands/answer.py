@@ -1,4 +1,4 @@
-"""The standard output is for what was asked for; what a user's own code writes there goes to the standard error."""
+"""Keeps the standard output for what was asked for; what a user's own code writes there goes to the standard error."""
 
 from __future__ import annotations
 

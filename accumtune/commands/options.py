@@ -1,4 +1,4 @@
-"""What several commands share: how one is declared, options that mean the same everywhere, and their completion."""
+"""Declares what several commands share: a command, options that mean the same everywhere, and their completion."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which search a command is about, and what is read from its directory."""
+"""Finds the search that a command is about, and reads its directory."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What comes closest to a configuration without accumtune: Keras's own `gradient_accumulation_steps`."""
+"""Translates a configuration to Keras's own `gradient_accumulation_steps`, and tells what then differs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The same training elsewhere: within another budget, on another device, spread over replicas."""
+"""Moves a training elsewhere: to another budget, another device, or several replicas."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ FREE_MEMORY_SHARE = 0.9
 
 def for_budget(config: TrainingConfig, budget: int | float | str, build_model: Any, x: Any, y: Any) -> TrainingConfig:
     """See `TrainingConfig.for_budget`."""
-    from accumtune.execution import standalone_profile as costs
+    from accumtune.execution import standalone_profile
     from accumtune.execution.device_query import current_backend
 
     budget_bytes = parse_budget(budget)
-    profile = costs.profile(
+    profile = standalone_profile.profile(
         build_model, x, y,
         micro_batch_sizes=divisors(_share(config)), memory_budget=budget_bytes,
         hyperparameters=config.hyperparameters,

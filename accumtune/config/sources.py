@@ -1,4 +1,4 @@
-"""Where a configuration is loaded from: a file, an MLflow run, a registered model, or the newest search of a name."""
+"""Loads a configuration from a file, an MLflow run, a registered model, or the newest search of a name."""
 
 from __future__ import annotations
 
@@ -6,17 +6,18 @@ import os
 import re
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from accumtune.config.schema import MAXIMUM_BYTES
 from accumtune.config.training_config import TrainingConfig
 from accumtune.errors import ConfigError, TrackingError
-from accumtune.tracking.mlflow.config_origin import CONFIG_FILE
 from accumtune.tracking.mlflow.model_registry import CONFIG_TAG
 from accumtune.tracking.mlflow.run_content import TRIAL_TAG
 from accumtune.tracking.mlflow.server_health import refuse_other_server
 from accumtune.tracking.redaction import first_line
+from accumtune.tracking.report.report_files import CONFIG_FILE
 from accumtune.tracking.small_files import read_small
 from accumtune.tracking.tracking_uri import DEFAULT_TRACKING_URI, default_tracking_uri, sqlite_path, without_credentials
 
@@ -77,60 +78,58 @@ def _from_file(path: Path) -> TrainingConfig:
 
 
 def _from_run(run_id: str, artifact: str | None, tracking_uri: str | None) -> TrainingConfig:
-    faults = []
-    for uri in store_uris(tracking_uri):
-        client = open_store(uri)
-        try:
-            tags = client.get_run(run_id).data.tags
-        except Exception as error:  # MLflow raises what its store raises, SQLAlchemy's and requests' errors included
-            faults.append(f"{without_credentials(uri)}: {_first_line(error)}")
-            continue
-        # A trial's run has no configuration of its own: its search, the parent, has that of its best trial.
-        parent = tags.get("mlflow.parentRunId")
-        if parent and artifact is None:
-            return _download(client, parent, CONFIG_FILE, of_trial=tags.get(TRIAL_TAG))
-        return _download(client, run_id, artifact or CONFIG_FILE)
-    raise _not_found(f"The run {run_id!r}", faults)
+    client, run = _asked(tracking_uri, lambda client: client.get_run(run_id), f"The run {run_id!r}")
+    # A trial's run has no configuration of its own: its search, the parent, has that of its best trial.
+    parent = run.data.tags.get("mlflow.parentRunId")
+    if parent and artifact is None:
+        return _download(client, parent, CONFIG_FILE, of_trial=run.data.tags.get(TRIAL_TAG))
+    return _download(client, run_id, artifact or CONFIG_FILE)
 
 
 def _from_model(name: str, alias: str | None, version: str | None, tracking_uri: str | None) -> TrainingConfig:
-    faults = []
-    for uri in store_uris(tracking_uri):
-        client = open_store(uri)
-        try:
-            found = client.get_model_version_by_alias(name, alias) if alias else client.get_model_version(name, version)
-        except Exception as error:
-            faults.append(f"{without_credentials(uri)}: {_first_line(error)}")
-            continue
-        if CONFIG_TAG not in found.tags:  # registered by hand
-            return _from_run(found.run_id, None, uri)
-        return _download(client, found.run_id, found.tags[CONFIG_TAG], of_trial=found.tags.get(TRIAL_TAG))
-    raise _not_found(f"The registered model {name!r}", faults)
+    def version_of(client: Any) -> Any:
+        return client.get_model_version_by_alias(name, alias) if alias else client.get_model_version(name, version)
+
+    client, found = _asked(tracking_uri, version_of, f"The registered model {name!r}")
+    if CONFIG_TAG not in found.tags:  # registered by hand
+        return _from_run(found.run_id, None, client.tracking_uri)
+    return _download(client, found.run_id, found.tags[CONFIG_TAG], of_trial=found.tags.get(TRIAL_TAG))
 
 
 def _from_experiment(name: str, tracking_uri: str | None) -> TrainingConfig:
+    def newest_search(client: Any) -> Any:
+        experiment = client.get_experiment_by_name(name)
+        if experiment is None:
+            raise LookupError("no such experiment")
+        runs = client.search_runs(
+            [experiment.experiment_id],
+            "tags.`accumtune.kind` = 'search' and attributes.status = 'FINISHED'",
+            order_by=["attributes.start_time DESC"],
+            max_results=1,
+        )
+        if not runs:
+            raise LookupError("no finished search in it")
+        return runs[0]
+
+    what = f"{name!r}, which is no file, was taken for an experiment's name. It"
+    client, run = _asked(tracking_uri, newest_search, what)
+    return _download(client, run.info.run_id, CONFIG_FILE)
+
+
+def _asked(tracking_uri: str | None, ask: Callable[[Any], Any], what: str) -> tuple[Any, Any]:
+    """The client of the first store that has an answer, and the answer.
+
+    Raises:
+        ConfigError: none has; the error begins with `what`.
+    """
     faults = []
     for uri in store_uris(tracking_uri):
         client = open_store(uri)
         try:
-            experiment = client.get_experiment_by_name(name)
-            runs = (
-                []
-                if experiment is None
-                else client.search_runs(
-                    [experiment.experiment_id],
-                    "tags.`accumtune.kind` = 'search' and attributes.status = 'FINISHED'",
-                    order_by=["attributes.start_time DESC"],
-                    max_results=1,
-                )
-            )
-        except Exception as error:
+            return client, ask(client)
+        except Exception as error:  # MLflow raises what its store raises, SQLAlchemy's and requests' errors included
             faults.append(f"{without_credentials(uri)}: {_first_line(error)}")
-            continue
-        if runs:
-            return _download(client, runs[0].info.run_id, CONFIG_FILE)
-        faults.append(f"{without_credentials(uri)}: no {'finished search in it' if experiment else 'such experiment'}")
-    raise _not_found(f"{name!r}, which is no file, was taken for an experiment's name. It", faults)
+    raise ConfigError(f"{what} was not found. {'; '.join(faults)}.", _SOURCES, "check the name and the tracking_uri.")
 
 
 def _download(client: Any, run_id: str, artifact: str, of_trial: str | None = None) -> TrainingConfig:
@@ -157,10 +156,6 @@ def _download(client: Any, run_id: str, artifact: str, of_trial: str | None = No
             f'it in candidates if it.trial_id == "{of_trial}")) for this one.',
         )
     return config
-
-
-def _not_found(what: str, faults: list[str]) -> ConfigError:
-    return ConfigError(f"{what} was not found. {'; '.join(faults)}.", _SOURCES, "check the name and the tracking_uri.")
 
 
 def _first_line(error: Exception) -> str:

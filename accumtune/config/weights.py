@@ -1,4 +1,4 @@
-"""The weights of the best trial, where they were kept: in the search's folder, or in MLflow's registry."""
+"""Loads the weights of the best trial from the search's folder, or from MLflow's registry."""
 
 from __future__ import annotations
 

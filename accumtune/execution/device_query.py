@@ -1,4 +1,4 @@
-"""The device of this machine, looked at from a process of its own: the caller's own stays free of it."""
+"""Looks at the device of this machine from a process of its own: the caller's own stays free of it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where tasks run: `submit(directory) -> Future[Outcome]`, each in a process of its own."""
+"""Runs tasks, each in a process of its own: `submit(directory) -> Future[Outcome]`."""
 
 from __future__ import annotations
 
@@ -20,6 +20,8 @@ from accumtune.execution.platform_support import require_linux
 from accumtune.worker.transport.outcome import Outcome, read_outcome
 from accumtune.worker.transport.task_directory import TaskDirectory
 
+# What a forked process runs, as the fork server is told.
+_ENTRY_POINT = "accumtune.worker.main:run_task"
 _MAX_LOSSES = 2
 _STOPPED = Outcome("killed", reason="the search was stopped")
 
@@ -98,6 +100,7 @@ class LocalExecutor:
             self._next_number += 1
             request = {
                 "start": number,
+                "run": _ENTRY_POINT,
                 "directory": str(directory.path.resolve()),
                 "temporary": str(self._temporary(number)),
                 "environment": {**(environment or {}), **current_place().environment},

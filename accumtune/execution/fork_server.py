@@ -4,9 +4,11 @@ Importing TensorFlow takes ten seconds, forking a process that has it takes mill
 server would do, but it imports the user's script a second time in every child (so the script needs an
 `if __name__ == "__main__"` guard); this one never does.
 
-The search starts it with one end of a socket pair and writes a line of JSON per request:
+The search starts it with one end of a socket pair and writes a line of JSON per request. The function that is run gets
+the directory and returns an exit code.
 
-    {"start": 7, "directory": "...", "temporary": "...", "environment": {...}, "path": [...], "cwd": "..."}
+    {"start": 7, "run": "module:function", "directory": "...", "temporary": "...", "environment": {...}, "path": [...],
+     "cwd": "..."}
     {"kill": 7}
 
 It answers `{"started": 7, "pid": 4242}` and `{"ended": 7, "exit_code": 0}` (a signal's number is negative, as in
@@ -163,9 +165,9 @@ def _run_child(request: dict[str, Any]) -> None:
 
     def run() -> int:
         _settle_child(request)
-        from accumtune.worker.main import run_task
-
-        return run_task(Path(request["directory"]))
+        module, _, function = request["run"].partition(":")
+        exit_code: int = getattr(importlib.import_module(module), function)(Path(request["directory"]))
+        return exit_code
 
     end_process(run)
 

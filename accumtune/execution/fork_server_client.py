@@ -1,4 +1,4 @@
-"""One fork server as the search sees it: it is started, takes requests, answers, and ends."""
+"""Starts a fork server, sends it requests, reads its answers, and ends it."""
 
 from __future__ import annotations
 
@@ -177,5 +177,5 @@ def _preload(backend: str) -> str:
     if backend == "tensorflow":
         # Keras Tuner imports it in every trial.
         modules.append("tensorboard.plugins.hparams.api")
-    ours = ("trials.worker", "trials.signature", "trials.fitting", "trials.checkpoint", "trials.callbacks")
-    return ",".join([*modules, *(f"accumtune.{name}" for name in (*ours, f"memory.{backend}", "memory.watching"))])
+    ours = ("worker.main", "worker.inspection", "worker.training", f"memory.device_{backend}")
+    return ",".join([*modules, *(f"accumtune.{name}" for name in ours)])

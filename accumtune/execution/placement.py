@@ -1,4 +1,4 @@
-"""Which device and how many cores each of several trials gets, set in its environment before a framework starts.
+"""Assigns a device and cores to each of several trials, in its environment before a framework starts.
 
 A `Place` is where one trial at a time may run. A search with N workers has N of them, and whoever runs a trial leases
 one: what is started in the meantime, probes included, runs there (`current_place`).

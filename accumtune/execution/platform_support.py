@@ -1,4 +1,4 @@
-"""Where processes of trials can be started: they are forked, limited and watched as only Linux can."""
+"""Refuses systems other than Linux, where processes of trials are not forked, limited and watched."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tasks on anything with `submit(function, *arguments) -> Future`: Ray, Dask, a pool of threads or processes.
+"""Runs tasks on anything with `submit(function, *arguments) -> Future`: Ray, Dask, a pool of threads or processes.
 
 The storage of the search need not be seen by the workers. Where they see the task's directory they use it, and a trial
 that is interrupted goes on from its last checkpoint; where they do not, its files travel with the task, and what it has

@@ -1,4 +1,4 @@
-"""What a model costs, found out in processes of its own: inspect it, probe a few sizes, predict the rest."""
+"""Profiles models in processes of their own: inspects one, probes a few sizes, predicts the rest."""
 
 from __future__ import annotations
 
@@ -22,8 +22,9 @@ from accumtune.memory.device import memory_limit_environment
 from accumtune.memory.prediction.confirmation import MOST_FAILURES, MOST_TRIES, next_to_run
 from accumtune.memory.prediction.exploration import next_probe_size
 from accumtune.memory.prediction.profile import HEADROOM, LARGEST_EXTRAPOLATION, Measurement, Profile
+from accumtune.tracking.small_files import write_atomically
 from accumtune.worker.transport.outcome import Outcome, finished
-from accumtune.worker.transport.task_directory import TaskDirectory, write_atomically
+from accumtune.worker.transport.task_directory import TaskDirectory
 
 # Memory knows only two cases, without and with an accumulator; of a longer window the bytes are known.
 _PROBED_ACCUMULATION_STEPS = (1, 2)

@@ -1,4 +1,4 @@
-"""Ray as an executor: one of its tasks per trial. Ray finds the machine, and tells when it is gone."""
+"""Runs tasks on Ray, one of its tasks per trial. Ray finds the machine, and tells when it is gone."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What an executor's worker does with a task: run it in a process of its own, on whichever machine this is.
+"""Runs a task for an executor's worker, in a process of its own, on whichever machine this is.
 
 Only `run_here` is ever sent to an executor, by its name, so accumtune must be installed where it runs. The task's
 process is forked by a `LocalExecutor` that belongs to the worker's process: a limit of memory, a time-out, a crash and
@@ -21,8 +21,9 @@ from pathlib import Path
 
 from accumtune.execution.executors import LocalExecutor
 from accumtune.execution.shared_storage import TaskStorage
+from accumtune.tracking.small_files import write_atomically
 from accumtune.worker.transport.outcome import Outcome
-from accumtune.worker.transport.task_directory import TaskDirectory, write_atomically
+from accumtune.worker.transport.task_directory import TaskDirectory
 
 _WATCH_SECONDS = 0.25
 # What the executor has said to this process about its devices; a fork server that is older than that must be told.

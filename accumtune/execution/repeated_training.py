@@ -1,4 +1,4 @@
-"""Several trainings of one trial, each in a process of its own, as one report."""
+"""Trains a trial several times, each in a process of its own, and makes one report of it."""
 
 from __future__ import annotations
 

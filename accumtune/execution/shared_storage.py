@@ -1,4 +1,4 @@
-"""What a trial needs to go on on another machine, kept where all machines can reach it, through fsspec.
+"""Keeps what a trial needs to go on on another machine where all machines can reach it, through fsspec.
 
 Only for workers that do not see the search's own folder. The worker copies a trial's checkpoint and its best weights to
 `<url>/<search>/<trial>` as they are written, and takes them from there when it is the one that goes on with the trial;
@@ -13,7 +13,8 @@ from typing import Any
 
 from accumtune.errors import SearchError, WorkerError
 from accumtune.tracking.journal import read_search_journal
-from accumtune.worker.transport.task_directory import TaskDirectory, write_atomically
+from accumtune.tracking.small_files import write_atomically
+from accumtune.worker.transport.task_directory import TaskDirectory
 
 
 class TaskStorage:

@@ -1,4 +1,4 @@
-"""`accumtune.profile`: what a model costs, for someone who is not searching."""
+"""`accumtune.profile`: measures what a model costs, for someone who is not searching."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One training in a process of its own, exactly as a trial's, outside of any search: whole, or its first updates."""
+"""Trains as a trial does, in a process of its own, outside of any search: whole, or the first updates."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How long a process may take that trains no trial: it builds a model, probes it, or looks at the device."""
+"""Time-outs of processes that train no trial: they build a model, probe it, or look at the device."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A memory budget as people write it ("2GiB") and as programs count it (bytes)."""
+"""Parses memory budgets as people write them ("2GiB") into bytes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a device holds only while programs are compiled and algorithms chosen, kept apart from a training's peak."""
+"""Keeps apart what a device holds only while programs are compiled and algorithms chosen."""
 
 from __future__ import annotations
 

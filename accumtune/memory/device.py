@@ -1,4 +1,4 @@
-"""What a device holds, what it may hold, and how it says that it cannot hold more.
+"""Opens a device, counts what a framework holds on it, and limits that.
 
 The classes of each backend are in `device_tensorflow.py`, `device_jax.py` and `device_torch.py`.
 
@@ -96,16 +96,6 @@ class Device(ABC):
     def __init__(self, name: str, budget_bytes: int | None = None) -> None:
         self.name = name
         self.budget_bytes = budget_bytes
-
-    @property
-    def limit_bytes(self) -> int | None:
-        """The limit that the framework enforces; `None` where there is none."""
-        return self.budget_bytes if self.has_limits else None
-
-    @property
-    def is_limit_enforced(self) -> bool:
-        """Whether going over the budget fails inside the framework."""
-        return self.limit_bytes is not None
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}(name={self.name!r}, memory_source={self.memory_source!r})"

@@ -1,4 +1,4 @@
-"""What JAX holds, and what XLA plans to hold."""
+"""Counts what JAX holds on a device, and what XLA plans to hold."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import jax
 import numpy as np
 from keras.src.backend.jax import trainer
 
-from accumtune.accumulation.engines import engine_jax as engine
+from accumtune.accumulation.engines import engine_jax
 from accumtune.errors import BudgetError
 from accumtune.memory.device import Device
 
@@ -33,7 +33,7 @@ class JaxDevice(Device):
         super().__init__(name, budget_bytes)
         self._peak = 0
         self.resets = 0
-        engine.compiled = trainer.jit = self._compiled
+        engine_jax.compiled = trainer.jit = self._compiled
 
     def peak_memory_bytes(self) -> int:
         return max(self._peak, self.current_memory_bytes())

@@ -1,4 +1,4 @@
-"""What torch holds on a GPU, and its limit; on a CPU what the process holds."""
+"""Counts what torch holds on a GPU, and limits it; on a CPU, what the process holds."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What running out of memory looks like, framework by framework. No framework is imported: types go by their names."""
+"""Recognizes running out of memory, framework by framework. No framework is imported: types go by their names."""
 
 from __future__ import annotations
 

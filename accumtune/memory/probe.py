@@ -1,4 +1,4 @@
-"""A few real updates of an accumulating model, measured. Runs inside a child process of its own."""
+"""Runs a few real updates of an accumulating model and measures them, inside a child process of its own."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A profile as a picture: peak memory and speed against the micro-batch."""
+"""Draws a profile: peak memory and speed against the micro-batch."""
 
 from __future__ import annotations
 

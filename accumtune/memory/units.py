@@ -1,4 +1,4 @@
-"""Bytes as people and MLflow's metrics have them."""
+"""Writes bytes for people and for MLflow's metrics."""
 
 from __future__ import annotations
 

@@ -24,8 +24,9 @@ from keras_tuner.engine.trial import Trial, TrialStatus
 from accumtune.errors import SearchDirectoryError
 from accumtune.oracles.incremental_state import ChangingState, with_changes
 from accumtune.tracking.journal import read_search_journal, read_trial
+from accumtune.tracking.small_files import write_atomically
 from accumtune.worker.transport.hyperparameters import hyperparameters_from
-from accumtune.worker.transport.task_directory import TaskDirectory, write_atomically
+from accumtune.worker.transport.task_directory import TaskDirectory
 
 
 class _WholeState:

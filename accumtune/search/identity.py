@@ -12,7 +12,8 @@ from accumtune.errors import BuildError, SearchDirectoryError
 from accumtune.execution.profiling import ModelFacts
 from accumtune.search.feasibility import BATCH_HYPERPARAMETERS
 from accumtune.tracking.records import SearchRecord, TrialRecord
-from accumtune.worker.identity.training_identity import describe_arrays, is_code, text_of
+from accumtune.worker.identity.data_identity import describe_arrays
+from accumtune.worker.identity.training_identity import is_code, text_of
 from accumtune.worker.transport.payload import is_data_function
 
 _FORMAT = 1

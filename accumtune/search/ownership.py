@@ -10,7 +10,7 @@ from pathlib import Path
 from accumtune.errors import SearchDirectoryError
 from accumtune.tracking.journal import SEARCH_JOURNAL, read_search_journal
 from accumtune.tracking.lock import LOCK_FILE
-from accumtune.worker.transport.task_directory import write_atomically
+from accumtune.tracking.small_files import write_atomically
 
 MARKER = ".accumtune"
 _OWN = (

@@ -1,4 +1,4 @@
-"""A name for the content of a data set: equal data have equal digests, on any machine."""
+"""Computes digests of data sets: equal data have equal digests, on any machine."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What happened in a search, written down at once and for good: append-only files of JSON lines.
+"""Writes down at once and for good what happens in a search: append-only files of JSON lines.
 
 Everything else (MLflow, pictures, the terminal) is made from these files, so what is in them is never lost:
 

@@ -1,4 +1,4 @@
-"""One process searches in a directory at a time. `flock` is released when the process exits, however it ends."""
+"""Locks the directory of a search: one process at a time. `flock` is released when the process exits."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Texts, such as logs, errors and hyperparameters, without the secrets that stand in them."""
+"""Removes secrets from texts such as logs, errors and hyperparameters."""
 
 from __future__ import annotations
 

@@ -1,11 +1,14 @@
-"""Small files that others may have written, read without trust; and files that are replaced in one move."""
+"""Reads small files that others may have written, without trust, and replaces files in one move."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import secrets
 import stat
+from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 
 def read_small(path: str | os.PathLike[str], most_bytes: int) -> bytes:
@@ -23,8 +26,31 @@ def read_small(path: str | os.PathLike[str], most_bytes: int) -> bytes:
         return file.read(most_bytes + 1)
 
 
+@contextlib.contextmanager
+def atomic_file(path: Path, *, outlives_a_power_cut: bool = True) -> Iterator[BinaryIO]:
+    """A file to write, of which a reader, or the next process after a kill, sees all or nothing."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name[:100]}.{secrets.token_hex(4)}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            yield file
+            file.flush()
+            if outlives_a_power_cut:
+                os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)  # of a disk that is full, the space is wanted
+        raise
+
+
+def write_atomically(path: Path, content: bytes | str) -> None:
+    """Writes a file so that a reader, or the next process after a kill, sees all of it or none of it."""
+    with atomic_file(path) as file:
+        file.write(content.encode() if isinstance(content, str) else content)
+
+
 def write_whole(path: str | os.PathLike[str], text: str) -> None:
-    """Writes a text file in one move: a reader sees the old file or the new one, never half of it.
+    """Writes a text file of the user's in one move: a reader sees the old file or the new one, never half of it.
 
     A new file has the permissions that the umask leaves, an existing one keeps its own; what a link leads to is
     written, and not the link; a device or a pipe is written into.
@@ -33,7 +59,6 @@ def write_whole(path: str | os.PathLike[str], text: str) -> None:
         OSError: it cannot be written.
     """
     target = Path(path).resolve()
-    target.parent.mkdir(parents=True, exist_ok=True)
     try:
         mode = target.stat().st_mode
     except FileNotFoundError:
@@ -41,14 +66,7 @@ def write_whole(path: str | os.PathLike[str], text: str) -> None:
     if mode is not None and not stat.S_ISREG(mode):
         target.write_text(text, encoding="utf-8")
         return
-    temporary = target.with_name(f".{target.name[:100]}.{secrets.token_hex(4)}")
-    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
-    try:
-        with open(descriptor, "w", encoding="utf-8") as file:
-            if mode is not None:
-                os.fchmod(descriptor, stat.S_IMODE(mode))
-            file.write(text)
-        os.replace(temporary, target)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+    with atomic_file(target) as file:
+        if mode is not None:
+            os.fchmod(file.fileno(), stat.S_IMODE(mode))
+        file.write(text.encode())

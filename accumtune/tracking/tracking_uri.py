@@ -1,4 +1,4 @@
-"""Where runs are tracked, and how to write such an address down without giving away its password."""
+"""Finds where runs are tracked, and writes such an address without its password."""
 
 from __future__ import annotations
 

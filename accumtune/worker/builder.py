@@ -1,4 +1,4 @@
-"""The user's build function, made to keep its promises: a compiled Keras model, or an error that says what came."""
+"""Calls the user's build function, which must give a compiled Keras model, or an error says what came."""
 
 from __future__ import annotations
 

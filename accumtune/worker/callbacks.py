@@ -1,4 +1,4 @@
-"""Keras callbacks inside a trial: each epoch goes to the journal, and updates are timed."""
+"""Keras callbacks of a trial: they report epochs to the journal, time updates, and keep the best epoch."""
 
 from __future__ import annotations
 

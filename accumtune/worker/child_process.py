@@ -1,4 +1,4 @@
-"""How a forked process ends: with its own exit code, and with the process that forked it."""
+"""Ends a forked process: with its own exit code, and with the process that forked it."""
 
 from __future__ import annotations
 

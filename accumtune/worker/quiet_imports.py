@@ -1,4 +1,4 @@
-"""What TensorFlow says of itself whenever it is imported, and nobody asked: kept off the terminal."""
+"""Keeps off the terminal what TensorFlow says of itself whenever it is imported."""
 
 from __future__ import annotations
 

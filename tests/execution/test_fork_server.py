@@ -2,6 +2,7 @@
 
 import ctypes
 import errno
+import importlib.util
 import json
 import os
 import signal
@@ -14,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from accumtune.execution import fork_server as forkserver
+from accumtune.execution import fork_server_client
 from accumtune.execution.executors import LocalExecutor
 from accumtune.worker.transport.outcome import DISK_FULL_EXIT_CODE, read_outcome
 from accumtune.worker.transport.payload import dump_payload
@@ -120,6 +122,15 @@ def test_an_outcome_that_is_damaged(tmp_path):
     for content in ('{"status": "comp', '{"state": "completed"}', "[]"):
         directory.outcome_file.write_text(content)
         assert "cannot be read" in read_outcome(directory, 0).reason
+
+
+@pytest.mark.parametrize("backend", ["tensorflow", "jax", "torch"])
+def test_what_the_server_imports_ahead_is_there(backend):
+    """A name that is gone would only be noted in its log, and each task would import the module anew."""
+    ahead = [name for name in fork_server_client._preload(backend).split(",") if name.startswith("accumtune.")]
+    assert "accumtune.worker.training" in ahead
+    for name in ahead:
+        assert importlib.util.find_spec(name), name
 
 
 def test_a_fork_that_fails_is_an_outcome(monkeypatch, tmp_path):

@@ -20,8 +20,9 @@ from accumtune.execution.pool_executor import PoolExecutor
 from accumtune.execution.shared_storage import TaskStorage
 from accumtune.hypermodel import AccumulationHyperModel
 from accumtune.tracking.journal import Journal, read_trial
+from accumtune.tracking.small_files import write_atomically
 from accumtune.worker.transport.payload import dump_payload
-from accumtune.worker.transport.task_directory import TaskDirectory, write_atomically
+from accumtune.worker.transport.task_directory import TaskDirectory
 
 
 def written(folder, function, *arguments):

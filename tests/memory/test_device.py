@@ -92,7 +92,7 @@ def test_the_limit_bites_and_is_recognised(value_in_child):
         try:
             tf.zeros([80 * 2**18])
         except Exception as error:
-            return [type(error).__name__, is_out_of_memory(error), device.is_limit_enforced, device.limit_bytes]
+            return [type(error).__name__, is_out_of_memory(error), device.has_limits, device.budget_bytes]
         return None
 
     expected = ["ResourceExhaustedError", True, True, 64 * MIB]
@@ -216,9 +216,9 @@ def open_fake_gpu(monkeypatch, stats, budget_bytes):
 @pytest.mark.skipif(BACKEND != "jax", reason="JAX")
 def test_a_gpu_whose_allocator_did_not_take_the_limit_is_compared_with_it(monkeypatch):
     stats = {"bytes_in_use": 5, "peak_bytes_in_use": 7, "bytes_limit": 64 * MIB + 100}
-    assert open_fake_gpu(monkeypatch, stats, 64 * MIB).is_limit_enforced
+    assert open_fake_gpu(monkeypatch, stats, 64 * MIB).has_limits
     # The driver did not say how large the device is, or XLA_FLAGS has another policy.
-    assert not open_fake_gpu(monkeypatch, {**stats, "bytes_limit": 60 * 2**30}, 64 * MIB).is_limit_enforced
+    assert not open_fake_gpu(monkeypatch, {**stats, "bytes_limit": 60 * 2**30}, 64 * MIB).has_limits
     with pytest.raises(BudgetError, match="does not count"):
         open_fake_gpu(monkeypatch, None, 64 * MIB)
 

@@ -51,7 +51,7 @@ def test_the_limit_bites_and_is_recognised(value_in_child):
         try:
             float(keras.ops.sum(keras.ops.ones((1024 * 2**18,))) + held[0])
         except Exception as error:
-            return [is_out_of_memory(error), device.is_limit_enforced, device.limit_bytes]
+            return [is_out_of_memory(error), device.has_limits, device.budget_bytes]
         return None
 
     assert value_in_child(overdraw, BACKEND, 512 * MIB, budget_bytes=512 * MIB) == [True, True, 512 * MIB]

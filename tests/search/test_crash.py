@@ -21,8 +21,8 @@ from accumtune.search.scheduler import SearchSession
 from accumtune.search.trial.settings import SearchSettings
 from accumtune.search.trial.trial_runner import TrialRunner
 from accumtune.tracking.journal import Journal, read_search
-from accumtune.worker.main import appeared
 from accumtune.worker.transport import task_directory as directories
+from accumtune.worker.transport.hyperparameters import appeared
 from accumtune.worker.transport.task_directory import SearchDirectory
 
 TRIALS = 4

@@ -19,14 +19,10 @@ from accumtune.search.results import search_results as results
 from accumtune.search.results.selection import select
 from accumtune.search.results.verifying import predicted_choice
 from accumtune.tracking.journal import Journal, read_search
-from accumtune.worker.identity.training_identity import (
-    content_digest,
-    describe_arrays,
-    describe_training,
-    exact,
-    text_of,
-)
-from accumtune.worker.transport.task_directory import SearchDirectory, write_atomically
+from accumtune.tracking.small_files import write_atomically
+from accumtune.worker.identity.data_identity import content_digest, describe_arrays
+from accumtune.worker.identity.training_identity import describe_training, exact, text_of
+from accumtune.worker.transport.task_directory import SearchDirectory
 
 pytestmark = pytest.mark.usefixtures("one_fork_server")
 

@@ -14,8 +14,8 @@ from made_search import MadeSearch, report
 from stored_runs import Runs, sync
 
 from accumtune.errors import TrackingError
-from accumtune.tracking.mlflow.config_origin import import_line
 from accumtune.tracking.mlflow.tracker import Tracker
+from accumtune.tracking.report.report_files import import_line
 
 
 class Interrupted(Exception):

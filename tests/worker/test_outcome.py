@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from accumtune.errors import SearchError
-from accumtune.worker.measured_fit import _results
+from accumtune.worker.training import _results
 from accumtune.worker.transport.outcome import reason_of
 
 

@@ -146,15 +146,18 @@ KINDS = ("pair", "names", "strings", "uncounted", "infinite")
 @pytest.mark.parametrize(("kind", "size"), [("growing", None), *itertools.product(KINDS, (None, 4))])
 def test_its_elements_and_what_is_known_of_them_are_those_of_the_pipeline(executor, tmp_path, kind, size):
     def compare(function, size):
+        import cloudpickle
         import tensorflow as tf
 
         from accumtune.worker.data.pipeline_process import PipelineProcess, called
         from accumtune.worker.data.rebatch import rebatched
+        from accumtune.worker.transport.payload import DataFunction
 
         payload = Path("payload.pkl")
         payload.touch()
         content = {"fit_args": (), "fit_kwargs": {"x": function}}
-        process = PipelineProcess.of({"x": function}, payload, seed=1)
+        sent = DataFunction("x", cloudpickle.dumps(function), Path("arrays"))
+        process = PipelineProcess.of({"x": sent}, payload, seed=1)
         elsewhere = called(process.moved(content)["fit_kwargs"]["x"])
         here = function() if size is None else rebatched(function(), size)
         there = elsewhere.as_tf_dataset() if size is None else rebatched(elsewhere, size)

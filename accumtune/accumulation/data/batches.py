@@ -10,8 +10,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from accumtune.accumulation.data import row_indices as rows
-from accumtune.accumulation.data.row_indices import Rows
+from accumtune.accumulation.data.row_indices import Rows, row_numbers, rows_of
 from accumtune.accumulation.window import Accumulation, split
 from accumtune.errors import BatchSizeError
 
@@ -69,7 +68,7 @@ def micro_batches(batch: Any, micro_batch_size: int | None, source: Rows | None,
         cut: `cut(leaf, slice)` cuts one array; indexing if None.
     """
     batch = batch.batch if isinstance(batch, HostBatch) else batch
-    numbers = None if source is None else rows.row_numbers(batch)
+    numbers = None if source is None else row_numbers(batch)
     if source is not None and numbers is not None:
         parts = split(len(numbers), micro_batch_size or len(numbers))
         return [MicroBatch(part.stop - part.start, functools.partial(source.take, numbers[part])) for part in parts]
@@ -157,7 +156,7 @@ def with_rows(model: Any, accumulation: Accumulation, given: dict[str, Any]) -> 
     if steps and not given.get("batch_size") and can_convert_arrays(arrays):
         given["batch_size"] = math.ceil(samples_of(arrays) / (steps * (accumulation.accumulation_steps or 1)))
     is_spread = keras.distribution.distribution() is not None or getattr(model, "_distribute_strategy", None)
-    source = None if is_spread else rows.rows_of(x, y, sample_weight, given.get("class_weight"))
+    source = None if is_spread else rows_of(x, y, sample_weight, given.get("class_weight"))
     if source is not None:
         for name in (*_DATA, "class_weight"):
             given.pop(name, None)

@@ -9,7 +9,7 @@ from typing import Any
 import tensorflow as tf
 from keras import tree
 
-from accumtune.accumulation.data import batches as feeding
+from accumtune.accumulation.data.batches import MicroBatch, part_of
 
 
 def has_static_batch(iterator: Any) -> bool:
@@ -40,9 +40,9 @@ def cut(leaf: Any, part: slice) -> Any:
         return leaf[part]
 
 
-def empty(column: list[feeding.MicroBatch]) -> feeding.MicroBatch:
+def empty(column: list[MicroBatch]) -> MicroBatch:
     """A micro-batch without samples, for replicas that have fewer than others in the last batch of an epoch."""
-    return feeding.MicroBatch(0, lambda: feeding.part_of(column[0].take(), slice(0, 0), cut))
+    return MicroBatch(0, lambda: part_of(column[0].take(), slice(0, 0), cut))
 
 
 def vector(values: Sequence[float]) -> Any:

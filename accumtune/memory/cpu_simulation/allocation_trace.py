@@ -1,4 +1,4 @@
-"""What a few updates asked of TensorFlow's allocator, and what they would ask at another micro-batch size.
+"""Traces what a few updates asked of TensorFlow's allocator, and what they would ask at another micro-batch size.
 
 The requests of a step are the same at every size, in the same order; each is either of one size, or grows with the
 micro-batch along a line. Two traces tell which. Played through in the simulated allocator, they give the peak of a

@@ -1,4 +1,4 @@
-"""TensorFlow's allocator (BFC: best fit, with coalescing) without memory: which chunk each request gets.
+"""Simulates TensorFlow's allocator (BFC: best fit, with coalescing): which chunk each request gets.
 
 What it counts is not what was asked for. A request gets the smallest free chunk that is large enough, and gets it whole
 where that is less than twice its size; so the peak of a step depends on the order of its requests, and rises in steps.

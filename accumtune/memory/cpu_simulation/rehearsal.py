@@ -1,4 +1,4 @@
-"""A training at any micro-batch size, played through in the simulated allocator."""
+"""Plays a training at any micro-batch size through in the simulated allocator."""
 
 from __future__ import annotations
 

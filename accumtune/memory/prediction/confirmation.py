@@ -1,4 +1,4 @@
-"""Which size to run next, to find out how much really runs under the budget. Pure arithmetic.
+"""Chooses the size to run next, to find out how much really runs under the budget. Pure arithmetic.
 
 A prediction is of what a step asks for. How much more the allocator needs when it is nearly full (its free memory is
 in pieces) is not in it, and where a step cannot be rehearsed it is not known without running there. So the largest

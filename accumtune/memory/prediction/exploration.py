@@ -1,4 +1,4 @@
-"""Which size to probe next, so that a few tell what all others take. Pure arithmetic."""
+"""Chooses the size to probe next, so that a few tell what all others take. Pure arithmetic."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Functions through a few measured points, that never fall."""
+"""Fits curves that never fall through a few measured points."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What measured peaks say of those in between and beyond: a curve for one micro-step per update, one for several."""
+"""Interpolates measured peaks and goes beyond them: a curve for one micro-step per update, one for several."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Measured points -> peak memory and throughput of every other micro-batch size. Pure arithmetic.
+"""Predicts peak memory and throughput of every micro-batch size from measured points. Pure arithmetic.
 
 Peak memory of a step is the larger of two moments: the update (parameters, slots, gradients: the same for every
 micro-batch) and the end of a forward pass (parameters, slots and the activations of one micro-batch: a line), so

@@ -1,4 +1,4 @@
-"""What a rehearsed step peaks at, corrected by what was measured."""
+"""Predicts peaks by the simulated allocator, corrected by what was measured."""
 
 from __future__ import annotations
 

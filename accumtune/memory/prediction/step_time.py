@@ -1,4 +1,4 @@
-"""Measured updates -> the seconds of a micro-step of any size, and of the update itself."""
+"""Predicts the seconds of a micro-step of any size, and of the update itself, from measured updates."""
 
 from __future__ import annotations
 

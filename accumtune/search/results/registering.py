@@ -13,10 +13,11 @@ from accumtune.execution.timeouts import DEFAULT_SECONDS
 from accumtune.memory.device import memory_limit_environment
 from accumtune.tracking.data_digest import file_digest
 from accumtune.tracking.mlflow.model_registry import MODEL_FILE, MODEL_FOLDER
+from accumtune.tracking.small_files import write_atomically
 from accumtune.worker.transport.hyperparameters import hyperparameters_from
 from accumtune.worker.transport.outcome import finished
 from accumtune.worker.transport.payload import dump_payload
-from accumtune.worker.transport.task_directory import SearchDirectory, TaskDirectory, write_atomically
+from accumtune.worker.transport.task_directory import SearchDirectory, TaskDirectory
 
 _SAMPLES = 2
 

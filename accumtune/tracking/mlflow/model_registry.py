@@ -1,4 +1,4 @@
-"""The best model in MLflow's registry: brought like everything else, from what the search has left in its folder.
+"""Registers the best model in MLflow, from what the search has left in its folder.
 
     <search folder>/model/                  the model as MLflow saves it, with its signature
     <search folder>/model.json              under which name, of which trial; written last
@@ -14,8 +14,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from accumtune.tracking.mlflow.config_origin import CONFIG_FILE, REPORT_FOLDER, source_of
 from accumtune.tracking.mlflow.run_content import TRIAL_TAG
+from accumtune.tracking.report.report_files import CONFIG_FILE, REPORT_FOLDER, source_of
 
 MODEL_FOLDER = "model"
 MODEL_FILE = "model.json"

@@ -1,4 +1,4 @@
-"""Journals -> MLflow, idempotently: brings what is missing, and nothing twice."""
+"""Replays journals into MLflow, idempotently: brings what is missing, and nothing twice."""
 
 from __future__ import annotations
 
@@ -13,14 +13,12 @@ from pathlib import Path
 from accumtune.errors import TrackingError
 from accumtune.tracking.journal import TRIAL_JOURNAL, read_search_journal, read_trial, trial_folders
 from accumtune.tracking.lock import try_lock
-from accumtune.tracking.mlflow import model_registry as registry
-from accumtune.tracking.mlflow import run_content as runs
-from accumtune.tracking.mlflow import saved_view as view
-from accumtune.tracking.mlflow.config_origin import NOTE_FILE, REPORT_FOLDER, name_run, source_of
+from accumtune.tracking.mlflow import model_registry, run_content, saved_view
 from accumtune.tracking.mlflow.server_health import Pulse
 from accumtune.tracking.mlflow.store import PARENT, RunState, Store
 from accumtune.tracking.records import SearchRecord, TrialRecord
 from accumtune.tracking.redaction import first_line, redacted
+from accumtune.tracking.report.report_files import NOTE_FILE, REPORT_FOLDER, name_run, source_of
 
 LOG_FILE = "log.txt"
 _LOCK_FILE = "tracking.lock"
@@ -91,9 +89,9 @@ class Replay:
             self._bring_view(store, search, [trial for _, (_, trial) in trials])
 
     def _bring_view(self, store: Store, search: SearchRecord, trials: list[TrialRecord]) -> None:
-        value = view.encoded_view(search, trials)
+        value = saved_view.encoded_view(search, trials)
         if value is not None and value != self._view:
-            self.view_key = view.bring_view(store.client, store.experiment_id, search, value)
+            self.view_key = saved_view.bring_view(store.client, store.experiment_id, search, value)
             self._view = value
 
     def _open(self, search: SearchRecord, is_fresh: bool) -> Store:
@@ -120,17 +118,17 @@ class Replay:
                 if trial.proposed_at or trial.started_at or trial.ended_at:
                     self._trials[folder] = (size, trial)
 
-    def _bring_parent(self, store: Store, search: SearchRecord) -> runs.RunContent:
-        statuses = runs.count_statuses({folder: trial for folder, (_, trial) in self._trials.items()})
+    def _bring_parent(self, store: Store, search: SearchRecord) -> run_content.RunContent:
+        statuses = run_content.count_statuses({folder: trial for folder, (_, trial) in self._trials.items()})
         if PARENT not in self._states:
-            self._states[PARENT] = store.create(runs.search_run(search, statuses, None))
+            self._states[PARENT] = store.create(run_content.search_run(search, statuses, None))
         state = self._states[PARENT]
         self.parent_run_id = state.run_id
         if search.is_ended:
             name_run(self.folder / REPORT_FOLDER, state.run_id, self.tracking_uri)
-        content = runs.search_run(search, statuses, self._note(search))
+        content = run_content.search_run(search, statuses, self._note(search))
         store.bring(state, content)
-        store.bring_dataset(state, runs.dataset(search))
+        store.bring_dataset(state, run_content.dataset(search))
         return content
 
     def _bring_trial(self, store: Store, folder: Path, size: int, trial: TrialRecord, search: SearchRecord) -> None:
@@ -140,7 +138,7 @@ class Replay:
             # The search's run may be another one than it was.
             store.set_tags(state, {"mlflow.parentRunId": self.parent_run_id or ""})
             return
-        content = runs.trial_run(trial, search)
+        content = run_content.trial_run(trial, search)
         if state is None:
             state = store.create(content, self.parent_run_id)
         elif store.conflicts(state, content):
@@ -149,7 +147,7 @@ class Replay:
         store.bring(state, content)
         store.set_tags(state, {"mlflow.parentRunId": self.parent_run_id or ""})
         if trial.is_ended:
-            store.bring_dataset(state, runs.dataset(search))
+            store.bring_dataset(state, run_content.dataset(search))
             log = _read_log(folder / LOG_FILE)
             for name, text in {**content.texts, **({LOG_FILE: log} if log else {})}.items():
                 store.client.log_text(state.run_id, text, name)
@@ -175,11 +173,11 @@ class Replay:
 
     def _bring_model(self, store: Store, search: SearchRecord) -> None:
         """The best model, where the search has saved one for the registry."""
-        model = registry.wanted(self.folder)
+        model = model_registry.wanted(self.folder)
         state = self._states[PARENT]
         if model is None or not search.is_ended or state.tags.get(_MODEL_TAG) == model["key"]:
             return
-        version = registry.bring_model(store.client, state.run_id, self.folder)
+        version = model_registry.bring_model(store.client, state.run_id, self.folder)
         store.set_tags(state, {"accumtune.registered_model": version or "", _MODEL_TAG: model["key"]})
 
     def _note(self, search: SearchRecord) -> str | None:

@@ -1,4 +1,4 @@
-"""What MLflow should hold about a search and its trials. Pure functions: a record in, the content of a run out.
+"""Translates records of a search and its trials to the content of MLflow runs. Pure functions.
 
 Names are those of the design: flat, and the same for every trial, so that tables and charts work. Memory is in MiB.
 """

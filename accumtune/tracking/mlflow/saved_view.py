@@ -1,4 +1,4 @@
-"""The saved view that MLflow's UI opens a search with: columns that matter, children visible, charts set up.
+"""Makes the saved view that MLflow's UI opens a search with: columns that matter, children visible, charts set up.
 
 MLflow 3 keeps a shared view in a tag of the experiment (verified on 3.17.2). It is not a documented interface, so
 nothing depends on it: where it is refused, the plain list of runs is opened instead.

@@ -1,4 +1,4 @@
-"""Whether a tracking server answers: asked before MLflow's own retries take minutes, and listened to afterwards."""
+"""Checks that a tracking server answers, before MLflow's own retries take minutes, and listens to it afterwards."""
 
 from __future__ import annotations
 

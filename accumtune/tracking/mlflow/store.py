@@ -1,4 +1,4 @@
-"""An MLflow store as a search needs it: one experiment, runs found by tag, and differences written once.
+"""Wraps an MLflow store: one experiment, runs found by tag, and differences written once.
 
 Everything goes through an explicit `MlflowClient`: no global state, no active run, no autologging. Nothing here
 depends on what an earlier process remembers, so a run is found again after a kill, and made again after a wipe.

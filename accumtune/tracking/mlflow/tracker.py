@@ -1,4 +1,4 @@
-"""The search's side of MLflow: a replay of its journals in the background, and how to look at the result."""
+"""Replays a search's journals into MLflow in the background, and says how to look at the result."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Literal, cast
 
 from accumtune.errors import AccumtuneError, TrackingError
-from accumtune.tracking.mlflow import ui as browsing
+from accumtune.tracking.mlflow import ui
 from accumtune.tracking.mlflow.replay import Replay, described
 from accumtune.tracking.mlflow.server_health import is_answering
 from accumtune.tracking.mlflow.ui import UI_PORT
-from accumtune.tracking.small_files import read_small
+from accumtune.tracking.small_files import read_small, write_atomically
 from accumtune.tracking.tracking_uri import (
     DEFAULT_TRACKING_URI,
     absolute_uri,
@@ -164,7 +164,7 @@ class Tracker:
 
     def ui_command(self, port: int = UI_PORT) -> str:
         """The command that starts the MLflow UI; "" where a server has it already, or without tracking."""
-        return "" if self.tracking_uri is None else browsing.ui_command(self.tracking_uri, port)
+        return "" if self.tracking_uri is None else ui.ui_command(self.tracking_uri, port)
 
     def ui_address(self, port: int = UI_PORT) -> str:
         """Where the UI shows this search: a table of its trials with the columns that matter; charts are beside it.
@@ -173,7 +173,7 @@ class Tracker:
         """
         if self.tracking_uri is None or self.experiment_id is None:
             return ""
-        return browsing.ui_address(self.tracking_uri, self.experiment_id, self._known("view_key"), port)
+        return ui.ui_address(self.tracking_uri, self.experiment_id, self._known("view_key"), port)
 
     def _sync_command(self) -> str:
         folder = self.folder.relative_to(Path.cwd()) if self.folder.is_relative_to(Path.cwd()) else self.folder
@@ -215,9 +215,7 @@ class Tracker:
         content: dict[str, str | None] = {"tracking_uri": without_credentials(self.tracking_uri)}
         content |= {name: self._known(name) for name in ("experiment_id", "parent_run_id", "view_key")}
         if content != self._cache():
-            temporary = self.folder / f".{CACHE_FILE}.{os.getpid()}"
-            temporary.write_text(json.dumps(content, indent=2))
-            os.replace(temporary, self.folder / CACHE_FILE)
+            write_atomically(self.folder / CACHE_FILE, json.dumps(content, indent=2))
 
     def _known(self, name: Literal["parent_run_id", "experiment_id", "view_key"]) -> str | None:
         """From the store, or as long as it has not been asked, from the last time that it was."""

@@ -1,4 +1,4 @@
-"""How to look at a search in MLflow's UI: the command that starts it, and the address that opens the search."""
+"""Says how to look at a search in MLflow's UI: the command that starts it, and the address that opens the search."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Candidates as tables: for programs (CSV) and for the terminal, and how their figures are written everywhere."""
+"""Writes candidates as tables for programs (CSV) and the terminal, and their figures as they are written everywhere."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the gradient noise scale that trials have measured says about the effective batch, in one line."""
+"""Says in one line what the measured gradient noise scale means for the effective batch."""
 
 from __future__ import annotations
 

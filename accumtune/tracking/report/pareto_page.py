@@ -1,4 +1,4 @@
-"""The Pareto front as one HTML file that answers to the mouse and needs no network: SVG, a table, a little JavaScript.
+"""Writes the Pareto front as one HTML file that answers to the mouse and needs no network: SVG and a little script.
 
 A plotting library's bundle would add 4 MB to each search's run; this is some twenty kilobytes.
 """

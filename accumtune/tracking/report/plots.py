@@ -1,4 +1,4 @@
-"""The pictures of a search, as PNG files. Matplotlib's figures without pyplot: no global state, no display.
+"""Draws the pictures of a search as PNG files. Matplotlib's figures without pyplot: no global state, no display.
 
 Colours are Okabe and Ito's (2008) and viridis: told apart by colour-blind readers; shapes say it again.
 """

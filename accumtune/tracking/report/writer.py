@@ -1,4 +1,4 @@
-"""What a person reads first: a note in Markdown, a table, and pictures, written into a folder of the search.
+"""Writes what a person reads first, a note in Markdown, a table and pictures, into a folder of the search.
 
 Nothing here knows MLflow; the tracker uploads whatever is in the folder.
 """
@@ -12,11 +12,10 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from accumtune.memory.budget import format_bytes
-from accumtune.tracking.mlflow.config_origin import CONFIG_FILE, NOTE_FILE, import_line, write
 from accumtune.tracking.mlflow.run_content import STATUSES
 from accumtune.tracking.records import SearchRecord
 from accumtune.tracking.redaction import first_line, redacted
-from accumtune.tracking.report import plots as pictures
+from accumtune.tracking.report import plots
 from accumtune.tracking.report.candidate_tables import (
     CandidateLike,
     candidate_cells,
@@ -32,6 +31,8 @@ from accumtune.tracking.report.candidate_tables import (
 )
 from accumtune.tracking.report.noise_scale_note import noise_scale_of
 from accumtune.tracking.report.pareto_page import pareto_html
+from accumtune.tracking.report.report_files import CONFIG_FILE, NOTE_FILE, import_line
+from accumtune.tracking.small_files import write_atomically
 
 __all__ = ["candidates_csv", "candidates_table", "note", "write_report"]
 
@@ -73,17 +74,17 @@ def write_report(
             `predicted_peak_memory_bytes` and `predicted_throughput_samples_per_second`.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    write(folder / NOTE_FILE, note(record, candidates, front, best, config_json, folder))
-    write(folder / "candidates.csv", candidates_csv(record, candidates, front))
+    write_atomically(folder / NOTE_FILE, note(record, candidates, front, best, config_json, folder))
+    write_atomically(folder / "candidates.csv", candidates_csv(record, candidates, front))
     if config_json is not None:
-        write(folder / CONFIG_FILE, config_json)
+        write_atomically(folder / CONFIG_FILE, config_json)
     winner = None if best is None else best.candidate
-    images = pictures.draw_all(record, candidates, front, winner, profile_points or ())
+    images = plots.draw_all(record, candidates, front, winner, profile_points or ())
     for name, content in images.items():
-        write(folder / name, content)
+        write_atomically(folder / name, content)
     page = pareto_html(record, candidates, front, winner)
     if page is not None:
-        write(folder / "pareto.html", page)
+        write_atomically(folder / "pareto.html", page)
 
 
 def note(

@@ -1,4 +1,4 @@
-"""Plain values and arrays in one file that runs no code when it is read: an `.npz` without pickles.
+"""Writes plain values and arrays to one file that runs no code when it is read: an `.npz` without pickles.
 
 `state` in it is JSON. What JSON has no word for is a dict with one key: `{"~tuple": […]}`, `{"~array": 3}`. Functions
 are names: one is only given back where its module is imported already, or belongs to Keras or NumPy.

@@ -1,4 +1,4 @@
-"""What a training is at the end of an epoch, apart from how far it has come: variables, generators, callbacks."""
+"""Saves and restores a training at the end of an epoch: its variables, generators and callbacks."""
 
 from __future__ import annotations
 

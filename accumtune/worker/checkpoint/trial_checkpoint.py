@@ -1,7 +1,7 @@
-"""Going on within a trial: what a training is at the end of an epoch, written down, and taken up by a new process.
+"""Checkpoints a trial's training at the end of epochs, and resumes it in a new process.
 
 A training that is interrupted (Ctrl-C, a kill, a node that is gone) begins again in a new process, where the build
-function makes the model anew and `fit` is called as before. `Continuation` then gives back what an epoch's end had:
+function makes the model anew and `fit` is called as before. `TrialCheckpoint` then gives back what an epoch's end had:
 
     the model's variables (the state of its seed generators is among them), the optimizer's, the generators of Python,
     NumPy, torch and Keras, each callback's own values (patience, best value, best weights), and the history
@@ -23,11 +23,12 @@ import json
 import os
 import time
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import keras
 
 from accumtune.tracking.journal import Journal
+from accumtune.tracking.small_files import atomic_file
 from accumtune.worker.checkpoint.state_file import read_state, write_state
 from accumtune.worker.checkpoint.training_state import (
     CallbackMemory,
@@ -37,9 +38,8 @@ from accumtune.worker.checkpoint.training_state import (
     random_state,
     values_of,
 )
-from accumtune.worker.data.pipeline_process import PipelineProcess
 from accumtune.worker.transport.outcome import StopRequested, Superseded
-from accumtune.worker.transport.task_directory import TaskDirectory, atomic_file
+from accumtune.worker.transport.task_directory import TaskDirectory
 
 # An epoch's end is written when this time has passed since the last one, and twenty times what writing took: short
 # epochs cost nothing, and large models at most a twentieth of their time.
@@ -48,7 +48,17 @@ _WRITING_SECONDS_TIMES = 20.0
 _FORMAT = 3
 
 
-class Continuation:
+class Pipelines(Protocol):
+    """Data sets that draw from generators elsewhere, as `accumtune.worker.data.pipeline_process` has them."""
+
+    def random_state(self) -> dict[str, Any]: ...
+
+    def give_back_random_state(self, state: Mapping[str, Any]) -> None: ...
+
+    def wind_forward(self, dataset: Any, epochs: int) -> bool: ...
+
+
+class TrialCheckpoint:
     """The state of one trial's training, kept in its directory.
 
     Args:
@@ -58,7 +68,7 @@ class Continuation:
         execution: which of the trial's trainings this process is for.
         earlier: the results of those before.
         least_seconds_between: between two saves.
-        pipelines: the process of the pipelines, which draws from generators of its own.
+        pipelines: those that are elsewhere.
 
     Attributes:
         attempt, execution, earlier: as given.
@@ -73,7 +83,7 @@ class Continuation:
         execution: int = 0,
         earlier: Sequence[dict[str, Any]] = (),
         least_seconds_between: float = _LEAST_SECONDS_BETWEEN,
-        pipelines: PipelineProcess | None = None,
+        pipelines: Pipelines | None = None,
     ) -> None:
         self._directory = directory
         self.attempt = attempt
@@ -129,17 +139,31 @@ class Continuation:
                 self._fits.append(saved["fits"][len(self._fits)])
                 return _history(model, self._fits[-1])
             if saved is not None:
-                _pass_over(kwargs, saved["epoch"] + 1 - kwargs.get("initial_epoch", 0))
+                self._wind_forward(kwargs, saved["epoch"] + 1 - kwargs.get("initial_epoch", 0))
                 kwargs["initial_epoch"] = kwargs.get("epochs", 1) if saved["is_ended"] else saved["epoch"] + 1
             callbacks = list(callbacks) if isinstance(callbacks, Sequence) else [callbacks]
             if not any(isinstance(callback, keras.callbacks.History) for callback in callbacks):
-                callbacks.append(keras.callbacks.History())  # before the keeper, so that it is given back too
-            keeper = _Keeper(self, callbacks, saved)
-            history = own_fit(*args, **kwargs, callbacks=[*callbacks, keeper])
+                callbacks.append(keras.callbacks.History())  # before the saver, so that it is given back too
+            saver = _SaveEpochs(self, callbacks, saved)
+            history = own_fit(*args, **kwargs, callbacks=[*callbacks, saver])
             self._fits.append({"epoch": history.epoch, "history": history.history})
             return history
 
         model.fit = fit
+
+    def _wind_forward(self, arguments: Mapping[str, Any], epochs: int) -> None:
+        """Winds a `tf.data.Dataset` forward: `shuffle` draws an order for each iterator that is made.
+
+        Keras makes one when an epoch begins and, where it knows the number of batches, another one when it has ended.
+        Elsewhere, only iterators that are used are made.
+        """
+        data: Any = arguments.get("x")
+        if arguments.get("steps_per_epoch"):
+            return
+        is_elsewhere = self._pipelines is not None and self._pipelines.wind_forward(data, epochs)
+        if hasattr(data, "element_spec") and not is_elsewhere:
+            for _ in range(epochs * (2 if int(data.cardinality()) > 0 else 1)):
+                iter(data)
 
     def _state_of_this_execution(self) -> dict[str, Any] | None:
         if self._saved is not None and self._saved["execution"] == self.execution:
@@ -203,18 +227,18 @@ class Continuation:
         return [event for event in events if event["event"] == "epoch" and event.get("attempt") == self.attempt]
 
 
-class _Keeper(keras.callbacks.Callback):
+class _SaveEpochs(keras.callbacks.Callback):
     """The last callback of a fit: every other one has done its part when it saves, and has begun when it restores."""
 
-    def __init__(self, continuation: Continuation, others: Sequence[Any], saved: dict[str, Any] | None) -> None:
+    def __init__(self, checkpoint: TrialCheckpoint, others: Sequence[Any], saved: dict[str, Any] | None) -> None:
         super().__init__()
-        self._continuation = continuation
+        self._checkpoint = checkpoint
         self._others = others
         self._saved = saved
         self._memories: list[CallbackMemory] = []
 
     def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
-        self._memories = [self._continuation.memory_of(callback) for callback in self._others]
+        self._memories = [self._checkpoint.memory_of(callback) for callback in self._others]
         if self._saved is None:
             return
         give_back_values(self.model, self._saved["variables"])
@@ -223,25 +247,10 @@ class _Keeper(keras.callbacks.Callback):
         for callback, state in zip(self._others, self._saved["callbacks"], strict=True):
             vars(callback).update(state)
         give_back_random_state(self._saved["random"])
-        self._continuation.taken_up()
+        self._checkpoint.taken_up()
 
     def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
-        self._continuation.epoch_ended(epoch, self.model, self._memories)
-
-
-def _pass_over(arguments: Mapping[str, Any], epochs: int) -> None:
-    """Winds a `tf.data.Dataset` forward: `shuffle` draws an order for each iterator that is made.
-
-    Keras makes one when an epoch begins and, where it knows the number of batches, another one when it has ended.
-    """
-    data: Any = arguments.get("x")
-    if arguments.get("steps_per_epoch"):
-        return
-    if hasattr(data, "pass_over"):  # in a process of its own, where only iterators that are used are made
-        data.pass_over(epochs)
-    elif hasattr(data, "element_spec"):
-        for _ in range(epochs * (2 if int(data.cardinality()) > 0 else 1)):
-            iter(data)
+        self._checkpoint.epoch_ended(epoch, self.model, self._memories)
 
 
 def _load(directory: TaskDirectory, key: str) -> dict[str, Any] | None:

@@ -1,4 +1,4 @@
-"""The data that a HyperModel's own `fit` brings: what it would give to `model.fit`, found out by calling it."""
+"""Finds out what a HyperModel's own `fit` gives to `model.fit`, by calling it."""
 
 from __future__ import annotations
 

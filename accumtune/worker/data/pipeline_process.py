@@ -1,4 +1,4 @@
-"""A `tf.data` pipeline in a process of its own, where what it keeps is in nobody's memory budget.
+"""Runs a `tf.data` pipeline in a process of its own, where what it keeps is in nobody's memory budget.
 
 On a GPU, the tensors of `from_tensor_slices`, the buffer of `shuffle` and a `cache` are in the host's memory. On a CPU
 TensorFlow has one allocator for all: they would be counted as the training's, and a data set larger than the budget
@@ -26,8 +26,8 @@ from accumtune.errors import DataError
 from accumtune.worker.child_process import end_process
 from accumtune.worker.data.pipeline_server import View, serve
 from accumtune.worker.data.shared_arrays import SharedArrays
+from accumtune.worker.transport.payload import DataFunction
 
-_OPEN = "accumtune_open"
 _NAMES = ("x", "validation_data")
 
 
@@ -41,12 +41,13 @@ class PipelineProcess:
             it, so that no other process of the search calls it twice.
     """
 
-    def __init__(self, functions: Mapping[str, Callable[[], Any]], seed: int | None, payload: Path) -> None:
+    def __init__(self, functions: Mapping[str, DataFunction], seed: int | None, payload: Path) -> None:
         self._functions = functions
         self._payload = payload
         self._lock = threading.Lock()
         self._numbers = itertools.count()
         self._dropped: list[int] = []
+        self._datasets: list[tuple[Any, View]] = []
         self._connection, theirs = Pipe()
         self._arrays = SharedArrays()
         if os.fork() == 0:
@@ -56,7 +57,7 @@ class PipelineProcess:
 
     @classmethod
     def of(
-        cls, functions: Mapping[str, Callable[[], Any]], payload: Path, seed: int | None
+        cls, functions: Mapping[str, DataFunction], payload: Path, seed: int | None
     ) -> PipelineProcess | None:
         """A process for the functions among the data of `fit`; None where there is none that may make a pipeline.
 
@@ -70,21 +71,14 @@ class PipelineProcess:
 
     def moved(self, content: Mapping[str, Any]) -> dict[str, Any]:
         """The content with functions that `called` asks the process for, in place of those it was made with."""
-        here = {name: self._function(name) for name in self._functions}
+        here = {
+            name: replace(function, open_elsewhere=functools.partial(self._make, name))
+            for name, function in self._functions.items()
+        }
         positional, named = list(content["fit_args"]), dict(content["fit_kwargs"])
         if positional:
             positional[0] = here.pop("x", positional[0])
         return {**content, "fit_args": tuple(positional), "fit_kwargs": {**named, **here}}
-
-    def _function(self, name: str) -> Callable[[], Any]:
-        function = self._functions[name]
-
-        @functools.wraps(function)
-        def call() -> Any:
-            return function()
-
-        setattr(call, _OPEN, functools.partial(self._make, name))
-        return call
 
     def _make(self, name: str) -> PipelineElsewhere | None:
         """Calls a function there; None where it makes no pipeline, or one of ragged or sparse tensors."""
@@ -111,9 +105,21 @@ class PipelineProcess:
         finally:
             self._dropped.append(number)  # not asked for here: this may be the garbage collector
 
-    def pass_over(self, view: View, epochs: int) -> None:
-        """Winds a pipeline forward: `shuffle` draws an order for each iterator that is made."""
-        self._ask("pass_over", view, epochs)
+    def wind_forward(self, dataset: Any, epochs: int) -> bool:
+        """Winds the pipeline of a data set forward: `shuffle` draws an order for each iterator that is made.
+
+        Returns:
+            Whether the data set is one of this process, as `PipelineElsewhere.as_tf_dataset` made it.
+        """
+        views = [view for made, view in self._datasets if made is dataset]
+        for view in views:
+            self._ask("wind_forward", view, epochs)
+        return bool(views)
+
+    def known(self, dataset: Any, view: View) -> Any:
+        """The data set, which `wind_forward` knows from now on."""
+        self._datasets.append((dataset, view))
+        return dataset
 
     def random_state(self) -> dict[str, Any]:
         """Of the generators of Python, NumPy and Keras there, from which a pipeline may draw."""
@@ -204,8 +210,7 @@ class PipelineElsewhere:
         dataset = one_at_a_time(dataset)
         if self._cardinality != tf.data.UNKNOWN_CARDINALITY:
             dataset = dataset.apply(tf.data.experimental.assert_cardinality(self._cardinality))
-        dataset.pass_over = functools.partial(self._process.pass_over, self._view)
-        return dataset
+        return self._process.known(dataset, self._view)
 
     def _cut(self, batch_size: int, is_batched: bool) -> PipelineElsewhere:
         cut = self._process.open(replace(self._view, batch_size=batch_size, is_batched=is_batched))
@@ -215,8 +220,9 @@ class PipelineElsewhere:
 
 def called(function: Callable[[], Any]) -> Any:
     """What a function for data gives; where it makes a pipeline and was given to a `PipelineProcess`, from there."""
-    open_elsewhere = getattr(function, _OPEN, None)
-    elsewhere = None if open_elsewhere is None else open_elsewhere()
+    elsewhere = None
+    if isinstance(function, DataFunction) and function.open_elsewhere is not None:
+        elsewhere = function.open_elsewhere()
     return function() if elsewhere is None else elsewhere
 
 

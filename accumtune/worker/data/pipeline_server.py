@@ -1,4 +1,4 @@
-"""What the process of `worker.data.pipeline_process` does: it makes pipelines and hands out their elements."""
+"""Makes pipelines and hands out their elements, in the process of `worker.data.pipeline_process`."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ class _Pipelines:
             self._iterators.pop(number, None)
             self._ahead.pop(number, None)
 
-    def pass_over(self, view: View, epochs: int) -> None:
+    def wind_forward(self, view: View, epochs: int) -> None:
         for _ in range(epochs):
             iter(self._dataset(view))
 

@@ -1,4 +1,4 @@
-"""Pipelines whose batches are cut anew, to another size."""
+"""Cuts the batches of pipelines anew, to another size."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ import numpy as np
 
 from accumtune.accumulation.data.array_kinds import as_rows, joined, part
 from accumtune.errors import DataError
-from accumtune.worker.data.pipeline_process import PipelineElsewhere
 
 
 def rebatched(pipeline: Any, batch_size: int, is_batched: bool = True) -> Any:
@@ -25,11 +24,10 @@ def rebatched(pipeline: Any, batch_size: int, is_batched: bool = True) -> Any:
         return _torch_loader(pipeline, batch_size)
     if not hasattr(pipeline, "element_spec"):
         return RebatchedDataset(pipeline, batch_size)
-    if isinstance(pipeline, PipelineElsewhere):
-        return (pipeline.rebatch(batch_size) if is_batched else pipeline.batch(batch_size)).as_tf_dataset()
-    if not is_batched:
-        return pipeline.batch(batch_size)
-    return _with_cardinality(pipeline.rebatch(batch_size), pipeline, batch_size)
+    cut = pipeline.rebatch(batch_size) if is_batched else pipeline.batch(batch_size)
+    if hasattr(cut, "as_tf_dataset"):  # a pipeline in a process of its own, which also counts the batches
+        return cut.as_tf_dataset()
+    return _with_cardinality(cut, pipeline, batch_size) if is_batched else cut
 
 
 def _torch_loader(loader: Any, batch_size: int) -> Any:

@@ -1,4 +1,4 @@
-"""The user's data inside a trial: a few samples for a probe, and batches of the effective size for training.
+"""Feeds the user's data to a trial: a few samples for a probe, and batches of the effective size for training.
 
 Data come as arrays (also dicts and tuples of arrays), a `keras.utils.PyDataset`, or a function without arguments that
 returns one of these or a `tf.data.Dataset`.
@@ -9,16 +9,15 @@ from __future__ import annotations
 import functools
 import inspect
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-import numpy as np
-
 from accumtune.accumulation.data.array_datasets import training_arguments, validation_source
-from accumtune.accumulation.data.array_kinds import as_rows, first_rows, joined, part
+from accumtune.accumulation.data.array_kinds import as_rows, first_rows, part
 from accumtune.accumulation.data.batches import named_arguments, prepares_its_data
 from accumtune.errors import DataError
 from accumtune.worker.data.pipeline_process import called
+from accumtune.worker.data.trees import join_trees, leaves, map_tree, number_of_rows
 from accumtune.worker.transport.payload import is_data_function
 
 _TORCH_LOADER = "torch.utils.data.dataloader.DataLoader"
@@ -85,12 +84,12 @@ def first_samples(x: Any, y: Any = None, sample_weight: Any = None, *, count: in
         x, y, sample_weight = _collect((x[index] for index in range(x.num_batches or count)), count)
     elif is_torch_loader(x):
         x, y, sample_weight = _collect(iter(x), count)
-    _number_of_rows(x)
+    number_of_rows(x)
 
     def take(leaf: Any) -> Any:
         return first_rows(leaf, count)
 
-    return _map(take, x), _map(take, y), _map(take, sample_weight)
+    return map_tree(take, x), map_tree(take, y), map_tree(take, sample_weight)
 
 
 def feed_by_batches(model: Any, effective_batch_size: int, micro_batch_size: int) -> None:
@@ -175,9 +174,9 @@ def _with_validation_split(given: dict[str, Any]) -> dict[str, Any]:
             "split the data yourself and pass validation_data.",
         )
     # As Keras has it: the last samples, before shuffling.
-    split = int(_number_of_rows(x) * (1 - share))
-    head = _map(lambda leaf: part(leaf, slice(None, split)), (x, y, sample_weight))
-    tail = _map(lambda leaf: part(leaf, slice(split, None)), (x, y, sample_weight))
+    split = int(number_of_rows(x) * (1 - share))
+    head = map_tree(lambda leaf: part(leaf, slice(None, split)), (x, y, sample_weight))
+    tail = map_tree(lambda leaf: part(leaf, slice(split, None)), (x, y, sample_weight))
     return {**given, "x": head[0], "y": head[1], "sample_weight": head[2], "validation_data": tail}
 
 
@@ -191,7 +190,7 @@ def _with_training_batches(model: Any, given: dict[str, Any], batch_size: int) -
     shuffle, class_weight = given.pop("shuffle", True), given.pop("class_weight", None)
     if is_pipeline(x):
         return {**given, "x": _rebatched(model, x, batch_size), "class_weight": class_weight, "shuffle": shuffle}
-    _number_of_rows(x)
+    number_of_rows(x)
     options = {"batch_size": batch_size, "shuffle": shuffle, "class_weight": class_weight}
     return {**given, **training_arguments(model, x, y, sample_weight, **options)}
 
@@ -207,7 +206,7 @@ def _with_validation_batches(model: Any, given: dict[str, Any], batch_size: int)
     x, y, sample_weight = resolve(*parts)
     if is_pipeline(x):
         return {**given, "validation_data": _rebatched(model, x, batch_size)}
-    _number_of_rows(x)
+    number_of_rows(x)
     return {**given, "validation_data": validation_source(model, x, y, sample_weight, batch_size=batch_size)}
 
 
@@ -223,7 +222,7 @@ def has_batches(model: Any, dataset: Any) -> bool:
     Told by the ranks of what the model takes; batches, where it does not say what it takes.
     """
     spec = dataset.element_spec
-    if any(len(shape) == 0 for leaf in _leaves(spec) if (shape := _shape(leaf)) is not None):
+    if any(len(shape) == 0 for leaf in leaves(spec) if (shape := _shape(leaf)) is not None):
         return False  # a number is no batch
     if prepares_its_data(model):
         return True  # what its fit makes of them is what the model takes
@@ -241,7 +240,7 @@ def _with_inputs(model: Any, features: Any) -> list[tuple[Any, Any]]:
         known = [(features[name], named[name]) for name in named if name in features]
         if known:
             return known
-    return list(zip(_leaves(features), inputs, strict=False))
+    return list(zip(leaves(features), inputs, strict=False))
 
 
 def _may_be_sample(shape: tuple[int | None, ...] | None, batch_shape: tuple[int | None, ...]) -> bool:
@@ -261,9 +260,9 @@ def _collect(batches: Iterator[Any], count: int) -> Samples:
     rows = 0
     for batch in batches:
         parts = batch if isinstance(batch, (tuple, list)) else (batch,)  # torch's are lists
-        arrays = _map(as_rows, tuple(parts) + (None,) * (3 - len(parts)))
+        arrays = map_tree(as_rows, tuple(parts) + (None,) * (3 - len(parts)))
         collected.append(arrays)
-        rows += _number_of_rows(arrays[0])
+        rows += number_of_rows(arrays[0])
         if rows >= count:
             break
     if not collected:
@@ -272,60 +271,5 @@ def _collect(batches: Iterator[Any], count: int) -> Samples:
             "at least one sample.",
             "look at what the function or the data set yields; an iterator that was read before is empty.",
         )
-    joined: tuple[Any, Any, Any] = _join(collected)
+    joined: tuple[Any, Any, Any] = join_trees(collected)
     return joined
-
-
-def _join(trees: list[Any]) -> Any:
-    first = trees[0]
-    if first is None:
-        return None
-    if isinstance(first, Mapping):
-        return {key: _join([tree[key] for tree in trees]) for key in first}
-    if isinstance(first, (tuple, list)):
-        return type(first)(_join([tree[index] for tree in trees]) for index in range(len(first)))
-    shapes = sorted({tuple(array.shape[1:]) for array in trees}) if isinstance(first, np.ndarray) else []
-    if len(shapes) > 1:
-        raise DataError(
-            f"Received batches whose samples have different shapes: {shapes[0]} in one, {shapes[-1]} in another.",
-            "samples of one shape: a search cuts batches anew, to the sizes that it tries.",
-            "pad them to one length: padded_batch(32, padded_shapes=...), keras.utils.pad_sequences(..., maxlen=...).",
-        )
-    return joined(trees)
-
-
-def _map(function: Callable[[Any], Any], tree: Any) -> Any:
-    if tree is None:
-        return None
-    if isinstance(tree, Mapping):
-        return {key: _map(function, value) for key, value in tree.items()}
-    if isinstance(tree, (tuple, list)):
-        return type(tree)(_map(function, value) for value in tree)
-    return function(tree)
-
-
-def _leaves(tree: Any) -> list[Any]:
-    leaves: list[Any] = []
-    _map(leaves.append, tree)
-    return leaves
-
-
-def _number_of_rows(tree: Any) -> int:
-    rows = set()
-    for leaf in _leaves(tree):
-        shape = getattr(leaf, "shape", None)
-        if not shape:
-            raise DataError(
-                f"Received data of type {type(leaf).__module__}.{type(leaf).__qualname__}.",
-                "arrays (also dicts and tuples of arrays), a keras.utils.PyDataset, or a function without arguments "
-                "that returns these or a tf.data.Dataset.",
-                "convert it with np.asarray, or pass a function that makes it.",
-            )
-        rows.add(int(shape[0]))
-    if len(rows) != 1 or 0 in rows:
-        raise DataError(
-            f"Received arrays with {sorted(rows) or 'no'} samples.",
-            "arrays with one and the same number of samples.",
-            "look at the shapes of x, y and sample_weight: the first axis counts the samples.",
-        )
-    return rows.pop()

@@ -1,4 +1,4 @@
-"""What decides how much memory a model takes, as one short text: models that share it share a profile."""
+"""Computes the signature of what decides a model's memory: models that share it share a profile."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from accumtune.accumulation.data.array_kinds import bytes_per_row, described
+from accumtune.worker.data.trees import leaves, map_tree
 from accumtune.worker.identity.object_description import describe, plain_attributes
 
 # Raised when figures of the same model are no longer comparable: cached profiles are then measured anew.
@@ -52,7 +53,7 @@ def describe_model(
         "variables": [(list(v.shape), str(v.dtype), bool(v.trainable)) for v in model.variables],
         "optimizer": describe(model.optimizer),
         "compiled": _compiled(model),
-        "sample": _shapes(sample),
+        "sample": map_tree(described, sample),
         "is_pipeline": is_pipeline,
         "policy": keras.config.dtype_policy().name,
         "settings": [keras.config.floatx(), keras.config.image_data_format(), _flash_attention()],
@@ -67,7 +68,7 @@ def describe_model(
     return {
         "signature": hashlib.sha256(text.encode()).hexdigest()[:32],
         "device": device,
-        "sample_bytes": 0 if takes_rows else _sample_bytes(sample),
+        "sample_bytes": 0 if takes_rows else sum(map(bytes_per_row, leaves(sample))),
         "parameters": sum(int(np.prod(v.shape)) for v in model.trainable_variables),
         "static_bytes": sum(int(np.prod(v.shape)) * _bytes_per_element(v.dtype) for v in model.trainable_variables),
         "batch_coupled_layers": [str(layer) for layer in batch_coupled_layers(model)],
@@ -109,26 +110,6 @@ def _flash_attention() -> Any:
     import keras
 
     return getattr(keras.config, "is_flash_attention_enabled", lambda: None)()
-
-
-def _shapes(tree: Any) -> Any:
-    if tree is None:
-        return None
-    if isinstance(tree, Mapping):
-        return {str(key): _shapes(value) for key, value in tree.items()}
-    if isinstance(tree, (list, tuple)):
-        return [_shapes(value) for value in tree]
-    return described(tree)
-
-
-def _sample_bytes(tree: Any) -> int:
-    if tree is None:
-        return 0
-    if isinstance(tree, Mapping):
-        return sum(_sample_bytes(value) for value in tree.values())
-    if isinstance(tree, (list, tuple)):
-        return sum(_sample_bytes(value) for value in tree)
-    return bytes_per_row(tree)
 
 
 def _bytes_per_element(dtype: Any) -> int:

@@ -1,4 +1,4 @@
-"""What an object does, as plain data: two objects that compute alike in two processes are described alike.
+"""Describes what an object does as plain data: two objects that compute alike are described alike in two processes.
 
 Addresses never appear. Functions are described by their code and by what they close over, objects by their class, their
 configuration and their plain attributes. A real number is described by whether it is zero where it belongs to Keras or

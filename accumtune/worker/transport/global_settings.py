@@ -1,4 +1,4 @@
-"""Settings that a script makes at its top and that hold in its process, read there and made again in a trial's.
+"""Reads the settings that a script makes at its top, and makes them again in a trial's process.
 
 Mixed precision, the image data format, flags of the backend: a model that is built without them is another model.
 """

@@ -1,4 +1,4 @@
-"""Keras Tuner's hyperparameters from their configuration."""
+"""Reads Keras Tuner's hyperparameters from their configuration, and finds those that were asked for since."""
 
 from __future__ import annotations
 
@@ -12,3 +12,11 @@ def hyperparameters_from(config: Mapping[str, Any]) -> Any:
     import keras_tuner
 
     return keras_tuner.HyperParameters.from_config(copy.deepcopy(dict(config)))
+
+
+def appeared(hp: Any, given: dict[str, Any]) -> dict[str, Any]:
+    """What was asked for and not given: `space` and `values`, as in Keras Tuner's configuration."""
+    config = hp.get_config()
+    known = len(hyperparameters_from(given).space)
+    values = {name: value for name, value in config["values"].items() if name not in given["values"]}
+    return {"space": config["space"][known:], "values": values}

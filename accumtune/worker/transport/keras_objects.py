@@ -1,4 +1,4 @@
-"""Keras objects of a script on their way to another process.
+"""Pickles the Keras objects of a script for another process.
 
 Keras pickles an object as its configuration, from which a class that says nothing of its own arguments is made again
 with their defaults, and a class that is not registered is not made again at all. So a metric and a loss are sent with

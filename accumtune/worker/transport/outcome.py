@@ -1,4 +1,4 @@
-"""How a task ended, as the search reads it."""
+"""The outcome of a task: completed, out of memory, failed, killed, timed out, stopped or lost."""
 
 from __future__ import annotations
 

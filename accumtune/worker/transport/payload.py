@@ -1,4 +1,4 @@
-"""Objects that travel to a trial's process: functions by value, large arrays as memory maps.
+"""Pickles what travels to a trial's process, and unpickles it there: functions by value, large arrays as memory maps.
 
 `cloudpickle` sends what a script or a notebook defines. Arrays are written once, as `.npy` files that every trial of
 the search maps into its memory, so neither the payload nor the trials hold a copy.
@@ -16,7 +16,7 @@ import inspect
 import io
 import itertools
 import pickle
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -25,9 +25,10 @@ import cloudpickle
 import numpy as np
 
 from accumtune.errors import UnsendableDataError
+from accumtune.tracking.small_files import atomic_file, write_atomically
 from accumtune.worker.transport.global_settings import global_settings
 from accumtune.worker.transport.keras_objects import reduce_keras_object, register, registered_by_the_script
-from accumtune.worker.transport.task_directory import atomic_file, clear_disk_errors, is_disk_full, write_atomically
+from accumtune.worker.transport.task_directory import clear_disk_errors, is_disk_full
 from accumtune.worker.transport.tensors_as_arrays import as_arrays
 
 # Smaller arrays cost less inside the pickle than as a file of their own.
@@ -43,11 +44,13 @@ class DataFunction:
         name: which of the arguments of `fit` it is.
         pickled: the function.
         arrays_folder: where the arrays lie that it closes over.
+        open_elsewhere: opens its pipeline in a process that has the function too; gives None where it makes none.
     """
 
     name: str
     pickled: bytes
     arrays_folder: Path
+    open_elsewhere: Callable[[], Any] | None = None
 
     def __call__(self) -> Any:
         return _Unpickler(io.BytesIO(self.pickled), self.arrays_folder).load()()

@@ -1,4 +1,4 @@
-"""The files of one task (a trial, a probe) and of a search, and how they are written."""
+"""Names the files of a task (a trial, a probe) and of a search, and says what is wrong where they cannot be written."""
 
 from __future__ import annotations
 
@@ -9,32 +9,10 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from accumtune.errors import SearchDirectoryError
-
-
-@contextlib.contextmanager
-def atomic_file(path: Path, *, outlives_a_power_cut: bool = True) -> Iterator[BinaryIO]:
-    """A file to write, of which a reader, or the next process after a kill, sees all or nothing."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            yield file
-            file.flush()
-            if outlives_a_power_cut:
-                os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)  # of a disk that is full, the space is wanted
-        raise
-
-
-def write_atomically(path: Path, content: bytes | str) -> None:
-    """Writes a file so that a reader, or the next process after a kill, sees all of it or none of it."""
-    with atomic_file(path) as file:
-        file.write(content.encode() if isinstance(content, str) else content)
+from accumtune.tracking.small_files import write_atomically
 
 
 def check_writable(folder: Path) -> None:

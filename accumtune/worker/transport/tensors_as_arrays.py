@@ -1,4 +1,4 @@
-"""Tensors among a user's data, as the arrays that they hold: data at rest are in no trial's memory budget."""
+"""Replaces tensors among a user's data by the arrays that they hold: data at rest are in no trial's memory budget."""
 
 from __future__ import annotations
 

@@ -51,7 +51,7 @@ class FreeExecutor:
     def submit(self, directory, environment=None, timeout_seconds=None, is_memory_limited=False) -> Future:
         name, arguments = directory.read_task()
         answer = getattr(self, f"_{name}", None)
-        result = answer(directory, **arguments) if answer else getattr(worker, name)(directory, **arguments)
+        result = answer(directory, **arguments) if answer else worker.task_function(name)(directory, **arguments)
         future: Future = Future()
         future.set_result(Outcome("completed", result=result))
         return future

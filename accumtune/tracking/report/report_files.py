@@ -1,13 +1,13 @@
-"""From which MLflow run a report says that its configuration is, and how to load it from there."""
+"""Names the files of a search's report, and brings the MLflow run that its configuration is loaded from into them."""
 
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from accumtune.tracking.small_files import write_atomically
 from accumtune.tracking.tracking_uri import without_credentials
 
 REPORT_FOLDER = "report"
@@ -46,14 +46,7 @@ def name_run(report: Path, run_id: str, tracking_uri: str) -> None:
     config, note = report / CONFIG_FILE, report / NOTE_FILE
     if note.exists():
         text = note.read_text(encoding="utf-8")
-        write(note, text.replace(import_line(before, report), import_line(now, report)))
+        write_atomically(note, text.replace(import_line(before, report), import_line(now, report)))
     # Last: as long as it has the old run, this is done again.
     values = json.loads(config.read_text(encoding="utf-8"))
-    write(config, json.dumps({**values, "source": now}, indent=2) + "\n")
-
-
-def write(path: Path, content: str | bytes) -> None:
-    """Writes a file of the report in one move."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_bytes(content.encode() if isinstance(content, str) else content)
-    os.replace(temporary, path)
+    write_atomically(config, json.dumps({**values, "source": now}, indent=2) + "\n")

@@ -1,0 +1,115 @@
+"""Describes the data of a training in short texts: equal data are described alike in every process and on every day."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+
+_CHUNK_BYTES = 2**24
+
+
+def content_digest(tree: Any, *, is_ordered: bool) -> str:
+    """A digest of the shapes, types and values of arrays.
+
+    Args:
+        tree: an array, or dicts and tuples of them. The first axis counts samples.
+        is_ordered: whether the order of the samples counts; without, data that were shuffled anew are the same.
+    """
+    leaves = [np.asarray(leaf) for leaf in _leaves(tree)]
+    rows = {len(leaf) if leaf.ndim else -1 for leaf in leaves}
+    shapes = repr([(leaf.shape, leaf.dtype.str) for leaf in leaves])
+    if not rows or len(rows) > 1 or rows == {-1}:
+        parts = [shapes, *(leaf.tobytes().hex() if leaf.dtype != object else repr(leaf.tolist()) for leaf in leaves)]
+        return hashlib.sha256("".join(parts).encode()).hexdigest()[:16]
+    total = np.zeros(rows.pop(), np.uint64)
+    for leaf in leaves:
+        total = _mixed(total * np.uint64(0x9E3779B97F4A7C15) + _row_hashes(leaf))
+    if is_ordered:
+        total = _mixed(total + np.arange(len(total), dtype=np.uint64))
+    sums = f"{int(total.sum(dtype=np.uint64))}{int(_mixed(total).sum(dtype=np.uint64))}"
+    return hashlib.sha256((shapes + sums).encode()).hexdigest()[:16]
+
+
+def _row_hashes(array: np.ndarray) -> np.ndarray:
+    if array.dtype.hasobject:
+        digests = (hashlib.blake2b(repr(row).encode(), digest_size=8).digest() for row in array.tolist())
+        return np.array([int.from_bytes(digest, "little") for digest in digests], np.uint64)
+    hashes = np.zeros(len(array), np.uint64)
+    row_bytes = array[:1].nbytes
+    if not row_bytes:
+        return hashes
+    words = -(-row_bytes // 8)
+    weights = np.random.Generator(np.random.PCG64(0)).integers(0, 2**63, words, np.uint64) * np.uint64(2) + np.uint64(1)
+    step = max(1, _CHUNK_BYTES // row_bytes)
+    for start in range(0, len(array), step):
+        part = np.ascontiguousarray(array[start : start + step])
+        padded = np.zeros((len(part), words * 8), np.uint8)
+        padded[:, :row_bytes] = part.reshape(len(part), -1).view(np.uint8).reshape(len(part), row_bytes)
+        hashes[start : start + step] = (_mixed(padded.view(np.uint64)) * weights).sum(axis=1, dtype=np.uint64)
+    return hashes
+
+
+def _mixed(values: np.ndarray) -> np.ndarray:
+    """Spreads the bits (the finalizer of splitmix64): sums of products of plain values would hide a swap."""
+    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    mixed: np.ndarray = values ^ (values >> np.uint64(31))
+    return mixed
+
+
+def describe_arrays(tree: Any, *, is_ordered: bool) -> dict[str, str]:
+    """Shapes, types and content of arrays; of what is none, its type and its own count."""
+    leaves = [part for leaf in _leaves(tree) for part in _parts(leaf)]
+    if leaves and all(_is_array(leaf) for leaf in leaves):
+        shapes = ", ".join(f"{tuple(np.shape(leaf))} {leaf.dtype}" for leaf in leaves)
+        return {"shapes": shapes, "content": content_digest(leaves, is_ordered=is_ordered)}
+    return {"shapes": ", ".join(map(_kind_of, leaves))}
+
+
+def describe_pipeline(pipeline: Any) -> dict[str, str]:
+    """Its count, its shapes and the content of its first batch."""
+    with contextlib.suppress(Exception):  # ragged batches, or whatever a user's own raises: its shapes tell
+        first = next(iter(pipeline)) if hasattr(pipeline, "element_spec") else pipeline[0]
+        return {"shapes": _kind_of(pipeline), "content": content_digest(first, is_ordered=True)}
+    return {"shapes": _kind_of(pipeline)}
+
+
+def _parts(leaf: Any) -> tuple[Any, ...]:
+    """The arrays that a table, a sparse matrix or a ragged tensor is made of."""
+    if hasattr(leaf, "tocsr"):
+        rows = leaf.tocsr()
+        return np.array(rows.shape), rows.data, rows.indices, rows.indptr
+    if hasattr(leaf, "nested_row_splits"):
+        return leaf.flat_values, *leaf.nested_row_splits
+    return (leaf.to_numpy(),) if hasattr(leaf, "to_numpy") else (leaf,)
+
+
+def _is_array(leaf: Any) -> bool:
+    return isinstance(leaf, np.ndarray) or (hasattr(leaf, "__array__") and hasattr(leaf, "dtype"))
+
+
+def _kind_of(leaf: Any) -> str:
+    """A pipeline's content may be in another order each time; its count and its shapes are not."""
+    kind = type(leaf).__name__
+    if hasattr(leaf, "element_spec"):
+        count = leaf.cardinality() if hasattr(leaf, "cardinality") else None
+        return f"{kind} of {'' if count is None else int(count)} {leaf.element_spec}"
+    for name in ("num_batches", "shape"):
+        with contextlib.suppress(Exception):  # whatever a user's own raises
+            return f"{kind} of {getattr(leaf, name)}"
+    return kind
+
+
+def _leaves(tree: Any) -> Iterator[Any]:
+    if isinstance(tree, Mapping):
+        for key in sorted(tree, key=str):
+            yield from _leaves(tree[key])
+    elif isinstance(tree, (tuple, list)):
+        for item in tree:
+            yield from _leaves(item)
+    elif tree is not None:
+        yield tree

@@ -1,0 +1,175 @@
+"""Finds out about a model before it trains: its hyperparameters, what decides its memory, what an update costs."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import keras
+import keras_tuner
+from keras_tuner.engine.oracle import Oracle
+
+from accumtune.accumulation import accumulate, batch_coupled_layers
+from accumtune.accumulation.coupling.detection import runs_code_of_the_user
+from accumtune.accumulation.data.array_kinds import is_dense
+from accumtune.memory import probe as probes
+from accumtune.worker.data import user_data
+from accumtune.worker.data.hypermodel_fit_data import arguments_of_fit, own_fit
+from accumtune.worker.identity.data_identity import describe_arrays, describe_pipeline
+from accumtune.worker.identity.memory_signature import describe_model
+from accumtune.worker.identity.training_identity import describe_training
+from accumtune.worker.process_setup import open_payload
+from accumtune.worker.transport.hyperparameters import appeared, hyperparameters_from
+from accumtune.worker.transport.payload import is_data_function, load_payload
+from accumtune.worker.transport.task_directory import TaskDirectory
+
+# Of sparse and ragged data, a sample takes what these take on average.
+_SAMPLES_OF_UNEQUAL_SIZE = 64
+
+
+def discover(directory: TaskDirectory, payload: str, space: dict[str, Any] | None = None) -> dict[str, Any]:
+    """Finds the hyperparameters of a build function and whether its models couple the samples of a batch.
+
+    Args:
+        space: Keras Tuner's configuration of the hyperparameters that are known; with it, the payload has the data,
+            with which the models' own code is tried. None: `hyperparameters` of the payload.
+
+    Follows Keras Tuner's `BaseTuner._activate_all_conditions`: builds until each conditional scope was active once.
+    """
+    content, _, _ = open_payload(payload)
+    hypermodel = content["hypermodel"]
+    coupled: dict[str, None] = {}
+    wants_data: set[bool] = set()
+    known = content["hyperparameters"] if space is None else hyperparameters_from(space)
+    # A bare Oracle and BaseTuner lend their bookkeeping; nothing is searched here.
+    oracle = Oracle(objective="val_loss", hyperparameters=known)
+
+    class Recorder:
+        def build(self, hp: keras_tuner.HyperParameters) -> None:
+            model = hypermodel.build_plain(hp)
+            wants_data.add(runs_code_of_the_user(model))
+            some = () if space is None or not runs_code_of_the_user(model) else _some_data(model, content, hp)
+            coupled.update(dict.fromkeys(str(layer) for layer in batch_coupled_layers(model, *some)))
+            accumulate(model, micro_batch_size=1)  # refuses what no trial could train
+
+    class Explorer(keras_tuner.engine.base_tuner.BaseTuner):
+        def __init__(self) -> None:
+            self.oracle, self.hypermodel = oracle, Recorder()
+
+    hp = oracle.get_space()
+    hypermodel.declare_hyperparameters(hp)
+    oracle.update_space(hp)
+    Explorer()._activate_all_conditions()
+    return {
+        "hyperparameters": oracle.hyperparameters.get_config(),
+        "batch_coupled_layers": list(coupled),
+        "wants_data": any(wants_data),
+    }
+
+
+def inspect(directory: TaskDirectory, payload: str, hyperparameters: dict[str, Any]) -> dict[str, Any]:
+    """Builds the model of one set of hyperparameters and says what decides its memory.
+
+    And which hyperparameters have appeared: a build function may ask for `units_2` only where there are three layers.
+    """
+    content, device, _ = open_payload(payload)
+    hp = hyperparameters_from(hyperparameters)
+    model = content["hypermodel"].build_plain(hp)
+    samples, is_pipeline = _samples(model, content, hp)
+    sample = samples(1)
+    if not all(map(is_dense, keras.tree.flatten(sample))):
+        sample = samples(_SAMPLES_OF_UNEQUAL_SIZE)
+    if content.get("max_model_size") and not model.built:
+        model(sample[0])  # until then nothing can be counted
+    facts = describe_model(model, sample, device.name, hp.values, is_pipeline=is_pipeline)
+    facts["identity"] = {**describe_training(model, hp.values), "device": device.name}
+    return {**facts, "appeared": appeared(hp, hyperparameters)}
+
+
+def describe_data(directory: TaskDirectory, payload: str, seed: int, is_ordered: bool) -> dict[str, Any]:
+    """Describes the data that functions return: with one seed the same in every process, unless they have another."""
+    keras.utils.set_random_seed(seed)
+    content = load_payload(Path(payload))
+    validation = content["fit_kwargs"].get("validation_data")
+    parts = validation if isinstance(validation, (tuple, list)) else (validation,)
+    found: dict[str, str] = {}
+    for name, given in (
+        ("data", user_data.input_arguments(content["fit_args"], content["fit_kwargs"])),
+        ("validation data", (*parts, None, None)[:3]),
+    ):
+        if not any(map(is_data_function, given)):
+            continue
+        x, y, sample_weight = user_data.resolve(*given)
+        if user_data.is_pipeline(x):
+            described = describe_pipeline(x)
+        else:
+            described = describe_arrays((x, y, sample_weight), is_ordered=is_ordered or name != "data")
+        found |= {f"{name}: {part}": text for part, text in described.items()}
+    return found
+
+
+def probe(
+    directory: TaskDirectory,
+    payload: str,
+    hyperparameters: dict[str, Any],
+    memory_budget_bytes: int | None,
+    micro_batch_size: int,
+    accumulation_steps: list[int],
+) -> dict[str, Any]:
+    """Runs a few real updates at one micro-batch size and measures them."""
+    content, device, _ = open_payload(payload, memory_budget_bytes, has_pipelines=True)
+    recorder = device.recorder() if probes.TRACED_STEPS <= set(accumulation_steps) else None
+    hp = hyperparameters_from(hyperparameters)
+    model = content["hypermodel"].build_plain(hp)
+    samples, is_pipeline = _samples(model, content, hp)
+
+    def report(measurements: Sequence[Any], trace: Any = None) -> dict[str, Any]:
+        return {
+            "measurements": [measurement.to_dict() for measurement in measurements],
+            "device": device.name,
+            "trace": trace,
+        }
+
+    def end(measurements: Sequence[Any]) -> None:
+        directory.write_outcome({"status": "completed", "result": report(measurements)})
+        os._exit(0)
+
+    measurements = probes.probe(
+        model,
+        samples,
+        micro_batch_size=micro_batch_size,
+        accumulation_steps=tuple(accumulation_steps),
+        is_pipeline=is_pipeline,
+        device=device,
+        on_out_of_memory=end,
+        recorder=recorder,
+    )
+    trace = probes.trace_of(recorder, measurements)
+    return report(measurements, trace.to_dict() if trace else None)
+
+
+def _some_data(model: Any, content: dict[str, Any], hp: Any) -> tuple[Any, ...]:
+    """Some x and y, or nothing where the data cannot be read: that is for the trials to say."""
+    try:
+        x, y, _ = _samples(model, content, hp)[0](16)
+    except Exception:
+        return ()
+    return x, y
+
+
+def _samples(model: Any, content: dict[str, Any], hp: Any) -> tuple[Callable[[int], Any], bool]:
+    """What gives the first samples of the training data, and whether training will get these as batches."""
+    given = user_data.input_arguments(content["fit_args"], content["fit_kwargs"])
+    fit = own_fit(getattr(content["hypermodel"], "hypermodel", None))
+    if given[0] is None and fit is not None:
+        own = arguments_of_fit(fit, hp, model, content["fit_args"], content["fit_kwargs"])
+        given = own.get("x"), own.get("y"), own.get("sample_weight")
+    x, y, sample_weight = user_data.resolve(*given)
+    is_batched = not user_data.is_tf_dataset(x) or user_data.has_batches(model, x)
+
+    def first(count: int) -> Any:
+        return user_data.first_samples(x, y, sample_weight, count=count, is_batched=is_batched)
+
+    return first, user_data.is_pipeline(x)
