@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import shutil
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -59,11 +60,14 @@ class SearchProcesses:
     def executor(self) -> Executor:
         if self._executor is None:
             self._executor = open_executor(self._pool, self._backend)
+            # A tuner that was only looked at is closed by nobody.
+            self._close_executor = weakref.finalize(self, self._executor.close)
+            self._close_executor.atexit = False
         return self._executor
 
     def close(self) -> None:
         if self._executor is not None:
-            self._executor.close()
+            self._close_executor()
             self._executor = None
 
     def discover(self, hypermodel: Any, space: Any) -> dict[str, Any]:
