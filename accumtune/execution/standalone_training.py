@@ -22,8 +22,7 @@ from accumtune.worker.transport.payload import dump_payload
 from accumtune.worker.transport.task_directory import TaskDirectory
 
 # Peaks differ from update to update (operations run at the same time in another order), and an epoch begins while the
-# one before is still in memory: so many of both are needed to see the highest, unless they are slow. What was seen
-# below a trial's peak, a network with dropout, eight times each: 2.5 to 6.7 % with 20 updates, 2.2 to 4.0 % with 200.
+# one before is still in memory: so many of both are needed to see the highest, unless they are slow.
 _STEADY_UPDATES, _STEADY_EPOCHS, _LEAST_UPDATES, _PATIENCE_SECONDS = 200, 2, 5, 5.0
 
 

@@ -1,10 +1,9 @@
 """Gives the operations of a TensorFlow graph one order, the same in every process and at every micro-batch size.
 
 TensorFlow runs what is ready in the order of its graph's edges, which it keeps by their addresses: another order in
-each process. With it differs when an activation is given back, and so the peak of a step: of a U-Net it was 82 MiB in
-one process and 120 in the next. Where memory is measured (`accumtune.memory`), each operation of a step therefore waits
-for the one before. Scalars' too: among small tensors in any order, a long-lived one took another place in each process,
-and large activations the room that was left.
+each process. With it differs when an activation is given back, and so the peak of a step. Where memory is measured
+(`accumtune.memory`), each operation of a step therefore waits for the one before. Scalars' too: among small tensors in
+any order, a long-lived one takes another place in each process, and large activations the room that is left.
 
 The order is that of tracing, but an operation that gives back as many tensors as it makes runs as soon as it can: a
 gradient goes into its sum before the next one is made.

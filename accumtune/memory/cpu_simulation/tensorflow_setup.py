@@ -1,32 +1,10 @@
 """Lays TensorFlow's allocator out on a CPU as on a GPU, and makes what is asked of it come in one order.
 
 The allocator (BFC) hands out a free chunk whole, and counts all of it, unless it is twice the size asked for. So the
-peak of the same training differs from process to process, by the order in which memory is asked for and the layout that
-comes of it. What makes it the same on a CPU, and smaller (MiB, two or three processes each; micro-batch × accumulation
-steps):
-
-                                                 CNN 48 × 1    CNN 48 × 2   LSTM 24 × 1     LSTM 24 × 2
-    one region from the start, and a shelf       77.1 to 77.7  76.1, 83.2   101.0, 101.2    79.0, 86.1
-    one thread for operations                    53.0 to 53.6  55.6, 56.1   71.3, 100.9     112.6, 112.8
-    TensorFlow's single-threaded executor        52.1          55.6 to 59   53.6            59.3, 59.6
-    one thread, loops not taken apart            53.02         55.57        52.43           60.4 to 60.7
-    ... operations in one order                  43.12         43.18        51.99           58.4
-
-The order (`cpu_simulation.operation_order`) is what a model with branches needs: a U-Net's 24 × 1 took 82 to 91 or 120
-MiB, and takes 87.51 in every process. Small operations and validation count too: MobileNetV2's 20 × 2 took 152.2 to
-154.2 MiB with only the large ones of training in order, and takes 152.52. Without it no setting helped, nor the single-
-threaded executor (of a CNN, 82 × 1 took 67.7 or 73.6), PYTHONHASHSEED or addresses that are not randomized. The graph
-is not rewritten (Grappler): what comes of that had another order in each process. That costs no speed: five models ran
-0.98 to 1.09 times as fast as with it (pairs of processes that took turns, medians of 6); six ran 0.98 to 1.03 times as
-fast in order as without (CPU seconds, medians of 7).
-
-A thousand small tensors between a network's activations cost more than all of that: of EfficientNetB0, 29 × 1, × 2 and
-× 4 took 263, 322 and 335 MiB while the shelf had 132 chunks, and take 261.7, 278.8 and 278.8 with 1,704 (MobileNetV2's
-38 × 2 250.0 and 226.6).
-
-What it costs on two cores, speed to TensorFlow's default in pairs of processes that took turns (medians of 4), measured
-with the two designs beside it: one thread MLP 0.96, CNN 0.83, transformer 0.74, LSTM 0.77; the single-threaded executor
-1.00, 0.87, 0.80, 0.77, and MobileNetV2 1.04.
+peak of the same training would differ from process to process, by the order in which memory is asked for and the layout
+that comes of it. Hence one region from the start, a shelf of small chunks, one operation at a time, and one order of
+operations (`operation_order`). Graphs are not rewritten (Grappler): what comes of that has another order in each
+process. What each of these changed, and what it costs, is in `experiments/DECISIONS.md`.
 """
 
 from __future__ import annotations

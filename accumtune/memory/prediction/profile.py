@@ -12,7 +12,7 @@ slope through all points off the floor. Measured peaks are reproduced, but for t
 which are no more than a bound.
 
 Where the probes have left traces of what they asked of the allocator (TensorFlow on a CPU), no curve is needed: the
-step is rehearsed in the simulated allocator (`accumtune.memory.cpu_simulation`, `rehearsed_peaks`).
+step is rehearsed in the simulated allocator (`accumtune.memory.cpu_simulation`, `simulated_peaks`).
 """
 
 from __future__ import annotations
