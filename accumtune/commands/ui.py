@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import signal
 import subprocess
@@ -48,9 +49,14 @@ def serve(command: list[str], environment: Mapping[str, str]) -> int:
     """Runs a server until it ends, Ctrl-C or SIGTERM, with all that it has started."""
     # A group of its own: MLflow does not end the server that it starts when it is ended itself.
     with subprocess.Popen(command, env=environment, start_new_session=True) as server:
-        signal.signal(signal.SIGTERM, lambda *_: os.killpg(server.pid, signal.SIGTERM))
+        signal.signal(signal.SIGTERM, lambda *_: _end_group(server))
         try:
             return server.wait()
         except KeyboardInterrupt:  # the user's way to end it
-            os.killpg(server.pid, signal.SIGTERM)
+            _end_group(server)
             return 0
+
+
+def _end_group(server: subprocess.Popen[bytes]) -> None:
+    with contextlib.suppress(OSError):  # it has ended by itself; macOS then says that it is not permitted
+        os.killpg(server.pid, signal.SIGTERM)

@@ -32,6 +32,12 @@ _LOGGERS = {
 _NOTED = ("device", "versions", "tuner")
 
 
+_SEEDS = (
+    " Data that are split or drawn without a seed are other data in each run: "
+    "train_test_split(..., random_state=1), numpy.random.default_rng(1)."
+)
+
+
 def session_identity(
     settings: Mapping[str, Any], fit_args: Sequence[Any], fit_kwargs: Mapping[str, Any], hypermodel: Any
 ) -> dict[str, str]:
@@ -193,8 +199,8 @@ def refuse_changes(folder: Any, changed: Sequence[str], trained: int) -> None:
             f"Received another search than the one in {folder}, of which {trained} trials have trained:\n  "
             + "\n  ".join(changed),
             "what these trials were trained with: their results and new ones could not be compared.",
-            "give another project_name to search beside it, overwrite=True to begin anew, or undo the change. (Data "
-            "that are split or made by a generator without a seed are other data in each run.)",
+            "give another project_name to search beside it, overwrite=True to begin anew, or undo the change."
+            + (_SEEDS if any(line.startswith(("data: ", "validation data: ")) for line in changed) else ""),
         )
 
 

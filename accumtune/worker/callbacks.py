@@ -80,7 +80,8 @@ class StopWhenHopeless(keras.callbacks.Callback):
         self.epochs: int | None = None
 
     def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
-        if epoch + 1 < self.params["epochs"] and self._prune_file.exists():
+        epochs = (self.params or {}).get("epochs", 0)  # a training loop of the user's may say nothing
+        if epoch + 1 < epochs and self._prune_file.exists():
             self.epochs = epoch + 1
             self.model.stop_training = True
 class SaveBestEpoch(tuner_utils.SaveBestEpoch):

@@ -123,10 +123,28 @@ def _fit(
         history = hypermodel.fit(
             hp, model, *content["fit_args"], **arguments, callbacks=[*callbacks, *measured.callbacks()]
         )
+    _refuse_own_loop(model, state)
     report = measured.report(hp.values.get("effective_batch_size", 0))
     metrics, best_epoch = _results(history, objective, content.get("is_scored_later", False))
     _save_build_config(model, directory)
     return {"metrics": {name: float(value) for name, value in metrics.items()}, "best_epoch": best_epoch, **report}
+
+
+def _refuse_own_loop(model: Any, state: TrialCheckpoint) -> None:
+    """Refuses a trial whose batches were not those that the search has chosen.
+
+    Raises:
+        SearchError: the model was not trained by Keras: every trial would end so.
+    """
+    if state.has_fitted or model.train_function is not None:  # the second: by train_on_batch
+        return
+    raise SearchError(
+        "Received a HyperModel.fit that does not train the model that it is given with model.fit: it trains in a loop "
+        "of its own, or other models, with batches that nothing accumulates or measures.",
+        "a fit that calls model.fit(*args, **kwargs) of its third argument, once or several times.",
+        "compile the model with the loss and the optimizer of the loop, and end with "
+        "`return model.fit(*args, **kwargs)`; several trainings of a trial: executions_per_trial=.",
+    )
 
 
 class _Measurement:

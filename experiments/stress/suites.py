@@ -10,6 +10,7 @@ from __future__ import annotations
 import fnmatch
 import json
 import os
+import re
 import subprocess
 import sys
 from collections import Counter
@@ -46,7 +47,8 @@ class Recorder:
 
 
 def _last_error(text: str) -> str:
-    """The first line of the exception that a test ended with."""
+    """The first line of the exception that a test ended with, not of one that caused it."""
+    text = re.split(r"^(?:The above exception was the direct cause|During handling of the above)", text, flags=re.M)[-1]
     errors = [line[1:].strip() for line in text.splitlines() if line.startswith("E ") and line[1:].strip()]
     return (errors or [line for line in text.splitlines() if line.strip()] or [""])[0][:300]
 

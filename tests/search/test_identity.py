@@ -208,6 +208,7 @@ def test_what_makes_trials_incomparable_is_named(tmp_path, monkeypatch):
         with pytest.raises(SearchDirectoryError, match=message) as caught:
             run(tmp_path, **changed)
         assert "another project_name" in str(caught.value) and "overwrite=True" in str(caught.value)
+        assert ("random_state=" in caught.value.fix) == ("data: " in caught.value.received)
     monkeypatch.setattr(keras.config, "dtype_policy", lambda: keras.DTypePolicy("mixed_float16"))
     with pytest.raises(SearchDirectoryError, match="dtype policy: float32 → mixed_float16"):
         run(tmp_path)

@@ -107,6 +107,11 @@ class TrialCheckpoint:
         """Of training so far, in all processes."""
         return self.seconds_before + time.monotonic() - self._began
 
+    @property
+    def has_fitted(self) -> bool:
+        """Whether the model's `fit` has come to an end, in this process or in one before."""
+        return bool(self._fits)
+
     def known_result(self) -> dict[str, Any] | None:
         """Of this execution, where it had ended before the interruption."""
         known: list[dict[str, Any]] = self._saved["results"] if self._saved else []
