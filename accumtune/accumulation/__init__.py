@@ -32,6 +32,7 @@ def accumulate(
     micro_batch_size: int | None = None,
     *,
     accumulation_steps: int | None = None,
+    whole_batch_loss: bool | str = "auto",
     ghost_batch_size: int | None = None,
 ) -> keras.Model:
     """Makes `model` train with exact gradient accumulation.
@@ -52,6 +53,12 @@ def accumulate(
     the micro-batch; the rest of a window that is no multiple of g is a smaller group (Hoffer, Hubara and Soudry, "Train
     longer, generalize better", 2017). Every micro-batch that is a multiple of g is then the same training. Inference is
     as in plain Keras.
+
+    A loss that couples the samples of a batch (contrastive, in-batch softmax, Dice over the batch, correlation, an
+    overridden `compute_loss`) is computed over the whole effective batch, in two passes: the outputs of all
+    micro-batches without gradients, then each micro-batch again, with the same random numbers and its part of the
+    gradient. That costs a second forward pass, and the memory of the effective batch's outputs. Outputs must have the
+    samples as their first axis; layers with a state, a loss that changes variables and several replicas are refused.
 
     With `micro_batch_size`, `fit` validates in micro-batches unless `validation_batch_size` says otherwise, so that
     validation needs no more memory than training. (Where predictions are masked, Keras's val_loss is a mean over
@@ -77,6 +84,9 @@ def accumulate(
         accumulation_steps: micro-batches per update, at least 1.
         ghost_batch_size: samples that BatchNormalization normalizes together in training, at least 1; each micro-batch
             but the last of a window is a multiple of it. Default: the micro-batch.
+        whole_batch_loss: "auto", two passes where a loss couples the samples of a batch, as `batch_coupled_layers`
+            finds it; True, always; False, never: the loss is then a mean of the losses of micro-batches, and listed
+            by `batch_coupled_layers`.
 
     Returns:
         The same model. It saves, loads and clones as a plain Keras model; a loaded copy does not accumulate.
@@ -87,8 +97,9 @@ def accumulate(
             or a micro-batch that is no multiple of the ghost batch.
         UncompiledModelError: the model was not compiled.
         CustomTrainStepError: the model's class has a `train_step` or `make_train_function` of its own.
-        ModelError: not a `keras.Model`, or the optimizer accumulates by itself; with `ghost_batch_size`, a trainable
-            BatchNormalization with `renorm=True`, synchronized over several replicas, or with a `call` of its own.
+        ModelError: not a `keras.Model`, the optimizer accumulates by itself, or another `whole_batch_loss`; with
+            `ghost_batch_size`, a trainable BatchNormalization with `renorm=True`, synchronized over several replicas,
+            or with a `call` of its own. While training: a model whose micro-batches cannot be run twice, see above.
 
     Example:
 
@@ -97,7 +108,7 @@ def accumulate(
     """
     from accumtune.accumulation import attach as training
 
-    accumulation = Accumulation.read(micro_batch_size, accumulation_steps, ghost_batch_size)
+    accumulation = Accumulation.read(micro_batch_size, accumulation_steps, ghost_batch_size, whole_batch_loss)
     return training.install(model, accumulation)
 
 

@@ -49,6 +49,7 @@ def install(model: Any, accumulation: Accumulation) -> Any:
         "_accumtune_validation_size": None,  # of the fit that is running
         "_accumtune_counts_batches": False,  # whether the fit that is running has set steps_per_epoch by itself
         "_accumtune_fit_begins": False,  # until its data are ready
+        "_accumtune_whole_batch_loss": (None, None),  # the compiled loss that was looked at, and whether it couples
         "_accumtune_noise_meter": None,  # of the callback that listens to it, see noise_scale.py
         "make_train_function": types.MethodType(_make_train_function, model),
         "make_test_function": types.MethodType(_make_test_function, model),
@@ -198,17 +199,24 @@ def _count_in_windows(model: Any, epoch: Any) -> None:
 def _fit(model: Any, own: Any) -> Any:
     """The model's `fit`; `own` is one that this instance had already."""
     from accumtune.accumulation.data import batches as feeding
-    from accumtune.accumulation.losses import batch_metrics
+    from accumtune.accumulation.losses import batch_metrics, whole_batch_loss
 
     @functools.wraps(own or type(model).fit)
     def fit(*args: Any, **kwargs: Any) -> Any:
         accumulation = model._accumtune_accumulation
         if own is None and feeding.has_stock_fit(model):
-            given, rows = feeding.with_rows(model, accumulation, feeding.named_arguments(model, args, kwargs))
+            named = feeding.named_arguments(model, args, kwargs)
+            given, rows = feeding.with_rows(model, accumulation, named)
             is_smaller = given.get("validation_batch_size") != kwargs.get("validation_batch_size")
             size = (given.get("batch_size") or 32) if is_smaller else None
             # A model does not keep the data it was trained on.
-            with replaced(model, {"_accumtune_rows": rows}), batch_metrics.validating_at(model, size):
+            during = {"_accumtune_rows": rows}
+            if whole_batch_loss.is_wanted(model) and not named.get("validation_batch_size"):
+                # Such a loss depends on the size of a batch: validation joins the outputs of micro-batches, too.
+                batch, steps, size = given.get("batch_size") or 32, accumulation.accumulation_steps or 1, None
+                given["validation_batch_size"] = batch * steps
+                during["_accumtune_validation_size"] = accumulation.micro_batch_size or batch
+            with replaced(model, during), batch_metrics.validating_at(model, size):
                 return type(model).fit(model, **given)
         # It prepares the data, or is told of them (autologging): they and the other arguments are as they were given.
         size = None if kwargs.get("validation_batch_size") else accumulation.micro_batch_size

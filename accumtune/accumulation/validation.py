@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from accumtune.accumulation.data.batches import micro_batches
+from accumtune.accumulation.losses import whole_batch_loss
 
 
 def in_micro_batches(model: Any, test_function: Any) -> Any:
@@ -29,6 +30,12 @@ def _on_tensorflow(model: Any, test_function: Any) -> Any:
         batches = itertools.islice(iterator, model.steps_per_execution)
         tensor_batches = (tree.map_structure(tensor_slices.as_tensor, batch) for batch in batches)
         logs = None
+        if whole_batch_loss.is_wanted(model):
+            is_sized = tensor_slices.has_static_batch(iterator)
+            for batch in tensor_batches:
+                parts = micro_batches(batch, size, None, tensor_slices.cut)
+                logs = model.train_function.two_passes.test(parts, is_sized)
+            tensor_batches = iter(())
         for part in _parts(tensor_batches, size, tensor_slices.cut):
             logs = test_function(iter([part]))
         if logs is None:
@@ -44,7 +51,12 @@ def _on_jax(model: Any, test_function: Any) -> Any:
         if size is None:
             return test_function(state, iterator)
         logs = None
-        for part in _parts(itertools.islice(iterator, model.steps_per_execution), size):
+        batches = itertools.islice(iterator, model.steps_per_execution)
+        if whole_batch_loss.is_wanted(model):
+            for batch in batches:
+                parts = micro_batches(batch, size, None)
+                logs, state = model.train_function.two_passes.test(state, parts)
+        for part in _parts(batches, size):
             logs, state = test_function(state, iter([part]))
         if logs is None:
             raise StopIteration
@@ -59,6 +71,10 @@ def _on_torch(model: Any, test_function: Any) -> Any:
         if size is None:
             return test_function(data)
         logs = None
+        if whole_batch_loss.is_wanted(model):
+            for batch in data:
+                logs = model.train_function.two_passes.test(micro_batches(batch, size, None))
+            return logs
         for part in _parts(data, size):
             logs = test_function([part])
         return logs

@@ -20,7 +20,7 @@ import numbers
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from accumtune.errors import BatchSizeError
+from accumtune.errors import BatchSizeError, ModelError
 
 
 @dataclass(frozen=True)
@@ -31,31 +31,49 @@ class Accumulation:
         micro_batch_size: fit's batches are effective batches, split into micro-batches of this many samples.
         accumulation_steps: fit's batches are micro-batches, and this many of them make one update.
         ghost_batch_size: how many samples BatchNormalization normalizes together; None: a micro-batch.
+        whole_batch_loss: whether losses are those of the whole effective batch, in two passes; "auto" where a loss
+            couples the samples of a batch.
     """
 
     micro_batch_size: int | None = None
     accumulation_steps: int | None = None
     ghost_batch_size: int | None = None
+    whole_batch_loss: bool | str = "auto"
 
     @classmethod
     def read(
-        cls, micro_batch_size: object, accumulation_steps: object, ghost_batch_size: object = None
+        cls,
+        micro_batch_size: object,
+        accumulation_steps: object,
+        ghost_batch_size: object = None,
+        whole_batch_loss: object = "auto",
     ) -> Accumulation:
-        """What a user wrote, checked; raises BatchSizeError."""
+        """What a user wrote, checked; raises BatchSizeError and ModelError."""
         if (micro_batch_size is None) == (accumulation_steps is None):
             raise BatchSizeError(
                 f"Received {micro_batch_size=} and {accumulation_steps=}.",
                 "exactly one of the two.",
                 "micro_batch_size=32 splits each batch of fit; accumulation_steps=8 joins 8 batches of fit.",
             )
+        whole = _choice_of_loss(whole_batch_loss)
         ghost = None if ghost_batch_size is None else _whole_number("ghost_batch_size", ghost_batch_size)
         if micro_batch_size is None:
             steps = _whole_number("accumulation_steps", accumulation_steps)
-            return cls(accumulation_steps=steps, ghost_batch_size=ghost)
+            return cls(accumulation_steps=steps, ghost_batch_size=ghost, whole_batch_loss=whole)
         micro = _whole_number("micro_batch_size", micro_batch_size)
         if ghost is not None:
             check_groups(micro, ghost)
-        return cls(micro_batch_size=micro, ghost_batch_size=ghost)
+        return cls(micro_batch_size=micro, ghost_batch_size=ghost, whole_batch_loss=whole)
+
+
+def _choice_of_loss(value: object) -> bool | str:
+    if isinstance(value, bool) or (isinstance(value, str) and value == "auto"):
+        return value
+    raise ModelError(
+        f"Received whole_batch_loss={value!r} of type {type(value).__name__}.",
+        '"auto", True or False.',
+        'write whole_batch_loss="auto": losses that couple the samples of a batch are computed over all of it.',
+    )
 
 
 def _whole_number(name: str, value: object) -> int:

@@ -93,6 +93,8 @@ def _differences(config: TrainingConfig, steps: int) -> Iterator[str]:
         f"{steps}) makes up for it), and ema_overwrite_frequency counts micro-steps: multiply it by {steps}."
     )
     yield f"Batch callbacks, the progress bar and steps_per_epoch count micro-batches: {steps} for each update."
+    if config.whole_batch_loss:
+        yield "The loss couples the samples of a batch, and Keras takes a mean of those of micro-batches: another loss."
     if config.batch_coupled_layers:
         yield "BatchNormalization's moving statistics are updated, and its momentum applied, with every micro-batch."
     yield (

@@ -37,7 +37,9 @@ def accumulate(config: TrainingConfig, model: Any) -> Any:
     from accumtune import accumulation
     from accumtune.worker.data.user_data import fit_by_default
 
-    accumulating = accumulation.accumulate(model, micro_batch_size=config.micro_batch_size)
+    accumulating = accumulation.accumulate(
+        model, micro_batch_size=config.micro_batch_size, whole_batch_loss=config.whole_batch_loss or "auto"
+    )
     return fit_by_default(accumulating, config.fit_arguments()["batch_size"])
 
 

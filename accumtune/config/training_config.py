@@ -50,6 +50,7 @@ class TrainingConfig:
             are, and in `not_carried` what else its result depends on (callbacks, ...).
         precision_policy, backend, versions, device, data_shapes: what it was measured with.
         batch_coupled_layers: where the samples of a micro-batch meet; with none, every micro-batch trains the same.
+        whole_batch_loss: whether the loss is that of the whole effective batch, in two passes.
         policy, reason: how it was chosen among the candidates, and why it won.
         source: `experiment`, `run_id`, `search_id`, `trial_id` and `tracking_uri` it came from; a password in the
             URI is left out.
@@ -87,6 +88,7 @@ class TrainingConfig:
     device: str | None = None
     data_shapes: Any = field(default=None, hash=False)
     batch_coupled_layers: Sequence[str] = field(default=(), hash=False)
+    whole_batch_loss: bool = False
     policy: str | None = None
     reason: str | None = None
     source: Mapping[str, str | None] = field(default_factory=dict, hash=False)

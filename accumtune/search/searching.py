@@ -51,6 +51,7 @@ class Searching(Answers):
     base_effective_batch_size: int
     search_over: SearchOver
     batch_coupled_layers: list[str]
+    whole_batch_loss: bool
     trial_timeout_seconds: float | None
     workers: int
     register_as: str | None
@@ -320,6 +321,7 @@ class Searching(Answers):
             effective_batch_sizes=self.effective_batch_sizes,
             learning_rate_scaling=self.learning_rate_scaling,
             batch_coupled_layers=self.batch_coupled_layers,
+            whole_batch_loss=self.whole_batch_loss,
             searches_pairs=self.search_over == "pairs",
             samples=results.count_samples(fit_args, fit_kwargs),
         )
@@ -341,6 +343,7 @@ class Searching(Answers):
             "accumulation_steps": self.accumulation_steps,
             "search_over": self.search_over,
             "batch_coupled_layers": self.batch_coupled_layers,
+            "whole_batch_loss": self.whole_batch_loss,
             "learning_rate_scaling": self.learning_rate_scaling,
             "base_effective_batch_size": self.base_effective_batch_size,
             "tuner": type(self).__name__,

@@ -137,6 +137,7 @@ class Tuner(Searching):
         self.tracking_uri = tracking_uri
         self.register_as = register_as
         self.batch_coupled_layers: list[str] = []
+        self.whole_batch_loss = False
         self._wants_data = False
         self.search_over = self._asked_search_over = search_over
         self._compiled_with = {"optimizer": optimizer, "loss": loss, "metrics": metrics}
@@ -255,6 +256,7 @@ class Tuner(Searching):
         self._is_discovered = True
         discovered = self._processes.discover(self.hypermodel, self.oracle.get_space())
         self.batch_coupled_layers = discovered["batch_coupled_layers"]
+        self.whole_batch_loss = discovered["whole_batch_loss"]
         self._wants_data = discovered["wants_data"]
         if self.search_over == "auto" and not self._wants_data:
             self._choose_what_to_search_over()
@@ -267,6 +269,7 @@ class Tuner(Searching):
         if self._wants_data and not self.oracle.trials:
             discovered = self._processes.discover(self.hypermodel, self.oracle.hyperparameters.copy())
             self.batch_coupled_layers = discovered["batch_coupled_layers"]
+            self.whole_batch_loss = discovered["whole_batch_loss"]
             self._wants_data = False
         if self.search_over == "auto":
             self._choose_what_to_search_over()
@@ -289,8 +292,10 @@ class Tuner(Searching):
         state.save_tuner(Path(self._get_tuner_fname()), {**Tuner.get_state(self), **self.get_state()})
 
     def get_state(self) -> dict[str, Any]:
-        return {"search_over": self.search_over, "batch_coupled_layers": self.batch_coupled_layers}
+        names = ("search_over", "batch_coupled_layers", "whole_batch_loss")
+        return {name: getattr(self, name) for name in names}
 
     def set_state(self, saved: dict[str, Any]) -> None:
         self.search_over = saved.get("search_over", self.search_over)
         self.batch_coupled_layers = saved.get("batch_coupled_layers", [])
+        self.whole_batch_loss = saved.get("whole_batch_loss", False)

@@ -14,6 +14,7 @@ from keras_tuner.engine.oracle import Oracle
 from accumtune.accumulation import accumulate, batch_coupled_layers
 from accumtune.accumulation.coupling.detection import runs_code_of_the_user
 from accumtune.accumulation.data.array_kinds import is_dense
+from accumtune.accumulation.losses.whole_batch_loss import is_wanted
 from accumtune.memory import probe as probes
 from accumtune.worker.data import user_data
 from accumtune.worker.data.hypermodel_fit_data import arguments_of_fit, own_fit
@@ -41,6 +42,7 @@ def discover(directory: TaskDirectory, payload: str, space: dict[str, Any] | Non
     content, _, _ = open_payload(payload)
     hypermodel = content["hypermodel"]
     coupled: dict[str, None] = {}
+    whole_batch_loss: set[bool] = set()
     wants_data: set[bool] = set()
     known = content["hyperparameters"] if space is None else hyperparameters_from(space)
     # A bare Oracle and BaseTuner lend their bookkeeping; nothing is searched here.
@@ -51,8 +53,9 @@ def discover(directory: TaskDirectory, payload: str, space: dict[str, Any] | Non
             model = hypermodel.build_plain(hp)
             wants_data.add(runs_code_of_the_user(model))
             some = () if space is None or not runs_code_of_the_user(model) else _some_data(model, content, hp)
-            coupled.update(dict.fromkeys(str(layer) for layer in batch_coupled_layers(model, *some)))
             accumulate(model, micro_batch_size=1)  # refuses what no trial could train
+            coupled.update(dict.fromkeys(str(layer) for layer in batch_coupled_layers(model, *some)))
+            whole_batch_loss.add(is_wanted(model))
 
     class Explorer(keras_tuner.engine.base_tuner.BaseTuner):
         def __init__(self) -> None:
@@ -65,6 +68,7 @@ def discover(directory: TaskDirectory, payload: str, space: dict[str, Any] | Non
     return {
         "hyperparameters": oracle.hyperparameters.get_config(),
         "batch_coupled_layers": list(coupled),
+        "whole_batch_loss": any(whole_batch_loss),
         "wants_data": any(wants_data),
     }
 

@@ -73,7 +73,7 @@ def test_what_is_exact_is_not_reported(loss):
         keras.losses.Circle(),
     ],
 )
-@holds("losses that compare samples, or are one ratio over the batch")
+@holds("losses that compare samples, or are one ratio over the batch, with `whole_batch_loss=False`")
 def test_losses_that_look_at_the_whole_micro_batch(loss):
     model = dense(loss)()
     assert len(batch_coupled_layers(model)) == 1
@@ -98,7 +98,6 @@ def test_frozen_normalization_is_not_coupled():
     assert batch_coupled_layers(model) == []
 
 
-@holds("what a layer or a `compute_loss` of your own adds, where it is no mean over samples")
 def test_own_compute_loss_is_reported():
     model = OwnLoss(*[(inputs := keras.Input((2,))), layers.Dense(1)(inputs)])
     model.compile("sgd", "mse")
@@ -218,7 +217,7 @@ def test_recurrent_layers_that_carry_their_state():
     assert [item.kind for item in batch_coupled_layers(model)] == ["LSTM"]
 
 
-@holds("losses that compare samples, or are one ratio over the batch")
+@holds("losses that compare samples, or are one ratio over the batch, with `whole_batch_loss=False`")
 def test_losses_along_the_axis_of_the_samples():
     for loss in (keras.losses.CosineSimilarity(axis=0), keras.losses.Dice(axis=(0, 1))):
         assert len(batch_coupled_layers(dense(loss)())) == 1
@@ -302,12 +301,12 @@ def outputs_of(loss, shape=(4,)):
     "loss",
     [known_nan, known_global, known_class, by_positives, by_found, inverse_frequency, KnownOnly(-98765.0)],
 )
-@holds("losses that compare samples, or are one ratio over the batch")
+@holds("losses that compare samples, or are one ratio over the batch, with `whole_batch_loss=False`")
 def test_a_ratio_of_two_sums_is_found_whatever_marks_a_missing_target(loss):
     assert [item.is_known for item in batch_coupled_layers(outputs_of(loss))] == [True]
 
 
-@holds("losses that compare samples, or are one ratio over the batch")
+@holds("losses that compare samples, or are one ratio over the batch, with `whole_batch_loss=False`")
 def test_a_mean_over_the_tokens_that_are_not_ignored():
     assert [item.name for item in batch_coupled_layers(outputs_of(ignored_tokens, (5, 4)))] == ["ignored_tokens"]
 
@@ -325,7 +324,7 @@ def test_the_data_show_what_the_code_does_not():
     y[1:6] = 2 * np.exp(np.pi * 3)
     model = outputs_of(hidden)
     assert [item.name for item in batch_coupled_layers(model, x, y)] == ["hidden"]
-    accumulate(model, 4).fit(x, y, batch_size=8, verbose=0)
+    accumulate(model, 4, whole_batch_loss=False).fit(x, y, batch_size=8, verbose=0)
     assert [item.name for item in batch_coupled_layers(model)] == ["hidden"]
 
 
@@ -434,7 +433,7 @@ def test_noise_and_zeros_hide_nothing(layer, is_coupled):
 
 
 @pytest.mark.parametrize("layer, is_coupled", [(AddsMean, False), (AddsRatio, True)])
-@holds("what a layer or a `compute_loss` of your own adds, where it is no mean over samples")
+@holds("what a layer adds, where it is no mean over samples")
 def test_losses_of_layers_that_add_them_somewhere(layer, is_coupled):
     found = batch_coupled_layers(functional(lambda x: layer()(x)))
     assert [item.kind for item in found] == [layer.__name__] * is_coupled

@@ -7,10 +7,20 @@ import keras_tuner
 import numpy as np
 import pytest
 from made_tuner import X, Y, make, search
-from models import build_coupled, build_fixed, build_nothing, build_plain, build_subclassed, build_uncompiled, dense
+from models import (
+    build_correlated,
+    build_coupled,
+    build_fixed,
+    build_nothing,
+    build_plain,
+    build_subclassed,
+    build_uncompiled,
+    dense,
+)
 
 import accumtune
 from accumtune import errors
+from accumtune.accumulation import accumulation_of
 from accumtune.tracking.journal import Journal, read_search
 
 pytestmark = pytest.mark.usefixtures("one_fork_server")
@@ -185,6 +195,23 @@ def test_batch_coupled_models_search_pairs_and_say_so(tmp_path):
     pairs = {(trial.micro_batch_size, trial.accumulation_steps) for trial in record.with_status("completed")}
     assert pairs == {(4, 1), (4, 2), (8, 1), (4, 4), (8, 2)}
     assert any("micro-batch" in text for text in record.advice)
+
+
+def test_losses_over_the_batch_are_searched_over_effective_batches_and_said_to_be_whole(tmp_path):
+    tuner = make(tmp_path, accumtune.GridSearch, build_correlated, max_trials=None)
+    assert tuner.search_over == "effective_batch_size" and tuner.batch_coupled_layers == []
+    record = search(tuner).record()
+    trained = record.with_status("completed")
+    assert sorted(trial.effective_batch_size for trial in trained) == [4, 8, 16]
+    assert record.whole_batch_loss and any("two passes" in text for text in record.advice)
+    config = tuner.get_best_config()
+    assert config.whole_batch_loss
+    model = config.build(build_correlated)
+    assert accumulation_of(model).whole_batch_loss is True
+    # val_loss is that of 32 samples at a time, whatever the micro-batch: as Keras's own evaluate has it.
+    best = tuner.get_best_models()[0]
+    best_value = min(trial.objective_value for trial in trained)
+    assert best.evaluate(X, Y, batch_size=32, verbose=0) == pytest.approx(best_value, rel=1e-4)
 
 
 def test_hyperband_goes_on_from_earlier_weights(tmp_path):

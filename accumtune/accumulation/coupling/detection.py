@@ -52,6 +52,10 @@ def batch_coupled_layers(model: keras.Model, x: Any = None, y: Any = None) -> li
     on the other samples, does a forward pass change variables, is a loss a mean over samples also where targets are
     missing?
 
+    A model that accumulates computes losses that couple samples over the whole effective batch, unless
+    `accumulate(..., whole_batch_loss=False)` says otherwise: they are not listed then. Of a model that does not
+    accumulate yet, they are.
+
     What could not be tried is listed as unknown (`is_known` is False). A subclassed model can be tried once it was
     trained, or with samples of its data. Where you know better, say so on the layer, model, loss or metric (the
     object, its class or the function): `samples_are_independent = True`, or False.
@@ -85,10 +89,28 @@ def _coupled(model: Any, x: Any, y: Any) -> list[Coupling]:
     layers = list(model._flatten_layers(include_self=True))
     found = [_layer(layer) for layer in layers]
     found += _tried_layers(layers, {id(layer) for layer, item in zip(layers, found, strict=True) if item}, calls)
-    found += _losses(model, seen)
     found += _metrics(model)
-    found.append(_compute_loss(model))
+    if not _takes_whole_batches(model):
+        found += [*_losses(model, seen), _compute_loss(model)]
     return list(dict.fromkeys(item for item in found if item is not None))
+
+
+def couples_samples_in_its_loss(model: keras.Model) -> bool:
+    """Whether a compiled loss, or an overridden `compute_loss`, is (or may be) no mean over samples.
+
+    On several devices, where whole batches are refused, what an overridden `compute_loss` does is left to its author.
+    """
+    from accumtune.accumulation.losses.batch_metrics import is_spread
+
+    own = None if is_spread(model) else _compute_loss(model)
+    return any(item is not None for item in (own, *_losses(model, None)))
+
+
+def _takes_whole_batches(model: Any) -> bool:
+    """Whether `model` accumulates with its loss over the whole effective batch, where nothing is left to list."""
+    accumulation = getattr(model, "_accumtune_accumulation", None)
+    chosen = False if accumulation is None else accumulation.whole_batch_loss
+    return couples_samples_in_its_loss(model) if chosen == "auto" else bool(chosen)
 
 
 def runs_code_of_the_user(model: keras.Model) -> bool:

@@ -21,9 +21,12 @@ from accumtune.accumulation import moving_statistics as statistics
 from accumtune.accumulation import noise_scale
 from accumtune.accumulation.coupling import known_samples
 from accumtune.accumulation.data import batches as feeding
+from accumtune.accumulation.engines import carried_state as carrying
+from accumtune.accumulation.engines.whole_batch_jax import TwoPasses
 from accumtune.accumulation.ghost_batch import GhostBatches
 from accumtune.accumulation.losses import batch_metrics
 from accumtune.accumulation.losses import loss_shares as losses
+from accumtune.accumulation.losses import whole_batch_loss as whole
 from accumtune.accumulation.window import Accumulation, factors, shares
 
 # Compiles a step's functions; memory/device_jax.py replaces it, where memory is measured.
@@ -79,8 +82,14 @@ class JaxTraining:
         self._ghosts.check_window([part.samples for part in window])
         batch = window[0].take()
         known_samples.note(self.model, batch)
+        is_whole = whole.is_wanted(self.model)
+        if is_whole:
+            whole.check_devices(self.model, _devices())
         if len(window) == 1:
             return self._only(state, batch)
+        if is_whole:
+            first, batch = [batch], None
+            return self._train_on_whole_batch(state, window, first)
         trainable, non_trainable, optimizer, metrics = state
         scales = self._scales(state, window, batch)
         listener = noise_scale.listening(self.model, [part.samples for part in window])
@@ -99,11 +108,22 @@ class JaxTraining:
             listener(index, functools.partial(self._squared_norm, carried[0]))
         sums, moments, changed, metrics = carried
         del carried
-        non_trainable = _with(changed, non_trainable)
+        non_trainable = carrying.with_changes(changed, non_trainable)
         trainable, optimizer, changed = self._update(trainable, optimizer, sums, moments, non_trainable)
         if self._metrics.has_outputs:
             logs, metrics = self._with_whole_window(logs, metrics)
-        return logs, (trainable, _with(changed, non_trainable), optimizer, metrics)
+        return logs, (trainable, carrying.with_changes(changed, non_trainable), optimizer, metrics)
+
+    @functools.cached_property
+    def two_passes(self) -> TwoPasses:
+        """What a loss over the whole effective batch takes."""
+        return TwoPasses(self)
+
+    def _train_on_whole_batch(self, state: Any, window: list[Any], first: list[Any]) -> tuple[Any, Any]:
+        trainable, _, optimizer, _ = state
+        logs, sums, moments, non_trainable, metrics = self.two_passes.sum_up(state, window, first)
+        trainable, optimizer, changed = self._update(trainable, optimizer, sums, moments, non_trainable)
+        return logs, (trainable, carrying.with_changes(changed, non_trainable), optimizer, metrics)
 
     def _with_whole_window(self, logs: Any, metrics: Any) -> tuple[Any, Any]:
         variables = self.model.metrics_variables
@@ -172,20 +192,15 @@ class JaxTraining:
 
     def _first_step(self, metrics: Any, trainable: Any, non_trainable: Any, *inputs: Any) -> tuple[Any, Any]:
         logs, gradients, moments, new, metrics = self._gradients(metrics, trainable, non_trainable, *inputs)
-        sums = [gradient.astype(_accumulator_dtype(gradient)) for gradient in gradients]
-        return logs, (sums, moments, _changed(new, non_trainable), metrics)
+        return logs, (carrying.as_sums(gradients), moments, carrying.changed(new, non_trainable), metrics)
 
     def _next_step(self, carried: Any, trainable: Any, non_trainable: Any, *inputs: Any) -> tuple[Any, Any]:
         sums, moments_so_far, changed, metrics = carried
-        so_far = _with(changed, non_trainable)
+        so_far = carrying.with_changes(changed, non_trainable)
         logs, gradients, moments, new, metrics = self._gradients(metrics, trainable, so_far, *inputs)
-        added = []
-        for variable, total, gradient in zip(self.model.trainable_variables, sums, gradients, strict=True):
-            gradient = gradient.astype(total.dtype)
-            # float8 scales are not summed: their "gradient" is a new value
-            added.append(gradient if getattr(variable, "overwrite_with_gradient", False) else total + gradient)
+        added = carrying.added(self.model.trainable_variables, sums, gradients)
         moments = statistics.combined(moments_so_far, moments)
-        return logs, (added, moments, _changed(new, non_trainable), metrics)
+        return logs, (added, moments, carrying.changed(new, non_trainable), metrics)
 
     def _squared_norm_step(self, accumulators: Any) -> Any:
         pairs = zip(self.model.trainable_variables, accumulators, strict=True)
@@ -203,7 +218,7 @@ class JaxTraining:
         with StatelessScope(state_mapping=list(zip(variables, non_trainable, strict=True))) as scope:
             statistics.moved(self._normalizations, moments)
         moved = [scope.get_current_value(variable) for variable in variables]
-        return trainable, optimizer, _changed(moved, non_trainable)
+        return trainable, optimizer, carrying.changed(moved, non_trainable)
 
     def _gradients(
         self, metrics: Any, trainable: Any, non_trainable: Any, optimizer: Any, batch: Any, share: Any, scales: Any
@@ -244,15 +259,6 @@ class JaxTraining:
         self.has_mask = True
 
 
-def _changed(values: list[Any], before: list[Any]) -> list[Any]:
-    """The values, with None in place of each that a step has handed through: known while it is traced."""
-    return [None if value is old else value for value, old in zip(values, before, strict=True)]
-
-
-def _with(changed: list[Any], before: list[Any]) -> list[Any]:
-    return [old if value is None else value for value, old in zip(changed, before, strict=True)]
-
-
 def _shardings(model: Any) -> tuple[Any, Any, Any, Any]:
     """How the state of a model is laid out: trainable, non-trainable, the optimizer's and the metrics' variables."""
     if keras.distribution.distribution() is None:
@@ -266,6 +272,12 @@ def _replicated() -> Any:
     if distribution is None:
         return None
     return jax.sharding.NamedSharding(distribution.device_mesh.backend_mesh, jax.sharding.PartitionSpec())
+
+
+def _devices() -> int:
+    """Over how many devices Keras spreads a model or its data."""
+    distribution = keras.distribution.distribution()
+    return 1 if distribution is None else int(np.size(distribution.device_mesh.devices))
 
 
 def _data_parallel_devices() -> int:
@@ -288,7 +300,3 @@ def _spread(part: feeding.MicroBatch, devices: int) -> feeding.MicroBatch:
 
 def _precision() -> Any:
     return np.float64 if jax.config.read("jax_enable_x64") else np.float32
-
-
-def _accumulator_dtype(gradient: Any) -> Any:
-    return jnp.float64 if gradient.dtype == jnp.float64 else jnp.float32

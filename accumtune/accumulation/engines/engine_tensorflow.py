@@ -24,9 +24,11 @@ from accumtune.accumulation.data import batches as feeding
 from accumtune.accumulation.engines import gradient_sums as sums
 from accumtune.accumulation.engines import tensor_slices as tensors
 from accumtune.accumulation.engines.replicas import Replicas
+from accumtune.accumulation.engines.whole_batch_tensorflow import TwoPasses
 from accumtune.accumulation.ghost_batch import GhostBatches
 from accumtune.accumulation.losses import batch_metrics
 from accumtune.accumulation.losses import loss_shares as losses
+from accumtune.accumulation.losses import whole_batch_loss as whole
 from accumtune.accumulation.window import Accumulation, factors, shares
 
 # What gives operations one order as functions are compiled; set where memory is measured, by `memory`.
@@ -100,15 +102,17 @@ class TensorFlowTraining:
         known_samples.note(self.model, first[0])
         building.build(self.model, first[0])
         self._choose_weights()
-        parts = self._parts(window, is_sized)
         for column in zip(*window, strict=True):
             self._ghosts.check_window([part.samples for part in column if part.samples])
+        if whole.is_wanted(self.model):
+            whole.check_devices(self.model, self.replicas.number)
+            if len(window) > 1:
+                return self._train_on_whole_batch(window, first, is_sized)
+        parts = self._parts(window, is_sized)
         join = self.replicas.join
         if len(window) == 1 and self.replicas.number == 1:
             return self._only(first[0], *parts[0])
-        if not self._accumulators:
-            with self.replicas.scope():
-                self._accumulators = [sums.accumulator(variable) for variable in self._weights]
+        self._make_accumulators()
         scales = self._factors(window, first, parts)
         if len(window) == 1:  # replicas may hold unequal parts of it
             share, _, weight = parts[0]
@@ -133,6 +137,22 @@ class TensorFlowTraining:
             listener(index, self._squared_norm)
         self._update(moments, tuple(has_gradient))
         return self._metrics.update(logs)
+
+    @functools.cached_property
+    def two_passes(self) -> TwoPasses:
+        """What a loss over the whole effective batch takes."""
+        return TwoPasses(self)
+
+    def _train_on_whole_batch(self, window: Window, first: list[Any], is_sized: bool) -> Any:
+        self._make_accumulators()
+        logs, moments, has_gradient = self.two_passes.sum_up(window, first, is_sized)
+        self._update(moments, tuple(has_gradient))
+        return logs
+
+    def _make_accumulators(self) -> None:
+        if not self._accumulators:
+            with self.replicas.scope():
+                self._accumulators = [sums.accumulator(variable) for variable in self._weights]
 
     def _choose_weights(self) -> None:
         """Those that were trainable at the first window: what is compiled knows no others, as in Keras."""

@@ -14,9 +14,11 @@ from accumtune.accumulation import noise_scale, optimizers
 from accumtune.accumulation.coupling import known_samples
 from accumtune.accumulation.data import batches as feeding
 from accumtune.accumulation.engines import grouped_update as groups
+from accumtune.accumulation.engines.whole_batch_torch import TwoPasses
 from accumtune.accumulation.ghost_batch import GhostBatches
 from accumtune.accumulation.losses import batch_metrics
 from accumtune.accumulation.losses import loss_shares as losses
+from accumtune.accumulation.losses import whole_batch_loss as whole
 from accumtune.accumulation.losses.blank_predictions import BlankPredictions
 from accumtune.accumulation.window import Accumulation, factors, shares
 
@@ -31,6 +33,7 @@ class TorchTraining:
         self._metrics = batch_metrics.WholeWindow(model)
         self._normalizations: list[Any] = []
         self._ghosts = GhostBatches(model, accumulation)
+        self._moments: Any = ()
         self._blank = BlankPredictions()
         self._part = torch.compile(self._backward) if model._should_torch_compile() else self._backward
 
@@ -47,13 +50,16 @@ class TorchTraining:
         model = self.model
         self._ghosts.check_window([part.samples for part in window])
         model.zero_grad()  # a window that was interrupted may have left gradients
-        moments: Any = ()
-        self._normalizations = []
+        self._normalizations, self._moments = [], ()
         self._metrics.forget()
         batch = window[0].take()
         known_samples.note(model, batch)
         if len(window) == 1:
             logs, _ = self._only(batch)
+        elif whole.is_wanted(model):
+            first, batch = [batch], None
+            logs, sums = self.two_passes.sum_up(window, first)
+            self._restore(sums)
         else:
             samples = [part.samples for part in window]
             parts, scales = _numbers(shares(samples)), _numbers(self._factors(window, batch, samples))
@@ -70,14 +76,19 @@ class TorchTraining:
                 ):
                     logs, outputs = self._part(batch, parts[index], scales[index])
                 self._metrics.take(outputs)
-                moments = self._joined(moments, notes.mine())
-                sums = _collected(model.trainable_weights, sums)
+                self.note_moments(notes.mine())
+                sums = self.collected(sums)
                 batch = None  # gone before the next one is taken
                 listener(index, functools.partial(_squared_norm, model.trainable_weights, sums))
             self._restore(sums)
-        self._update(moments)
+        self._update()
         with torch.no_grad():
             return self._metrics.update(logs)
+
+    @functools.cached_property
+    def two_passes(self) -> TwoPasses:
+        """What a loss over the whole effective batch takes."""
+        return TwoPasses(self)
 
     def _only(self, batch: Any) -> Any:
         with self._ghosts.active(batch[0]):
@@ -148,14 +159,20 @@ class TorchTraining:
             if total is not None:
                 variable.value.grad = total.to(variable.value.dtype)
 
-    def _joined(self, so_far: Any, noted: list[Any]) -> Any:
+    def note_moments(self, noted: list[Any]) -> None:
+        """Takes what batch normalizations noted in a micro-batch."""
         with torch.no_grad():
-            if not self._normalizations:
+            if self._normalizations:
+                self._moments = statistics.combined(self._moments, statistics.packed(noted))
+            else:
                 self._normalizations = [entry.layer for entry in noted]
-                return statistics.packed(noted)
-            return statistics.combined(so_far, statistics.packed(noted))
+                self._moments = statistics.packed(noted)
 
-    def _update(self, moments: Any) -> None:
+    def collected(self, sums: list[Any]) -> list[Any]:
+        """The sums that `.grad` cannot hold, after a backward pass."""
+        return _collected(self.model.trainable_weights, sums)
+
+    def _update(self) -> None:
         model = self.model
         weights = model.trainable_weights[:]
         with torch.no_grad():
@@ -164,7 +181,7 @@ class TorchTraining:
                     model.optimizer.apply([weight.value.grad for weight in weights], weights)
             else:
                 warnings.warn("The model does not have any trainable weights.", stacklevel=2)
-            statistics.moved(self._normalizations, moments)
+            statistics.moved(self._normalizations, self._moments)
         model.zero_grad()  # no accumulated gradient outlives its window
 
 

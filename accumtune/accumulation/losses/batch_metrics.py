@@ -195,11 +195,15 @@ def _at(
 
 def own_metrics_of_spread_windows(model: Any) -> list[Any]:
     """A model's own metrics where its windows are spread over devices: these see each micro-batch by itself."""
+    return _own_metrics(model) if is_spread(model) else []
+
+
+def is_spread(model: Any) -> bool:
+    """Whether a model's windows are spread over devices."""
     import keras
 
     strategy = getattr(model, "_distribute_strategy", None)
-    is_spread = keras.distribution.distribution() is not None or (strategy and strategy.num_replicas_in_sync > 1)
-    return _own_metrics(model) if is_spread else []
+    return keras.distribution.distribution() is not None or bool(strategy and strategy.num_replicas_in_sync > 1)
 
 
 def _has_own_metrics(model: Any) -> bool:

@@ -12,6 +12,7 @@ def advice(
     learning_rate_scaling: str | None,
     batch_coupled_layers: Sequence[str],
     searches_pairs: bool,
+    whole_batch_loss: bool = False,
     samples: int | None = None,
 ) -> list[str]:
     """One sentence for each thing in the set-up that changes what the results mean.
@@ -22,6 +23,7 @@ def advice(
         learning_rate_scaling: as given to the tuner.
         batch_coupled_layers: of the models that the build function makes.
         searches_pairs: whether the micro-batch size is searched too.
+        whole_batch_loss: whether the loss is that of the whole effective batch, in two passes.
         samples: in the training data; None where that is not known.
     """
     texts = []
@@ -33,6 +35,12 @@ def advice(
         )
         layers = "; ".join(batch_coupled_layers[:5])
         texts.append(f"Not every layer is independent of which samples share a micro-batch, {consequence}: {layers}")
+    if whole_batch_loss:
+        texts.append(
+            "The loss couples the samples of a batch, so it is that of the whole effective batch, in two passes: every "
+            "micro-batch size trains the same. Losses of different batch sizes do not compare; val_loss is that of "
+            "validation_batch_size samples, 32 by default, in all trials."
+        )
     if len(effective_batch_sizes) > 1 and learning_rate_scaling is None and not any(map(_is_rate, hyperparameters)):
         texts.append(
             "The effective batch varies, but the learning rate is neither tuned nor scaled with it: large batches "

@@ -85,6 +85,7 @@ def training_config(record: SearchRecord, choice: Choice) -> TrainingConfig:
         device=trial.device,
         data_shapes=_data_shapes(record, trial),
         batch_coupled_layers=list(record.batch_coupled_layers),
+        whole_batch_loss=record.whole_batch_loss,
         policy=choice.policy,
         reason=choice.reason,
         source={

@@ -163,7 +163,14 @@ def _why_infeasible(profile: Profile, values: Mapping[str, Any], budget: int | N
     if not profile.measurements:
         why = "its parameters alone are larger"
     elif any(measurement.is_feasible for measurement in profile.measurements):
-        why = f"predicted {format_bytes(profile.predict_peak_memory(1, values['effective_batch_size']))}"
+        effective = values["effective_batch_size"]
+        predicted, kept = profile.predict_peak_memory(1, effective), profile.sample_bytes * effective
+        why = f"predicted {format_bytes(predicted)}"
+        if kept > predicted / 2:
+            why += (
+                f", of which {format_bytes(kept)} are what the effective batch keeps at once: its data, or the outputs "
+                "for a loss over all of it; a smaller effective batch needs less"
+            )
     else:
         why = "every probe ran out of memory"
     return f"not even micro-batch 1 fits in {format_bytes(budget or 0)} ({why})"

@@ -99,6 +99,7 @@ def search_run(search: SearchRecord, statuses: Mapping[str, int], note: str | No
         "micro_batch_sizes": ", ".join(map(str, search.micro_batch_sizes)),
         "accumulation_steps_searched": ", ".join(map(str, search.accumulation_steps)),
         "search_over": search.search_over,
+        "whole_batch_loss": True if search.whole_batch_loss else None,
         "learning_rate_scaling": search.learning_rate_scaling,
         "tuner": search.tuner,
         "max_trials": search.max_trials,

@@ -96,10 +96,12 @@ def feed_by_batches(model: Any, effective_batch_size: int, micro_batch_size: int
     """Makes `model.fit` train with the effective batch, whatever calls it, and validate at the micro-batch.
 
     Arrays are read batch by batch, so that the data set at rest takes no memory on the device; batches of a pipeline
-    are cut anew. The user's own `HyperModel.fit` calls `model.fit` as ever. Metrics that are one number per batch see
-    `validation_batch_size` samples at a time, by default 32 as in `model.evaluate`: in all trials the same.
+    are cut anew. The user's own `HyperModel.fit` calls `model.fit` as ever. Metrics that are one number per batch, and
+    losses that couple its samples, see `validation_batch_size` samples at a time, by default 32 as in
+    `model.evaluate`: in all trials the same.
     """
     from accumtune.accumulation.losses.batch_metrics import validating_at
+    from accumtune.accumulation.losses.whole_batch_loss import is_wanted
 
     keras_fit = model.fit
 
@@ -115,9 +117,10 @@ def feed_by_batches(model: Any, effective_batch_size: int, micro_batch_size: int
         given = _with_validation_split(given)
         size = given.get("validation_batch_size") or _METRIC_BATCH_SIZE
         given = _with_training_batches(model, given, effective_batch_size)
-        given = _with_validation_batches(model, given, micro_batch_size)
+        is_whole = is_wanted(model)  # such a model joins what it predicts for the micro-batches of a batch
+        given = _with_validation_batches(model, given, size if is_whole else micro_batch_size)
         try:
-            with validating_at(model, size):
+            with validating_at(model, None if is_whole else size):
                 return keras_fit(**given)
         except Exception as error:
             refusal = getattr(given["x"], "refusal", None)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import re
 from collections.abc import Mapping
@@ -36,15 +37,18 @@ def describe_model(
 
     Returns:
         `signature` (32 hexadecimal digits), `device`, `parameters` (how many are trainable), `static_bytes` (of them:
-        less than any training needs), `sample_bytes` (of the data that waits on the device until its micro-step; 0
-        for arrays, of which rows are taken as needed), `batch_coupled_layers`, `precision_policy`, `sample_shapes`.
+        less than any training needs), `sample_bytes` (of the data that waits on the device until its micro-step, none
+        for arrays, of which rows are taken as needed; and of what a loss over the whole effective batch keeps),
+        `batch_coupled_layers`, `precision_policy`, `sample_shapes`.
     """
     import keras
 
     from accumtune.accumulation import batch_coupled_layers
+    from accumtune.accumulation.coupling.detection import couples_samples_in_its_loss
     from accumtune.accumulation.data.batches import prepares_its_data
     from accumtune.accumulation.data.row_indices import rows_of
 
+    outputs = _bytes_of_outputs(model, sample) if couples_samples_in_its_loss(model) else 0
     takes_rows = not (is_pipeline or prepares_its_data(model)) and rows_of(*sample) is not None
     facts = {
         "architecture": _architecture(model, hyperparameters),
@@ -64,11 +68,13 @@ def describe_model(
         "measured_as": _HOW_IT_IS_MEASURED,
         "device": device,
     }
+    if outputs:
+        facts["outputs"] = outputs
     text = json.dumps(facts, sort_keys=True)
     return {
         "signature": hashlib.sha256(text.encode()).hexdigest()[:32],
         "device": device,
-        "sample_bytes": 0 if takes_rows else sum(map(bytes_per_row, leaves(sample))),
+        "sample_bytes": outputs + (0 if takes_rows else sum(map(bytes_per_row, leaves(sample)))),
         "parameters": sum(int(np.prod(v.shape)) for v in model.trainable_variables),
         "static_bytes": sum(int(np.prod(v.shape)) * _bytes_per_element(v.dtype) for v in model.trainable_variables),
         "batch_coupled_layers": [str(layer) for layer in batch_coupled_layers(model)],
@@ -110,6 +116,24 @@ def _flash_attention() -> Any:
     import keras
 
     return getattr(keras.config, "is_flash_attention_enabled", lambda: None)()
+
+
+def _bytes_of_outputs(model: Any, sample: Any) -> int:
+    """What a loss over the whole effective batch keeps of a sample: outputs and their gradient, targets and weight."""
+    import keras
+
+    def spec(leaf: Any) -> Any:
+        if leaf is None:
+            return None
+        return keras.KerasTensor((1, *leaf.shape[1:]), keras.backend.standardize_dtype(leaf.dtype))
+
+    x, y, sample_weight = sample
+    try:
+        outputs = keras.tree.flatten(model.compute_output_spec(keras.tree.map_structure(spec, x)))
+        sizes = [math.prod(leaf.shape[1:]) * _bytes_per_element(leaf.dtype) for leaf in outputs if leaf is not None]
+    except Exception:  # a model of the user's may not tell: the targets are often alike
+        sizes = [sum(map(bytes_per_row, leaves(y)))]
+    return 2 * sum(sizes) + sum(map(bytes_per_row, leaves((y, sample_weight))))
 
 
 def _bytes_per_element(dtype: Any) -> int:

@@ -1,0 +1,255 @@
+"""The two passes of a loss over the whole effective batch on TensorFlow: see losses/whole_batch_loss.py."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+from collections.abc import Iterator
+from typing import Any
+
+import tensorflow as tf
+from keras import tree
+from keras.src import backend
+
+from accumtune.accumulation import moving_statistics as statistics
+from accumtune.accumulation.engines import gradient_sums as sums
+from accumtune.accumulation.engines import tensor_slices as tensors
+from accumtune.accumulation.losses import batch_metrics
+from accumtune.accumulation.losses import loss_shares as losses
+from accumtune.accumulation.losses import whole_batch_loss as whole
+from accumtune.accumulation.window import shares
+
+
+class TwoPasses:
+    """Sums the gradients of a window in the accumulators of an engine.
+
+    Args:
+        engine: the `TensorFlowTraining`, which compiles, accumulates and updates.
+    """
+
+    def __init__(self, engine: Any) -> None:
+        self.engine = engine
+        self.model = engine.model
+        self._replay = whole.Replay()
+        self._states = whole.seed_states(self.model)
+        self._structure: Any = None
+        self._has_gradient: dict[Any, list[bool]] = {}
+        self._forward = engine._compiled(self._forward_step, around=engine._recording)
+        self._loss = engine._compiled(self._loss_step)
+        self._backward = engine._compiled(self._backward_step, around=engine._recording)
+        self._forward_in_test = engine._compiled(self._forward_in_test_step)
+        self._loss_in_test = engine._compiled(self._loss_in_test_step)
+
+    def sum_up(self, window: list[Any], first: list[Any], is_sized: bool) -> tuple[Any, Any, list[bool]]:
+        """Both passes of a window; empties the lists.
+
+        Args:
+            window: its micro-steps.
+            first: the data of the first one.
+
+        Returns:
+            The logs, the moments of batch normalizations, and which weights have a gradient.
+        """
+        samples = [step[0].samples for step in window]
+        of_window = shares(samples)
+        parts = [tensors.scalar(share) for share in of_window]
+        seeds, losses_of_layers, moments, given = self._first_pass(window, first, parts)
+        leaves, masks, x, y, sample_weight = whole.joined_all(given, samples, _concatenated)
+        del given
+        self._replay.begin(leaves)
+        count = tensors.scalar(sum(samples))
+        weight = count if is_sized else tensors.scalar(1.0)
+        inputs = (leaves, masks, x, y, sample_weight, whole.mean_losses(losses_of_layers, of_window), count, weight)
+        logs, gradients, of_layers = self._loss(*inputs)
+        has_gradient = self._has_gradient[_absent(inputs)]
+        del inputs, leaves, masks, x, y, sample_weight
+        with self._seeds_kept():
+            for part, size, start in zip(parts, samples, itertools.accumulate(samples, initial=0), strict=False):
+                rows = slice(start, start + size)
+                its_gradients = [None if one is None else one[rows] for one in gradients]
+                of_its_layers = [None if one is None else one * tf.cast(part, one.dtype) for one in of_layers]
+                inputs = (window.pop(0)[0].take()[0], seeds.pop(0), its_gradients, of_its_layers)
+                self._replay.compare(self._backward(*inputs), rows)
+                known = self._has_gradient[_absent(inputs)]
+                has_gradient = [a or b for a, b in zip(has_gradient, known, strict=True)]
+                del inputs, its_gradients
+        self._replay.end()
+        return logs, moments, has_gradient
+
+    def test(self, parts: list[Any], is_sized: bool) -> Any:
+        """Evaluates a batch given as micro-batches; returns the logs."""
+        samples = [part.samples for part in parts]
+        losses_of_layers, given = [], []
+        for part in parts:
+            x, y, sample_weight = part.take()
+            leaves, masks, added = self._forward_in_test(x)
+            losses_of_layers.append(added)
+            given.append((leaves, masks, x if whole.reads_inputs(self.model) else None, y, sample_weight))
+            del x, y, sample_weight, leaves, masks
+        joined = whole.joined_all(given, samples, _concatenated)
+        del given
+        count = tensors.scalar(sum(samples))
+        of_layers = whole.mean_losses(losses_of_layers, shares(samples))
+        return self._loss_in_test(*joined, of_layers, count, count if is_sized else tensors.scalar(1.0))
+
+    def _first_pass(self, window: list[Any], first: list[Any], parts: list[Any]) -> tuple[Any, ...]:
+        """Seeds, losses of layers, moments, and what is to be joined, of each micro-batch."""
+        seeds, of_layers, given, moments = [], [], [], None
+        for step, part in zip(window, parts, strict=True):
+            x, y, sample_weight = first.pop() if first else step[0].take()
+            its_seeds, leaves, masks, added, noted = self._forward(x, part)
+            moments = noted if moments is None else statistics.combined(moments, noted)
+            seeds.append(its_seeds)
+            of_layers.append(added)
+            given.append((leaves, masks, x if whole.reads_inputs(self.model) else None, y, sample_weight))
+            del x, y, sample_weight, leaves, masks
+        return seeds, of_layers, moments, given
+
+    @contextlib.contextmanager
+    def _seeds_kept(self) -> Iterator[None]:
+        """Leaves the seeds as they are, whatever the second pass draws."""
+        kept = [tf.identity(state.value) for state in self._states]
+        try:
+            yield
+        finally:
+            for state, value in zip(self._states, kept, strict=True):
+                state.assign(value)
+
+    # The compiled functions
+
+    def _forward_step(self, x: Any, share: Any) -> Any:
+        self.engine._ghosts.see(x)
+        seeds = [tf.identity(state.value) for state in self._states]
+        with batch_metrics.tracking(self.model, share), whole.without_state(self.model, self._states):
+            y_pred = self.engine._predict(x, training=True)
+        return seeds, *self._flat(y_pred), self.engine._noted()
+
+    def _forward_in_test_step(self, x: Any) -> Any:
+        return self._flat(self.engine._predict(x, training=False))
+
+    def _flat(self, y_pred: Any) -> tuple[Any, Any, Any]:
+        self._structure = tree.map_structure(lambda _: None, y_pred)
+        leaves = tree.flatten(y_pred)
+        masks = [None if leaf is None else losses.mask_of(leaf) for leaf in leaves]
+        return leaves, masks, whole.losses_of_layers(self.model)
+
+    def _packed(self, leaves: Any, masks: Any) -> Any:
+        for leaf, mask in zip(leaves, masks, strict=True):
+            if mask is not None:
+                backend.set_keras_mask(leaf, mask)
+        return tree.pack_sequence_as(self._structure, leaves)
+
+    def _loss_step(
+        self,
+        leaves: Any,
+        masks: Any,
+        x: Any,
+        y: Any,
+        sample_weight: Any,
+        of_layers: Any,
+        count: Any,
+        metric_weight: Any,
+    ) -> Any:
+        """The loss of the window, its gradients with respect to outputs and losses of layers, and the metrics."""
+        model, weights = self.model, self.engine._weights
+        inputs = (leaves, masks, x, y, sample_weight, of_layers, count, metric_weight)
+        y_pred = self._packed(leaves, masks)
+        floats = [leaf if _is_float(leaf) else None for leaf in leaves]
+        with tf.GradientTape() as tape:
+            tape.watch([leaf for leaf in (*floats, *of_layers) if leaf is not None])
+            loss = self._value(x, y, y_pred, sample_weight, of_layers, count, metric_weight, training=True)
+            loss = model.optimizer.scale_loss(loss)
+        gradients, of_layers, direct = _gradients(tape, loss, [floats, of_layers, weights])
+        self._has_gradient[_absent(inputs)] = [gradient is not None for gradient in direct]
+        for accumulator, gradient in zip(self.engine._accumulators, direct, strict=True):
+            if gradient is None:
+                accumulator.assign(tf.zeros_like(accumulator))
+            else:
+                sums.put(accumulator, gradient, in_place=not model.jit_compile)
+        logs = model.compute_metrics(x, y, y_pred, sample_weight=sample_weight)
+        return logs, gradients, of_layers
+
+    def _value(
+        self,
+        x: Any,
+        y: Any,
+        y_pred: Any,
+        sample_weight: Any,
+        of_layers: Any,
+        count: Any,
+        metric_weight: Any,
+        *,
+        training: bool,
+    ) -> Any:
+        """The loss, by Keras, which has been logged."""
+        model = self.model
+        with (
+            whole.without_changes(model, self._states),
+            whole.with_losses_of_layers(model, of_layers),
+            losses.scaled(model, None, lambda: None, metric_weight),
+        ):
+            loss = model._compute_loss(x=x, y=y, y_pred=y_pred, sample_weight=sample_weight, training=training)
+        losses.check_scalar(loss)
+        model._loss_tracker.update_state(loss, sample_weight=count)
+        return loss
+
+    def _loss_in_test_step(
+        self,
+        leaves: Any,
+        masks: Any,
+        x: Any,
+        y: Any,
+        sample_weight: Any,
+        of_layers: Any,
+        count: Any,
+        metric_weight: Any,
+    ) -> Any:
+        y_pred = self._packed(leaves, masks)
+        self._value(x, y, y_pred, sample_weight, of_layers, count, metric_weight, training=False)
+        return self.model.compute_metrics(x, y, y_pred, sample_weight=sample_weight)
+
+    def _backward_step(self, x: Any, seeds: Any, gradients: Any, of_layers: Any) -> Any:
+        """A forward pass as the first was, and the gradient that comes to it; gives the outputs."""
+        self.engine._ghosts.see(x)
+        weights = self.engine._weights
+        for state, seed in zip(self._states, seeds, strict=True):
+            state.assign(seed)
+        with tf.GradientTape() as tape, whole.metrics_at_rest(self.model):
+            leaves = tree.flatten(self.engine._predict(x, training=True))
+            added = whole.losses_of_layers(self.model)
+        pairs = [
+            pair
+            for pair in zip([*leaves, *added], [*gradients, *of_layers], strict=True)
+            if all(one is not None for one in pair)
+        ]
+        outputs, given = map(list, zip(*pairs, strict=True)) if pairs else ([], [])
+        totals = tape.gradient(outputs, weights, output_gradients=given) if pairs and weights else [None] * len(weights)
+        self._has_gradient[_absent((x, seeds, gradients, of_layers))] = [total is not None for total in totals]
+        for weight, accumulator, gradient in zip(weights, self.engine._accumulators, totals, strict=True):
+            if gradient is not None:
+                sums.add(weight, accumulator, gradient)
+        return leaves
+
+
+def _gradients(tape: Any, loss: Any, sources: list[list[Any]]) -> Iterator[list[Any]]:
+    """Dense gradients for lists of tensors, None where there is none."""
+    flat = [source for group in sources for source in group if source is not None]
+    found = iter(tape.gradient(loss, flat) if flat else [])
+    for group in sources:
+        gradients = [None if source is None else next(found) for source in group]
+        yield [None if gradient is None else tf.convert_to_tensor(gradient) for gradient in gradients]
+
+
+def _is_float(leaf: Any) -> bool:
+    return leaf is not None and leaf.dtype.is_floating
+
+
+def _absent(structure: Any) -> tuple[Any, ...]:
+    return len(tree.flatten(structure)), tuple(leaf is None for leaf in tree.flatten(structure))
+
+
+def _concatenated(leaves: list[Any]) -> Any:
+    if all(isinstance(leaf, (tf.SparseTensor, tf.RaggedTensor)) for leaf in leaves):
+        is_sparse = isinstance(leaves[0], tf.SparseTensor)
+        return tf.sparse.concat(0, leaves) if is_sparse else tf.concat(leaves, 0)
+    return tf.concat(leaves, 0)

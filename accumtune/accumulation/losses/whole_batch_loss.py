@@ -1,0 +1,273 @@
+"""The loss of the whole effective batch, where it is not a mean over samples (contrastive losses, Dice, correlation).
+
+A window is run twice ("GradCache": Gao, Zhang, Han and Callan, "Scaling Deep Contrastive Learning Batch Size under
+Memory Limited Setup", 2021). The first pass keeps the outputs of each micro-batch and nothing else. Keras's own loss
+of all outputs together gives the gradient with respect to each output. The second pass runs each micro-batch again,
+with the random seeds that it had in the first, and propagates its part of that gradient:
+
+    dL/dw  =  dL/dw directly  +  sum over micro-batches j of  (d outputs[j] / dw)^T  dL/d outputs[j]
+
+Losses that layers add are outputs too: those of a window are a mean over its samples. The engines have one file each
+that runs the passes; what they share is here, and imports no framework.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from accumtune.accumulation.patched_attributes import put, replaced
+from accumtune.errors import DataError, ModelError
+
+_FALSE = "accumulate(model, ..., whole_batch_loss=False), which takes a mean of the losses of micro-batches"
+
+# Of what the second pass computes, relative to the largest output: above rounding, below what another draw changes.
+_TOLERANCES = {"float64": 1e-4, "float32": 2e-2}
+_TOLERANCE_OF_HALF_PRECISION = 0.1
+
+
+def is_wanted(model: Any) -> bool:
+    """Whether a model's windows need two passes; found once for each `compile`. No, where it does not accumulate."""
+    from accumtune.accumulation.coupling.detection import couples_samples_in_its_loss
+
+    accumulation = getattr(model, "_accumtune_accumulation", None)
+    chosen = False if accumulation is None else accumulation.whole_batch_loss
+    if chosen != "auto":
+        return bool(chosen)
+    compiled, found = getattr(model, "_accumtune_whole_batch_loss", (None, None))
+    if found is None or compiled is not model._compile_loss:
+        found = couples_samples_in_its_loss(model)
+        put(model, {"_accumtune_whole_batch_loss": (model._compile_loss, found)})
+    return bool(found)
+
+
+def check_devices(model: Any, devices: int) -> None:
+    """Raises ModelError where the outputs of a window are spread over devices."""
+    if devices > 1:
+        raise ModelError(
+            f"Received model {model.name!r} on {devices} replicas, and a loss over the whole effective batch.",
+            "one replica: the outputs of several are not joined.",
+            f"train on one device, or use {_FALSE}.",
+        )
+
+
+def _has_state(what: str) -> ModelError:
+    return ModelError(
+        f"Received {what}, and a loss over the whole effective batch.",
+        "layers whose only state are random seeds and the statistics of BatchNormalization: with such a loss, each "
+        "micro-batch is run twice.",
+        f"leave the layer out, freeze it, or use {_FALSE}.",
+    )
+
+
+# Seeds and other state
+
+
+def seed_states(model: Any) -> list[Any]:
+    """The variables from which a forward pass draws its random numbers."""
+    from keras.src.random.seed_generator import global_seed_generator
+
+    layers = model._flatten_layers(include_self=True)
+    generators = [generator for layer in layers for generator in layer._seed_generators]
+    states = [generator.state for generator in (*generators, global_seed_generator())]
+    return list({id(state): state for state in states}.values())
+
+
+@contextlib.contextmanager
+def without_state(model: Any, states: Sequence[Any]) -> Iterator[None]:
+    """Raises ModelError after a forward pass (traced or run) that has changed anything but seeds and metrics."""
+    known = [*states, *model.metrics_variables]
+    with _assignments() as assigned:
+        yield
+    for variable in _others(assigned, known):
+        owner = next((layer for layer in model._flatten_layers() if _owns(layer, variable)), None)
+        if owner is None:
+            raise _has_state(f"the variable {variable.path!r}, which a forward pass changes and no layer keeps")
+        raise _has_state(f"layer {owner.name!r} ({type(owner).__name__}), which changes its variable {variable.name!r}")
+
+
+@contextlib.contextmanager
+def without_changes(model: Any, states: Sequence[Any]) -> Iterator[None]:
+    """Raises ModelError after a loss (traced or run) that has changed anything but seeds and metrics."""
+    known = [*states, *model.metrics_variables]
+    with _assignments() as assigned:
+        yield
+    for variable in _others(assigned, known):
+        raise ModelError(
+            f"Received a loss over the whole effective batch that changes the variable {variable.path!r}.",
+            "a loss that computes: each micro-batch is run again after it, with the variables that it leaves behind.",
+            f"change the variable in a callback's on_train_batch_end, or use {_FALSE}.",
+        )
+
+
+@contextlib.contextmanager
+def _assignments() -> Iterator[list[Any]]:
+    """While open, variables that are assigned to end up in the list; some that are replaced on the instance do not."""
+    import keras
+
+    kind, assigned = keras.Variable, list[Any]()
+    inherited, own = kind.assign, vars(kind).get("assign")
+
+    def assign(variable: Any, value: Any) -> Any:
+        assigned.append(variable)
+        return inherited(variable, value)
+
+    kind.assign = assign
+    try:
+        yield assigned
+    finally:
+        if own is None:
+            del kind.assign
+        else:
+            kind.assign = own
+
+
+def _others(assigned: Sequence[Any], known: Sequence[Any]) -> list[Any]:
+    ids = {id(variable) for variable in known}
+    return [variable for variable in assigned if id(variable) not in ids]
+
+
+def _owns(layer: Any, variable: Any) -> bool:
+    kept = [*layer._trainable_variables, *layer._non_trainable_variables]
+    kept += [generator.state for generator in layer._seed_generators]
+    return any(variable is one for one in kept)
+
+
+@contextlib.contextmanager
+def metrics_at_rest(model: Any) -> Iterator[None]:
+    """While open, metrics keep their values: those that layers update have seen the micro-batch in the first pass."""
+    with contextlib.ExitStack() as changed:
+        for variable in model.metrics_variables:
+            changed.enter_context(replaced(variable, {"assign": lambda value: value}))
+        yield
+
+
+# Losses of layers
+
+
+def losses_of_layers(model: Any, losses: Sequence[Any] | None = None) -> list[Any]:
+    """What layers have added in the forward pass just made, each as one number; without regularizers.
+
+    Args:
+        losses: `model.losses`, where they were collected elsewhere.
+    """
+    losses = list(model.losses if losses is None else losses)
+    regularizers = sum(weight.regularizer is not None for weight in model.trainable_weights)
+    return [model._aggregate_additional_loss(loss) for loss in losses[: len(losses) - regularizers]]
+
+
+@contextlib.contextmanager
+def with_losses_of_layers(model: Any, losses: Sequence[Any]) -> Iterator[None]:
+    """While open, `model.losses` are these, and the regularizers."""
+    if not losses:
+        yield
+        return
+    with replaced(model, {"_losses_override": [*losses, *model._get_regularization_losses()]}):
+        yield
+
+
+def mean_losses(losses: Sequence[Sequence[Any]], shares: Sequence[float]) -> list[Any]:
+    """The losses that layers added in a window, from those of its micro-batches."""
+    if len({len(of_one) for of_one in losses}) > 1:
+        numbers = sorted({len(of_one) for of_one in losses})
+        raise ModelError(
+            f"Received layers that add {numbers} losses, depending on the micro-batch.",
+            "as many in each micro-batch.",
+            "call add_loss in every forward pass, with 0 where there is nothing to add.",
+        )
+    return [sum(share * loss for share, loss in zip(shares, one, strict=True)) for one in zip(*losses, strict=True)]
+
+
+# Outputs
+
+
+def joined(parts: Sequence[Any], samples: Sequence[int], name: str, concatenate: Callable[[list[Any]], Any]) -> Any:
+    """Structures of arrays of all micro-batches as one, along the samples.
+
+    Args:
+        samples: of each micro-batch.
+        name: what they are, for errors.
+
+    Raises:
+        DataError: micro-batches differ in shape.
+        ModelError: an array's first axis is not that of the samples.
+    """
+    from keras import tree
+
+    def join(*leaves: Any) -> Any:
+        if all(leaf is None for leaf in leaves):
+            return None
+        shapes = [None if leaf is None else tuple(leaf.shape) for leaf in leaves]
+        if any(shape is None or shape[:1] != (number,) for shape, number in zip(shapes, samples, strict=True)):
+            first = next(index for index, shape in enumerate(shapes) if shape is None or shape[:1] != (samples[index],))
+            raise ModelError(
+                f"Received {name} of shape {shapes[first]} for {samples[first]} samples, and a loss over the whole "
+                "effective batch.",
+                f"{name} whose first axis is that of the samples, so that those of micro-batches can be joined.",
+                "give each sample one entry: several views of it belong on another axis (ops.stack(..., axis=1)); what "
+                f"is computed between samples belongs in the loss. Or use {_FALSE}.",
+            )
+        if len({shape[1:] for shape in shapes if shape is not None}) > 1:
+            raise DataError(
+                f"Received {name} of the shapes {sorted(set(map(str, shapes)))} in the micro-batches of one update, "
+                "and a loss over the whole effective batch.",
+                f"{name} of one shape but for the number of samples: others cannot be joined.",
+                f"pad the data of an effective batch to one length, or use {_FALSE}.",
+            )
+        return concatenate(list(leaves))
+
+    return tree.map_structure(join, *parts)
+
+
+_NAMES = ("outputs", "masks of outputs", "inputs", "targets", "sample weights")
+
+
+def joined_all(given: Sequence[Any], samples: Sequence[int], concatenate: Callable[[list[Any]], Any]) -> list[Any]:
+    """Outputs, their masks, inputs, targets and sample weights of the window, from those of its micro-batches."""
+    columns = zip(zip(*given, strict=True), _NAMES, strict=True)
+    return [joined(column, samples, name, concatenate) for column, name in columns]
+
+
+def reads_inputs(model: Any) -> bool:
+    """Whether loss or metrics may look at `x`, which is else not joined."""
+    import keras
+
+    own = (type(model).compute_loss, type(model).compute_metrics)
+    is_stock = own == (keras.Model.compute_loss, keras.Model.compute_metrics)
+    return not is_stock or bool({"compute_loss", "compute_metrics"} & set(vars(model)))
+
+
+class Replay:
+    """Makes sure, in the first window, that the second pass computes what the first has computed."""
+
+    def __init__(self) -> None:
+        self._is_sure = False
+        self._outputs: list[Any] | None = None
+
+    def begin(self, outputs: list[Any]) -> None:
+        """Takes the joined outputs of the first pass."""
+        self._outputs = None if self._is_sure else outputs
+
+    def compare(self, again: list[Any], part: slice) -> None:
+        """Raises ModelError where a micro-batch's outputs are others than before."""
+        from keras import ops
+
+        for one, other in zip(self._outputs or [], again, strict=True) if self._outputs is not None else ():
+            if one is None or not ops.size(other):
+                continue
+            tolerance = _TOLERANCES.get(str(ops.dtype(other)), _TOLERANCE_OF_HALF_PRECISION)
+            one, other = ops.cast(one[part], "float32"), ops.cast(other, "float32")
+            difference, largest = float(ops.max(ops.abs(one - other))), float(ops.max(ops.abs(one)))
+            if difference > tolerance * largest:
+                raise ModelError(
+                    f"Received a model whose outputs differ by {difference:.2g} (of at most {largest:.2g}) when a "
+                    "micro-batch is run a second time, as a loss over the whole effective batch needs it.",
+                    "random numbers that are drawn by Keras from a SeedGenerator of a layer, and no hidden state.",
+                    "use keras.random with self.seed_generator = keras.random.SeedGenerator(...) in place of the "
+                    f"framework's or NumPy's random numbers, or {_FALSE}.",
+                )
+
+    def end(self) -> None:
+        """The window is through."""
+        self._is_sure, self._outputs = True, None

@@ -1,0 +1,236 @@
+"""What a loss over the whole effective batch costs: time per sample and peak memory of its two passes.
+
+    python experiments/benchmarks/engine/whole_batch_loss.py --backends tensorflow jax torch --workloads mlp cnn
+
+Ways to train at the same effective batch, each in a process of its own, which take turns:
+
+- two: `accumulate(model, m, whole_batch_loss=True)`;
+- one: `accumulate(model, m, whole_batch_loss=False)`;
+- full: plain Keras at the effective batch;
+- floor: for each micro-batch a forward pass, and a forward and backward pass; one update; nothing else.
+
+The loss is the same everywhere, and couples no samples: what it takes itself would hide what the passes take. Times are
+medians over the rounds, ratios compare neighbours in time. Peaks are counted as in `accumulation.py`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from common import MIB, Table, child_environment, keep, parser
+
+WAYS = ("two", "one", "full", "floor")
+BACKENDS = ("tensorflow", "jax", "torch")
+WORKLOADS = ("mlp", "cnn", "transformer", "mobilenet", "lstm")
+PEAK_WINDOWS = 3
+
+
+def run_child(way: str, workload: str, counts_memory: bool) -> None:
+    """Reads numbers of windows, and answers with seconds per window and the peak in bytes."""
+    import counted_memory
+
+    counting = counted_memory.counting() if counts_memory else contextlib.nullcontext(lambda: 0)
+    with counting as peak:
+        train = floor(workload) if way == "floor" else fit(way, workload)
+        for line in sys.stdin:
+            times = train(int(line))
+            print(json.dumps([(times[-1] - times[0]) / max(len(times) - 1, 1), peak()]), flush=True)
+
+
+def fit(way: str, workload: str) -> Callable[[int], list[float]]:
+    import keras
+    import ways
+
+    import accumtune
+
+    micro, steps = ways.WORKLOADS[workload]
+    model = made(workload)
+    x, y = ways.data(model, micro * steps)
+    if way != "full":
+        accumtune.accumulate(model, micro_batch_size=micro, whole_batch_loss=way == "two")
+
+    def train(windows: int) -> list[float]:
+        clock = ways.WindowClock(1, time.perf_counter)
+        given: dict[str, Any] = {"x": x, "y": y, "batch_size": micro * steps, "epochs": windows}
+        if keras.backend.backend() == "tensorflow" and way == "full":  # it would put all arrays on the device
+            import tensorflow as tf
+
+            given = {"x": tf.data.Dataset.from_tensor_slices((x, y)).batch(micro * steps), "epochs": windows}
+        model.fit(**given, shuffle=False, verbose=0, callbacks=[clock])
+        return clock.times
+
+    return train
+
+
+def floor(workload: str) -> Callable[[int], list[float]]:
+    import keras
+    import ways
+
+    micro, steps = ways.WORKLOADS[workload]
+    model = made(workload)
+    x, y = ways.data(model, micro)
+    backend = keras.backend.backend()
+    make = {"tensorflow": ways.tensorflow_passes, "jax": ways.jax_passes, "torch": ways.torch_passes}[backend]
+    forward = forward_pass(model, x)  # JAX's passes take the variables away
+    forward_and_backward, update = make(model, x, y, backend == "jax", is_floor=False)
+
+    def train(windows: int) -> list[float]:
+        times = []
+        for _ in range(windows):
+            for _ in range(steps):
+                forward()
+            for _ in range(steps - 1):
+                forward_and_backward()
+            update()
+            times.append(time.perf_counter())
+        return times
+
+    return train
+
+
+def made(workload: str) -> Any:
+    import keras
+    import ways
+
+    keras.utils.set_random_seed(0)
+    model = ways.build(workload)
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    model.compile(keras.optimizers.Adam(1e-4), loss, jit_compile=keras.backend.backend() == "jax")
+    return model
+
+
+def forward_pass(model: Any, x: Any) -> Callable[[], Any]:
+    import keras
+
+    if keras.backend.backend() == "tensorflow":
+        import tensorflow as tf
+
+        tensor = tf.constant(x)
+        return tf.function(lambda: model(tensor, training=True))
+    if keras.backend.backend() == "jax":
+        import jax
+
+        values = [
+            [jax.numpy.copy(v.value) for v in part]
+            for part in (model.trainable_variables, model.non_trainable_variables)
+        ]
+        call = jax.jit(lambda trainable, state: model.stateless_call(trainable, state, x, training=True))
+        return lambda: jax.block_until_ready(call(*values))
+    import torch
+
+    tensor = keras.ops.convert_to_tensor(x)
+
+    def forward() -> Any:
+        with torch.no_grad():
+            return model(tensor, training=True)
+
+    return forward
+
+
+class Child:
+    """A process that trains in one way whenever it is asked to."""
+
+    def __init__(self, backend: str, way: str, workload: str, counts_memory: bool) -> None:
+        self.log = tempfile.TemporaryFile("w+")
+        self.process = subprocess.Popen(
+            [sys.executable, __file__, "--child", way, workload, str(int(counts_memory))],
+            env=child_environment(KERAS_BACKEND=backend, TF_CPU_ALLOCATOR_USE_BFC="true"),
+            text=True,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self.log,
+        )
+
+    def train(self, windows: int) -> tuple[float, int]:
+        assert self.process.stdin and self.process.stdout
+        self.process.stdin.write(f"{windows}\n")
+        self.process.stdin.flush()
+        answer = self.process.stdout.readline()
+        if not answer:
+            self.log.seek(0)
+            raise SystemExit("".join(self.log.readlines()[-8:]))
+        seconds, peak = json.loads(answer)
+        return seconds, peak
+
+    def end(self) -> None:
+        self.process.kill()
+        self.process.wait()
+
+
+def measured(backend: str, workload: str, rounds: int, windows: int) -> dict[str, Any]:
+    """One row of the table."""
+    children = {way: Child(backend, way, workload, False) for way in WAYS}
+    try:
+        for child in children.values():
+            child.train(2)  # compiles
+        seconds: dict[str, list[float]] = {way: [] for way in WAYS}
+        for _ in range(rounds):
+            for way in WAYS:
+                seconds[way].append(children[way].train(windows)[0])
+    finally:
+        for child in children.values():
+            child.end()
+    peaks = {}
+    for way in WAYS[:3]:
+        child = Child(backend, way, workload, True)
+        peaks[way] = child.train(PEAK_WINDOWS)[1]
+        child.end()
+    return {
+        "backend": backend,
+        "workload": workload,
+        "seconds_per_window": {way: statistics.median(times) for way, times in seconds.items()},
+        "time_to": {
+            way: statistics.median(two / other for two, other in zip(seconds["two"], seconds[way], strict=True))
+            for way in WAYS[1:]
+        },
+        "peak_bytes": peaks,
+    }
+
+
+def main() -> None:
+    if sys.argv[1:2] == ["--child"]:
+        sys.path.insert(0, str(Path(__file__).parent))
+        run_child(sys.argv[2], sys.argv[3], bool(int(sys.argv[4])))
+        return
+    options = parser(__doc__)
+    options.add_argument("--backends", nargs="*", choices=BACKENDS, default=list(BACKENDS))
+    options.add_argument("--workloads", nargs="*", choices=WORKLOADS, default=list(WORKLOADS))
+    options.add_argument("--rounds", type=int, default=5)
+    options.add_argument("--windows", type=int, default=4, help="windows per round; the first is not timed")
+    arguments = options.parse_args()
+    columns = {"backend": "<10", "workload": "<11"}
+    columns |= {f"{way} ms": ">9.1f" for way in WAYS}
+    columns |= {f"to {way}": ">8.2f" for way in WAYS[1:]}
+    columns |= {f"{way} MiB": ">9.0f" for way in WAYS[:3]}
+    table = Table(columns)
+    table.print_header()
+    rows = []
+    for backend in arguments.backends:
+        for workload in arguments.workloads:
+            row = measured(backend, workload, arguments.rounds, arguments.windows)
+            rows.append(row)
+            table.print_row(
+                backend,
+                workload,
+                *(row["seconds_per_window"][way] * 1000 for way in WAYS),
+                *(row["time_to"][way] for way in WAYS[1:]),
+                *(row["peak_bytes"][way] / MIB for way in WAYS[:3]),
+            )
+    for way in WAYS[1:]:
+        print(f"time of two passes to {way}, median: {statistics.median(row['time_to'][way] for row in rows):.2f}")
+    keep(arguments.json, rows)
+
+
+if __name__ == "__main__":
+    main()
