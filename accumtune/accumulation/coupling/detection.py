@@ -89,9 +89,10 @@ def _coupled(model: Any, x: Any, y: Any) -> list[Coupling]:
     layers = list(model._flatten_layers(include_self=True))
     found = [_layer(layer) for layer in layers]
     found += _tried_layers(layers, {id(layer) for layer, item in zip(layers, found, strict=True) if item}, calls)
+    is_whole = _takes_whole_batches(model)
+    found += [] if is_whole else _losses(model, seen)
     found += _metrics(model)
-    if not _takes_whole_batches(model):
-        found += [*_losses(model, seen), _compute_loss(model)]
+    found.append(None if is_whole else _compute_loss(model))
     return list(dict.fromkeys(item for item in found if item is not None))
 
 
