@@ -210,7 +210,7 @@ def _fit(model: Any, own: Any) -> Any:
             is_smaller = given.get("validation_batch_size") != kwargs.get("validation_batch_size")
             size = (given.get("batch_size") or 32) if is_smaller else None
             # A model does not keep the data it was trained on.
-            during = {"_accumtune_rows": rows}
+            during: dict[str, Any] = {"_accumtune_rows": rows}
             if whole_batch_loss.is_wanted(model) and not named.get("validation_batch_size"):
                 # Such a loss depends on the size of a batch: validation joins the outputs of micro-batches, too.
                 batch, steps, size = given.get("batch_size") or 32, accumulation.accumulation_steps or 1, None

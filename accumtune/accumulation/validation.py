@@ -35,7 +35,6 @@ def _on_tensorflow(model: Any, test_function: Any) -> Any:
             for batch in tensor_batches:
                 parts = micro_batches(batch, size, None, tensor_slices.cut)
                 logs = model.train_function.two_passes.test(parts, is_sized)
-            tensor_batches = iter(())
         for part in _parts(tensor_batches, size, tensor_slices.cut):
             logs = test_function(iter([part]))
         if logs is None:

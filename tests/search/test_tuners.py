@@ -199,8 +199,8 @@ def test_batch_coupled_models_search_pairs_and_say_so(tmp_path):
 
 def test_losses_over_the_batch_are_searched_over_effective_batches_and_said_to_be_whole(tmp_path):
     tuner = make(tmp_path, accumtune.GridSearch, build_correlated, max_trials=None)
-    assert tuner.search_over == "effective_batch_size" and tuner.batch_coupled_layers == []
     record = search(tuner).record()
+    assert tuner.search_over == "effective_batch_size" and tuner.batch_coupled_layers == []
     trained = record.with_status("completed")
     assert sorted(trial.effective_batch_size for trial in trained) == [4, 8, 16]
     assert record.whole_batch_loss and any("two passes" in text for text in record.advice)

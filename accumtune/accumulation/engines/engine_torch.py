@@ -58,8 +58,8 @@ class TorchTraining:
             logs, _ = self._only(batch)
         elif whole.is_wanted(model):
             first, batch = [batch], None
-            logs, sums = self.two_passes.sum_up(window, first)
-            self._restore(sums)
+            logs, totals = self.two_passes.sum_up(window, first)
+            self._restore(totals)
         else:
             samples = [part.samples for part in window]
             parts, scales = _numbers(shares(samples)), _numbers(self._factors(window, batch, samples))

@@ -68,11 +68,11 @@ class TwoPasses:
                 rows = slice(start, start + size)
                 its_gradients = [None if one is None else one[rows] for one in gradients]
                 of_its_layers = [None if one is None else one * tf.cast(part, one.dtype) for one in of_layers]
-                inputs = (window.pop(0)[0].take()[0], seeds.pop(0), its_gradients, of_its_layers)
-                self._replay.compare(self._backward(*inputs), rows)
-                known = self._has_gradient[_absent(inputs)]
+                again = (window.pop(0)[0].take()[0], seeds.pop(0), its_gradients, of_its_layers)
+                self._replay.compare(self._backward(*again), rows)
+                known = self._has_gradient[_absent(again)]
                 has_gradient = [a or b for a, b in zip(has_gradient, known, strict=True)]
-                del inputs, its_gradients
+                del again, its_gradients
         self._replay.end()
         return logs, moments, has_gradient
 

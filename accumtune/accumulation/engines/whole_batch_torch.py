@@ -1,4 +1,7 @@
-"""The two passes of a loss over the whole effective batch on torch: see losses/whole_batch_loss.py."""
+"""The two passes of a loss over the whole effective batch on torch: see losses/whole_batch_loss.py.
+
+They run eagerly, whatever `jit_compile` says.
+"""
 
 from __future__ import annotations
 
@@ -30,10 +33,6 @@ class TwoPasses:
         self.model = engine.model
         self._replay = whole.Replay()
         self._states = whole.seed_states(self.model)
-        is_compiled = self.model._should_torch_compile()
-        self._forward, self._again = (
-            torch.compile(step) if is_compiled else step for step in (self._forward_step, self._again_step)
-        )
 
     def sum_up(self, window: list[Any], first: list[Any]) -> tuple[Any, list[Any]]:
         """Both passes of a window; empties the lists. Gives the logs, and sums that `.grad` cannot hold.
@@ -57,7 +56,7 @@ class TwoPasses:
                 rows = slice(start, start + size)
                 _restore(self._states, randomness.pop(0))
                 x = window.pop(0).take()[0]
-                outputs, added = self._again(x)
+                outputs, added = self._again_step(x)
                 pairs = [
                     *(
                         (leaf, gradient[rows])
@@ -112,7 +111,7 @@ class TwoPasses:
                 self.engine._ghosts.active(x),
                 batch_metrics.tracking(self.model, share),
             ):
-                leaves, masks, added = self._forward(x)
+                leaves, masks, added = self._forward_step(x)
             self.engine.note_moments(notes.mine())
             of_layers.append(added)
             given.append((leaves, masks, x if whole.reads_inputs(self.model) else None, y, sample_weight))

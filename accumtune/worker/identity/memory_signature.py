@@ -133,7 +133,7 @@ def _bytes_of_outputs(model: Any, sample: Any) -> int:
         sizes = [math.prod(leaf.shape[1:]) * _bytes_per_element(leaf.dtype) for leaf in outputs if leaf is not None]
     except Exception:  # a model of the user's may not tell: the targets are often alike
         sizes = [sum(map(bytes_per_row, leaves(y)))]
-    return 2 * sum(sizes) + sum(map(bytes_per_row, leaves((y, sample_weight))))
+    return int(2 * sum(sizes) + sum(map(bytes_per_row, leaves((y, sample_weight)))))
 
 
 def _bytes_per_element(dtype: Any) -> int:
