@@ -16,7 +16,7 @@ from accumtune.errors import ConfigError, TrackingError
 from accumtune.tracking.mlflow.model_registry import CONFIG_TAG
 from accumtune.tracking.mlflow.run_content import TRIAL_TAG
 from accumtune.tracking.mlflow.server_health import refuse_other_server
-from accumtune.tracking.redaction import first_line
+from accumtune.tracking.redaction import error_line
 from accumtune.tracking.report.report_files import CONFIG_FILE
 from accumtune.tracking.small_files import read_small
 from accumtune.tracking.tracking_uri import DEFAULT_TRACKING_URI, default_tracking_uri, sqlite_path, without_credentials
@@ -128,7 +128,7 @@ def _asked(tracking_uri: str | None, ask: Callable[[Any], Any], what: str) -> tu
         try:
             return client, ask(client)
         except Exception as error:  # MLflow raises what its store raises, SQLAlchemy's and requests' errors included
-            faults.append(f"{without_credentials(uri)}: {_first_line(error)}")
+            faults.append(f"{without_credentials(uri)}: {error_line(error)}")
     raise ConfigError(f"{what} was not found. {'; '.join(faults)}.", _SOURCES, "check the name and the tracking_uri.")
 
 
@@ -142,7 +142,7 @@ def _download(client: Any, run_id: str, artifact: str, of_trial: str | None = No
             raise ConfigError(f"{origin}: {error.received}", error.expected, error.fix) from None
         except Exception as error:
             raise ConfigError(
-                f"{origin} cannot be downloaded: {_first_line(error)}",
+                f"{origin} cannot be downloaded: {error_line(error)}",
                 "the run of a search that has finished with a best configuration",
                 "pass the search's (parent) run; `accumtune best SEARCH` prints its configuration.",
             ) from None
@@ -156,10 +156,6 @@ def _download(client: Any, run_id: str, artifact: str, of_trial: str | None = No
             f'it in candidates if it.trial_id == "{of_trial}")) for this one.',
         )
     return config
-
-
-def _first_line(error: Exception) -> str:
-    return first_line(str(error)) or type(error).__name__
 
 
 def store_uris(tracking_uri: str | None) -> list[str]:

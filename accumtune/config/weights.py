@@ -12,7 +12,7 @@ from accumtune.config.sources import download, open_store, store_uris
 from accumtune.errors import ConfigError
 from accumtune.tracking.journal import SEARCH_JOURNAL, read_search_journal
 from accumtune.tracking.mlflow.run_content import TRIAL_TAG
-from accumtune.tracking.redaction import first_line
+from accumtune.tracking.redaction import error_line
 from accumtune.tracking.tracking_uri import absolute_uri, without_credentials
 from accumtune.worker import trial_weights
 
@@ -33,7 +33,7 @@ def load_weights(config: TrainingConfig, model: Any, source: Any, tracking_uri: 
             trial_weights.load_weights(model, file)
         except (ValueError, OSError, KeyError) as error:
             raise ConfigError(
-                f"The weights in {str(file)!r} do not fit the model: {first_line(str(error))}",
+                f"The weights in {str(file)!r} do not fit the model: {error_line(error)}",
                 "a model of the same build function and hyperparameters, which has its variables.",
                 "model = config.build(build_model); a subclassed model is called on a batch once, before.",
             ) from error
@@ -78,7 +78,7 @@ def _registered(config: TrainingConfig, tracking_uri: str | None, folder: str) -
     try:
         file = _downloaded(config, tracking_uri, folder)
     except Exception as error:  # MLflow raises what its store raises
-        file, where = None, f"{where}; the registry says: {first_line(str(error))}"
+        file, where = None, f"{where}; the registry says: {error_line(error)}"
     if file is None:
         raise ConfigError(
             f"The weights were not found: {where}, and no registered model is known{_elsewhere(config, tracking_uri)}.",

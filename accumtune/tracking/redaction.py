@@ -72,6 +72,11 @@ def first_line(text: str, address: str = "") -> str:
     return lines[0][:300] if lines else ""
 
 
+def error_line(error: BaseException, address: str = "") -> str:
+    """An exception in one line, redacted; its class where it says nothing."""
+    return first_line(str(error), address) or type(error).__name__
+
+
 def _known_secrets(address: str) -> list[str]:
     """The values of the environment's secrets and the passwords of its addresses.
 

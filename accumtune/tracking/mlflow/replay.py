@@ -17,7 +17,7 @@ from accumtune.tracking.mlflow import model_registry, run_content, saved_view
 from accumtune.tracking.mlflow.server_health import Pulse
 from accumtune.tracking.mlflow.store import PARENT, RunState, Store
 from accumtune.tracking.records import SearchRecord, TrialRecord
-from accumtune.tracking.redaction import first_line, redacted
+from accumtune.tracking.redaction import redacted
 from accumtune.tracking.report.report_files import NOTE_FILE, REPORT_FOLDER, name_run, source_of
 
 LOG_FILE = "log.txt"
@@ -233,8 +233,3 @@ def _read_log(path: Path) -> str:
         # Of the line in which the cut lies, the rest may be that of a secret. A progress bar ends lines with \r.
         content = b"".join(re.split(rb"[\r\n]", content, maxsplit=1)[1:])
     return redacted(content.decode(errors="replace"))
-
-
-def described(error: BaseException, tracking_uri: str) -> str:
-    """An exception in one line, without credentials."""
-    return first_line(str(error), tracking_uri) or type(error).__name__

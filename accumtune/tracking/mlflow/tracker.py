@@ -15,9 +15,10 @@ from typing import Literal, cast
 
 from accumtune.errors import AccumtuneError, TrackingError
 from accumtune.tracking.mlflow import ui
-from accumtune.tracking.mlflow.replay import Replay, described
+from accumtune.tracking.mlflow.replay import Replay
 from accumtune.tracking.mlflow.server_health import is_answering
 from accumtune.tracking.mlflow.ui import UI_PORT
+from accumtune.tracking.redaction import error_line
 from accumtune.tracking.small_files import read_small, write_atomically
 from accumtune.tracking.tracking_uri import (
     DEFAULT_TRACKING_URI,
@@ -115,7 +116,7 @@ class Tracker:
             except Exception as error:  # whatever the store's driver raises: SQLAlchemy's, requests', MLflow's
                 if attempt == _LAST_ATTEMPTS:
                     raise TrackingError(
-                        f"MLflow at {without_credentials(uri)} refused: {described(error, uri)}",
+                        f"MLflow at {without_credentials(uri)} refused: {error_line(error, uri)}",
                         "a store that can be written to",
                         f"mend it, then `{self._sync_command()}`: nothing is lost.",
                     ) from error
@@ -198,7 +199,7 @@ class Tracker:
         try:
             self._run(is_fresh)
         except Exception as error:  # the search goes on whatever the store does; `stop` tells
-            self._fault = described(error, str(self.tracking_uri))
+            self._fault = error_line(error, str(self.tracking_uri))
             return False
         self._fault = ""
         return True
