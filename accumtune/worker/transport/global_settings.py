@@ -5,6 +5,7 @@ Mixed precision, the image data format, flags of the backend: a model that is bu
 
 from __future__ import annotations
 
+import functools
 import os
 import platform
 import sys
@@ -77,37 +78,25 @@ def _of_keras() -> Iterator[_Setting]:
 
     config, policies = keras.config, keras.dtype_policies
 
-    def choose(is_on: Any, on: Callable[[], None], off: Callable[[], None]) -> None:
-        off() if is_on is False else on()
-
-    def switch(name: str, read: Callable[[], Any], on: str, off: str) -> _Setting:
-        return _Setting(name, read, lambda value: choose(value, getattr(config, on), getattr(config, off)))
-
     def chosen_policy() -> Any:
         """None where it is what Keras makes of floatx; asking Keras for it would fix it to today's floatx."""
         policy = global_state.get_global_attribute("dtype_policy")
         return None if policy is None or policy.name == config.floatx() else policies.serialize(policy)
 
-    for name in ("floatx", "epsilon", "image_data_format", "max_epochs", "max_steps_per_epoch"):
-        yield _Setting(name, getattr(config, name), getattr(config, f"set_{name}"))
     def choose_policy(value: Any) -> None:
         if value is None:
             global_state.set_global_attribute("dtype_policy", None)
         else:
             config.set_dtype_policy(policies.deserialize(value))
 
+    def switch(name: str, is_on: Any) -> None:
+        getattr(config, f"{'disable' if is_on is False else 'enable'}_{name}")()
+
+    for name in ("floatx", "epsilon", "image_data_format", "max_epochs", "max_steps_per_epoch"):
+        yield _Setting(name, getattr(config, name), getattr(config, f"set_{name}"))
     yield _Setting("dtype_policy", chosen_policy, choose_policy)
-    yield switch(
-        "flash_attention", config.is_flash_attention_enabled, "enable_flash_attention", "disable_flash_attention"
-    )
-    yield switch(
-        "traceback_filtering", config.is_traceback_filtering_enabled,
-        "enable_traceback_filtering", "disable_traceback_filtering",
-    )  # fmt: skip
-    yield switch(
-        "interactive_logging", config.is_interactive_logging_enabled,
-        "enable_interactive_logging", "disable_interactive_logging",
-    )  # fmt: skip
+    for name in ("flash_attention", "traceback_filtering", "interactive_logging"):
+        yield _Setting(name, getattr(config, f"is_{name}_enabled"), functools.partial(switch, name))
     yield _Setting(
         "is_deserialization_safe",
         lambda: serialization_lib.in_safe_mode() is not False,
