@@ -22,7 +22,46 @@ from pathlib import Path
 import suites
 
 ONLY = ("engine/tuner_test.py", "engine/base_tuner_test.py")
-DOCUMENTED: dict[str, str] = {}
+# Each is refused with a message that names the way out, or differs in what a script does not depend on.
+_NO_MODEL = (
+    "hypermodel=None is refused: what needs no model has no memory to keep to and no batch to accumulate; a run_trial "
+    "that builds one itself would train it in the search's process"
+)
+_NO_TRAINING = (
+    "a HyperModel.fit that trains nothing is refused, without data by the probes that measure a micro-batch; stock "
+    "takes its number, and tells of a wrong type by another exception"
+)
+_UNCOMPILED = "the model is not compiled, and refused when the tuner is made: nothing could accumulate"
+_ONE_MORE = "effective_batch_size is one hyperparameter more than the test counts"
+_OTHER_CLASS = "tuner.hypermodel is accumtune's, around the user's"
+_OWN_TRAINING = (
+    "a run_trial that trains without super().run_trial is refused: it would train in the search's process, outside the "
+    "budget; here the model is not compiled either"
+)
+DOCUMENTED: dict[str, str] = {
+    "test_basic_tuner_attributes": f"{_OTHER_CLASS}; {_ONE_MORE}",
+    "test_hypermodel_with_dynamic_space": _OTHER_CLASS,
+    "test_no_hypermodel_": _NO_MODEL,
+    "test_run_trial_return_string": _NO_MODEL,
+    "test_no_objective_run_trial_return_not_float": _NO_MODEL,
+    "test_no_objective_with_hypermodel": _NO_TRAINING,
+    "test_fit_return_string": _NO_TRAINING,
+    "test_no_objective_fit_return_not_float": _NO_TRAINING,
+    "test_callbacks_in_fit_kwargs": "it looks into a private method of Keras Tuner's, which trials in processes of "
+    "their own do not pass through",
+    "test_callbacks_run_each_execution": "its callback counts in a set of this process; trials have copies of both",
+    "test_override_compile": "its trials fail with stock too (it looks for Keras 2's metrics within a fit); a search "
+    "whose trials all failed raises here",
+    "test_restricted_space": _ONE_MORE,
+    "test_reparameterized_space": _ONE_MORE,
+    "test_tunable_false_hypermodel": "batch_size= of search() is refused: the effective batch is what the search finds",
+    "test_reloading_error_message": "the same refusal is a SearchDirectoryError, which names the tuner that has begun",
+    "test_run_trial_return_": _OWN_TRAINING,
+    "test_build_and_fit_model": "an override of the private _build_and_fit_model is refused: nothing would call it",
+    "test_populate_initial_space": _UNCOMPILED,
+    "test_callback_cannot_be_deep_copied": _UNCOMPILED,
+    "test_build_did_not_return_keras_model": "the same refusal is a BuildError, when the tuner is made",
+}
 
 
 def main() -> int:
