@@ -89,6 +89,21 @@ def refuse_batch_size(fit_kwargs: Mapping[str, Any]) -> None:
         )
 
 
+def refuse_third_argument(hypermodel: Any, fit_args: Sequence[Any]) -> None:
+    """Refuses what `model.fit` would take for its batch size, where no `fit` of the user's gives it another meaning.
+
+    Raises:
+        SearchError: there are more than two arguments without a name.
+    """
+    if len(fit_args) > 2 and own_fit(hypermodel) is None:
+        raise SearchError(
+            f"Received {len(fit_args)} arguments without a name. The third, of type {type(fit_args[2]).__name__}, is "
+            "the batch_size of model.fit.",
+            "x and y without a name, and everything else with one; no batch_size.",
+            "tuner.search(x, y, sample_weight=..., validation_data=..., epochs=...).",
+        )
+
+
 def refuse_missing_data(hypermodel: Any, fit_args: Sequence[Any], fit_kwargs: Mapping[str, Any]) -> None:
     """Refuses a search without data, unless the user's own `fit` brings them.
 

@@ -13,7 +13,12 @@ from accumtune.execution.profiling import Profiler
 from accumtune.oracles import keras_tuner_adapter as oracles
 from accumtune.search import identity as identities
 from accumtune.search.answers import Answers
-from accumtune.search.checks import refuse_batch_size, refuse_missing_data, refuse_missing_validation
+from accumtune.search.checks import (
+    refuse_batch_size,
+    refuse_missing_data,
+    refuse_missing_validation,
+    refuse_third_argument,
+)
 from accumtune.search.chronicle import Best
 from accumtune.search.console.advice import advice
 from accumtune.search.console.display import Display
@@ -92,6 +97,7 @@ class Searching(Answers):
         """
         refuse_batch_size(fit_kwargs)
         if not self._has_own("run_trial"):
+            refuse_third_argument(self.hypermodel.hypermodel, fit_args)
             refuse_missing_data(self.hypermodel.hypermodel, fit_args, fit_kwargs)
             refuse_missing_validation(self.oracle.objective.name, self.hypermodel.hypermodel, fit_kwargs)
         verbose = fit_kwargs.pop("verbose", 1)

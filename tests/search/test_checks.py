@@ -5,6 +5,7 @@ import pytest
 
 import accumtune
 from accumtune.errors import SearchError
+from accumtune.search.checks import refuse_third_argument
 
 
 def tuner(tmp_path, **arguments):
@@ -32,3 +33,17 @@ def test_keras_tuner_alone_would_not_say_what_to_do():
     with pytest.raises(ValueError, match="Unrecognized") as caught:
         keras_tuner.RandomSearch(lambda hp: None, objective="val_loss", memory_limit=1)
     assert "memory_budget" not in str(caught.value)
+
+
+class WithItsOwnFit(keras_tuner.HyperModel):
+    def fit(self, hp, model, x, y, x_val, y_val, **kwargs):
+        return model.fit(x, y, validation_data=(x_val, y_val), **kwargs)
+
+
+def test_weights_without_a_name_would_be_the_batch_size():
+    x, y, weights = [1.0], [2.0], {"out": [3.0]}
+    refuse_third_argument(lambda hp: None, (x, y))
+    refuse_third_argument(WithItsOwnFit(), (x, y, x, y))
+    with pytest.raises(SearchError, match="of type dict, is the batch_size of model.fit") as caught:
+        refuse_third_argument(keras_tuner.HyperModel(), (x, y, weights))
+    assert "sample_weight=" in caught.value.fix

@@ -11,8 +11,9 @@ y = x @ generator.normal(size=(10, 2)).astype("float32")
 
 def build_model(hp):
     model = keras.Sequential([keras.Input((10,))])
+    kind = hp.Choice("kind", ["deep", "linear"])
     with hp.conditional_scope("kind", ["deep"]):
-        if hp.Choice("kind", ["deep", "linear"]) == "deep":
+        if kind == "deep":
             model.add(keras.layers.Dense(hp.Int("units", 8, 32, step=8), activation="relu"))
     model.add(keras.layers.Dense(2))
     schedule = keras.optimizers.schedules.ExponentialDecay(hp.Float("rate", 1e-3, 1e-1, sampling="log"), 20, 0.9)

@@ -27,7 +27,7 @@ tuner = kt.RandomSearch(
 tuner.search(
     inputs,
     targets,
-    weights,
+    sample_weight=weights,
     epochs=2,
     validation_data=(inputs, targets, weights),
     verbose=0,
