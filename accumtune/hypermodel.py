@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,13 +10,14 @@ import keras
 import keras_tuner
 
 from accumtune.accumulation import accumulate
+from accumtune.accumulation.batch_pair import BatchPair, without_batch
 from accumtune.errors import BudgetTooSmallError
 from accumtune.execution.platform_support import require_linux
 from accumtune.execution.profiling import check_sizes
 from accumtune.execution.standalone_profile import profile
 from accumtune.memory.budget import format_bytes, parse_budget
 from accumtune.memory.machine import budget_hint
-from accumtune.search.feasibility import Pair, realise
+from accumtune.search.feasibility import pair_for_proposal
 from accumtune.worker.builder import ModelBuilder
 from accumtune.worker.data.user_data import feed_by_batches, fit_by_default
 
@@ -78,11 +80,11 @@ class AccumulationHyperModel(keras_tuner.HyperModel):
         self.builder.declare_hyperparameters(hp)
 
     def build_plain(self, hp: Any) -> Any:
-        """The user's model, compiled, without accumulation."""
+        """Builds the user's model, compiled, without accumulation."""
         return self.builder.build_plain(hp)
 
     def build(self, hp: Any) -> Any:
-        """The user's model, accumulating over micro-batches; its `fit` takes the effective batch where told of none."""
+        """Builds the user's model, accumulating; its `fit` takes the effective batch where told of no batch size."""
         pair = self._pair(hp)
         model = accumulate(self.build_plain(hp), pair.micro_batch_size)
         return fit_by_default(model, pair.effective_batch_size)
@@ -104,20 +106,18 @@ class AccumulationHyperModel(keras_tuner.HyperModel):
         fit = getattr(self.hypermodel, "fit", None)
         return model.fit(*args, **kwargs) if fit is None else fit(hp, model, *args, **kwargs)
 
-    def _pair(self, hp: Any) -> Pair:
-        values = hp.values
-        if "effective_batch_size" in values and "micro_batch_size" in values:  # chosen by accumtune's tuner
-            return Pair(values["micro_batch_size"], values["effective_batch_size"] // values["micro_batch_size"])
+    def _pair(self, hp: Any) -> BatchPair:
+        chosen = BatchPair.of_values(hp.values)
+        if chosen is not None:  # by accumtune's tuner
+            return chosen
         micro = hp.Choice("micro_batch_size", list(self.micro_batch_sizes), ordered=True)
         steps = hp.Choice("accumulation_steps", list(self.accumulation_steps), ordered=True)
-        return Pair(micro, steps)
+        return BatchPair(micro, steps)
 
-    def _within_budget(self, hp: Any, pair: Pair, *args: Any, **kwargs: Any) -> Pair:
-        import json
-
+    def _within_budget(self, hp: Any, pair: BatchPair, *args: Any, **kwargs: Any) -> BatchPair:
         named = dict(zip(("x", "y"), args, strict=False))
         x, y = named.get("x", kwargs.get("x")), named.get("y", kwargs.get("y"))
-        own = {k: v for k, v in hp.values.items() if k not in ("micro_batch_size", "accumulation_steps")}
+        own = without_batch(hp.values)
         key = json.dumps(own, sort_keys=True, default=repr)
         if key not in self._profiles:
             self._profiles[key] = profile(
@@ -127,7 +127,7 @@ class AccumulationHyperModel(keras_tuner.HyperModel):
         costs = self._profiles[key]
         if costs.fits(pair.micro_batch_size, pair.accumulation_steps, self.memory_budget_bytes):
             return pair
-        fitting = realise(costs, pair.effective_batch_size, self.micro_batch_sizes, self.memory_budget_bytes)
+        fitting = pair_for_proposal(costs, pair.effective_batch_size, self.micro_batch_sizes, self.memory_budget_bytes)
         if fitting is None:
             raise BudgetTooSmallError(
                 f"Received memory_budget={format_bytes(self.memory_budget_bytes or 0)}, in which not even micro-batch "

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import keras_tuner
@@ -12,11 +12,11 @@ from accumtune.oracles.metric_direction import with_direction
 from accumtune.search.tuner import Tuner
 
 if TYPE_CHECKING:
-    from accumtune.search.pruning.pruning import Pruning
+    from accumtune.search.pruning.pruner import PruningMonitor
 
 _ORACLE_ARGUMENTS = (
-    "objective", "max_trials", "seed", "hyperparameters", "tune_new_entries", "allow_new_entries",
-    "max_retries_per_trial", "max_consecutive_failed_trials",
+    "seed", "hyperparameters", "tune_new_entries", "allow_new_entries", "max_retries_per_trial",
+    "max_consecutive_failed_trials",
 )  # fmt: skip
 # Keras Tuner takes 0 for "any", and draws one from 1 to 10,000: two searches with seed=0 would differ.
 _SEED_FOR_ZERO = 10_001
@@ -26,11 +26,8 @@ class RandomSearch(Tuner):
     """`keras_tuner.RandomSearch` under a memory budget; the other arguments are those of `accumtune.Tuner`."""
 
     def __init__(self, hypermodel: Any = None, objective: Any = None, max_trials: int = 10, **kwargs: Any) -> None:
-        own = _take(kwargs, _ORACLE_ARGUMENTS)
-        self._asked_seed = own.get("seed")
-        goal = with_direction(objective)
-        oracle = keras_tuner.oracles.RandomSearchOracle(objective=goal, max_trials=max_trials, **own)
-        super().__init__(oracle, hypermodel, **kwargs)
+        make = keras_tuner.oracles.RandomSearchOracle
+        super().__init__(_oracle(self, make, objective, kwargs, max_trials=max_trials), hypermodel, **kwargs)
 
 
 class BayesianOptimization(Tuner):
@@ -41,10 +38,9 @@ class BayesianOptimization(Tuner):
     """
 
     def __init__(self, hypermodel: Any = None, objective: Any = None, max_trials: int = 10, **kwargs: Any) -> None:
-        own = _take(kwargs, (*_ORACLE_ARGUMENTS, "num_initial_points", "alpha", "beta"))
-        self._asked_seed = own.get("seed")
-        goal = with_direction(objective)
-        oracle = keras_tuner.oracles.BayesianOptimizationOracle(objective=goal, max_trials=max_trials, **own)
+        own = {name: kwargs.pop(name) for name in ("num_initial_points", "alpha", "beta") if name in kwargs}
+        make = keras_tuner.oracles.BayesianOptimizationOracle
+        oracle = _oracle(self, make, objective, kwargs, max_trials=max_trials, **own)
         super().__init__(oracle, hypermodel, **kwargs)
 
 
@@ -54,10 +50,8 @@ class GridSearch(Tuner):
     def __init__(
         self, hypermodel: Any = None, objective: Any = None, max_trials: int | None = None, **kwargs: Any
     ) -> None:
-        own = _take(kwargs, _ORACLE_ARGUMENTS)
-        self._asked_seed = own.get("seed")
-        oracle = keras_tuner.oracles.GridSearchOracle(objective=with_direction(objective), max_trials=max_trials, **own)
-        super().__init__(oracle, hypermodel, **kwargs)
+        make = keras_tuner.oracles.GridSearchOracle
+        super().__init__(_oracle(self, make, objective, kwargs, max_trials=max_trials), hypermodel, **kwargs)
 
 
 class Hyperband(Tuner):
@@ -76,15 +70,10 @@ class Hyperband(Tuner):
         hyperband_iterations: int = 1,
         **kwargs: Any,
     ) -> None:
-        own = _take(kwargs, tuple(name for name in _ORACLE_ARGUMENTS if name != "max_trials"))
-        self._asked_seed = own.get("seed")
-        oracle = keras_tuner.oracles.HyperbandOracle(
-            objective=with_direction(objective),
-            max_epochs=max_epochs,
-            factor=factor,
-            hyperband_iterations=hyperband_iterations,
-            **own,
-        )
+        oracle = _oracle(
+            self, keras_tuner.oracles.HyperbandOracle, objective, kwargs,
+            max_epochs=max_epochs, factor=factor, hyperband_iterations=hyperband_iterations,
+        )  # fmt: skip
         super().__init__(oracle, hypermodel, **kwargs)
 
 
@@ -127,18 +116,16 @@ class OptunaSearch(Tuner):
 
         require_optuna()
         _check_pruner(pruner)
-        own = _take(kwargs, _ORACLE_ARGUMENTS)
-        self._asked_seed = own.get("seed")
-        oracle = OptunaOracle(sampler, objective=with_direction(objective), max_trials=max_trials, **own)
         self._pruner = pruner
+        oracle = _oracle(self, OptunaOracle, objective, kwargs, max_trials=max_trials, sampler=sampler)
         super().__init__(oracle, hypermodel, **kwargs)
 
-    def _pruning(self) -> Pruning | None:
+    def _pruning(self) -> PruningMonitor | None:
         if self._pruner is None:
             return None
-        from accumtune.search.pruning.pruning import Pruning
+        from accumtune.search.pruning.pruner import PruningMonitor
 
-        pruning = Pruning(self._pruner, self.oracle.objective)
+        pruning = PruningMonitor(self._pruner, self.oracle.objective)
         pruning.remember(self.record().trials)
         self.oracle.forecast = pruning.forecast
         return pruning
@@ -155,9 +142,20 @@ def _check_pruner(pruner: Any) -> None:
         )
 
 
-def _take(kwargs: dict[str, Any], names: Sequence[str]) -> dict[str, Any]:
-    """Takes the oracle's own arguments out of the others."""
-    own = {name: kwargs.pop(name) for name in list(kwargs) if name in names}
-    if own.get("seed") == 0:
-        own["seed"] = _SEED_FOR_ZERO
-    return own
+def _oracle(
+    tuner: Tuner, make: Callable[..., Any], objective: Any, kwargs: dict[str, Any], **arguments: Any
+) -> Any:
+    """Makes a tuner's oracle.
+
+    Args:
+        tuner: remembers the seed that was asked for.
+        make: the class of the oracle.
+        objective: as in Keras Tuner.
+        kwargs: of the tuner; loses what is the oracle's.
+        **arguments: of this kind of oracle.
+    """
+    arguments |= {name: kwargs.pop(name) for name in _ORACLE_ARGUMENTS if name in kwargs}
+    if arguments.get("seed") == 0:
+        arguments["seed"] = _SEED_FOR_ZERO
+    tuner._asked_seed = arguments.get("seed")
+    return make(objective=with_direction(objective), **arguments)

@@ -1,6 +1,7 @@
 """Rules about the package as a whole: its public names, and who may import whom."""
 
 import ast
+import collections
 import graphlib
 import subprocess
 import sys
@@ -126,6 +127,12 @@ def test_the_rule_would_notice_an_import_upwards():
     imported = set(top_level_imports(ast.parse("from accumtune.search import tuner\nimport keras")))
     assert {"accumtune.search.tuner", "keras"} <= imported
     assert floor_of("search.tuner") > floor_of("memory.prediction.profile") > floor_of("memory.budget")
+
+
+def test_no_folder_is_a_long_flat_list_of_files():
+    files = collections.Counter(path.parent for _, path in modules() if path.name != "__init__.py")
+    folder, count = files.most_common(1)[0]
+    assert count <= 15, f"{folder} has {count} files: those that belong together share a sub-folder"
 
 
 def test_import_accumtune_loads_no_framework():

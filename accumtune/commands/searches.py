@@ -64,7 +64,7 @@ def choose(folder: Path, options: argparse.Namespace) -> tuple[SearchRecord, lis
     """
     from accumtune.search.results import search_results as results
     from accumtune.search.results.selection import select
-    from accumtune.search.results.verifying import predicted_choice
+    from accumtune.search.results.winner_verification import predicted_choice
 
     record, found = read_candidates(folder)
     choice = select(

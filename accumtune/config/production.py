@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
-from accumtune.config.schema import BATCH_HYPERPARAMETERS
+from accumtune.accumulation.batch_pair import BATCH_HYPERPARAMETERS
 from accumtune.errors import DataError
 
 if TYPE_CHECKING:
@@ -62,7 +62,7 @@ def replayed_values(config: TrainingConfig, micro_batch_size: int) -> dict[str, 
 def batch_values(micro_batch_size: int, effective_batch_size: int, replicas: int = 1) -> dict[str, Any]:
     """The three batch sizes by name; micro-batch and steps are one replica's."""
     steps = -(-(effective_batch_size // replicas) // micro_batch_size)
-    return dict(zip(BATCH_HYPERPARAMETERS, (micro_batch_size, steps, effective_batch_size), strict=True))
+    return dict(zip(BATCH_HYPERPARAMETERS, (effective_batch_size, micro_batch_size, steps), strict=True))
 
 
 def installed_versions() -> dict[str, str]:

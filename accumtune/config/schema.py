@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from accumtune.accumulation.batch_pair import BATCH_HYPERPARAMETERS
 from accumtune.errors import ConfigError
 
 SCHEMA_VERSION = 1
@@ -19,7 +20,6 @@ SCHEMA_VERSION = 1
 MIGRATIONS: Mapping[int, Callable[[dict[str, Any]], dict[str, Any]]] = {}
 # A configuration has about 2 KiB; what is far larger is something else.
 MAXIMUM_BYTES = 2**20
-BATCH_HYPERPARAMETERS = ("micro_batch_size", "accumulation_steps", "effective_batch_size")
 _EXPECTED = "a training configuration that accumtune wrote (best_config.json)"
 _FIX = "export it again: tuner.get_best_config().save(path), or take best_config.json from the search's MLflow run."
 
@@ -123,7 +123,7 @@ def _inconsistency(values: Mapping[str, Any]) -> str | None:
         # JSON Schema takes 8.0 for an integer; Keras does not.
         if isinstance(values.get(name), float):
             return f"{name} is {values[name]!r}, not a whole number"
-    micro, steps, effective = (values[name] for name in BATCH_HYPERPARAMETERS)
+    effective, micro, steps = (values[name] for name in BATCH_HYPERPARAMETERS)
     replicas = values.get("replicas", 1)
     # The last micro-batch of a window may be smaller, but there is one for every accumulation step.
     if effective % replicas or not micro * (steps - 1) < effective // replicas <= micro * steps:

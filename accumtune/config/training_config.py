@@ -9,7 +9,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from typing import TYPE_CHECKING, Any, Self
 
-from accumtune.config.schema import BATCH_HYPERPARAMETERS, SCHEMA_VERSION, parse, plain, validated
+from accumtune.accumulation.batch_pair import without_batch
+from accumtune.config.schema import SCHEMA_VERSION, parse, plain, validated
 from accumtune.memory.budget import format_bytes
 from accumtune.tracking.small_files import write_whole
 from accumtune.tracking.tracking_uri import without_credentials
@@ -139,7 +140,7 @@ class TrainingConfig:
     @property
     def own_hyperparameters(self) -> dict[str, Any]:
         """The hyperparameters without the batch sizes."""
-        return {k: v for k, v in self.hyperparameters.items() if k not in BATCH_HYPERPARAMETERS}
+        return without_batch(self.hyperparameters)
 
     def build(self, build_model: Any) -> Any:
         """A compiled model with the best hyperparameters that accumulates over `micro_batch_size`.

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from accumtune import errors
+from accumtune.accumulation.batch_pair import without_batch
 from accumtune.execution.executors import Executor
 from accumtune.execution.placement import current_place
 from accumtune.execution.timeouts import DEFAULT_SECONDS
@@ -28,7 +29,6 @@ from accumtune.worker.transport.task_directory import TaskDirectory
 
 # Memory knows only two cases, without and with an accumulator; of a longer window the bytes are known.
 _PROBED_ACCUMULATION_STEPS = (1, 2)
-_BATCH_HYPERPARAMETERS = ("effective_batch_size", "micro_batch_size", "accumulation_steps")
 
 
 @dataclass(frozen=True)
@@ -257,7 +257,7 @@ class Profiler:
 
 
 def _key_of(hyperparameters: Mapping[str, Any]) -> str:
-    values = {k: v for k, v in hyperparameters["values"].items() if k not in _BATCH_HYPERPARAMETERS}
+    values = without_batch(hyperparameters["values"])
     # Its device is among the facts: what was found on one type of device says nothing of another.
     return json.dumps([current_place().kind, hyperparameters.get("payload"), values], sort_keys=True, default=repr)
 

@@ -1,4 +1,4 @@
-"""A state that grows with a search, saved at the price of what is new.
+"""Persists a dict as a snapshot plus an append-only log of changes: a save costs what is new.
 
     oracle.json              the whole state, as Keras Tuner writes it, and the number of the last change that is in it
     oracle.changes.jsonl     every change since the search began, one line each; the first one is from nothing
@@ -25,8 +25,8 @@ _SETS = {"tried_so_far"}
 _SCALARS = {str, int, float, bool, type(None)}
 
 
-class ChangingState:
-    """The file of one state.
+class IncrementalState:
+    """Saves one dict.
 
     Args:
         path: of the file; that of the changes lies beside it.
@@ -46,7 +46,7 @@ class ChangingState:
             earlier = with_changes(None, self._path)
             self._number = earlier.pop(_NUMBER)
             self._last = _remembered_state(earlier)
-        changes = _take_up(self._last, state)
+        changes = _update(self._last, state)
         if changes:
             self._number += 1
             self._journal.append("changed", number=self._number, changes=changes)
@@ -62,7 +62,7 @@ def changes_file(path: Path) -> Path:
 
 
 def with_changes(state: Mapping[str, Any] | None, path: Path) -> dict[str, Any]:
-    """A state as it was saved last.
+    """Returns a state as it was saved last.
 
     Args:
         state: what is in the file or in an older copy of it; None for nothing. One that another program wrote has no
@@ -102,12 +102,12 @@ def _apply(state: dict[str, Any], changes: Mapping[str, Any]) -> None:
 
 
 def _remembered_state(state: Mapping[str, Any]) -> dict[str, Any]:
-    """A copy of a state that later changes in it do not reach."""
+    """Returns a copy of a state that later changes in it do not reach."""
     return {name: _remembered(name, value) for name, value in state.items()}
 
 
-def _take_up(last: dict[str, Any], state: Mapping[str, Any]) -> dict[str, Any]:
-    """Makes what is remembered of an earlier state that of a new one.
+def _update(last: dict[str, Any], state: Mapping[str, Any]) -> dict[str, Any]:
+    """Updates what is remembered of an earlier state to a new one.
 
     Returns:
         What is new, by key: for `_apply`.

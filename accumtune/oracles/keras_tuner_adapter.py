@@ -1,8 +1,8 @@
-"""What Keras Tuner's oracles are given and told, whichever oracle it is.
+"""Asks and tells Keras Tuner's oracles, whichever oracle it is.
 
 An oracle keeps its own class and algorithm; accumtune uses its public methods and works around four faults:
 
-- it writes its state non-atomically, so a kill leaves a truncated file (see `accumtune.oracles.persistence`);
+- it writes its state non-atomically, so a kill leaves a truncated file (see `accumtune.oracles.persistent_oracle`);
 - three failures in a row raise inside `end_trial`, which leaves the trial RUNNING and a lock held for ever: that
   limit is lifted inside the oracle and kept by the tuner;
 - it makes a metric to learn its direction, which takes the device (see `accumtune.oracles.metric_direction`);
@@ -20,7 +20,7 @@ from keras_tuner.engine.trial import TrialStatus
 
 from accumtune.errors import SearchError
 from accumtune.oracles.metric_direction import metric_direction
-from accumtune.oracles.persistence import is_grid
+from accumtune.oracles.persistent_oracle import is_grid
 from accumtune.worker.transport.hyperparameters import hyperparameters_from
 
 # Draws of random values before a space is taken to hold nothing (new, feasible); Keras Tuner's own limit is 20.
@@ -86,17 +86,17 @@ def _give(oracle: Any, trial: Any, values: dict[str, Any] | None) -> dict[str, A
 
 
 def has_nothing_new(oracle: Any) -> bool:
-    """Whether even random draws give only values that were proposed before."""
+    """Returns whether even random draws give only values that were proposed before."""
     return oracle._random_values() is None
 
 
 def can_redraw(oracle: Any) -> bool:
-    """Whether random values instead of a proposal do no harm: not in a grid, which walks through all of them."""
+    """Returns whether random values may take the place of a proposal: not in a grid, which walks through all."""
     return not is_grid(oracle)
 
 
-def tell_batch(oracle: Any, trial: Any, batch: Mapping[str, Any]) -> None:
-    """The oracle learns from the micro-batch that ran, where that is something it searches (and not a grid)."""
+def learn_micro_batch(oracle: Any, trial: Any, batch: Mapping[str, Any]) -> None:
+    """Lets the oracle learn from the micro-batch that ran, where it searches that (and is not a grid)."""
     if not can_redraw(oracle):
         return
     searched = {hp.name: getattr(hp, "values", ()) for hp in oracle.hyperparameters.space}
@@ -127,19 +127,19 @@ def _register(oracle: Any, trial_id: str, metrics: Mapping[str, float]) -> None:
 
 
 def _objective_names(oracle: Any) -> Collection[str]:
-    """One, or those that Keras Tuner's multi-objective adds up."""
+    """Returns the objective's name, or those that Keras Tuner's multi-objective adds up."""
     return getattr(oracle.objective, "name_to_direction", {oracle.objective.name})
 
 
 def end_failed(oracle: Any, trial: Any, message: str) -> None:
-    """A trial without a result; Keras Tuner may try it again (`max_retries_per_trial`)."""
+    """Ends a trial without a result; Keras Tuner may try it again (`max_retries_per_trial`)."""
     trial.status = TrialStatus.INVALID
     trial.message = message
     _end(oracle, trial)
 
 
 def end_without_counting(oracle: Any, trial: Any, message: str) -> None:
-    """A trial that never trained: it counts neither as a failure in a row nor towards `max_trials`."""
+    """Ends a trial that never trained: it counts neither as a failure nor towards `max_trials`."""
     trial.status = TrialStatus.FAILED
     trial.message = message
     if hasattr(oracle, "note_infeasible"):
@@ -149,20 +149,20 @@ def end_without_counting(oracle: Any, trial: Any, message: str) -> None:
 
 
 def grant_another_trial(oracle: Any) -> None:
-    """`max_trials` counts trials that train; one that did not makes room for another."""
+    """Makes room for another trial: `max_trials` counts those that train."""
     if oracle.max_trials:
         oracle.max_trials += 1
         oracle.granted_trials = getattr(oracle, "granted_trials", 0) + 1
 
 
 def asked_trials(oracle: Any) -> int | None:
-    """`max_trials` as the user gave it."""
+    """Returns `max_trials` as the user gave it."""
     given: int | None = oracle.max_trials
     return given - getattr(oracle, "granted_trials", 0) if given else given
 
 
 def take_back_grants(oracle: Any) -> None:
-    """Another session counts anew which trials did not train."""
+    """Resets `max_trials`: another session counts anew which trials did not train."""
     oracle.max_trials, oracle.granted_trials = asked_trials(oracle), 0
 
 
@@ -172,7 +172,7 @@ _OF_THE_SAMPLER = ("num_initial_points", "alpha", "beta", "hyperband_iterations"
 
 
 def sampler_settings(oracle: Any) -> dict[str, Any]:
-    """What a session may change of its oracle."""
+    """Returns what a session may change of its oracle."""
     return {name: getattr(oracle, name) for name in _OF_THE_SAMPLER if hasattr(oracle, name)}
 
 
@@ -193,7 +193,7 @@ def replace_space(oracle: Any, space: Sequence[Mapping[str, Any]]) -> None:
             oracle.hyperparameters.values[hp.name] = hp.default
 
 
-def note_batch(oracle: Any, trial_id: str, batch: dict[str, int]) -> None:
+def write_pair_that_ran(oracle: Any, trial_id: str, batch: dict[str, int]) -> None:
     """Writes the pair that was run into an ended trial's values, where everybody looks for it."""
     trial = oracle.trials[trial_id]
     proposal = dict(trial.hyperparameters.values)
@@ -205,7 +205,7 @@ def note_batch(oracle: Any, trial_id: str, batch: dict[str, int]) -> None:
 
 
 def consecutive_failures(oracle: Any) -> list[Any]:
-    """The failed trials since the last one that completed, newest last."""
+    """Returns the failed trials since the last one that completed, newest last."""
     failed: list[Any] = []
     for trial_id in reversed(oracle.end_order):
         trial = oracle.trials[trial_id]

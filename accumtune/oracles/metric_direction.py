@@ -1,4 +1,4 @@
-"""Whether more or less of a metric is better, without making the metric.
+"""Decides whether more or less of a metric is better, without making the metric.
 
 Keras Tuner makes one to find out, and its variables take the device: in the process of the search, which is to leave a
 GPU to its trials. Here the class or function alone is shown to Keras Tuner's own rule.
@@ -13,7 +13,7 @@ from keras_tuner.engine.metrics_tracking import infer_metric_direction
 
 
 def metric_direction(name: str) -> str | None:
-    """`"min"` or `"max"` for a metric or loss of Keras, under any of its names; None for others.
+    """Returns `"min"` or `"max"` for a metric or loss of Keras, under any of its names; None for others.
 
     >>> metric_direction("val_accuracy"), metric_direction("mse"), metric_direction("my_metric")
     ('max', 'min', None)
@@ -41,7 +41,7 @@ def _direction_of(metric: Any) -> str | None:
 
 
 def with_direction(objective: Any) -> Any:
-    """An objective, or a list of them, as Keras Tuner takes it: names of Keras's metrics with their direction."""
+    """Returns an objective, or a list of them, as Keras Tuner takes it: names of Keras's metrics with a direction."""
     if isinstance(objective, list):
         return [with_direction(each) for each in objective]
     if not isinstance(objective, str):

@@ -66,7 +66,7 @@ class OptunaOracle(keras_tuner.Oracle):
     # Keras Tuner's interface
 
     def populate_space(self, trial_id: str) -> dict[str, Any]:
-        """The sampler's next proposal, in Keras Tuner's words."""
+        """Returns the sampler's next proposal, in Keras Tuner's words."""
         values = self._propose(trial_id)
         if values is None:
             return {"status": TrialStatus.STOPPED}
@@ -88,7 +88,7 @@ class OptunaOracle(keras_tuner.Oracle):
     # What accumtune tells and asks beyond that
 
     def note_infeasible(self, trial: Any) -> None:
-        """A trial's values need more memory than there is."""
+        """Notes that a trial's values need more memory than there is."""
         if trial.trial_id in self._infeasible_trials:
             return
         known = {hp.name for hp in self.hyperparameters.space}
@@ -96,11 +96,11 @@ class OptunaOracle(keras_tuner.Oracle):
         self._infeasible_trials.append(trial.trial_id)
 
     def forget_infeasible(self) -> None:
-        """There is more memory now."""
+        """Forgets what did not fit: there is more memory now."""
         self._infeasible, self._study = [], None
 
     def other_values(self, trial: Any) -> dict[str, Any] | None:
-        """Another proposal for a trial whose values did not fit; None where nothing new is left."""
+        """Returns another proposal for a trial whose values did not fit; None where nothing new is left."""
         values = self._propose(trial.trial_id)
         if values is not None:
             self._infeasible_trials.remove(trial.trial_id)  # it runs after all, with these
@@ -135,7 +135,7 @@ class OptunaOracle(keras_tuner.Oracle):
         return max(searched, _FEWEST_STARTUP_TRIALS)
 
     def _spread_values(self) -> dict[str, Any] | None:
-        """The next of a sequence that fills the space evenly; None where that has nothing new."""
+        """Returns the next of a sequence that fills the space evenly; None where that has nothing new."""
         first = len(self.start_order) + len(self._infeasible)
         for values in optuna_space.spread(self.hyperparameters.space, self.seed, first, MAX_DRAWS):
             if values not in self._infeasible and not self._duplicate(values):
@@ -147,7 +147,7 @@ class OptunaOracle(keras_tuner.Oracle):
         return importlib.util.find_spec("torch") is not None and len(self.end_order) <= _MOST_GAUSSIAN_TRIALS
 
     def _default_sampler(self) -> Any:
-        """A new one each time: what it proposes depends on the trials and the seed, not on this process."""
+        """Makes a new sampler each time: its proposals depend on the trials and the seed, not on this process."""
         from optuna.samplers import GPSampler, RandomSampler, TPESampler
 
         with warnings.catch_warnings():
@@ -176,7 +176,7 @@ class OptunaOracle(keras_tuner.Oracle):
     # What Optuna knows
 
     def _informed_study(self) -> Study:
-        """The study, told of everything that has ended since the last call."""
+        """Returns the study, told of everything that has ended since the last call."""
         key = (len(self.hyperparameters.space), bool(self._infeasible))
         if self._study is None or self._study_key != key:
             self._study = Study(self.hyperparameters.space, self.objective.direction, is_constrained=key[1])

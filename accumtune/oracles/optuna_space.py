@@ -1,4 +1,4 @@
-"""Keras Tuner's hyperparameters as Optuna sees them, and back. Pure functions.
+"""Translates Keras Tuner's hyperparameters into Optuna's, and back. Pure functions.
 
 What has an order is given to Optuna as numbers, so that its samplers see it: the effective batch (and every other
 ordered choice) as its rank, or where its values are not evenly spaced by their logarithm, as that; a step of an
@@ -16,7 +16,7 @@ from typing import Any
 import keras_tuner
 from keras_tuner.engine import hyperparameters as kinds
 
-from accumtune.search.feasibility import BATCH_HYPERPARAMETERS
+from accumtune.accumulation.batch_pair import BATCH_HYPERPARAMETERS
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Dimension:
 
 
 def active(space: Sequence[Any], choose: Callable[[Any], Any]) -> dict[str, Any]:
-    """Values for every hyperparameter whose conditions hold, parents first, as `choose(hyperparameter)` says."""
+    """Returns values for every hyperparameter whose conditions hold, as `choose(hyperparameter)` says."""
     hyperparameters = keras_tuner.HyperParameters()
     for hp in space:
         hyperparameters.merge([hp])
@@ -47,7 +47,7 @@ def active(space: Sequence[Any], choose: Callable[[Any], Any]) -> dict[str, Any]
 
 
 def suggest(space: Sequence[Any], trial: Any) -> dict[str, Any]:
-    """Keras Tuner's values for what an `optuna.Trial` suggests; inactive hyperparameters are left out."""
+    """Returns Keras Tuner's values for what an `optuna.Trial` suggests; inactive hyperparameters are left out."""
     names = _names(space)
 
     def choose(hp: Any) -> Any:
@@ -58,7 +58,7 @@ def suggest(space: Sequence[Any], trial: Any) -> dict[str, Any]:
 
 
 def spread(space: Sequence[Any], seed: int, first: int, count: int) -> Iterator[dict[str, Any]]:
-    """Points of a sequence that fills the space evenly (Sobol's, scrambled), from number `first` on.
+    """Yields points of a sequence that fills the space evenly (Sobol's, scrambled), from number `first` on.
 
     Values drawn at random leave gaps and come in clusters, which a model of very few points suffers from.
     """
@@ -77,7 +77,7 @@ def _at(space: Sequence[Any], point: Sequence[float]) -> dict[str, Any]:
 
 
 def encoded(space: Sequence[Any], values: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Optuna's parameters and distributions for Keras Tuner's values.
+    """Returns Optuna's parameters and distributions for Keras Tuner's values.
 
     A hyperparameter that was not known yet when the values were proposed had its default.
     """
@@ -96,12 +96,12 @@ def encoded(space: Sequence[Any], values: Mapping[str, Any]) -> tuple[dict[str, 
 
 
 def has_conditions(space: Sequence[Any]) -> bool:
-    """Whether some hyperparameters are there for some values of others only."""
+    """Returns whether some hyperparameters are there for some values of others only."""
     return any(hp.conditions for hp in space)
 
 
 def dimension(hp: Any, name: str | None = None) -> Dimension | None:
-    """A hyperparameter as a dimension; None where it is fixed."""
+    """Translates a hyperparameter into a dimension; None where it is fixed."""
     name = name or hp.name
     if isinstance(hp, kinds.Fixed):
         return None
@@ -127,7 +127,7 @@ def _ordered(name: str, hp: Any) -> Dimension:
 
 
 def _indexed(name: str, values: Sequence[Any], kind: Callable[[Any], Any] = lambda value: value) -> Dimension:
-    """The rank of a value; a value that is not listed (it was, in an earlier search) counts as the nearest."""
+    """Encodes a value as its rank; one that is not listed (it was, in an earlier search) counts as the nearest."""
     from optuna.distributions import IntDistribution
 
     listed = [kind(value) for value in values]
@@ -182,7 +182,7 @@ def _suggest(trial: Any, dimension: Dimension) -> Any:
 
 
 def _names(space: Sequence[Any]) -> dict[int, str]:
-    """Keras Tuner lets one name stand for other ranges under other conditions; Optuna wants a name for each."""
+    """Gives each hyperparameter a name of its own: in Keras Tuner one name may have several ranges."""
     return {id(hp): name for hp, name in zip(space, _unique(hp.name for hp in space), strict=True)}
 
 

@@ -1,4 +1,4 @@
-"""An Optuna study in Keras Tuner's words: ask for values, tell what they came to."""
+"""Wraps an Optuna study in Keras Tuner's words: ask for values, tell what they came to."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Study:
         self._running: dict[str, Any] = {}
 
     def ask(self, trial_id: str, sampler: Any) -> dict[str, Any]:
-        """Values that a sampler proposes for a trial, which is taken to run from now on."""
+        """Returns values that a sampler proposes for a trial, which is taken to run from now on."""
         self.drop(trial_id)
         self._study.sampler = sampler
         with warnings.catch_warnings():
@@ -37,7 +37,7 @@ class Study:
             return optuna_space.suggest(self._space, self._running[trial_id])
 
     def tell(self, trial_id: str, values: Mapping[str, Any], value: float, is_feasible: bool = True) -> None:
-        """What values came to, be they those that were asked for or others."""
+        """Tells Optuna what values came to, be they those that were asked for or others."""
         params, distributions = optuna_space.encoded(self._space, values)
         constraints = {_CONSTRAINT: -1.0 if is_feasible else 1.0} if self._is_constrained else {}
         asked = self._running.get(trial_id)
@@ -55,7 +55,7 @@ class Study:
             )
 
     def drop(self, trial_id: str) -> None:
-        """What was asked for under this name is not run; Optuna learns nothing from it."""
+        """Ends what was asked for under this name without a result; Optuna learns nothing from it."""
         from optuna.trial import TrialState
 
         asked = self._running.pop(trial_id, None)
@@ -64,7 +64,7 @@ class Study:
 
 
 def new_study(direction: str, **arguments: Any) -> Any:
-    """An `optuna.Study` in memory, made without a word in the terminal."""
+    """Makes an `optuna.Study` in memory, without a word in the terminal."""
     import optuna
 
     verbosity = optuna.logging.get_verbosity()

@@ -1,4 +1,4 @@
-"""What in a search's folder belongs to the search: it writes, replaces and deletes nothing else."""
+"""Knows what in a search's folder belongs to the search, which writes, replaces and deletes nothing else."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ import shutil
 from pathlib import Path
 
 from accumtune.errors import SearchDirectoryError
+from accumtune.oracles.state_files import repair_state_files
 from accumtune.tracking.journal import SEARCH_JOURNAL, read_search_journal
-from accumtune.tracking.lock import LOCK_FILE
+from accumtune.tracking.lock import LOCK_FILE, running_already
 from accumtune.tracking.small_files import write_atomically
 
 MARKER = ".accumtune"
@@ -54,6 +55,30 @@ def claim(folder: Path) -> None:
     write_atomically(folder / MARKER, json.dumps({"kind": "search", "format": 1}))
 
 
+def prepare(folder: Path, *, is_held: bool, overwrite: bool) -> list[str]:
+    """Deletes or repairs the state of an earlier search; one that runs is only looked at.
+
+    Args:
+        folder: the search's.
+        is_held: no other process searches there.
+        overwrite: begin anew.
+
+    Returns:
+        What was repaired, a line each.
+
+    Raises:
+        SearchDirectoryError: a search runs there, and there is nothing to look at or it would be deleted.
+    """
+    if not is_held:
+        if overwrite or not (folder / "tuner0.json").exists():
+            raise running_already(folder)
+        return []
+    if overwrite:
+        clear(folder)
+        return []
+    return repair_state_files(folder)
+
+
 def clear(folder: Path) -> None:
     """Deletes what the search has made in its folder; its mark and its lock stay."""
     for entry in _own_entries(folder):
@@ -74,5 +99,5 @@ def _own_entries(folder: Path) -> list[Path]:
 
 
 def _is_unmarked_search(folder: Path) -> bool:
-    """Whether accumtune searched here before it marked folders."""
+    """Returns whether accumtune searched here before it marked folders."""
     return bool(read_search_journal(folder).search_id) or (folder / "data" / "payload.pkl").exists()

@@ -1,4 +1,4 @@
-"""The processes of a search that are no trials: what discovers its space, probes its models and runs its winner."""
+"""Starts the processes of a search that are no trials: they discover its space, probe its models, run its winner."""
 
 from __future__ import annotations
 
@@ -14,16 +14,15 @@ from accumtune.execution.profiling import Profiler
 from accumtune.execution.timeouts import DEFAULT_SECONDS
 from accumtune.memory.device import memory_limit_environment
 from accumtune.memory.prediction.profile import Measurement
+from accumtune.search.parallelism import open_executor
 from accumtune.search.results.selection import Candidate
-from accumtune.search.scheduler import shared_data
-from accumtune.search.workers import open_executor
 from accumtune.worker.transport.outcome import finished
 from accumtune.worker.transport.payload import dump_payload
 from accumtune.worker.transport.task_directory import SearchDirectory, TaskDirectory
 
 
 class SearchProcesses:
-    """Starts them; the executor is opened when it is first needed, and trials start from it too.
+    """Starts processes; the executor is opened when it is first needed, and trials start from it too.
 
     Args:
         files: the search's.
@@ -46,20 +45,16 @@ class SearchProcesses:
     ) -> None:
         self._files = files
         self._pool = pool
-        self._backend = backend
+        self.backend = backend
         self._memory_budget_bytes = memory_budget_bytes
         self._micro_batch_sizes = tuple(micro_batch_sizes)
         self._timeout_seconds = timeout_seconds
         self._executor: Executor | None = None
         self._is_sharing = False
 
-    @property
-    def is_local(self) -> bool:
-        return self._pool is None
-
     def executor(self) -> Executor:
         if self._executor is None:
-            self._executor = open_executor(self._pool, self._backend)
+            self._executor = open_executor(self._pool, self.backend)
             # A tuner that was only looked at is closed by nobody.
             self._close_executor = weakref.finalize(self, self._executor.close)
             self._close_executor.atexit = False
@@ -87,7 +82,7 @@ class SearchProcesses:
             dump_payload({"hypermodel": hypermodel, "hyperparameters": space}, payload_file)
             arguments["payload"] = str(payload_file.resolve())
         directory.write_task("discover", arguments)
-        environment = memory_limit_environment(self._backend, None)
+        environment = memory_limit_environment(self.backend, None)
         future = self.executor().submit(directory, environment, self._timeout_seconds)
         outcome = finished(future.result(), "The build function")
         shutil.rmtree(directory.path, ignore_errors=True)
@@ -95,14 +90,14 @@ class SearchProcesses:
 
     @contextlib.contextmanager
     def sharing(self, payload: Mapping[str, Any]) -> Iterator[None]:
-        """While this lasts, processes find the hypermodel and the data on the disk."""
-        with shared_data(self._files) as payload_file:
-            dump_payload(payload, payload_file)
+        """Keeps the hypermodel and the data on the disk for processes, while this lasts."""
+        try:
+            dump_payload(payload, self._files.payload_file)
             self._is_sharing = True
-            try:
-                yield
-            finally:
-                self._is_sharing = False
+            yield
+        finally:
+            self._is_sharing = False
+            shutil.rmtree(self._files.payload_file.parent, ignore_errors=True)
 
     def profiler(self, on_probe: Callable[[str], None] = lambda line: None) -> Profiler:
         return Profiler(
@@ -119,7 +114,9 @@ class SearchProcesses:
     def runs(
         self, candidate: Candidate, space: Mapping[str, Any], signature: str, payload: Mapping[str, Any]
     ) -> bool:
-        """Whether a configuration that was not trained runs within the budget; its profile learns what that took.
+        """Runs an untrained configuration for a few updates, and returns whether that stays within the budget.
+
+        The profile of its model learns what that took.
 
         Args:
             candidate: the configuration.

@@ -1,9 +1,8 @@
-"""One call of `tuner.search`: proposals from the oracle, trials in processes, everything in the journal."""
+"""Runs the trials of one call of `tuner.search`: takes proposals, starts trials, and tells how they ended."""
 
 from __future__ import annotations
 
 import contextlib
-import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from pathlib import Path
@@ -12,16 +11,15 @@ from typing import Any
 import keras
 from keras_tuner.engine.trial import TrialStatus
 
-from accumtune.errors import BudgetTooSmallError, SearchFailedError
-from accumtune.memory.budget import format_bytes
+from accumtune.accumulation.batch_pair import BATCH_HYPERPARAMETERS
 from accumtune.memory.machine import budget_hint
-from accumtune.oracles import keras_tuner_adapter as oracles
-from accumtune.search.console.display import Display
-from accumtune.search.feasibility import BATCH_HYPERPARAMETERS
+from accumtune.oracles import keras_tuner_adapter
+from accumtune.search.failure_limits import FailureLimits
+from accumtune.search.session.console import Console
 from accumtune.search.subclassing.hooks import Hooks
-from accumtune.search.trial.trial_result import TrialResult, completed_result
+from accumtune.search.trial.trial_result import TrialResult, completed_result, write_result
 from accumtune.search.trial.trial_runner import TrialRunner
-from accumtune.tracking.journal import Journal, read_search, read_trial
+from accumtune.tracking.journal import read_search
 from accumtune.worker.transport.task_directory import SearchDirectory, TaskDirectory
 
 # An oracle that keeps proposing what was trained already is given other values after so many in a row.
@@ -31,17 +29,17 @@ _STOPPING_SECONDS = 7.0
 
 
 class StoppedAtOnce(KeyboardInterrupt):
-    """A second Ctrl-C: nobody wants to wait."""
+    """Ctrl-C came twice: nobody wants to wait."""
 
 
-class SearchSession:
+class Scheduler:
     """Runs trials until the oracle has no more.
 
     Args:
         oracle: Keras Tuner's.
         runner: runs one trial.
         directory: of the search.
-        display: what the user sees.
+        console: what the user sees.
         workers: trials at once.
         memory_budget_bytes: for messages.
         advise: tells the user, once in a search, what may help.
@@ -53,7 +51,7 @@ class SearchSession:
         oracle: Any,
         runner: TrialRunner,
         directory: SearchDirectory,
-        display: Display,
+        console: Console,
         *,
         workers: int = 1,
         memory_budget_bytes: int | None = None,
@@ -63,13 +61,13 @@ class SearchSession:
         self._oracle = oracle
         self._runner = runner
         self._directory = directory
-        self._display = display
+        self._console = console
         self._workers = workers
         self._memory_budget_bytes = memory_budget_bytes
         self._advise = advise
         self._hooks = hooks or Hooks()
+        self._limits = FailureLimits(oracle, directory, memory_budget_bytes)
         self._reused_in_a_row = 0
-        self._infeasible_in_a_row = 0
         self._is_exhausted = False
 
     def run(self) -> None:
@@ -86,8 +84,7 @@ class SearchSession:
         with ThreadPoolExecutor(self._workers, thread_name_prefix="accumtune-trial") as threads:
             with self._stopping(running):
                 self._loop(threads, running)
-        self._refuse_where_nothing_fits(oracles.consecutive_failures(self._oracle))
-        self._refuse_where_all_failed()
+        self._limits.check_end()
 
     def _loop(self, threads: ThreadPoolExecutor, running: dict[Future[TrialResult], tuple[str, Any]]) -> None:
         idle = [f"tuner{index}" for index in range(self._workers)]
@@ -112,39 +109,39 @@ class SearchSession:
             self._hooks.after_trial()
 
     def _next_trial(self, tuner_id: str) -> Any:
-        """The oracle's proposal; random values instead of one more that was trained already, None without any left."""
+        """Returns the oracle's proposal, or random values instead of one more reused; None without any left."""
         self._hooks.pre_create_trial()
-        if self._reused_in_a_row < _MAX_REUSED_IN_A_ROW or not oracles.can_redraw(self._oracle):
+        if self._reused_in_a_row < _MAX_REUSED_IN_A_ROW or not keras_tuner_adapter.can_redraw(self._oracle):
             return self._oracle.create_trial(tuner_id)
-        if oracles.has_nothing_new(self._oracle):
+        if keras_tuner_adapter.has_nothing_new(self._oracle):
             self._is_exhausted = True
             return None
         trial = self._oracle.create_trial(tuner_id)
         if trial.status == TrialStatus.RUNNING:
-            oracles.redraw(self._oracle, trial)
+            keras_tuner_adapter.redraw(self._oracle, trial)
         return trial
 
     @contextlib.contextmanager
     def _stopping(self, running: Mapping[Future[TrialResult], tuple[str, Any]]) -> Iterator[None]:
-        """Whatever ends the search ends its trials too: nobody would wait for them."""
+        """Ends the trials with the search, whatever ends it: nobody would wait for them."""
         try:
             yield
         except KeyboardInterrupt:
             try:
                 self._stop_politely(running)
             except KeyboardInterrupt:
-                self._runner.stop()
+                self._runner.processes.stop()
                 raise StoppedAtOnce from None
             raise
         except BaseException:
-            self._runner.stop()
+            self._runner.processes.stop()
             raise
 
     def _stop_politely(self, running: Mapping[Future[TrialResult], tuple[str, Any]]) -> None:
-        """Trials end with their epoch and their state saved, or are killed; one that completes counts."""
-        self._display.line("Stopping: trials that run save their state and end. Ctrl-C once more stops them at once.")
-        self._runner.ask_to_stop(_STOPPING_SECONDS)
-        self._runner.stop()
+        """Lets trials end with their epoch and their state saved, or kills them; one that completes counts."""
+        self._console.line("Stopping: trials that run save their state and end. Ctrl-C once more stops them at once.")
+        self._runner.processes.ask_to_stop(_STOPPING_SECONDS)
+        self._runner.processes.stop()
         done, _ = wait(running, timeout=_STOPPING_SECONDS)
         for future in done:
             if future.exception() is None and future.result().status in ("completed", "reused"):
@@ -155,10 +152,12 @@ class SearchSession:
         overrides = {}
         if "tuner/epochs" in values:  # Hyperband
             overrides = {"epochs": values["tuner/epochs"], "initial_epoch": values["tuner/initial_epoch"]}
-        return (self._hooks.run_trial or self.train)(trial, overrides)
+        if self._hooks.run_trial is None:
+            return self._train(trial, overrides, None)
+        return self._hooks.run_trial(trial, overrides, self._train)
 
-    def train(self, trial: Any, fit_overrides: Mapping[str, Any], payload_file: Path | None = None) -> TrialResult:
-        """Trains a trial in a process of its own; `payload_file` for one that has data of its own."""
+    def _train(self, trial: Any, fit_overrides: Mapping[str, Any], payload_file: Path | None) -> TrialResult:
+        """Trains a trial in a process of its own; `payload_file` is given for one that has data of its own."""
         space = trial.hyperparameters.get_config()
         if payload_file is not None:
             space["payload"] = str(payload_file.resolve())
@@ -171,120 +170,64 @@ class SearchSession:
         """Tells journal, oracle and user; False where the trial is to run again with other values."""
         number = self._number(trial)
         if result.space or self._hooks.run_trial is not None:
-            oracles.learn_space(self._oracle, trial, result.space, result.values)
+            keras_tuner_adapter.learn_space(self._oracle, trial, result.space, result.values)
         if result.status == "infeasible":
-            self._infeasible_in_a_row += 1
-            self._display.trial_ended(number, result)
-            if self._infeasible_in_a_row == 1 and self._memory_budget_bytes is not None:
-                # With the first that does not fit: nobody waits for twenty to hear of a setting.
-                self._advise([hint] if (hint := budget_hint(keras.config.backend()).strip()) else [])
-            if self._may_redraw() and oracles.replace_infeasible(self._oracle, trial) is not None:
-                self._record_proposal(result)
+            self._console.trial_ended(number, result)
+            if self._replace_infeasible(trial, result):
                 return False
-        directory = self._directory.trial(trial.trial_id)
-        self._write(directory, trial.trial_id, number, result)
-        directory.checkpoint_file.unlink(missing_ok=True)  # after its end is written: killed in between, it goes on
-        batch = {name: result.values[name] for name in BATCH_HYPERPARAMETERS if name in result.values}
-        oracles.tell_batch(self._oracle, trial, batch)
-        if result.status in ("completed", "reused"):
-            self._infeasible_in_a_row = 0
-            oracles.end_completed(self._oracle, trial, dict(result.metrics), result.best_epoch)
-        elif result.status == "infeasible":
-            oracles.end_without_counting(self._oracle, trial, result.reason)
-        else:
-            oracles.end_failed(self._oracle, trial, f"{result.reason}\n{result.traceback}".strip())
-        oracles.note_batch(self._oracle, trial.trial_id, batch)
+        self._write_end(trial, number, result)
+        self._tell_oracle(trial, result)
         self._hooks.on_trial_end(self._oracle.trials[trial.trial_id])
         if result.status != "infeasible":
-            self._display.trial_ended(number, result)
+            self._console.trial_ended(number, result)
         self._count_reused(result)
-        self._check_limits()
+        self._is_exhausted = self._is_exhausted or self._limits.nothing_else_fits()
+        self._limits.check()
         return True
 
-    def _may_redraw(self) -> bool:
-        return oracles.can_redraw(self._oracle) and self._infeasible_in_a_row < oracles.MAX_DRAWS
+    def _replace_infeasible(self, trial: Any, result: TrialResult) -> bool:
+        """Gives a trial that does not fit other values, where there are any; the proposal stays on record."""
+        limits = self._limits
+        limits.infeasible_in_a_row += 1
+        if limits.infeasible_in_a_row == 1 and self._memory_budget_bytes is not None:
+            # With the first that does not fit: nobody waits for twenty to hear of a setting.
+            self._advise([hint] if (hint := budget_hint(keras.config.backend()).strip()) else [])
+        if not limits.may_replace_infeasible() or keras_tuner_adapter.replace_infeasible(self._oracle, trial) is None:
+            return False
+        number = len(list(self._directory.path.glob("infeasible_*")))
+        directory = TaskDirectory(self._directory.path / f"infeasible_{number:04d}")
+        write_result(directory, directory.path.name, number, result, self._oracle.objective.name)
+        return True
+
+    def _write_end(self, trial: Any, number: int, result: TrialResult) -> None:
+        directory = self._directory.trial(trial.trial_id)
+        write_result(directory, trial.trial_id, number, result, self._oracle.objective.name)
+        directory.checkpoint_file.unlink(missing_ok=True)  # after its end is written: killed in between, it goes on
+
+    def _tell_oracle(self, trial: Any, result: TrialResult) -> None:
+        oracle = self._oracle
+        batch = {name: result.values[name] for name in BATCH_HYPERPARAMETERS if name in result.values}
+        keras_tuner_adapter.learn_micro_batch(oracle, trial, batch)
+        if result.status in ("completed", "reused"):
+            self._limits.infeasible_in_a_row = 0
+            keras_tuner_adapter.end_completed(oracle, trial, dict(result.metrics), result.best_epoch)
+        elif result.status == "infeasible":
+            keras_tuner_adapter.end_without_counting(oracle, trial, result.reason)
+        else:
+            keras_tuner_adapter.end_failed(oracle, trial, f"{result.reason}\n{result.traceback}".strip())
+        keras_tuner_adapter.write_pair_that_ran(oracle, trial.trial_id, batch)
 
     def _count_reused(self, result: TrialResult) -> None:
         if result.status == "reused":
-            oracles.grant_another_trial(self._oracle)
+            keras_tuner_adapter.grant_another_trial(self._oracle)
             self._reused_in_a_row += 1
         else:
             self._reused_in_a_row = 0
 
-    def _check_limits(self) -> None:
-        failed = oracles.consecutive_failures(self._oracle)
-        if oracles.can_redraw(self._oracle) and self._infeasible_in_a_row >= 2 * oracles.MAX_DRAWS:
-            self._is_exhausted = True  # what is left of the space does not fit
-        # A grid begins in one corner, which says nothing of the others: it is walked through to its end.
-        if oracles.can_redraw(self._oracle) and self._infeasible_in_a_row >= oracles.MAX_DRAWS:
-            self._refuse_where_nothing_fits(failed)
-        counted = [trial for trial in failed if self._status(trial) == "failed"]
-        if len(counted) >= self._oracle.max_consecutive_failed_trials:
-            counted = counted[-self._oracle.max_consecutive_failed_trials :]
-            raise _too_many_failures(counted, f"{len(counted)} trials in a row")
-
-    def _refuse_where_nothing_fits(self, failed: list[Any]) -> None:
-        if self._infeasible_in_a_row and not self._any_completed():
-            raise self._too_small(failed[-1].message if failed else "")
-
-    def _refuse_where_all_failed(self) -> None:
-        """A search of fewer trials than may fail in a row has come to nothing too."""
-        ended = [self._oracle.trials[trial_id] for trial_id in self._oracle.end_order]
-        failed = [trial for trial in ended if self._status(trial) == "failed"]
-        if failed and not self._any_completed():
-            raise _too_many_failures(failed, "The only trial" if len(failed) == 1 else f"All {len(failed)} trials")
-
-    def _any_completed(self) -> bool:
-        return any(trial.status == TrialStatus.COMPLETED for trial in self._oracle.trials.values())
-
-    def _status(self, trial: Any) -> str:
-        return str(read_trial(self._directory.trial(trial.trial_id).path).status)
-
-    def _too_small(self, reason: str) -> SearchFailedError | BudgetTooSmallError:
-        if self._memory_budget_bytes is None:
-            return SearchFailedError(
-                f"None of {self._infeasible_in_a_row} proposals may be trained: {reason}.",
-                "a build function that also makes smaller models.",
-                "raise max_model_size.",
-            )
-        return BudgetTooSmallError(
-            f"Received memory_budget={format_bytes(self._memory_budget_bytes or 0)}, in which none of "
-            f"{self._infeasible_in_a_row} proposals fits: {reason or 'not even micro-batch 1 fits'}.",
-            "a budget that holds the parameters, the optimizer's slots and one sample's activations.",
-            "raise memory_budget, or let the build function make smaller models."
-            + budget_hint(keras.config.backend()),
-        )
-
-    def _write(self, directory: TaskDirectory, trial_id: str, number: int, result: TrialResult) -> None:
-        journal = Journal(directory.journal_file)
-        if not any(event["event"] == "proposed" for event in journal.events()):  # it has not come to training
-            journal.append(
-                "proposed", trial_id=trial_id, number=number, hyperparameters=dict(result.values),
-                predicted_peak_memory_bytes=result.predicted_peak_memory_bytes,
-            )  # fmt: skip
-        report = {
-            name: result.report.get(name)
-            for name in (
-                "peak_memory_bytes", "memory_source", "device", "throughput_samples_per_second", "updates",
-                "training_seconds", "precision_policy",
-            )
-        }  # fmt: skip
-        journal.append(
-            "ended", status=result.status, reason=result.reason, traceback=result.traceback,
-            objective_value=result.metrics.get(self._oracle.objective.name), best_epoch=result.best_epoch,
-            reused_from=result.reused_from, metrics=dict(result.metrics), **report,
-        )  # fmt: skip
-
-    def _record_proposal(self, result: TrialResult) -> None:
-        """A proposal that fits at no micro-batch size: on record, though it never became a trial."""
-        number = len(list(self._directory.path.glob("infeasible_*")))
-        directory = TaskDirectory(self._directory.path / f"infeasible_{number:04d}")
-        self._write(directory, directory.path.name, number, result)
-
     def _recover(self) -> None:
-        """What an earlier session has done: its trainings are known, its trials that never trained do not count."""
+        """Takes up an earlier session: its trainings are known, its trials that never trained do not count."""
         record = read_search(self._directory.path)
-        oracles.take_back_grants(self._oracle)
+        keras_tuner_adapter.take_back_grants(self._oracle)
         ended = set(self._oracle.end_order)
         for trial in record.trials:
             if trial.status == "completed":
@@ -292,26 +235,6 @@ class SearchSession:
                 self._runner.remember(trial.trial_id, completed_result(trial))
             if trial.trial_id not in ended:
                 continue
-            self._display.remember(trial.status, trial.objective_value, trial.hyperparameters)
+            self._console.remember(trial.status, trial.objective_value, trial.hyperparameters)
             if trial.status in ("reused", "infeasible"):
-                oracles.grant_another_trial(self._oracle)
-
-
-def _too_many_failures(trials: list[Any], which: str) -> SearchFailedError:
-    reasons = "\n".join(f"  trial {trial.trial_id}: {(trial.message or '').splitlines()[0]}" for trial in trials)
-    return SearchFailedError(
-        f"{which} failed:\n{reasons}\n\nThe last one in full:\n{trials[-1].message}",
-        "a build function whose models train.",
-        "mend what the reasons say and run the same script again: completed trials are kept, where the mended script "
-        "still makes their models. More patience: "
-        "max_consecutive_failed_trials=.",
-    )
-
-
-@contextlib.contextmanager
-def shared_data(directory: SearchDirectory) -> Any:
-    """The data that trials map into memory exist while the search runs."""
-    try:
-        yield directory.payload_file
-    finally:
-        shutil.rmtree(directory.payload_file.parent, ignore_errors=True)
+                keras_tuner_adapter.grant_another_trial(self._oracle)

@@ -1,4 +1,4 @@
-"""A Keras Tuner tuner under a memory budget, with any oracle: what a user asks for, its space and its state."""
+"""A Keras Tuner tuner under a memory budget, with any oracle."""
 
 from __future__ import annotations
 
@@ -10,36 +10,37 @@ from typing import Any, Literal
 
 import keras_tuner
 
-from accumtune.errors import SearchDirectoryError
+from accumtune.config import TrainingConfig
+from accumtune.errors import SearchDirectoryError, SearchError
 from accumtune.execution.device_query import current_backend
 from accumtune.execution.platform_support import require_linux
 from accumtune.execution.profiling import check_sizes
 from accumtune.execution.timeouts import preparation_seconds
-from accumtune.hypermodel import (
-    DEFAULT_ACCUMULATION_STEPS,
-    DEFAULT_MICRO_BATCH_SIZES,
-    AccumulationHyperModel,
-)
+from accumtune.hypermodel import DEFAULT_ACCUMULATION_STEPS, DEFAULT_MICRO_BATCH_SIZES, AccumulationHyperModel
 from accumtune.memory.budget import parse_budget
 from accumtune.memory.device import memory_limit_environment
-from accumtune.oracles import keras_tuner_adapter as oracles
-from accumtune.oracles import persistence as state
-from accumtune.search import identity, ownership
-from accumtune.search.checks import check_choice, refuse_no_oracle, refuse_strategy, refuse_unknown_arguments
-from accumtune.search.chronicle import Chronicle
+from accumtune.oracles import keras_tuner_adapter, persistent_oracle, state_files
+from accumtune.search import ownership
+from accumtune.search.argument_checks import check_choice, check_search_arguments, check_tuner_arguments
 from accumtune.search.feasibility import effective_batch_sizes
+from accumtune.search.parallelism import places_for_workers, refuse_chief_and_workers, resolve_pool
 from accumtune.search.processes import SearchProcesses
-from accumtune.search.searching import Searching, SearchOver
-from accumtune.search.subclassing.overrides import refuse_missing_hypermodel, refuse_overridden
-from accumtune.search.workers import plan, refuse_chief_and_workers, resolve_pool
-from accumtune.tracking.lock import held, running_already
+from accumtune.search.pruning.pruner import PruningMonitor
+from accumtune.search.results.search_results import SearchResults
+from accumtune.search.results.selection import Candidate, Policy
+from accumtune.search.search_space import SearchOver, SearchSpace
+from accumtune.search.session.reporter import Reporter
+from accumtune.search.session.search_session import SearchParts, SearchSession
+from accumtune.search.subclassing.overrides import is_overridden
+from accumtune.tracking.lock import held, only_search
+from accumtune.tracking.records import SearchRecord
 from accumtune.worker.builder import ModelBuilder
-from accumtune.worker.transport.hyperparameters import hyperparameters_from
-from accumtune.worker.transport.task_directory import SearchDirectory, check_writable
+from accumtune.worker.transport.task_directory import SearchDirectory, check_writable, clear_disk_errors
+from accumtune.worker.trial_weights import build_as_trained, load_weights
 
 
-class Tuner(Searching):
-    """A search for effective batch and hyperparameters under a memory budget, with any Keras Tuner oracle.
+class Tuner(keras_tuner.Tuner):
+    """Searches for effective batch and hyperparameters under a memory budget, with any Keras Tuner oracle.
 
     The oracle searches the effective batch (every product of the two lists) beside the user's own hyperparameters;
     the pair that realises it is the fastest whose micro-batch fits the budget. Each trial trains in a process of
@@ -85,7 +86,10 @@ class Tuner(Searching):
         SearchDirectoryError: the directory holds a search that cannot be read.
     """
 
-    _is_discovered = False
+    oracle: Any
+    _asked_seed: int | None = None
+    # The last call of `search`.
+    _session: SearchSession | None = None
 
     def __init__(
         self,
@@ -114,11 +118,7 @@ class Tuner(Searching):
         **kwargs: Any,
     ) -> None:
         require_linux("A search")
-        refuse_unknown_arguments(kwargs, Tuner.__init__)
-        refuse_strategy(kwargs.get("distribution_strategy"))
-        refuse_no_oracle(oracle)
-        refuse_missing_hypermodel(hypermodel)
-        refuse_overridden(type(self), type(oracle))
+        check_tuner_arguments(kwargs, Tuner.__init__, type(self), oracle, hypermodel)
         check_choice("search_over", search_over, ("auto", "effective_batch_size", "pairs"))
         check_choice("learning_rate_scaling", learning_rate_scaling, (None, "linear", "sqrt"))
         self.memory_budget_bytes = None if memory_budget is None else parse_budget(memory_budget)
@@ -126,62 +126,62 @@ class Tuner(Searching):
         self.accumulation_steps = check_sizes("accumulation_steps", accumulation_steps)
         self.effective_batch_sizes = effective_batch_sizes(self.micro_batch_sizes, self.accumulation_steps)
         self.learning_rate_scaling = learning_rate_scaling
-        base = [self.effective_batch_sizes[0] if base_effective_batch_size is None else base_effective_batch_size]
-        (self.base_effective_batch_size,) = check_sizes("base_effective_batch_size", base)
+        if base_effective_batch_size is None:
+            base_effective_batch_size = self.effective_batch_sizes[0]
+        (self.base_effective_batch_size,) = check_sizes("base_effective_batch_size", [base_effective_batch_size])
         self.trial_timeout_seconds = trial_timeout_seconds
-        (self.workers,) = check_sizes("workers", [workers])
-        refuse_chief_and_workers()
-        pool = resolve_pool(executor)
-        self._backend = current_backend()
-        self._places = plan(self.workers, devices, pool, self.memory_budget_bytes)
         self.tracking_uri = tracking_uri
         self.register_as = register_as
-        self.batch_coupled_layers: list[str] = []
-        self.whole_batch_loss = False
-        self._wants_data = False
-        self.search_over = self._asked_search_over = search_over
-        self._compiled_with = {"optimizer": optimizer, "loss": loss, "metrics": metrics}
-        memory_limit_environment(self._backend, self.memory_budget_bytes)  # refuses what no allocator can keep to
-        self._fit_arguments: tuple[tuple[Any, ...], dict[str, Any]] | None = None
+        (self.workers,) = check_sizes("workers", [workers])
+        refuse_chief_and_workers()
+        backend, pool = current_backend(), resolve_pool(executor)
+        places = places_for_workers(self.workers, devices, pool, self.memory_budget_bytes)
+        memory_limit_environment(backend, self.memory_budget_bytes)  # refuses what no allocator can keep to
         ownership.check_project_name(project_name)
-        folder = Path(directory) / project_name
-        self._files = SearchDirectory(folder)
+        self._files = SearchDirectory(Path(directory) / project_name)
         self._processes = SearchProcesses(
             self._files,
             pool,
-            self._backend,
+            backend,
             memory_budget_bytes=self.memory_budget_bytes,
             micro_batch_sizes=self.micro_batch_sizes,
             timeout_seconds=preparation_seconds(trial_timeout_seconds),
         )
-        self._chronicle = Chronicle(self._files, oracle.objective, tracking_uri)
-        self._mended: list[str] = []
-        builder = ModelBuilder(
-            hypermodel,
-            optimizer=optimizer,
-            loss=loss,
-            metrics=metrics,
-            learning_rate_scaling=learning_rate_scaling,
-            base_effective_batch_size=self.base_effective_batch_size,
-        )
+        compiled_with = {"optimizer": optimizer, "loss": loss, "metrics": metrics}
         model = AccumulationHyperModel(
             hypermodel,
             memory_budget=self.memory_budget_bytes,
             micro_batch_sizes=self.micro_batch_sizes,
             accumulation_steps=self.accumulation_steps,
-            builder=builder,
+            builder=ModelBuilder(
+                hypermodel,
+                learning_rate_scaling=learning_rate_scaling,
+                base_effective_batch_size=self.base_effective_batch_size,
+                **compiled_with,
+            ),
         )
+        self._space = SearchSpace(
+            oracle, model, self._processes, search_over, self.effective_batch_sizes, self.micro_batch_sizes
+        )
+        self._results = SearchResults(self._files, oracle.objective)
+        self._reporter = Reporter(self._files, self._results, tracking_uri)
         # As they are asked for now: Keras Tuner reads those of the session before with its state.
-        self._asked_rounds = {name: vars(oracle)[name] for name in ("max_epochs", "factor") if name in vars(oracle)}
-        self._initial_space = oracle.hyperparameters.copy()
-        self._sampler_settings = oracles.sampler_settings(oracle)
-        check_writable(folder)
-        ownership.claim(folder)
+        self._sampler_settings = keras_tuner_adapter.sampler_settings(oracle)
+        asked = {name: vars(oracle)[name] for name in ("max_epochs", "factor") if name in vars(oracle)}
+        if self._asked_seed is not None:
+            asked["seed"] = self._asked_seed
+        if search_over != "auto":
+            asked["search_over"] = search_over
+        self._parts = SearchParts(
+            self._files, self._processes, self._space, self._results, self._reporter, places, compiled_with, asked
+        )
+        check_writable(self._files.path)
+        ownership.claim(self._files.path)
         try:
-            with held(folder) as is_held:
-                self._prepare_folder(is_held, overwrite)
+            with held(self._files.path) as is_held:
+                self._repairs = ownership.prepare(self._files.path, is_held=is_held, overwrite=overwrite)
                 super().__init__(
-                    state.with_whole_state(oracle, is_looking=not is_held),
+                    persistent_oracle.make_persistent(oracle, is_looking=not is_held),
                     model,
                     directory=directory,
                     project_name=project_name,
@@ -191,36 +191,101 @@ class Tuner(Searching):
                 )
                 # Not by Keras Tuner's constructor: it would compile with them again what the hypermodel has built.
                 self.optimizer, self.loss, self.metrics = optimizer, loss, metrics
-                self._seen = self._chronicle.position()
+                # How far the journal had come when the state was read or written last.
+                self._position = self._reporter.position()
         except BaseException:
             self._processes.close()
             raise
 
-    def _prepare_folder(self, is_held: bool, overwrite: bool) -> None:
-        """Deletes or mends the state of an earlier search; one that runs is only looked at.
+    @property
+    def search_over(self) -> SearchOver:
+        """What the oracle proposes: `"effective_batch_size"` or `"pairs"`; `"auto"` before that is decided."""
+        return self._space.search_over
+
+    @property
+    def batch_coupled_layers(self) -> list[str]:
+        """What keeps accumulation from being exact in the models of this search; [] is good."""
+        return self._space.batch_coupled_layers
+
+    @property
+    def whole_batch_loss(self) -> bool:
+        """Whether the loss is that of the whole effective batch, in two passes."""
+        return self._space.whole_batch_loss
+
+    def search(self, *fit_args: Any, **fit_kwargs: Any) -> None:
+        """Runs trials until `max_trials` have trained, each in a process of its own.
+
+        The same script run again after an interruption goes on where it was: completed trials are kept.
+
+        Args:
+            *fit_args, **fit_kwargs: what `model.fit` takes, without `batch_size`: `x`, `y`, `validation_data`,
+                `epochs`, `callbacks`, … Data are arrays (also dicts and tuples of arrays), a
+                `keras.utils.PyDataset`, or functions without arguments that return one of these or a
+                `tf.data.Dataset`. `verbose=0` prints nothing.
 
         Raises:
-            SearchDirectoryError: a search runs there, and there is nothing to look at or it would be deleted.
+            UnsendableDataError: data or callbacks that cannot be sent to another process.
+            BudgetTooSmallError: no proposal fits the budget, not even with micro-batch 1.
+            SearchFailedError: `max_consecutive_failed_trials` trials failed one after another.
+            SearchDirectoryError: another process searches in this directory, or it cannot be written to.
         """
+        own_run_trial = is_overridden("run_trial", type(self))
+        check_search_arguments(fit_args, fit_kwargs, self.hypermodel.hypermodel, self.oracle.objective, own_run_trial)
+        self.oracle.verbose = 0  # accumtune prints its own lines
+        session = self._session = SearchSession(self, self._parts, fit_args, fit_kwargs)
         folder = self._files.path
-        if not is_held:
-            if overwrite or not (folder / "tuner0.json").exists():
-                raise running_already(folder)
-        elif overwrite:
-            ownership.clear(folder)
-        else:
-            self._mended = state.repair_state_files(folder)
+        with clear_disk_errors(folder), only_search(folder), self._processes.sharing(session.payload()):
+            try:
+                self._read_newer_state()
+                notes = session.resume()
+            except BaseException:
+                self._processes.close()
+                raise
+            self.save()  # Keras Tuner itself saves after the first trial: too late for a kill during that one
+            try:
+                session.run(self._repairs, notes)
+            finally:
+                self._position = self._reporter.position()
 
-    def _take_up(self) -> None:
+    def _pruning(self) -> PruningMonitor | None:
+        """Returns what stops hopeless trials; `OptunaSearch` has it."""
+        return None
+
+    # What a subclass may override
+
+    def run_trial(self, trial: Any, *fit_args: Any, **fit_kwargs: Any) -> list[Any]:
+        """Trains a trial in a process of its own, within the budget.
+
+        A subclass may override it, ask `trial.hyperparameters` for more, and call this with other arguments of `fit`;
+        it runs in the process of the search.
+
+        Returns:
+            A `keras.callbacks.History` of each execution, with its curves.
+        """
+        own = None if self._session is None else self._session.own_run_trial
+        if own is None:
+            raise SearchError(
+                "Received run_trial outside of a search.",
+                "run_trial overridden in a subclass, and called by search().",
+                "train the best with get_best_config().build(build_model) and model.fit.",
+            )
+        return own.train(trial, fit_args, fit_kwargs)
+
+    def on_trial_end(self, trial: Any) -> None:
+        """Called when a trial has ended; the oracle knows it by then."""
+
+    # The state of an earlier session, and this one's
+
+    def _read_newer_state(self) -> None:
         """Reads the state anew, where another process has searched since this tuner read it."""
-        if self._chronicle.position() == self._seen and not state.is_looking(self.oracle):
+        if self._reporter.position() == self._position and not persistent_oracle.is_looking(self.oracle):
             return
-        self._mended = state.repair_state_files(self._files.path)
-        state.read_anew(self.oracle)
+        self._repairs = state_files.repair_state_files(self._files.path)
+        persistent_oracle.read_anew(self.oracle)
         self.reload()
 
     def reload(self) -> None:
-        """Keras Tuner's.
+        """Reads Keras Tuner's state.
 
         Raises:
             SearchDirectoryError: another kind of tuner has searched here.
@@ -238,64 +303,94 @@ class Tuner(Searching):
         # A subclass's set_state need not call this one.
         Tuner.set_state(self, json.loads(Path(self._get_tuner_fname()).read_text()))
 
-    # The space, discovered in a child
-
-    def _renew_space(self, trained: int) -> None:
-        if self._is_discovered:  # by this tuner: nothing can have changed
-            return
-        self._is_discovered = True
-        before = self.oracle.hyperparameters.get_config()["space"]
-        discovered = self._processes.discover(self.hypermodel, self._initial_space.copy())
-        space = keras_tuner.HyperParameters()
-        self._declare_batch_hyperparameters(space)
-        now = [*space.get_config()["space"], *discovered["hyperparameters"]["space"]]
-        identity.refuse_changes(self._files.path, identity.grown_space(before, now) if trained else [], trained)
-        oracles.replace_space(self.oracle, identity.with_space(before, now) if trained else now)
-
-    def _populate_initial_space(self) -> None:
-        self._is_discovered = True
-        discovered = self._processes.discover(self.hypermodel, self.oracle.get_space())
-        self.batch_coupled_layers = discovered["batch_coupled_layers"]
-        self.whole_batch_loss = discovered["whole_batch_loss"]
-        self._wants_data = discovered["wants_data"]
-        if self.search_over == "auto" and not self._wants_data:
-            self._choose_what_to_search_over()
-        found = hyperparameters_from(discovered["hyperparameters"])
-        self._declare_batch_hyperparameters(self.oracle.hyperparameters)
-        self.oracle.update_space(found)
-
-    def _try_with_data(self) -> None:
-        """What a model's own code does with the data decides what is searched over; kept by a search that goes on."""
-        if self._wants_data and not self.oracle.trials:
-            discovered = self._processes.discover(self.hypermodel, self.oracle.hyperparameters.copy())
-            self.batch_coupled_layers = discovered["batch_coupled_layers"]
-            self.whole_batch_loss = discovered["whole_batch_loss"]
-            self._wants_data = False
-        if self.search_over == "auto":
-            self._choose_what_to_search_over()
-            self._declare_batch_hyperparameters(self.oracle.hyperparameters)
-
-    def _choose_what_to_search_over(self) -> None:
-        self.search_over = "pairs" if self.batch_coupled_layers else "effective_batch_size"
-
-    def _declare_batch_hyperparameters(self, space: Any) -> None:
-        """Ordered choices: Bayesian optimisation sees their rank, which for powers of two is the logarithm."""
-        space.Choice("effective_batch_size", list(self.effective_batch_sizes), ordered=True)
-        if self.search_over == "pairs":
-            space.Choice("micro_batch_size", list(self.micro_batch_sizes), ordered=True)
-
-    # Keras Tuner's state
-
     def save(self) -> None:
-        """As Keras Tuner saves, but whole; a subclass's `get_state` and `set_state` need not know of the search's."""
+        """Saves as Keras Tuner does, but whole; a subclass's `get_state` need not know of the search's."""
         self.oracle.save()
-        state.save_tuner(Path(self._get_tuner_fname()), {**Tuner.get_state(self), **self.get_state()})
+        state_files.write_state(Path(self._get_tuner_fname()), {**Tuner.get_state(self), **self.get_state()})
 
     def get_state(self) -> dict[str, Any]:
-        names = ("search_over", "batch_coupled_layers", "whole_batch_loss")
-        return {name: getattr(self, name) for name in names}
+        return self._space.get_state()
 
     def set_state(self, saved: dict[str, Any]) -> None:
-        self.search_over = saved.get("search_over", self.search_over)
-        self.batch_coupled_layers = saved.get("batch_coupled_layers", [])
-        self.whole_batch_loss = saved.get("whole_batch_loss", False)
+        self._space.set_state(saved)
+
+    def _populate_initial_space(self) -> None:
+        self._space.discover()
+
+    # Results: while the search runs, when it has ended, and on another day
+
+    def record(self) -> SearchRecord:
+        """Returns the search as its journals tell it, trials included."""
+        return self._results.record()
+
+    def candidates(self) -> list[Candidate]:
+        """Returns every trained configuration within the budget, and the other micro-batches of its effective batch.
+
+        Those are marked `is_trained=False`: same training, with predicted memory and speed.
+        """
+        return self._results.candidates()
+
+    def pareto_front(self) -> list[Candidate]:
+        """Returns the candidates that no other beats in objective, peak memory and throughput, best objective first."""
+        return self._results.pareto_front()
+
+    def get_best_config(self, policy: Policy = "quality", tolerance: float = 0.01) -> TrainingConfig:
+        """Returns the configuration to train with.
+
+        One that was not trained in its own micro-batch is run for a few updates under the budget first, once; where it
+        does not hold, the next best is taken. That needs the data of a `search()` in this process.
+
+        Args:
+            policy: `"quality"` (best objective within the tolerance, then fastest, then smallest), `"memory"`,
+                `"throughput"`, `"balanced"`, or a function from candidates to one of them.
+            tolerance: differences of the objective below this share are taken for noise.
+
+        Returns:
+            A `TrainingConfig`; its `reason` says in one sentence why it won.
+
+        Raises:
+            NoResultError: no trial has completed within the budget.
+        """
+        runs = None if self._session is None else self._session.runs
+        return self._results.config(self._results.choose(policy, tolerance, runs))
+
+    def results_summary(self, num_trials: int = 10) -> None:
+        """Prints the candidates, best first; the Pareto front is marked."""
+        print(self._results.summary(num_trials))
+
+    def get_best_hyperparameters(self, num_trials: int = 1) -> list[Any]:
+        """Returns Keras Tuner's hyperparameters, without its padding by failed trials."""
+        return [trial.hyperparameters for trial in self._best_trials(num_trials)]
+
+    def get_best_models(self, num_models: int = 1) -> list[Any]:
+        """Returns models with the weights of their best epoch, accumulating as they were trained."""
+        return [self.load_model(trial) for trial in self._best_trials(num_models)]
+
+    def load_model(self, trial: Any) -> Any:
+        """Builds a trial's model with the weights of its best epoch.
+
+        Raises:
+            ValueError: the weights do not fit the model.
+        """
+        model = self.hypermodel.build(trial.hyperparameters)
+        weights_file = Path(self._get_checkpoint_fname(trial.trial_id))
+        build_as_trained(model, weights_file)
+        load_weights(model, weights_file)
+        return model
+
+    def _best_trials(self, count: int) -> list[Any]:
+        completed = [t for t in self.oracle.trials.values() if t.status == "COMPLETED"]
+        reused = {trial.trial_id for trial in self.record().with_status("reused")}
+        trained = [trial for trial in completed if trial.trial_id not in reused]
+        direction = self.oracle.objective.direction
+        return sorted(trained, key=lambda trial: trial.score, reverse=direction == "max")[:count]
+
+    @property
+    def ui_command(self) -> str:
+        """The command that opens this search in the MLflow UI."""
+        return self._reporter.ui_command
+
+    @property
+    def ui_address(self) -> str:
+        """Where the UI shows this search, once the command runs."""
+        return self._reporter.ui_address

@@ -7,8 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from accumtune.oracles import persistence as states
-from accumtune.oracles.incremental_state import ChangingState, changes_file, with_changes
+from accumtune.oracles import state_files
+from accumtune.oracles.incremental_state import IncrementalState, changes_file, with_changes
+from accumtune.oracles.persistent_oracle import make_persistent
 
 SCALARS = st.one_of(st.none(), st.booleans(), st.integers(-3, 3), st.text("ab", max_size=2))
 NAMES = st.sampled_from(["x", "y", "z"])
@@ -39,7 +40,7 @@ def read(path, content=""):
 @settings(max_examples=60, deadline=None)
 def test_what_was_saved_last_is_read_also_from_an_older_file(tmp_path_factory, saves):
     path = tmp_path_factory.mktemp("states") / "oracle.json"
-    file = ChangingState(path, write)
+    file = IncrementalState(path, write)
     older = ["null"]
     for is_whole, state in saves:
         (file.save_whole if is_whole else file.save_changes)(json.loads(json.dumps(state)))
@@ -49,7 +50,7 @@ def test_what_was_saved_last_is_read_also_from_an_older_file(tmp_path_factory, s
 
 
 def test_a_state_that_changes_inside_is_noticed(tmp_path):
-    file, state = ChangingState(tmp_path / "oracle.json", write), {"brackets": [{"rounds": [[1]]}], "order": ["a"]}
+    file, state = IncrementalState(tmp_path / "oracle.json", write), {"brackets": [{"rounds": [[1]]}], "order": ["a"]}
     file.save_whole(state)
     state["brackets"][0]["rounds"][0].append(2)
     state["order"].append("b")
@@ -62,14 +63,14 @@ def test_a_state_that_changes_inside_is_noticed(tmp_path):
 
 def test_a_torn_line_is_the_end_and_its_number_is_given_again(tmp_path):
     path = tmp_path / "oracle.json"
-    file = ChangingState(path, write)
+    file = IncrementalState(path, write)
     file.save_whole({"order": ["a"]})
     for order in (["a", "b"], ["a", "b", "c"]):
         file.save_changes({"order": order})
     lines = changes_file(path)
     lines.write_bytes(lines.read_bytes()[:-9])
     assert read(path) == {"order": ["a", "b"]}
-    again = ChangingState(path, write)
+    again = IncrementalState(path, write)
     again.save_whole(read(path))
     again.save_changes({"order": ["a", "b", "d"]})
     assert read(path) == {"order": ["a", "b", "d"]}
@@ -77,7 +78,7 @@ def test_a_torn_line_is_the_end_and_its_number_is_given_again(tmp_path):
 
 def test_a_file_of_another_program_is_taken_as_it_is(tmp_path):
     path = tmp_path / "oracle.json"
-    file = ChangingState(path, write)
+    file = IncrementalState(path, write)
     file.save_whole({"order": ["a"]})
     file.save_changes({"order": ["a", "b"]})
     path.write_text(json.dumps({"order": ["z"]}))
@@ -102,9 +103,9 @@ def run_trial(oracle):
 
 def test_the_last_trial_of_many_writes_no_more_than_the_first(tmp_path, monkeypatch):
     written = []
-    monkeypatch.setattr(states, "write_atomically", lambda path, content: written.append(len(content)))
+    monkeypatch.setattr(state_files, "write_atomically", lambda path, content: written.append(len(content)))
     trials = 600
-    oracle = states.with_whole_state(oracle_in(tmp_path / "s", trials))
+    oracle = make_persistent(oracle_in(tmp_path / "s", trials))
     oracle.save()
     bytes_of = []
     lines = changes_file(tmp_path / "s" / "oracle.json")
@@ -121,7 +122,7 @@ def test_the_last_trial_of_many_writes_no_more_than_the_first(tmp_path, monkeypa
 @pytest.mark.parametrize("is_damaged", [False, True])
 def test_a_search_that_is_gone_finds_its_oracle_complete(is_damaged, tmp_path):
     folder = tmp_path / "s"
-    oracle = states.with_whole_state(oracle_in(folder, 5))
+    oracle = make_persistent(oracle_in(folder, 5))
     oracle.save()
     for _ in range(3):
         run_trial(oracle)
@@ -129,9 +130,9 @@ def test_a_search_that_is_gone_finds_its_oracle_complete(is_damaged, tmp_path):
     assert json.loads((folder / "oracle.json").read_text())["end_order"] == []  # all of it is in the changes
     if is_damaged:
         (folder / "oracle.json").write_text("{")
-        (line,) = states.repair_state_files(folder)
+        (line,) = state_files.repair_state_files(folder)
         assert "oracle.json" in line
-    again = states.with_whole_state(oracle_in(folder, 5))
+    again = make_persistent(oracle_in(folder, 5))
     again.reload()
     found = again.get_state()
     for state in (expected, found):

@@ -12,7 +12,7 @@ import accumtune
 from accumtune.oracles import keras_tuner_adapter as oracles
 from accumtune.oracles import optuna_space
 from accumtune.oracles.optuna_oracle import OptunaOracle
-from accumtune.oracles.persistence import with_whole_state
+from accumtune.oracles.persistent_oracle import make_persistent
 
 
 @pytest.fixture
@@ -81,7 +81,7 @@ def make(tmp_path, hp, sampler=None, trials=30, direction="min", seed=1, **kwarg
     )  # fmt: skip
     oracle.verbose = 0
     oracle._set_project_dir(str(tmp_path), "search")
-    return with_whole_state(oracle)
+    return make_persistent(oracle)
 
 
 def drive(oracle, objective, trials, tuner_id="tuner0"):

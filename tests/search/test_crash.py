@@ -15,11 +15,12 @@ from accumtune.errors import SearchDirectoryError, SearchError, SearchFailedErro
 from accumtune.execution.executors import Outcome
 from accumtune.execution.profiling import ModelFacts
 from accumtune.memory.prediction.profile import Measurement, Profile
-from accumtune.oracles import persistence as state
-from accumtune.search.console.display import Display
-from accumtune.search.scheduler import SearchSession
-from accumtune.search.trial.settings import SearchSettings
+from accumtune.oracles import state_files
+from accumtune.oracles.persistent_oracle import make_persistent
+from accumtune.search.scheduler import Scheduler
+from accumtune.search.session.console import Console
 from accumtune.search.trial.trial_runner import TrialRunner
+from accumtune.search.trial.trial_settings import TrialSettings
 from accumtune.tracking.journal import Journal, read_search
 from accumtune.worker.transport import task_directory as directories
 from accumtune.worker.transport.hyperparameters import appeared
@@ -43,7 +44,7 @@ class Countdown:
         self.writes = 0
         monkeypatch.setattr(directories.os, "fsync", lambda descriptor: None)  # this test's disk does not fail
         write, append = directories.write_atomically, Journal.append
-        for module in (directories, state):
+        for module in (directories, state_files):
             monkeypatch.setattr(module, "write_atomically", lambda *args: self.tick() or write(*args))
         monkeypatch.setattr(Journal, "append", lambda *args, **fields: self.tick() or append(*args, **fields))
 
@@ -139,17 +140,17 @@ def session(folder, kind, trainings, workers=1, **settings):
     space.Choice("learning_rate", [0.1, 0.2, 0.3])
     oracle = ORACLES[kind](space)
     oracle._set_project_dir(str(folder.parent), folder.name)
-    oracle = state.with_whole_state(oracle)
+    oracle = make_persistent(oracle)
     oracle.verbose = 0
-    state.repair_state_files(folder)
+    state_files.repair_state_files(folder)
     if (folder / "oracle.json").exists():
         oracle.reload()
     oracle.save()
-    settings = SearchSettings(None, (4, 8), True, False, 1, 3, "val_loss", None, **settings)
+    settings = TrialSettings(None, (4, 8), True, False, 1, 3, "val_loss", None, **settings)
     files = SearchDirectory(folder)
-    display = Display("val_loss", oracle.max_trials, 0)
+    console = Console("val_loss", oracle.max_trials, 0)
     runner = TrialRunner(settings, files, trainings, Profiles())
-    return oracle, SearchSession(oracle, runner, files, display, workers=workers)
+    return oracle, Scheduler(oracle, runner, files, console, workers=workers)
 
 
 def told(folder):
@@ -191,13 +192,14 @@ def test_a_truncated_file_is_repaired_and_nothing_is_trained_again(name, kind, t
     trainings = Trainings()
     folder = tmp_path / "s"
     journal = Journal(folder / "search.jsonl")
-    journal.append("search_started", search_id="x", search_over="pairs", batch_coupled_layers=["b"])
+    tuner = {"search_over": "pairs", "batch_coupled_layers": ["b"], "whole_batch_loss": True}
+    journal.append("search_started", search_id="x", **tuner)
     session(folder, kind, trainings)[1].run()
-    state.save_tuner(folder / "tuner0.json", {"search_over": "pairs", "batch_coupled_layers": ["b"]})
+    state_files.write_state(folder / "tuner0.json", tuner)
     before, original = told(folder), json.loads((folder / name).read_text())
     with open(folder / name, "r+") as file:
         file.truncate(len(file.read()) // 2)
-    (line,) = state.repair_state_files(folder)
+    (line,) = state_files.repair_state_files(folder)
     assert name in line and (folder / f"{name}.broken").exists()
     if name == "trial_1/trial.json":
         repaired = json.loads((folder / name).read_text())
@@ -218,7 +220,7 @@ def test_what_cannot_be_repaired_is_named(tmp_path):
     for name in ("oracle.json", ".oracle.json.previous", "oracle.changes.jsonl"):
         (folder / name).write_text("{")
     with pytest.raises(SearchDirectoryError, match="oracle.json.*cannot be read"):
-        state.repair_state_files(folder)
+        state_files.repair_state_files(folder)
     assert (folder / "oracle.json").read_text() == "{"
 
 

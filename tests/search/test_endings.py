@@ -15,7 +15,7 @@ from models import build_fixed, build_plain, build_wide, dense
 
 import accumtune
 from accumtune import errors
-from accumtune.search import scheduler as session
+from accumtune.search import failure_limits, scheduler
 from accumtune.tracking.journal import Journal, read_search
 
 pytestmark = pytest.mark.usefixtures("one_fork_server")
@@ -121,7 +121,8 @@ def test_a_budget_in_which_nothing_fits(tmp_path, kind, monkeypatch, capsys):
     def build(hp):
         return dense(width=2**20)
 
-    monkeypatch.setattr(session, "budget_hint", lambda backend: " What may help.")
+    for module in (failure_limits, scheduler):
+        monkeypatch.setattr(module, "budget_hint", lambda backend: " What may help.")
     tuner = make(tmp_path, kind, build=build)
     with pytest.raises(errors.BudgetTooSmallError, match="16.0 MiB") as error:
         tuner.search(X, Y, validation_data=(X, Y), verbose=1)

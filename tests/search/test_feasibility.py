@@ -5,13 +5,13 @@ from dataclasses import dataclass
 from hypothesis import given
 from hypothesis import strategies as st
 
+from accumtune.accumulation.batch_pair import BatchPair
 from accumtune.search.feasibility import (
-    Pair,
     effective_batch_sizes,
     fastest,
     feasible_pairs,
-    next_smaller,
-    realise,
+    next_smaller_pair,
+    pair_for_proposal,
     training_key,
 )
 
@@ -38,20 +38,20 @@ def test_effective_batches_are_all_products_once():
 
 
 def test_the_fastest_that_fits():
-    assert realise(Linear(), 256, (8, 16, 32, 64), budget_bytes=40) == Pair(32, 8)
+    assert pair_for_proposal(Linear(), 256, (8, 16, 32, 64), budget_bytes=40) == BatchPair(32, 8)
 
 
 def test_more_steps_than_any_list_names_when_memory_demands_it():
-    assert realise(Linear(), 256, (64, 128), budget_bytes=10) == Pair(8, 32)
+    assert pair_for_proposal(Linear(), 256, (64, 128), budget_bytes=10) == BatchPair(8, 32)
 
 
 def test_not_even_one_sample_fits():
-    assert realise(Linear(slope=100), 256, (64, 128), budget_bytes=10) is None
+    assert pair_for_proposal(Linear(slope=100), 256, (64, 128), budget_bytes=10) is None
 
 
 def test_equally_fast_pairs_take_the_smaller_one():
-    pairs = [Pair(8, 8), Pair(16, 4), Pair(32, 2)]
-    assert fastest(Linear(overhead=0.0), pairs) == Pair(8, 8)
+    pairs = [BatchPair(8, 8), BatchPair(16, 4), BatchPair(32, 2)]
+    assert fastest(Linear(overhead=0.0), pairs) == BatchPair(8, 8)
 
 
 def test_slower_in_large_micro_batches_is_believed():
@@ -59,26 +59,26 @@ def test_slower_in_large_micro_batches_is_believed():
         def predict_throughput(self, micro_batch_size, accumulation_steps=1):
             return {16: 100.0, 32: 120.0, 64: 90.0}.get(micro_batch_size, 1.0)
 
-    assert realise(Cached(), 256, (16, 32, 64), budget_bytes=10**9) == Pair(32, 8)
+    assert pair_for_proposal(Cached(), 256, (16, 32, 64), budget_bytes=10**9) == BatchPair(32, 8)
 
 
 def test_a_searched_micro_batch_that_does_not_fit_becomes_the_largest_that_does():
-    assert realise(Linear(), 256, (8, 16, 32, 64), 40, largest_micro_batch_size=64) == Pair(32, 8)
-    assert realise(Linear(), 256, (8, 16, 32, 64), 40, largest_micro_batch_size=16) == Pair(16, 16)
-    assert realise(Linear(), 256, (64,), 40, largest_micro_batch_size=64) is None
+    assert pair_for_proposal(Linear(), 256, (8, 16, 32, 64), 40, proposed_micro_batch_size=64) == BatchPair(32, 8)
+    assert pair_for_proposal(Linear(), 256, (8, 16, 32, 64), 40, proposed_micro_batch_size=16) == BatchPair(16, 16)
+    assert pair_for_proposal(Linear(), 256, (64,), 40, proposed_micro_batch_size=64) is None
 
 
 def test_after_a_surprise_the_next_smaller_one():
-    assert next_smaller(Pair(64, 4), (8, 16, 64)) == Pair(16, 16)
-    assert next_smaller(Pair(8, 3), (8,)) == Pair(6, 4)
-    assert next_smaller(Pair(8, 3), (8,), only_listed=True) is None
-    assert next_smaller(Pair(1, 24), (8,)) is None
+    assert next_smaller_pair(BatchPair(64, 4), (8, 16, 64)) == BatchPair(16, 16)
+    assert next_smaller_pair(BatchPair(8, 3), (8,)) == BatchPair(6, 4)
+    assert next_smaller_pair(BatchPair(8, 3), (8,), only_listed=True) is None
+    assert next_smaller_pair(BatchPair(1, 24), (8,)) is None
 
 
 @given(sizes, sizes, st.integers(1, 300))
 def test_a_realised_pair_makes_the_effective_batch_and_fits(micro, steps, budget):
     for effective in effective_batch_sizes(micro, steps):
-        pair = realise(Linear(), effective, sorted(micro), budget)
+        pair = pair_for_proposal(Linear(), effective, sorted(micro), budget)
         assert pair is not None
         assert pair.effective_batch_size == effective
         assert pair.micro_batch_size <= budget

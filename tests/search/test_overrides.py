@@ -1,6 +1,7 @@
 """Subclasses of a tuner: every method that may be overridden is called, or refused."""
 
 import keras_tuner
+import numpy as np
 import pytest
 from made_tuner import X, Y, make
 from models import build_fixed
@@ -10,6 +11,8 @@ from accumtune.errors import SearchError
 from accumtune.search.subclassing.overrides import HONOURED_OF_ORACLE, HONOURED_OF_TUNER, refuse_overridden
 from accumtune.search.subclassing.own_run_trial import OwnRunTrial
 from accumtune.search.trial.trial_result import TrialResult
+from accumtune.worker.transport.payload import load_payload
+from accumtune.worker.transport.task_directory import SearchDirectory
 
 
 def public(kind):
@@ -115,32 +118,43 @@ class FakeTrial:
     hyperparameters = keras_tuner.HyperParameters()
 
 
-def own(run_trial, result=None, given=((X,), {"y": Y, "epochs": 1})):
+def own(files, run_trial, result=None, given=((X,), {"y": Y, "epochs": 1})):
     trained = []
 
-    def train(trial, overrides, other):
+    def train(trial, overrides, payload_file):
+        other = None
+        if payload_file is not None:
+            payload = load_payload(payload_file)
+            other = payload["fit_args"], payload["fit_kwargs"]
         trained.append((dict(overrides), other))
         return result or TrialResult("completed", {"units": 4}, metrics={"val_loss": 2.0})
 
     runner = OwnRunTrial(
         lambda trial, *args, **kwargs: run_trial(lambda *a, **k: runner.train(trial, a, k), *args, **kwargs),
-        train, given, keras_tuner.Objective("val_loss", "min"), lambda trial_id: "no folder",
+        dict(zip(("fit_args", "fit_kwargs"), given, strict=True)), keras_tuner.Objective("val_loss", "min"), files,
     )  # fmt: skip
-    return runner, trained
+    return lambda overrides=(): runner(FakeTrial(), dict(overrides), train), trained
 
 
-def test_plain_values_go_on_top_of_the_search_s_and_other_data_instead_of_them():
+@pytest.fixture
+def files(tmp_path):
+    return SearchDirectory(tmp_path)
+
+
+def test_plain_values_go_on_top_of_the_search_s_and_other_data_instead_of_them(files):
     for changed in ({"y": Y[:8]}, {"callbacks": [1]}):
-        runner, trained = own(lambda train, *a, **k: train(*a, **{**k, **changed}))  # noqa: B023
-        assert runner(FakeTrial(), {}).metrics == {"val_loss": 2.0}
+        run, trained = own(files, lambda train, *a, **k: train(*a, **{**k, **changed}))  # noqa: B023
+        assert run().metrics == {"val_loss": 2.0}
         ((overrides, ((x,), everything)),) = trained
-        assert overrides == {} and x is X
-        assert all(everything[name] is value for name, value in {"y": Y, "epochs": 1, **changed}.items())
-    runner, trained = own(lambda train, *a, **k: train(*a, **{**k, "epochs": 7}))
-    runner(FakeTrial(), {})
+        assert overrides == {} and (x == X).all()
+        expected = {"y": Y, "epochs": 1, **changed}
+        assert everything.keys() == expected.keys()
+        assert all(np.array_equal(everything[name], value) for name, value in expected.items())
+    run, trained = own(files, lambda train, *a, **k: train(*a, **{**k, "epochs": 7}))
+    run()
     assert trained == [({"epochs": 7}, None)]
-    runner, trained = own(lambda train, *a, **k: train(*a, **{**k, "epochs": 7}))
-    runner(FakeTrial(), {"epochs": 3, "initial_epoch": 1})
+    run, trained = own(files, lambda train, *a, **k: train(*a, **{**k, "epochs": 7}))
+    run({"epochs": 3, "initial_epoch": 1})
     assert trained == [({"epochs": 3, "initial_epoch": 1}, None)]  # Hyperband's own, as in Keras Tuner
 
 
@@ -154,16 +168,16 @@ def test_plain_values_go_on_top_of_the_search_s_and_other_data_instead_of_them()
         (lambda train, *a, **k: [train(*a, **k), {"loss": 1.0}][1], "val_loss"),
     ],
 )
-def test_a_run_trial_that_cannot_be_honoured_is_refused(run_trial, words):
+def test_a_run_trial_that_cannot_be_honoured_is_refused(files, run_trial, words):
     with pytest.raises(SearchError, match=words) as caught:
-        own(run_trial)[0](FakeTrial(), {})
+        own(files, run_trial)[0]()
     assert caught.value.expected and caught.value.fix
 
 
-def test_endings_of_a_run_trial():
-    assert own(lambda train, *a, **k: [train(*a, **k), 0.5][1])[0](FakeTrial(), {}).metrics == {"val_loss": 0.5}
-    assert own(lambda train, *a, **k: [train(*a, **k), None][1])[0](FakeTrial(), {}).metrics == {"val_loss": 2.0}
+def test_endings_of_a_run_trial(files):
+    assert own(files, lambda train, *a, **k: [train(*a, **k), 0.5][1])[0]().metrics == {"val_loss": 0.5}
+    assert own(files, lambda train, *a, **k: [train(*a, **k), None][1])[0]().metrics == {"val_loss": 2.0}
     failed = TrialResult("failed", {}, reason="boom")
-    assert own(lambda train, *a, **k: train(*a, **k)[0], failed)[0](FakeTrial(), {}) == failed
-    raised = own(lambda train, *a, **k: train(*a, **k)[5])[0](FakeTrial(), {})
+    assert own(files, lambda train, *a, **k: train(*a, **k)[0], failed)[0]() == failed
+    raised = own(files, lambda train, *a, **k: train(*a, **k)[5])[0]()
     assert raised.status == "failed" and raised.reason == "run_trial raised IndexError: list index out of range"

@@ -48,7 +48,7 @@ class Forecast:
 
 
 def forecast(values: Sequence[float], finished: Sequence[Sequence[float]], direction: str = "min") -> Forecast | None:
-    """What a training will end with.
+    """Forecasts what a training will end with.
 
     Args:
         values: its objective after each epoch so far. NaN is passed over.
@@ -82,7 +82,7 @@ def forecast(values: Sequence[float], finished: Sequence[Sequence[float]], direc
 
 
 def _end(values: np.ndarray, gains: np.ndarray, scale: float) -> tuple[float, float]:
-    """The expected end of a training and its standard deviation, smaller values being better.
+    """Returns the expected end of a training and its standard deviation, smaller values being better.
 
     Args:
         values: its best so far after each epoch.

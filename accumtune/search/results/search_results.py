@@ -1,32 +1,94 @@
-"""What a search has found, put together from its journals and profiles."""
+"""Reads what a search has found from its journals and profiles."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from accumtune.accumulation.batch_pair import BATCH_HYPERPARAMETERS, BatchPair
 from accumtune.config import TrainingConfig
+from accumtune.errors import NoResultError
 from accumtune.memory.prediction.profile import Profile
-from accumtune.search.feasibility import Pair, effective_batch_sizes, feasible_pairs
-from accumtune.search.results import carried
-from accumtune.search.results.selection import Candidate, Choice, pareto_front
-from accumtune.tracking.data_digest import data_digest
+from accumtune.search.feasibility import effective_batch_sizes, feasible_pairs
+from accumtune.search.results.selection import Candidate, Choice, Policy, pareto_front, select
+from accumtune.search.results.training_dependencies import dependencies_of_trial
+from accumtune.search.results.winner_verification import predicted_choice, verified_choice
+from accumtune.tracking.journal import read_search
 from accumtune.tracking.mlflow.tracker import read_cache
 from accumtune.tracking.records import SearchRecord, TrialRecord
-from accumtune.tracking.report import writer as report
+from accumtune.tracking.report import writer
 from accumtune.tracking.report.noise_scale_note import noise_scale_of
-from accumtune.worker.data.user_data import input_arguments
-from accumtune.worker.transport.payload import is_data_function
 from accumtune.worker.transport.task_directory import SearchDirectory
+
+Best = tuple[Choice, TrainingConfig]
+
+
+class SearchResults:
+    """Reads the results of one search.
+
+    Args:
+        files: the search's.
+        objective: Keras Tuner's.
+    """
+
+    def __init__(self, files: SearchDirectory, objective: Any) -> None:
+        self._files = files
+        self._objective = objective
+
+    def record(self) -> SearchRecord:
+        return read_search(self._files.path)
+
+    def candidates(self) -> list[Candidate]:
+        return candidates(self.record(), self._files.profiles_folder)
+
+    def pareto_front(self) -> list[Candidate]:
+        return pareto_front(self.candidates(), self._objective.direction)
+
+    def summary(self, limit: int) -> str:
+        return summary(self.record(), self.candidates(), limit)
+
+    def choose(self, policy: Policy, tolerance: float, runs: Callable[[Candidate], bool] | None) -> Choice:
+        """Chooses the candidate to train with.
+
+        Args:
+            policy, tolerance: as in `Tuner.get_best_config`.
+            runs: trains a candidate for a few updates under the budget; None where nothing can be run.
+
+        Raises:
+            NoResultError: no trial has completed within the budget.
+        """
+
+        def choose(found: Sequence[Candidate]) -> Choice:
+            return select(found, policy, tolerance, self._objective.direction, objective_name=self._objective.name)
+
+        if runs is None:
+            return predicted_choice(choose(self.candidates()))
+        return verified_choice(self.candidates, choose, runs)
+
+    def config(self, choice: Choice) -> TrainingConfig:
+        return training_config(self.record(), choice)
+
+    def try_best(self, runs: Callable[[Candidate], bool] | None) -> Best | None:
+        """Returns the best and its configuration, None where there is nothing to choose from."""
+        try:
+            choice = self.choose("quality", 0.01, runs)
+        except NoResultError:
+            return None
+        return choice, self.config(choice)
+
+    def write_report(self, best: Best | None, status: str, reason: str) -> None:
+        """Writes pictures, table and note into the search's folder; `best` is None to look for it."""
+        record = replace(self.record(), status=status, reason=reason)
+        write_report(self._files, record, best or self.try_best(None))
 
 
 def candidates(record: SearchRecord, profiles_folder: Path) -> list[Candidate]:
-    """The trained configurations within the budget, and with exact accumulation their other micro-batches.
+    """Returns the trained configurations within the budget, and with exact accumulation their other micro-batches.
 
     Args:
         record: the search.
@@ -47,7 +109,7 @@ def candidates(record: SearchRecord, profiles_folder: Path) -> list[Candidate]:
 
 
 def load_profile(profiles_folder: Path, signature: str | None) -> Profile | None:
-    """The profile of a model signature, or None where it was not kept."""
+    """Reads the profile of a model signature; None where it was not kept."""
     try:
         return Profile.from_dict(json.loads((profiles_folder / f"{signature}.json").read_text()))
     except (OSError, ValueError, KeyError, TypeError):
@@ -55,7 +117,7 @@ def load_profile(profiles_folder: Path, signature: str | None) -> Profile | None
 
 
 def training_config(record: SearchRecord, choice: Choice) -> TrainingConfig:
-    """What production imports, from the candidate that was chosen."""
+    """Makes what production imports from the candidate that was chosen."""
     candidate, tracked = choice.candidate, read_cache(record.folder)
     trial = next(trial for trial in record.trials if trial.trial_id == candidate.trial_id)
     return TrainingConfig(
@@ -78,7 +140,7 @@ def training_config(record: SearchRecord, choice: Choice) -> TrainingConfig:
         or min(effective_batch_sizes(record.micro_batch_sizes, record.accumulation_steps)),
         epochs=max((epoch.epoch for epoch in trial.epochs), default=-1) + 1 or None,
         fit_options=dict(record.fit.get("options") or {}),
-        **carried.of_trial(trial, list(record.fit.get("not_carried") or [])),
+        **dependencies_of_trial(trial, list(record.fit.get("not_carried") or [])),
         precision_policy=trial.precision_policy,
         backend=record.backend,
         versions=dict(trial.versions or record.versions),
@@ -99,9 +161,9 @@ def training_config(record: SearchRecord, choice: Choice) -> TrainingConfig:
 
 
 def write_report(files: SearchDirectory, record: SearchRecord, best: tuple[Choice, TrainingConfig] | None) -> None:
-    """Pictures, table and note, into the search's folder."""
+    """Writes pictures, table and note into the search's folder."""
     found = candidates(record, files.profiles_folder)
-    report.write_report(
+    writer.write_report(
         files.report_folder,
         record=record,
         candidates=found,
@@ -113,7 +175,7 @@ def write_report(files: SearchDirectory, record: SearchRecord, best: tuple[Choic
 
 
 def summary(record: SearchRecord, found: Sequence[Candidate], limit: int) -> str:
-    """The table of candidates for the terminal, best first, and what became of the other trials."""
+    """Returns the table of candidates for the terminal, best first, and what became of the other trials."""
     direction = record.objective_direction
     front = pareto_front(found, direction)
     trained = [candidate for candidate in found if candidate.is_trained]
@@ -124,7 +186,7 @@ def summary(record: SearchRecord, found: Sequence[Candidate], limit: int) -> str
     lines = [
         f"Results of search {record.name!r}: "
         + ", ".join(f"{count} {status}" for status, count in counts.items() if count),
-        report.candidates_table(shown, front, direction),
+        writer.candidates_table(shown, front, direction),
         "* on the Pareto front of objective, peak memory and throughput",
     ]
     noise = noise_scale_of(record, shown[0] if shown else None)
@@ -132,34 +194,8 @@ def summary(record: SearchRecord, found: Sequence[Candidate], limit: int) -> str
     return "\n".join(lines)
 
 
-def describe_data(fit_args: Sequence[Any], fit_kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """Shapes and digest of the training data, where they come as arrays."""
-    x, y, _ = input_arguments(fit_args, fit_kwargs)
-    return {"shapes": {"x": _shape(x), "y": _shape(y)}, "digest": data_digest(x, y)}
-
-
-def count_samples(fit_args: Sequence[Any], fit_kwargs: Mapping[str, Any]) -> int | None:
-    """How many the training has, where the data come as arrays and no share of them is for validation."""
-    x, _, _ = input_arguments(fit_args, fit_kwargs)
-    shape = _shape(x)
-    while isinstance(shape, dict) or (isinstance(shape, list) and shape and isinstance(shape[0], list)):
-        shape = next(iter(shape.values() if isinstance(shape, dict) else shape), None)
-    return shape[0] if shape and not fit_kwargs.get("validation_split") else None
-
-
-def _shape(tree: Any) -> Any:
-    if tree is None or is_data_function(tree):
-        return None
-    if isinstance(tree, Mapping):
-        return {str(key): _shape(value) for key, value in tree.items()}
-    if isinstance(tree, (tuple, list)):
-        return [_shape(value) for value in tree]
-    shape = getattr(tree, "shape", None)
-    return None if shape is None else [int(size) for size in shape]
-
-
 def _data_shapes(record: SearchRecord, trial: TrialRecord) -> Any:
-    """Of the arrays that the search got, or of a sample where a function loads them: it has no number of samples."""
+    """Returns the shapes of the search's arrays; where a function loads them, of a sample, without their number."""
     known = record.data.get("shapes") or {}
     if known.get("x") is not None or not trial.sample_shapes:
         return record.data.get("shapes")
@@ -176,7 +212,7 @@ def _batch_shape(sample: Any) -> Any:
 
 
 def _is_exact(record: SearchRecord) -> bool:
-    """Whether pairs of one effective batch are the same training."""
+    """Returns whether pairs of one effective batch are the same training."""
     return not record.batch_coupled_layers
 
 
@@ -186,7 +222,7 @@ def _is_within(trial: TrialRecord, record: SearchRecord) -> bool:
 
 
 def _trained(trial: TrialRecord) -> Candidate:
-    batch = {name: int(trial.hyperparameters[name]) for name in _BATCH}
+    batch = {name: int(trial.hyperparameters[name]) for name in BATCH_HYPERPARAMETERS}
     return Candidate(
         objective=trial.objective_value,
         peak_memory_bytes=trial.peak_memory_bytes,
@@ -201,7 +237,7 @@ def _trained(trial: TrialRecord) -> Candidate:
 
 
 def _untrained(candidate: Candidate, profile: Profile, record: SearchRecord) -> list[Candidate]:
-    """The same training in other micro-batches, with what the profile predicts for them."""
+    """Returns the same training in other micro-batches, with what the profile predicts for them."""
     pairs = feasible_pairs(
         profile, candidate.effective_batch_size, record.micro_batch_sizes, record.memory_budget_bytes
     )
@@ -212,8 +248,8 @@ def _untrained(candidate: Candidate, profile: Profile, record: SearchRecord) -> 
     return [other for other in others if budget is None or (other.peak_memory_bytes or 0) <= budget]
 
 
-def _in_pair(candidate: Candidate, profile: Profile, pair: Pair, budget_bytes: int | None) -> Candidate:
-    """The same training in another micro-batch: measured, where it has run for a few updates, or predicted."""
+def _in_pair(candidate: Candidate, profile: Profile, pair: BatchPair, budget_bytes: int | None) -> Candidate:
+    """Returns the same training in another micro-batch: measured, where it has run for a few updates, or predicted."""
     micro, steps = pair.micro_batch_size, pair.accumulation_steps
     same = [it for it in profile.measurements if (it.micro_batch_size, it.accumulation_steps) == (micro, steps)]
     other = replace(
@@ -238,7 +274,7 @@ def _in_pair(candidate: Candidate, profile: Profile, pair: Pair, budget_bytes: i
 
 
 def _profile_points(record: SearchRecord, profiles_folder: Path, best: Candidate | None) -> list[dict[str, Any]]:
-    """Predicted peak over micro-batch size of the model that won, for the memory picture."""
+    """Returns the predicted peak over micro-batch size of the model that won, for the memory picture."""
     if best is None:
         return []
     trial = next(trial for trial in record.trials if trial.trial_id == best.trial_id)
@@ -255,5 +291,3 @@ def _profile_points(record: SearchRecord, profiles_folder: Path, best: Candidate
         for size in record.micro_batch_sizes
     ]
 
-
-_BATCH = ("effective_batch_size", "micro_batch_size", "accumulation_steps")

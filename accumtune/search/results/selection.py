@@ -1,4 +1,4 @@
-"""Which candidate to train with: the Pareto front of quality, memory and speed, and policies that choose from it.
+"""Decides which candidate is the best to train with: the Pareto front, and the policies that choose from it.
 
 Pure functions. A candidate whose objective is NaN, infinite or missing is never chosen and never on the front. An
 unknown peak counts as the largest, an unknown throughput as the slowest.
@@ -66,7 +66,7 @@ Policy = str | Callable[[Sequence[Candidate]], Candidate]
 
 
 def pareto_front(candidates: Iterable[Candidate], direction: str = "min") -> list[Candidate]:
-    """The candidates that no other beats: at least as good in all three criteria and better in one.
+    """Returns the candidates that no other beats: at least as good in all three criteria and better in one.
 
     Args:
         candidates: any number of them.
@@ -222,7 +222,7 @@ def _usable(candidates: Iterable[Candidate]) -> list[Candidate]:
 
 
 def _costs(candidate: Candidate, direction: str) -> tuple[float, float, float]:
-    """The three criteria, smaller being better."""
+    """Returns the three criteria, smaller being better."""
     objective = float(candidate.objective if candidate.objective is not None else math.nan)
     return (-objective if direction == "max" else objective, _peak(candidate), _slowness(candidate))
 
@@ -238,7 +238,7 @@ def _slowness(candidate: Candidate) -> float:
 
 
 def _order(costs: tuple[float, float, float], candidate: Candidate) -> tuple[Any, ...]:
-    """A total order that does not depend on the order in which the candidates came."""
+    """Returns a total order that does not depend on the order in which the candidates came."""
     sizes = (candidate.effective_batch_size, -candidate.micro_batch_size)
     others = repr(sorted(candidate.hyperparameters.items(), key=lambda item: item[0]))
     return (costs, not candidate.is_trained, sizes, candidate.trial_id, others)

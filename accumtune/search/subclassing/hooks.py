@@ -1,12 +1,16 @@
-"""What a search calls around its trials: the methods that a subclass of a tuner may override."""
+"""The methods that a subclass of a tuner may override, as a search calls them around its trials."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from accumtune.search.trial.trial_result import TrialResult
+
+# Trains a trial: trial, what of `fit` differs as plain values, and the file of its data where it has data of its own.
+Train = Callable[[Any, Mapping[str, Any], Path | None], TrialResult]
 
 
 @dataclass(frozen=True)
@@ -17,12 +21,13 @@ class Hooks:
         pre_create_trial: before a proposal.
         on_trial_begin: with the proposal, before it runs.
         on_trial_end: with a trial that has ended, its score and status known.
-        run_trial: runs a trial, given what Hyperband overrides; None where no subclass has one.
+        run_trial: runs a trial, given what Hyperband overrides and what trains it in a process of its own; None where
+            no subclass has one.
         after_trial: when the trials that have ended are told.
     """
 
     pre_create_trial: Callable[[], None] = lambda: None
     on_trial_begin: Callable[[Any], None] = lambda trial: None
     on_trial_end: Callable[[Any], None] = lambda trial: None
-    run_trial: Callable[[Any, Mapping[str, Any]], TrialResult] | None = None
+    run_trial: Callable[[Any, Mapping[str, Any], Train], TrialResult] | None = None
     after_trial: Callable[[], None] = lambda: None

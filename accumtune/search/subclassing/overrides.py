@@ -1,9 +1,8 @@
-"""Methods of Keras Tuner's classes that a subclass overrides: honoured, or refused where nothing would call them."""
+"""Honours the methods of Keras Tuner that a subclass overrides, or refuses them where nothing would call them."""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator
-from typing import Any
 
 import keras_tuner
 
@@ -32,7 +31,7 @@ _FIXES = {
 
 
 def is_overridden(method: str, kind: type) -> bool:
-    """Whether a subclass of a tuner has a method of its own."""
+    """Returns whether a subclass of a tuner has a method of its own."""
     return method in _overridden(kind, keras_tuner.Tuner)
 
 
@@ -56,22 +55,6 @@ def refuse_overridden(tuner: type, oracle: type) -> None:
             )
 
 
-def refuse_missing_hypermodel(hypermodel: Any) -> None:
-    """Refuses a tuner without a hypermodel, which Keras Tuner takes where `run_trial` does everything.
-
-    Raises:
-        SearchError: there is none.
-    """
-    if hypermodel is None:
-        raise SearchError(
-            "Received hypermodel=None.",
-            "a build function or a keras_tuner.HyperModel, which trials call in processes of their own, within the "
-            "budget; a run_trial that does everything itself would run in this one, without.",
-            "move what run_trial builds into a build function, and how it trains into the `fit` of a "
-            "keras_tuner.HyperModel; what needs no model is searched with keras_tuner's own tuners.",
-        )
-
-
 def _passed_over(kind: type, base: type, honoured: Collection[str]) -> Iterator[str]:
     for name in _overridden(kind, base):
         # Keras Tuner's private methods are AutoKeras's to override; an oracle's are called as ever.
@@ -80,7 +63,7 @@ def _passed_over(kind: type, base: type, honoured: Collection[str]) -> Iterator[
 
 
 def _overridden(kind: type, base: type) -> Iterator[str]:
-    """What a user's class has of its own, of all that the base has."""
+    """Yields what a user's class has of its own, of all that the base has."""
     for name in dir(base):
         owner = next((cls for cls in kind.__mro__ if name in vars(cls)), base)
         if not name.startswith("__") and owner.__module__.partition(".")[0] not in ("accumtune", "keras_tuner"):

@@ -1,4 +1,4 @@
-"""Trials that are run by a subclass's `run_trial`, around the training in a process of its own."""
+"""Calls a subclass's `run_trial`, around the training in a process of its own."""
 
 from __future__ import annotations
 
@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from accumtune.errors import AccumtuneError, SearchError
-from accumtune.search.checks import refuse_batch_size
+from accumtune.search.argument_checks import refuse_batch_size
+from accumtune.search.subclassing.hooks import Train
 from accumtune.search.trial.trial_result import TrialResult
 from accumtune.tracking.journal import read_trial
+from accumtune.worker.transport.payload import dump_payload
+from accumtune.worker.transport.task_directory import SearchDirectory
 
 FitArguments = tuple[tuple[Any, ...], dict[str, Any]]
-# Trains a trial: trial, what of `fit` differs as plain values, and other arguments of `fit` where more does.
-Train = Callable[[Any, Mapping[str, Any], FitArguments | None], TrialResult]
 
 
 class NotCompleted(Exception):
@@ -25,6 +26,7 @@ class NotCompleted(Exception):
 @dataclass
 class _Run:
     overrides: Mapping[str, Any]
+    train: Train
     result: TrialResult | None = None
     histories: list[Any] = field(default_factory=list)
 
@@ -34,34 +36,37 @@ class OwnRunTrial:
 
     Args:
         run_trial: the subclass's, whose `super().run_trial(...)` calls `train`.
-        train: trains a trial in a process of its own.
-        fit_arguments: of `search`.
+        payload: what `search` gives the processes of its trials, the arguments of `fit` included.
         objective: Keras Tuner's.
-        folder_of: of a trial, by its id.
+        files: the search's.
     """
 
     def __init__(
         self,
         run_trial: Callable[..., Any],
-        train: Train,
-        fit_arguments: FitArguments,
+        payload: Mapping[str, Any],
         objective: Any,
-        folder_of: Callable[[str], Path],
+        files: SearchDirectory,
     ) -> None:
         self._run_trial = run_trial
-        self._train = train
-        self._fit_arguments = fit_arguments
+        self._payload = payload
+        self._fit_arguments: FitArguments = (tuple(payload["fit_args"]), dict(payload["fit_kwargs"]))
         self._objective = objective
-        self._folder_of = folder_of
+        self._files = files
         self._runs: dict[str, _Run] = {}
 
-    def __call__(self, trial: Any, overrides: Mapping[str, Any]) -> TrialResult:
-        """Runs a trial; `overrides` are arguments of `fit` that Hyperband gives it.
+    def __call__(self, trial: Any, overrides: Mapping[str, Any], train: Train) -> TrialResult:
+        """Runs a trial.
+
+        Args:
+            trial: Keras Tuner's.
+            overrides: arguments of `fit` that Hyperband gives it.
+            train: trains it in a process of its own.
 
         Raises:
             SearchError: `run_trial` trains nothing, or returns what is no result.
         """
-        run = self._runs[trial.trial_id] = _Run(overrides)
+        run = self._runs[trial.trial_id] = _Run(overrides, train)
         args, kwargs = self._fit_arguments
         try:
             returned = self._run_trial(trial, *args, **kwargs)
@@ -97,7 +102,7 @@ class OwnRunTrial:
         return result
 
     def train(self, trial: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Any]:
-        """What a subclass gets from `super().run_trial`: a History of each execution.
+        """Trains a trial for `super().run_trial`, and returns a History of each execution.
 
         Raises:
             SearchError: called outside of a search, or twice for a trial; or with a batch size.
@@ -113,16 +118,23 @@ class OwnRunTrial:
             )
         refuse_batch_size(kwargs)
         plain, other = self._differences(tuple(args), {k: v for k, v in kwargs.items() if k != "verbose"})
-        run.result = self._train(trial, {**plain, **run.overrides}, other)
+        payload_file = None if other is None else self._write_payload(trial.trial_id, other)
+        run.result = run.train(trial, {**plain, **run.overrides}, payload_file)
         if run.result.status != "completed":
             raise NotCompleted(run.result.reason)
-        run.histories = _histories(self._folder_of(trial.trial_id))
+        run.histories = _histories(self._files.trial(trial.trial_id).path)
         return run.histories
+
+    def _write_payload(self, trial_id: str, other: FitArguments) -> Path:
+        # Beside the search's own: they share what arrays they have in common.
+        payload_file = self._files.payload_file.with_name(f"trial_{trial_id}.pkl")
+        dump_payload({**self._payload, "fit_args": other[0], "fit_kwargs": other[1]}, payload_file)
+        return payload_file
 
     def _differences(
         self, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[dict[str, Any], FitArguments | None]:
-        """What is not as `search` was given it: plain values by name, or everything where more differs."""
+        """Returns what is not as `search` was given it: plain values by name, or everything where more differs."""
         given_args, given = self._fit_arguments
         changed = {name: value for name, value in kwargs.items() if name not in given or given[name] is not value}
         same_data = len(args) == len(given_args) and all(map(_is, args, given_args))
@@ -153,7 +165,7 @@ def _is(one: Any, other: Any) -> bool:
 
 
 def _histories(folder: Path) -> list[Any]:
-    """A trial's curves, as Keras has them."""
+    """Returns a trial's curves, as Keras has them."""
     import keras
 
     histories: dict[int, Any] = {}

@@ -8,8 +8,16 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from accumtune.memory.budget import format_bytes
-from accumtune.search.pruning.pruning import pruned_reason
+from accumtune.search.pruning.pruner import pruned_reason
+from accumtune.tracking.journal import Journal
 from accumtune.tracking.records import TrialRecord
+from accumtune.worker.transport.task_directory import TaskDirectory
+
+# What the journal keeps of the report of a trial's process.
+_REPORTED = (
+    "peak_memory_bytes", "memory_source", "device", "throughput_samples_per_second", "updates", "training_seconds",
+    "precision_policy",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -38,14 +46,14 @@ class TrialResult:
     space: Sequence[Mapping[str, Any]] = ()
 
 
-def judged(
+def trained_result(
     values: Mapping[str, Any],
     predicted_peak_memory_bytes: int,
     report: Mapping[str, Any],
     objective_name: str,
     memory_budget_bytes: int | None,
 ) -> TrialResult:
-    """What a training that came to its end counts as, from what its process reported."""
+    """Decides what a training that came to its end counts as, from what its process reported."""
     pruned_after = report.get("pruned_after_epochs")
     result = TrialResult(
         "completed", values, metrics=report["metrics"], best_epoch=report["best_epoch"],
@@ -65,9 +73,7 @@ def judged(
 
 
 def completed_result(record: TrialRecord) -> TrialResult:
-    """The result of a completed trial, from its journal."""
-    names = ("peak_memory_bytes", "throughput_samples_per_second", "memory_source", "device", "updates",
-             "training_seconds", "precision_policy")  # fmt: skip
+    """Makes the result of a completed trial from its journal."""
     return TrialResult(
         "completed",
         dict(record.hyperparameters),
@@ -75,6 +81,24 @@ def completed_result(record: TrialRecord) -> TrialResult:
         metrics=dict(record.metrics),
         best_epoch=record.best_epoch or 0,
         predicted_peak_memory_bytes=record.predicted_peak_memory_bytes,
-        report={name: getattr(record, name) for name in names},
+        report={name: getattr(record, name) for name in _REPORTED},
         space=record.appeared_space,
     )
+
+
+def write_result(
+    directory: TaskDirectory, trial_id: str, number: int, result: TrialResult, objective_name: str
+) -> None:
+    """Appends the end of a trial to its journal, and its proposal where it never came to training."""
+    journal = Journal(directory.journal_file)
+    if not any(event["event"] == "proposed" for event in journal.events()):
+        journal.append(
+            "proposed", trial_id=trial_id, number=number, hyperparameters=dict(result.values),
+            predicted_peak_memory_bytes=result.predicted_peak_memory_bytes,
+        )  # fmt: skip
+    journal.append(
+        "ended", status=result.status, reason=result.reason, traceback=result.traceback,
+        objective_value=result.metrics.get(objective_name), best_epoch=result.best_epoch,
+        reused_from=result.reused_from, metrics=dict(result.metrics),
+        **{name: result.report.get(name) for name in _REPORTED},
+    )  # fmt: skip

@@ -1,27 +1,82 @@
-"""One trial from proposal to outcome: what was trained already, the pair that fits, and the training."""
+"""Runs one trial: chooses the pair that fits, and starts its training until an attempt ends it.
+
+A trial passes through these states; each arrow is a method of `TrialRunner`:
+
+    Proposal ── run ──> Attempt ── _next_state ──> TrialResult     completed, failed, infeasible, stopped
+                           ^            │
+                           └────────────┘  out of memory: the same effective batch with a smaller micro-batch
+                                           lost with its machine: the same once more
+
+A proposal can also end at once: as `reused` (the same training as an earlier trial), `infeasible` (no pair fits), or
+`completed` in a session that was killed before its oracle was told.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import json
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
+from accumtune.accumulation.batch_pair import BatchPair
 from accumtune.errors import AccumtuneError, SearchError
 from accumtune.execution.executors import Executor
 from accumtune.execution.placement import Places
-from accumtune.execution.profiling import Profiler
+from accumtune.execution.profiling import ModelFacts, Profiler, out_of_memory
 from accumtune.memory.budget import format_bytes
-from accumtune.memory.prediction.profile import Profile
-from accumtune.search.feasibility import realise, training_key
-from accumtune.search.pruning.pruning import Pruning
-from accumtune.search.trial.attempts import Attempts
-from accumtune.search.trial.claims import Claims
-from accumtune.search.trial.settings import SearchSettings
-from accumtune.search.trial.trainings import STOPPED, Trainings
-from accumtune.search.trial.trial_result import TrialResult, completed_result
-from accumtune.tracking.journal import read_trial
+from accumtune.memory.prediction.profile import Measurement, Profile
+from accumtune.search.feasibility import next_smaller_pair, pair_for_proposal, training_key
+from accumtune.search.pruning.pruner import PruningMonitor
+from accumtune.search.trial.training_cache import TrainingCache
+from accumtune.search.trial.training_process import STOPPED, TrainingProcesses
+from accumtune.search.trial.trial_result import TrialResult, completed_result, trained_result
+from accumtune.search.trial.trial_settings import TrialSettings
+from accumtune.tracking.journal import Journal, read_trial
+from accumtune.worker.transport.outcome import Outcome
 from accumtune.worker.transport.task_directory import SearchDirectory, TaskDirectory
+
+# A trial that takes the whole machine down with it would be run for ever, once after each resume.
+_MAX_CRASHES = 5
+# So may one that takes every machine of a cluster down.
+_MAX_LOSSES = 10
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """What the oracle asks for.
+
+    Args:
+        trial_id: Keras Tuner's.
+        number: counts trials from 1.
+        directory: of the trial.
+        space: Keras Tuner's configuration of the hyperparameters: the space and the values.
+        fit_overrides: arguments of `fit` that this trial alone has (Hyperband's epochs).
+    """
+
+    trial_id: str
+    number: int
+    directory: TaskDirectory
+    space: Mapping[str, Any]
+    fit_overrides: Mapping[str, Any]
+
+    @property
+    def values(self) -> dict[str, Any]:
+        return dict(self.space["values"])
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """One start of a trial's training.
+
+    Args:
+        pair: what it trains with.
+        losses: how many attempts before it were lost with their machines.
+    """
+
+    pair: BatchPair
+    losses: int = 0
 
 
 class TrialRunner:
@@ -31,132 +86,238 @@ class TrialRunner:
         settings: what is the same for all trials.
         directory: of the search.
         executor: where processes start.
-        profiler: knows what models cost.
+        profiler: knows what models cost, and learns what they took.
+        on_start: called with the trial's number, values and predicted peak when an attempt begins to train.
         places: which devices trials run on, one trial at a time on each.
-        on_start: called with the trial's number, values and predicted peak when it begins to train.
         pruning: is told of each epoch and may say that the trial is hopeless; None trains all to their end.
     """
 
     def __init__(
         self,
-        settings: SearchSettings,
+        settings: TrialSettings,
         directory: SearchDirectory,
         executor: Executor,
         profiler: Profiler,
         on_start: Callable[[int, Mapping[str, Any], int | None], None] = lambda number, values, peak: None,
         places: Places | None = None,
-        pruning: Pruning | None = None,
+        pruning: PruningMonitor | None = None,
     ) -> None:
         self._settings = settings
         self._directory = directory
         self._profiler = profiler
+        self._on_start = on_start
         self._places = places
-        self._claims = Claims()
-        self._trainings = Trainings(settings, directory, executor, pruning)
-        self._attempts = Attempts(settings, self._trainings, profiler, on_start)
-
-    def ask_to_stop(self, wait_seconds: float) -> None:
-        """Asks trials that train to end with their epoch and to save their state; waits until they have.
-
-        No other trial begins to train. Those that have not come to an end in time are left to `stop`.
-        """
-        self._trainings.ask_to_stop(wait_seconds)
-
-    def stop(self) -> None:
-        """Ends all trials that run, at once; they go on from their last epoch's checkpoint in a resumed search."""
-        self._trainings.stop()
+        self._cache = TrainingCache()
+        self.processes = TrainingProcesses(settings, directory, executor, pruning)
 
     def remember(self, trial_id: str, result: TrialResult) -> None:
-        """A training of an earlier session that need not be done again."""
-        self._claims.remember(training_key(result.values, self._settings.is_batch_coupled), (trial_id, result))
+        """Adds a training of an earlier session, which need not be done again."""
+        self._cache.add(training_key(result.values, self._settings.is_batch_coupled), trial_id, result)
 
     def run(
         self, trial_id: str, number: int, space: Mapping[str, Any], fit_overrides: Mapping[str, Any]
     ) -> TrialResult:
-        """Runs one proposal.
-
-        Args:
-            trial_id: Keras Tuner's.
-            number: counts trials from 1.
-            space: Keras Tuner's configuration of the proposal: the space and the values.
-            fit_overrides: arguments of `fit` that this trial alone has (Hyperband's epochs).
-        """
-        directory = self._directory.trial(trial_id)
+        """Runs one proposal to its end; the arguments are those of `Proposal`."""
+        proposal = Proposal(trial_id, number, self._directory.trial(trial_id), space, fit_overrides)
         try:
             with contextlib.nullcontext() if self._places is None else self._places.lease():
                 facts = self._profiler.inspect(space)
-                result = self._run(directory, trial_id, number, facts.completed(space), fit_overrides)
+                result = self._run(replace(proposal, space=facts.completed(space)), facts)
                 return replace(result, space=[*facts.appeared["space"], *result.space])
         except AccumtuneError as error:
-            if self._trainings.is_stopping:  # a probe that was ended with the search
-                return TrialResult("stopped", dict(space["values"]), reason=STOPPED)
+            if self.processes.is_stopping:  # a probe that was ended with the search
+                return TrialResult("stopped", proposal.values, reason=STOPPED)
             if isinstance(error, SearchError):  # says nothing of this trial, and the next one would fare no better
                 raise
             reason = str(error).splitlines()[0]
-            return TrialResult("failed", dict(space["values"]), reason=reason, traceback=str(error))
+            return TrialResult("failed", proposal.values, reason=reason, traceback=str(error))
 
-    def _run(
-        self,
-        directory: TaskDirectory,
-        trial_id: str,
-        number: int,
-        space: Mapping[str, Any],
-        fit_overrides: Mapping[str, Any],
-    ) -> TrialResult:
-        values = dict(space["values"])
-        earlier_result = self._ended_before(directory, values)
+    def _run(self, proposal: Proposal, facts: ModelFacts) -> TrialResult:
+        values = proposal.values
+        earlier_result = _ended_before(proposal)
         if earlier_result is not None:
             return earlier_result
-        parameters, most = self._profiler.inspect(space).parameters, self._settings.max_model_size
-        if most and parameters > most:
-            reason = f"its {parameters:,} parameters are more than max_model_size={most:,}"
+        most = self._settings.max_model_size
+        if most and facts.parameters > most:
+            reason = f"its {facts.parameters:,} parameters are more than max_model_size={most:,}"
             return TrialResult("infeasible", values, reason=reason)
-        profile = self._profiler.profile(space)
+        profile = self._profiler.profile(proposal.space)
         budget = self._settings.memory_budget_bytes
-        pair = realise(
+        pair = pair_for_proposal(
             profile,
             values["effective_batch_size"],
             self._settings.micro_batch_sizes,
             budget,
-            largest_micro_batch_size=values.get("micro_batch_size") if self._settings.searches_pairs else None,
+            values.get("micro_batch_size") if self._settings.searches_pairs else None,
         )
         if pair is None:
             return TrialResult("infeasible", values, reason=_why_infeasible(profile, values, budget))
         values |= pair.as_hyperparameters()
         if self._settings.has_own_run_trial:
-            return self._attempts.train(directory, trial_id, number, {**space, "values": values}, pair, fit_overrides)
+            return self._train(proposal, facts, pair)
+        return self._train_once(proposal, facts, pair, values)
+
+    def _train_once(
+        self, proposal: Proposal, facts: ModelFacts, pair: BatchPair, values: dict[str, Any]
+    ) -> TrialResult:
+        """Trains, or takes the result of the same training by another trial."""
         key = training_key(values, self._settings.is_batch_coupled)
-        earlier = self._claims.claim(key)
-        if isinstance(earlier, tuple):
-            source, result = earlier
+        source, result = self._cache.get_or_train(
+            key, proposal.trial_id, lambda: self._train(proposal, facts, pair)
+        )
+        if source != proposal.trial_id:
             reason = f"the same training as trial {source}"
-            values = {**result.values, **values, **_batch_of(result)}
+            ran = BatchPair.of_values(result.values) or pair
+            values = {**result.values, **values, **ran.as_hyperparameters()}
             return replace(result, status="reused", values=values, reason=reason, reused_from=source)
-        try:
-            result = self._attempts.train(directory, trial_id, number, {**space, "values": values}, pair, fit_overrides)
-        except BaseException as error:
-            self._claims.release(key, earlier, None)
-            raise error
-        trained = (trial_id, result) if result.status == "completed" else None
-        self._claims.release(key, earlier, trained)
-        if trained is not None and result.space:  # the next proposal of the same names them
-            self.remember(trial_id, result)
+        if result.status == "completed" and result.space:  # the next proposal of the same training names them
+            self.remember(proposal.trial_id, result)
         return result
 
-    def _ended_before(self, directory: TaskDirectory, values: Mapping[str, Any]) -> TrialResult | None:
-        """The result of a trial that had completed when the search was killed, before the oracle was told."""
-        record = read_trial(directory.path)
-        # The pair that ran may be a smaller one than was proposed.
-        proposed = {name: value for name, value in values.items() if name not in _PAIR}
-        same = all(record.hyperparameters.get(name) == value for name, value in proposed.items())
-        return completed_result(record) if record.status == "completed" and same else None
+    # Attempts
+
+    def _train(self, proposal: Proposal, facts: ModelFacts, pair: BatchPair) -> TrialResult:
+        state: Attempt | TrialResult = Attempt(pair)
+        while isinstance(state, Attempt):
+            state = self._next_state(proposal, facts, state)
+        return state
+
+    def _next_state(self, proposal: Proposal, facts: ModelFacts, attempt: Attempt) -> Attempt | TrialResult:
+        """Trains once; returns how the trial ended, or the attempt that follows."""
+        directory, pair = proposal.directory, attempt.pair
+        journal = Journal(directory.journal_file)
+        profile = self._profiler.profile(proposal.space)
+        budget = self._settings.memory_budget_bytes
+        peak = profile.predict_peak_memory(pair.micro_batch_size, pair.accumulation_steps, budget)
+        values = {**proposal.values, **pair.as_hyperparameters()}
+        self._write_proposed(journal, proposal, facts, profile, pair, peak)
+        number = read_trial(directory.path).attempt + 1
+        identity = _training_digest(self._settings.identity, facts.identity)
+        outcome = self._finished_before(directory, number, values, identity)
+        if outcome is None:
+            if _crashes(journal) >= _MAX_CRASHES:
+                reason = f"the search was gone {_MAX_CRASHES} times while it ran: it may take the machine down"
+                return TrialResult("failed", values, reason=reason, traceback=directory.log_tail())
+            self._on_start(proposal.number, values, peak)
+            outcome = self.processes.train(
+                directory, number, {**proposal.space, "values": values}, proposal.fit_overrides, identity
+            )
+            if outcome.status == "stopped" or (self.processes.is_stopping and not outcome.is_completed):
+                journal.append("stopped", attempt=number, why=STOPPED)
+                return TrialResult("stopped", values, reason=STOPPED)
+            if outcome.status == "lost":
+                # Started anew by the search rather than by Ray: each start is an attempt, with epochs of its own.
+                journal.append("stopped", attempt=number, why=outcome.reason)
+                return _repeat_after_lost_machine(attempt, values, outcome)
+            if outcome.status == "out_of_memory":
+                journal.append("stopped", attempt=number, why="out of memory")
+                return self._repeat_with_smaller_micro_batch(attempt, values, profile)
+        return _with_appeared(self._ended(values, peak, profile.signature, pair, outcome), directory)
+
+    def _write_proposed(
+        self, journal: Journal, proposal: Proposal, facts: ModelFacts, profile: Profile, pair: BatchPair, peak: int
+    ) -> None:
+        journal.append(
+            "proposed",
+            trial_id=proposal.trial_id,
+            number=proposal.number,
+            hyperparameters={**proposal.values, **pair.as_hyperparameters()},
+            signature=profile.signature,
+            predicted_peak_memory_bytes=peak,
+            predicted_throughput_samples_per_second=profile.predict_throughput(
+                pair.micro_batch_size, pair.accumulation_steps
+            ),
+            description=f"effective batch {pair}",
+            sample_shapes=facts.sample_shapes,
+            identity=dict(facts.identity),
+            versions=self._settings.versions,
+        )
+
+    def _finished_before(
+        self, directory: TaskDirectory, number: int, values: Mapping[str, Any], identity: str
+    ) -> Outcome | None:
+        """Returns what a child had written when the search was killed, before it could read it."""
+        if number == 1 or (written := directory.read_outcome()) is None or written["status"] != "completed":
+            return None
+        if self._settings.executions_per_trial > 1:
+            return None  # it is one of several, and the reports of the others went with the search
+        _, arguments = directory.read_task()
+        same = arguments["hyperparameters"]["values"] == values and arguments.get("identity", "") == identity
+        return Outcome(**written) if same else None
+
+    def _repeat_with_smaller_micro_batch(
+        self, attempt: Attempt, values: Mapping[str, Any], profile: Profile
+    ) -> Attempt | TrialResult:
+        """Lets the profile learn that the pair ran out of memory, and goes on with the next smaller micro-batch."""
+        pair, settings = attempt.pair, self._settings
+        self._profiler.learn(
+            profile.signature,
+            out_of_memory(pair.micro_batch_size, pair.accumulation_steps, settings.memory_budget_bytes),
+        )
+        smaller = next_smaller_pair(pair, settings.micro_batch_sizes, settings.searches_pairs)
+        if smaller is None:
+            reason = f"micro-batch {pair.micro_batch_size} ran out of memory, and there is no smaller one"
+            return TrialResult("infeasible", values, reason=reason)
+        return replace(attempt, pair=smaller)
+
+    def _ended(
+        self, values: dict[str, Any], predicted: int, signature: str, pair: BatchPair, outcome: Outcome
+    ) -> TrialResult:
+        if not outcome.is_completed:
+            if outcome.error is not None and outcome.error["class"] == SearchError.__name__:
+                raise SearchError(*outcome.error["arguments"])
+            return TrialResult("failed", values, reason=outcome.reason, traceback=outcome.traceback)
+        report, settings = outcome.result, self._settings
+        measurement = Measurement(
+            micro_batch_size=pair.micro_batch_size,
+            accumulation_steps=pair.accumulation_steps,
+            peak_memory_bytes=report["peak_memory_bytes"],
+            seconds_per_update=report["seconds_per_update"],
+            memory_source=report["memory_source"],
+            memory_limit_bytes=settings.memory_budget_bytes,
+        )
+        self._profiler.learn(signature, measurement)
+        return trained_result(values, predicted, report, settings.objective_name, settings.memory_budget_bytes)
+
+
+def _repeat_after_lost_machine(attempt: Attempt, values: Mapping[str, Any], outcome: Outcome) -> Attempt | TrialResult:
+    losses = attempt.losses + 1
+    if losses < _MAX_LOSSES:
+        return replace(attempt, losses=losses)
+    reason = f"it was lost {losses} times, the last time because {outcome.reason}"
+    return TrialResult("failed", values, reason=reason)
+
+
+def _ended_before(proposal: Proposal) -> TrialResult | None:
+    """Returns the result of a trial that had completed when the search was killed, before the oracle was told."""
+    record = read_trial(proposal.directory.path)
+    # The pair that ran may be a smaller one than was proposed.
+    proposed = {name: value for name, value in proposal.values.items() if name not in _PAIR}
+    same = all(record.hyperparameters.get(name) == value for name, value in proposed.items())
+    return completed_result(record) if record.status == "completed" and same else None
 
 
 _PAIR = ("micro_batch_size", "accumulation_steps")
 
 
-def _batch_of(result: TrialResult) -> dict[str, Any]:
-    return {name: result.values[name] for name in _PAIR}
+def _training_digest(session: Mapping[str, str], model: Mapping[str, str]) -> str:
+    """Returns one text for all trainings that may share a checkpoint, whichever batch the model was inspected with."""
+    ignored = {"batch", "device"} | ({"optimizer's learning_rate"} if "learning_rate_scaling" in session else set())
+    text = json.dumps([dict(session), {k: v for k, v in model.items() if k not in ignored}], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _with_appeared(result: TrialResult, directory: TaskDirectory) -> TrialResult:
+    """Adds the hyperparameters that were asked for only while the model trained."""
+    record = read_trial(directory.path)
+    values = {**record.hyperparameters, **result.values}
+    return replace(result, values=values, space=record.appeared_space)
+
+
+def _crashes(journal: Journal) -> int:
+    """Counts how often the trial was started and neither ended nor was stopped: then the search was killed with it."""
+    names = [event["event"] for event in journal.events()]
+    return names.count("started") - names.count("stopped") - names.count("ended")
 
 
 def _why_infeasible(profile: Profile, values: Mapping[str, Any], budget: int | None) -> str:

@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from accumtune.accumulation.batch_pair import BATCH_HYPERPARAMETERS
 from accumtune.memory.budget import format_bytes, mib
 from accumtune.tracking.records import SearchRecord, TrialRecord
 from accumtune.tracking.redaction import first_line, redacted, redacted_value
@@ -26,10 +27,8 @@ KIND_TAG = "accumtune.kind"
 ATTEMPT_TAG = "accumtune.attempt"
 NOTE_TAG = "mlflow.note.content"
 STATUSES = ("completed", "reused", "infeasible", "failed", "running")
-# The first attributes of every table and chart; the user's own hyperparameters follow.
-BATCH = ("effective_batch_size", "micro_batch_size", "accumulation_steps")
 
-_KNOWN_BEFORE = (*BATCH, "predicted_peak_memory_mib", "predicted_throughput_samples_per_second")
+_KNOWN_BEFORE = (*BATCH_HYPERPARAMETERS, "predicted_peak_memory_mib", "predicted_throughput_samples_per_second")
 
 # MLflow's limits (mlflow.utils.validation): longer parameters, tags and names are refused.
 _MAXIMUM_PARAM, _MAXIMUM_TAG, _MAXIMUM_KEY = 6000, 8000, 250
@@ -235,7 +234,7 @@ def _trial_status(trial: TrialRecord, search: SearchRecord) -> str:
 def _scalar_values(trial: TrialRecord, search: SearchRecord) -> dict[str, Any]:
     predicted, peak = trial.predicted_peak_memory_bytes, trial.peak_memory_bytes
     return {
-        **{name: trial.hyperparameters.get(name) for name in BATCH},
+        **{name: trial.hyperparameters.get(name) for name in BATCH_HYPERPARAMETERS},
         # To the nearest KiB: tables show every digit.
         "predicted_peak_memory_mib": None if predicted is None else round(mib(predicted), 3),
         "predicted_throughput_samples_per_second": _rounded(trial.predicted_throughput_samples_per_second),

@@ -14,7 +14,8 @@ import zlib
 from collections.abc import Sequence
 from typing import Any
 
-from accumtune.tracking.mlflow.run_content import BATCH, SEARCH_TAG, clean_name
+from accumtune.accumulation.batch_pair import BATCH_HYPERPARAMETERS
+from accumtune.tracking.mlflow.run_content import SEARCH_TAG, clean_name
 from accumtune.tracking.records import SearchRecord, TrialRecord
 
 _TAG = "mlflow.sharedViewState."
@@ -85,7 +86,7 @@ def view_state(search: SearchRecord, trials: Sequence[TrialRecord]) -> dict[str,
     # The pair is in each run's name, too: first what it is judged by, which must not lie beyond the window's edge.
     columns = [
         *(f"metrics.`{name}`" for name in (best, *_METRICS)),
-        *(f"params.`{name}`" for name in BATCH),
+        *(f"params.`{name}`" for name in BATCH_HYPERPARAMETERS),
         "tags.`accumtune.status`",
         *(f"params.`{name}`" for name in own[:6]),
         "metrics.`predicted_peak_memory_mib`",
@@ -123,7 +124,7 @@ def view_state(search: SearchRecord, trials: Sequence[TrialRecord]) -> dict[str,
 def _hyperparameters(trials: Sequence[TrialRecord]) -> list[str]:
     """The user's own, in the order of their first use; Keras Tuner's bookkeeping is left out."""
     names = {clean_name(name): None for trial in trials for name in trial.hyperparameters}
-    return [name for name in names if name not in BATCH and not name.startswith("tuner/")]
+    return [name for name in names if name not in BATCH_HYPERPARAMETERS and not name.startswith("tuner/")]
 
 
 def _has(trial: TrialRecord, name: str) -> bool:
@@ -164,7 +165,8 @@ def _charts(search: SearchRecord, best: str, own: list[str]) -> tuple[list[dict[
         chart(
             _TRADE_OFF, "PARALLEL", "parameters to memory and objective",
             # Six axes are what a card of the page can label.
-            selectedParams=[*BATCH[:2], *own[:2]], selectedMetrics=["peak_memory_mib", best], showAllRuns=False,
+            selectedParams=[*BATCH_HYPERPARAMETERS[:2], *own[:2]], selectedMetrics=["peak_memory_mib", best],
+            showAllRuns=False,
         ),
         *(
             chart(

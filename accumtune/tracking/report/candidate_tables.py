@@ -8,8 +8,8 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
+from accumtune.accumulation.batch_pair import BATCH_HYPERPARAMETERS
 from accumtune.memory.budget import format_bytes, mib
-from accumtune.tracking.mlflow.run_content import BATCH
 from accumtune.tracking.records import SearchRecord
 from accumtune.tracking.redaction import redacted_value
 
@@ -42,17 +42,17 @@ def candidates_csv(
 ) -> str:
     """All candidates, best objective first."""
     items = ordered(candidates, record.objective_direction)
-    names = dict.fromkeys(name for item in items for name in item.hyperparameters if name not in BATCH)
+    names = dict.fromkeys(name for item in items for name in item.hyperparameters if name not in BATCH_HYPERPARAMETERS)
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(
-        ["trial_id", record.objective_name, "peak_memory_mib", "throughput_samples_per_second", *BATCH,
+        ["trial_id", record.objective_name, "peak_memory_mib", "throughput_samples_per_second", *BATCH_HYPERPARAMETERS,
          "is_on_pareto_front", "is_trained", *names]
     )  # fmt: skip
     for item in items:
         peak = None if item.peak_memory_bytes is None else round(mib(item.peak_memory_bytes), 3)
         row = [item.trial_id, item.objective, peak, item.throughput_samples_per_second]
-        row += [getattr(item, name) for name in BATCH]
+        row += [getattr(item, name) for name in BATCH_HYPERPARAMETERS]
         row += [is_among(item, front), item.is_trained]
         writer.writerow(row + [redacted_value(name, item.hyperparameters.get(name)) for name in names])
     return text.getvalue()
@@ -108,7 +108,7 @@ def is_among(item: CandidateLike, others: Sequence[CandidateLike]) -> bool:
 
 
 def _own(hyperparameters: Mapping[str, Any]) -> dict[str, Any]:
-    return {k: v for k, v in hyperparameters.items() if k not in BATCH and not k.startswith("tuner/")}
+    return {k: v for k, v in hyperparameters.items() if k not in BATCH_HYPERPARAMETERS and not k.startswith("tuner/")}
 
 
 def own_hyperparameters(hyperparameters: Mapping[str, Any], quote: str = "") -> str:

@@ -15,6 +15,8 @@ from typing import Any
 
 import numpy as np
 
+from accumtune.accumulation.batch_pair import BATCH_HYPERPARAMETERS
+
 # How deep objects within objects are looked into: a closure over a model ends somewhere.
 _DEPTH = 4
 _KNOWN_PACKAGES = {"keras", "keras_hub", "tensorflow", "jax", "torch", "numpy", "builtins"}
@@ -23,7 +25,7 @@ _HARMLESS_NAMES = (
     "learning_rate", "l1", "l2",
 )  # fmt: skip
 # What differs between trials of one model; a schedule takes no more memory than a number.
-_BATCH_AND_RATE = {"effective_batch_size", "micro_batch_size", "accumulation_steps", "learning_rate"}
+_BATCH_AND_RATE = {*BATCH_HYPERPARAMETERS, "learning_rate"}
 
 
 def describe(value: Any, *, is_known: bool = False, depth: int = _DEPTH) -> Any:

@@ -23,6 +23,7 @@ from typing import Any
 
 import numpy as np
 
+from accumtune.accumulation.batch_pair import BATCH_HYPERPARAMETERS
 from accumtune.worker.identity.data_identity import content_digest
 
 _DEPTH = 5
@@ -217,7 +218,6 @@ def describe_training(model: Any, hyperparameters: Mapping[str, Any]) -> dict[st
         config = [_without_names(exact(layer)) for layer in layers if layer is not model]
     kinds = {_name_of(type(layer)): exact(type(layer)) for layer in layers}
     code = text_of([kind for _, kind in sorted(kinds.items())])
-    batch = ("effective_batch_size", "micro_batch_size", "accumulation_steps")
     return {
         "layers": text_of([config, [[list(v.shape), str(v.dtype), bool(v.trainable)] for v in model.variables]]),
         "code of its layers": code,
@@ -228,5 +228,5 @@ def describe_training(model: Any, hyperparameters: Mapping[str, Any]) -> dict[st
             if name not in ("name", "is_legacy_optimizer")
         },
         **{name: text_of(item) for name, item in compiled.items() if name in ("loss", "loss_weights", "metrics")},
-        "batch": json.dumps({name: hyperparameters[name] for name in batch if name in hyperparameters}),
+        "batch": json.dumps({name: hyperparameters[name] for name in BATCH_HYPERPARAMETERS if name in hyperparameters}),
     }

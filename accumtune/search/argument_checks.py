@@ -1,0 +1,161 @@
+"""Checks the arguments of `Tuner` and `search` before anything runs."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import keras_tuner
+
+from accumtune.errors import BatchSizeError, SearchError
+from accumtune.search.subclassing.overrides import refuse_overridden
+from accumtune.worker.data.hypermodel_fit_data import own_fit
+
+
+def check_tuner_arguments(
+    kwargs: Mapping[str, Any], known: Callable[..., Any], tuner: type, oracle: Any, hypermodel: Any
+) -> None:
+    """Refuses what `Tuner` and its subclasses cannot be made with.
+
+    Args:
+        kwargs: the arguments that `Tuner` does not name itself.
+        known: `Tuner.__init__`, which names the others.
+        tuner: the class that is made.
+        oracle, hypermodel: as given.
+
+    Raises:
+        SearchError: an argument that no tuner takes, or a subclass whose methods would be passed over.
+    """
+    _refuse_unknown_arguments(kwargs, known)
+    _refuse_strategy(kwargs.get("distribution_strategy"))
+    _refuse_no_oracle(oracle)
+    _refuse_missing_hypermodel(hypermodel)
+    refuse_overridden(tuner, type(oracle))
+
+
+def check_search_arguments(
+    fit_args: Sequence[Any], fit_kwargs: Mapping[str, Any], hypermodel: Any, objective: Any, has_own_run_trial: bool
+) -> None:
+    """Refuses arguments of `search` with which nothing could be trained or compared.
+
+    Args:
+        fit_args, fit_kwargs: as given.
+        hypermodel: the user's.
+        objective: Keras Tuner's.
+        has_own_run_trial: a subclass's `run_trial` may bring data of its own.
+
+    Raises:
+        SearchError: a batch size, or data that are missing.
+    """
+    refuse_batch_size(fit_kwargs)
+    if not has_own_run_trial:
+        _refuse_third_argument(hypermodel, fit_args)
+        _refuse_missing_data(hypermodel, fit_args, fit_kwargs)
+        _refuse_missing_validation(objective.name, hypermodel, fit_kwargs)
+
+
+def check_choice(name: str, value: Any, known: Sequence[Any]) -> None:
+    """Refuses what is none of the known values.
+
+    Raises:
+        BatchSizeError: the value is another one.
+    """
+    if value not in known:
+        listed = ", ".join(repr(choice) for choice in known)
+        raise BatchSizeError(f"Received {name}={value!r}.", f"one of {listed}.", f"leave {name} out for the default.")
+
+
+def _refuse_unknown_arguments(names: Iterable[str], tuner: Callable[..., Any]) -> None:
+    """Refuses arguments that neither this tuner nor Keras Tuner's own has."""
+    kerass = set(inspect.signature(keras_tuner.Tuner.__init__).parameters) - {"self", "kwargs"}
+    known = kerass | (set(inspect.signature(tuner).parameters) - {"self", "kwargs"})
+    for name in sorted(set(names) - kerass):
+        similar = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+        raise SearchError(
+            f"Received {name}=..., which no tuner takes.",
+            "arguments of accumtune's tuners or of keras_tuner.Tuner; those of `fit` go to search().",
+            f"did you mean {similar[0]}?" if similar else f"leave {name} out.",
+        )
+
+
+def _refuse_strategy(distribution_strategy: Any) -> None:
+    """Refuses Keras Tuner's way to several devices."""
+    if distribution_strategy is not None:
+        raise SearchError(
+            f"Received distribution_strategy={distribution_strategy!r}.",
+            "none: each trial is a process of its own, to which a strategy of this one cannot be sent.",
+            "leave it out; trials run on several GPUs at once with workers=2. A configuration trains under a strategy: "
+            "config.for_replicas(...).",
+        )
+
+
+def _refuse_no_oracle(oracle: Any) -> None:
+    """Refuses what is no oracle."""
+    if not isinstance(oracle, keras_tuner.Oracle):
+        raise SearchError(
+            f"Received oracle={oracle!r} of type {type(oracle).__name__}.",
+            "a keras_tuner.Oracle.",
+            "keras_tuner.oracles.RandomSearchOracle(objective='val_loss', max_trials=10), or accumtune.RandomSearch, "
+            "which has one.",
+        )
+
+
+def _refuse_missing_hypermodel(hypermodel: Any) -> None:
+    """Refuses a tuner without a hypermodel, which Keras Tuner takes where `run_trial` does everything."""
+    if hypermodel is None:
+        raise SearchError(
+            "Received hypermodel=None.",
+            "a build function or a keras_tuner.HyperModel, which trials call in processes of their own, within the "
+            "budget; a run_trial that does everything itself would run in this one, without.",
+            "move what run_trial builds into a build function, and how it trains into the `fit` of a "
+            "keras_tuner.HyperModel; what needs no model is searched with keras_tuner's own tuners.",
+        )
+
+
+def refuse_batch_size(fit_kwargs: Mapping[str, Any]) -> None:
+    """Refuses a batch size in `search`.
+
+    Raises:
+        SearchError: there is one.
+    """
+    if "batch_size" in fit_kwargs:
+        raise SearchError(
+            f"Received batch_size={fit_kwargs['batch_size']} among the arguments of fit.",
+            "no batch_size: the effective batch is what the search finds.",
+            "to fix it, give the tuner micro_batch_sizes=(32,) and accumulation_steps=(8,), for example.",
+        )
+
+
+def _refuse_third_argument(hypermodel: Any, fit_args: Sequence[Any]) -> None:
+    """Refuses what `model.fit` would take for its batch size, where no `fit` of the user's gives it another meaning."""
+    if len(fit_args) > 2 and own_fit(hypermodel) is None:
+        raise SearchError(
+            f"Received {len(fit_args)} arguments without a name. The third, of type {type(fit_args[2]).__name__}, is "
+            "the batch_size of model.fit.",
+            "x and y without a name, and everything else with one; no batch_size.",
+            "tuner.search(x, y, sample_weight=..., validation_data=..., epochs=...).",
+        )
+
+
+def _refuse_missing_data(hypermodel: Any, fit_args: Sequence[Any], fit_kwargs: Mapping[str, Any]) -> None:
+    """Refuses a search without data, unless the user's own `fit` brings them."""
+    if not fit_args and fit_kwargs.get("x") is None and own_fit(hypermodel) is None:
+        raise SearchError(
+            "Received search() without data.",
+            "what model.fit takes, or a keras_tuner.HyperModel whose `fit` brings its own data.",
+            "tuner.search(x, y, validation_data=(x_val, y_val), ...).",
+        )
+
+
+def _refuse_missing_validation(objective_name: str, hypermodel: Any, fit_kwargs: Mapping[str, Any]) -> None:
+    """Refuses an objective that nothing will measure."""
+    has_validation = bool(fit_kwargs.get("validation_split")) or fit_kwargs.get("validation_data") is not None
+    # A HyperModel with a fit of its own may validate in its own way.
+    if objective_name.startswith("val_") and not has_validation and own_fit(hypermodel) is None:
+        raise SearchError(
+            f"Received the objective {objective_name!r}, and search() without validation_data.",
+            "validation data, for an objective that is measured on them.",
+            "tuner.search(x, y, validation_data=(x_val, y_val), ...), or validation_split=0.2.",
+        )

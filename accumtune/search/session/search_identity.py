@@ -1,0 +1,151 @@
+"""Describes what decides the results of a search: its identity, which is written down with each session."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from accumtune.errors import AccumtuneError
+from accumtune.execution.profiling import Profiler
+from accumtune.tracking.records import SearchRecord
+from accumtune.worker.identity.data_identity import describe_arrays
+from accumtune.worker.identity.training_identity import is_code, text_of
+from accumtune.worker.transport.payload import is_data_function
+
+_FORMAT = 1
+# Of `fit`, with Keras's defaults: left out and given as the default are one thing.
+_FIT_DEFAULTS = {
+    "epochs": 1, "shuffle": True, "class_weight": None, "validation_split": 0.0, "steps_per_epoch": None,
+    "validation_steps": None, "validation_freq": 1, "initial_epoch": 0,
+}  # fmt: skip
+_NOT_DECISIVE = ("x", "y", "sample_weight", "validation_data", "callbacks", "verbose", "batch_size",
+                 "validation_batch_size")  # fmt: skip
+# They write down what happens, and decide nothing of it.
+_LOGGERS = {
+    "BackupAndRestore", "CSVLogger", "History", "ModelCheckpoint", "ProgbarLogger", "RemoteMonitor", "TensorBoard",
+}  # fmt: skip
+# Other devices and versions are no other training, but other speeds and peaks.
+NOTED = ("device", "versions", "tuner")
+
+
+def identify_session(
+    settings: Mapping[str, Any],
+    fit_args: Sequence[Any],
+    fit_kwargs: Mapping[str, Any],
+    hypermodel: Any,
+    before: Mapping[str, str],
+    open_profiler: Callable[[], Profiler],
+) -> dict[str, str]:
+    """Describes what decides the results of a session, by the name that a person knows it by.
+
+    Args:
+        settings: of the tuner; None is left out.
+        fit_args, fit_kwargs: of `search`.
+        hypermodel: the user's.
+        before: the identity of the session before.
+        open_profiler: for processes that call functions which return data.
+    """
+    identity = _known_here(settings, fit_args, fit_kwargs, hypermodel)
+    if not _has_data_functions(fit_args, fit_kwargs):
+        return identity
+    return {**identity, **_data_of_functions(before, open_profiler(), bool(fit_kwargs.get("validation_split")))}
+
+
+def _known_here(
+    settings: Mapping[str, Any], fit_args: Sequence[Any], fit_kwargs: Mapping[str, Any], hypermodel: Any
+) -> dict[str, str]:
+    """Describes all but what functions return as data."""
+    import keras
+    import keras_tuner
+
+    names = list(inspect.signature(keras.Model.fit).parameters)[1:]
+    given = {**dict(zip(names, fit_args, strict=False)), **fit_kwargs}
+    fit = {
+        name: text_of(value, by_source=True)
+        for name, value in given.items()
+        if name not in _NOT_DECISIVE and not (name in _FIT_DEFAULTS and _equals(value, _FIT_DEFAULTS[name]))
+    }
+    fit |= {name: text_of(value) for name, value in given.items() if name in ("epochs",)}
+    callbacks = given.get("callbacks") or []
+    decisive = [it for it in (callbacks if isinstance(callbacks, (list, tuple)) else [callbacks]) if not _is_logger(it)]
+    own_fit = getattr(type(hypermodel), "fit", keras_tuner.HyperModel.fit)
+    if own_fit is not keras_tuner.HyperModel.fit:
+        fit["HyperModel.fit"] = text_of(own_fit, by_source=True)
+    for index, callback in enumerate(decisive):
+        fit[f"callbacks[{index}]"] = f"{type(callback).__name__} {text_of(callback, by_source=True)}"
+    is_ordered = given.get("shuffle", True) is not True or bool(given.get("validation_split"))
+    data = {
+        **_described("data", (given.get("x"), given.get("y"), given.get("sample_weight")), is_ordered),
+        **_described("validation data", given.get("validation_data"), True),
+    }
+    policy = {"dtype policy": keras.config.dtype_policy().name, "image data format": keras.config.image_data_format()}
+    return {
+        "format": str(_FORMAT),
+        "python": f"{sys.version_info.major}.{sys.version_info.minor}",
+        **{name: value if isinstance(value, str) else text_of(value, by_source=True)
+           for name, value in settings.items() if value is not None},
+        **policy, **fit, **data,
+    }  # fmt: skip
+
+
+def _has_data_functions(fit_args: Sequence[Any], fit_kwargs: Mapping[str, Any]) -> bool:
+    """Returns whether data come from functions, so that only a process that calls them knows the content."""
+    validation_data = fit_kwargs.get("validation_data")
+    parts = validation_data if isinstance(validation_data, (tuple, list)) else (validation_data,)
+    return any(map(is_data_function, (*fit_args[:2], fit_kwargs.get("x"), fit_kwargs.get("y"), *parts)))
+
+
+def _described(name: str, tree: Any, is_ordered: bool) -> dict[str, str]:
+    parts = tree if isinstance(tree, (tuple, list)) else (tree,)
+    if any(map(is_data_function, parts)) or all(part is None for part in parts):
+        return {}  # a process that calls it tells
+    return {f"{name}: {part}": text for part, text in describe_arrays(tree, is_ordered=is_ordered).items()}
+
+
+def _equals(value: Any, default: Any) -> bool:
+    return isinstance(value, (bool, int, float, type(None))) and value == default
+
+
+def _is_logger(callback: Any) -> bool:
+    kind = type(callback)
+    return kind.__module__.split(".")[0] == "keras" and kind.__name__ in _LOGGERS
+
+
+def differences(before: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
+    """Returns what is not as it was, a line each."""
+    is_comparable = before.get("format") == now.get("format")
+    names = before.keys() | now.keys() if is_comparable else before.keys() & now.keys()
+    lines = []
+    for name in sorted(names - {"format", "python", "batch", *NOTED}):
+        old, new = before.get(name), now.get(name)
+        if old == new or (is_code(old) and is_code(new) and before.get("python") != now.get("python")):
+            continue
+        is_digest = is_code(old or new) or name.endswith("content")
+        lines.append(f"{name}: edited or other values" if is_digest and old and new else f"{name}: {old} → {new}")
+    return lines
+
+
+def known_identity(record: SearchRecord) -> dict[str, str]:
+    """Returns the identity of the latest session, or what the journal of an older accumtune says of it."""
+    if record.identity:
+        return {str(name): str(value) for name, value in record.identity.items()}
+    return {
+        "objective": f"{record.objective_name} ({record.objective_direction})",
+        **({"backend": record.backend} if record.backend else {}),
+        **({"learning_rate_scaling": record.learning_rate_scaling} if record.learning_rate_scaling else {}),
+    }
+
+
+def _data_of_functions(before: Mapping[str, str], profiler: Profiler, is_ordered: bool) -> dict[str, str]:
+    """Describes what functions return as data; what they draw anew each time counts as what it was before."""
+    try:
+        described = profiler.describe_data(1, is_ordered)
+        if any(before.get(name, text) != text for name, text in described.items()):
+            again = profiler.describe_data(2, is_ordered)
+            described = {name: before.get(name, text) if again.get(name) != text else text
+                         for name, text in described.items()}  # fmt: skip
+    except AccumtuneError:  # the trials say it better
+        return {}
+    return described

@@ -1,0 +1,51 @@
+"""Each training of a search is done once, also where several trials ask for it at the same time."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future
+
+from accumtune.search.trial.trial_result import TrialResult
+
+# The id of the trial that trained, and its result.
+Trained = tuple[str, TrialResult]
+
+
+class TrainingCache:
+    """Results by key (`feasibility.training_key`); may be used from several threads at once."""
+
+    def __init__(self) -> None:
+        self._trainings: dict[str, Future[Trained | None]] = {}
+        self._lock = threading.Lock()
+
+    def add(self, key: str, trial_id: str, result: TrialResult) -> None:
+        """Adds a training that is done."""
+        self._trainings[key] = Future()
+        self._trainings[key].set_result((trial_id, result))
+
+    def get_or_train(self, key: str, trial_id: str, train: Callable[[], TrialResult]) -> Trained:
+        """Returns the completed training of this key: waits where another trial is at it, trains where none is.
+
+        Only completed trainings are kept: where another trial's fails, one of those who wait trains.
+        """
+        while True:
+            with self._lock:
+                known = self._trainings.get(key)
+                if known is None:
+                    own = self._trainings[key] = Future()
+                    break
+            trained = known.result()
+            if trained is not None:
+                return trained
+        completed = None
+        try:
+            result = train()
+            if result.status == "completed":
+                completed = (trial_id, result)
+            return trial_id, result
+        finally:
+            if completed is None:
+                with self._lock:
+                    del self._trainings[key]
+            own.set_result(completed)

@@ -1,0 +1,29 @@
+"""What is the same for all trials of a search."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class TrialSettings:
+    """What is the same for all trials of a search.
+
+    Args:
+        identity: what decides the results of the search's session (`search_identity`).
+        has_own_run_trial: a subclass's `run_trial` may train each trial in another way, whatever its hyperparameters.
+    """
+
+    memory_budget_bytes: int | None
+    micro_batch_sizes: tuple[int, ...]
+    searches_pairs: bool
+    is_batch_coupled: bool
+    executions_per_trial: int
+    seed: int
+    objective_name: str
+    trial_timeout_seconds: float | None
+    identity: Mapping[str, str] = field(default_factory=dict)
+    versions: Mapping[str, str] = field(default_factory=dict)
+    has_own_run_trial: bool = False
+    max_model_size: int | None = None

@@ -1,0 +1,53 @@
+"""What a tuner refuses before anything runs."""
+
+import keras_tuner
+import pytest
+
+import accumtune
+from accumtune.errors import SearchError
+from accumtune.search.argument_checks import check_search_arguments
+
+
+def tuner(tmp_path, **arguments):
+    return accumtune.RandomSearch(
+        lambda hp: None, objective="val_loss", max_trials=1, directory=tmp_path, tracking_uri=False, **arguments
+    )
+
+
+@pytest.mark.parametrize(
+    "name, advice",
+    [
+        ("memory_limit", "did you mean memory_budget?"),
+        ("micro_batch_size", "did you mean micro_batch_sizes?"),
+        ("epochs", "those of `fit` go to search()"),
+        ("zzz", "leave zzz out"),
+    ],
+)
+def test_an_argument_that_no_tuner_takes_is_named_with_the_one_it_resembles(name, advice, tmp_path):
+    with pytest.raises(SearchError, match=f"Received {name}=") as caught:
+        tuner(tmp_path, **{name: 1})
+    assert advice in str(caught.value)
+
+
+def test_keras_tuner_alone_would_not_say_what_to_do():
+    with pytest.raises(ValueError, match="Unrecognized") as caught:
+        keras_tuner.RandomSearch(lambda hp: None, objective="val_loss", memory_limit=1)
+    assert "memory_budget" not in str(caught.value)
+
+
+class WithItsOwnFit(keras_tuner.HyperModel):
+    def fit(self, hp, model, x, y, x_val, y_val, **kwargs):
+        return model.fit(x, y, validation_data=(x_val, y_val), **kwargs)
+
+
+def test_weights_without_a_name_would_be_the_batch_size():
+    x, y, weights = [1.0], [2.0], {"out": [3.0]}
+
+    def check(hypermodel, fit_args):
+        check_search_arguments(fit_args, {}, hypermodel, keras_tuner.Objective("loss", "min"), False)
+
+    check(lambda hp: None, (x, y))
+    check(WithItsOwnFit(), (x, y, x, y))
+    with pytest.raises(SearchError, match="of type dict, is the batch_size of model.fit") as caught:
+        check(keras_tuner.HyperModel(), (x, y, weights))
+    assert "sample_weight=" in caught.value.fix
