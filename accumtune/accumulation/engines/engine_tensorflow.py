@@ -17,17 +17,14 @@ from typing import Any
 import tensorflow as tf
 from keras import tree
 
-from accumtune.accumulation import building, noise_scale, optimizers
-from accumtune.accumulation import moving_statistics as statistics
+from accumtune.accumulation import building, moving_statistics, noise_scale, optimizers
 from accumtune.accumulation.coupling import known_samples
 from accumtune.accumulation.data import batches as feeding
-from accumtune.accumulation.engines import gradient_sums as sums
-from accumtune.accumulation.engines import tensor_slices as tensors
+from accumtune.accumulation.engines import gradient_sums, tensor_slices
 from accumtune.accumulation.engines.replicas import Replicas
 from accumtune.accumulation.engines.whole_batch_tensorflow import TwoPasses
 from accumtune.accumulation.ghost_batch import GhostBatches
-from accumtune.accumulation.losses import batch_metrics
-from accumtune.accumulation.losses import loss_shares as losses
+from accumtune.accumulation.losses import batch_metrics, loss_shares
 from accumtune.accumulation.losses import whole_batch_loss as whole
 from accumtune.accumulation.window import Accumulation, factors, shares
 
@@ -57,7 +54,7 @@ class TensorFlowTraining:
         self._normalizations: list[Any] = []
         # Which weights a batch gives gradients, by which of its leaves are None: found where a step is traced.
         self._has_gradient: dict[tuple[bool, ...], tuple[bool, ...]] = {}
-        self._notes = statistics.Notes()
+        self._notes = moving_statistics.Notes()
         self._ghosts = GhostBatches(model, accumulation)
         self._only = self._compiled(self._only_step, around=self._whole_window)
         self._first = self._compiled(self._first_step, around=self._recording)
@@ -69,7 +66,7 @@ class TensorFlowTraining:
 
     def __call__(self, iterator: Any) -> Any:
         """Runs `steps_per_execution` windows; returns the logs. Raises StopIteration where there is no data."""
-        is_sized = tensors.has_static_batch(iterator)
+        is_sized = tensor_slices.has_static_batch(iterator)
         logs = None
         for _ in range(self.model.steps_per_execution):
             window = self._window(iterator)
@@ -87,12 +84,16 @@ class TensorFlowTraining:
         for batch in iterator:
             columns = [
                 feeding.micro_batches(
-                    tree.map_structure(tensors.as_tensor, part), size, self.model._accumtune_rows, tensors.cut
+                    tree.map_structure(tensor_slices.as_tensor, part),
+                    size,
+                    self.model._accumtune_rows,
+                    tensor_slices.cut,
                 )
                 for part in self.replicas.parts(batch)
             ]
             # Replicas that got fewer samples have empty micro-batches at the end.
-            steps += itertools.zip_longest(*columns, fillvalue=tensors.empty(columns[0]) if len(columns) > 1 else None)
+            nothing = tensor_slices.empty(columns[0]) if len(columns) > 1 else None
+            steps += itertools.zip_longest(*columns, fillvalue=nothing)
             if size is not None or len(steps) == self.accumulation.accumulation_steps:
                 break
         return steps
@@ -152,7 +153,7 @@ class TensorFlowTraining:
     def _make_accumulators(self) -> None:
         if not self._accumulators:
             with self.replicas.scope():
-                self._accumulators = [sums.accumulator(variable) for variable in self._weights]
+                self._accumulators = [gradient_sums.accumulator(variable) for variable in self._weights]
 
     def _choose_weights(self) -> None:
         """Those that were trainable at the first window: what is compiled knows no others, as in Keras."""
@@ -163,13 +164,13 @@ class TensorFlowTraining:
     def _parts(self, window: Window, is_sized: bool) -> list[Any]:
         """Share, factors of 1 and the weight in logged losses, for each micro-step."""
         join, number = self.replicas.join, self.replicas.number
-        ones = join([tensors.vector([1.0] * len(losses.flat_losses(self.model)))] * number)
+        ones = join([tensor_slices.vector([1.0] * len(loss_shares.flat_losses(self.model)))] * number)
         total = sum(part.samples for step in window for part in step)
         parts = []
         for step in window:
             samples = [part.samples for part in step]
-            share = [tensors.scalar(size / total if total else 0.0) for size in samples]
-            weight = [tensors.scalar(size if is_sized else number * size / total) for size in samples]
+            share = [tensor_slices.scalar(size / total if total else 0.0) for size in samples]
+            weight = [tensor_slices.scalar(size if is_sized else number * size / total) for size in samples]
             parts.append((join(share), ones, join(weight)))
         return parts
 
@@ -177,7 +178,7 @@ class TensorFlowTraining:
 
     def _factors(self, window: Window, first: list[Any], parts: list[Any]) -> list[Any]:
         """The factors of the losses, for each micro-step."""
-        compiled = losses.flat_losses(self.model)
+        compiled = loss_shares.flat_losses(self.model)
         if not compiled:
             return [ones for _, ones, _ in parts]
         micro_batches = [part for step in window for part in step]
@@ -185,14 +186,14 @@ class TensorFlowTraining:
         if self._must_count(compiled, micro_batches, first, parts[0]):
             rows = self._counted(compiled, window, samples)
         else:
-            columns = [factors(samples) if losses.is_sum(loss) else [1.0] * len(samples) for loss in compiled]
-            rows = [tensors.vector(row) for row in zip(*columns, strict=True)]
+            columns = [factors(samples) if loss_shares.is_sum(loss) else [1.0] * len(samples) for loss in compiled]
+            rows = [tensor_slices.vector(row) for row in zip(*columns, strict=True)]
         number = self.replicas.number
         return [self.replicas.join(rows[start : start + number]) for start in range(0, len(rows), number)]
 
     def _must_count(self, compiled: list[Any], micro_batches: list[Any], first: list[Any], part: Any) -> bool:
         has_weight = first[0][2] is not None
-        if any(losses.may_depend_on_data(loss, has_weight) for loss in compiled):
+        if any(loss_shares.may_depend_on_data(loss, has_weight) for loss in compiled):
             return True
         if not feeding.same_shapes(micro_batches, self.accumulation, self.model._accumtune_rows):
             return True
@@ -207,16 +208,16 @@ class TensorFlowTraining:
         batches = (self.replicas.join([part.take() for part in step]) for step in window)
         counts = tf.stack([count for batch in batches for count in self.replicas.parts(self._count(batch))])
         # That of nothing may be NaN.
-        counts = tf.where(tensors.vector(samples)[:, None] > 0, counts, tf.zeros_like(counts))
+        counts = tf.where(tensor_slices.vector(samples)[:, None] > 0, counts, tf.zeros_like(counts))
         relative = tf.math.divide_no_nan(counts, tf.reduce_sum(counts, axis=0))
-        is_sum = tf.constant([losses.is_sum(loss) for loss in compiled])
+        is_sum = tf.constant([loss_shares.is_sum(loss) for loss in compiled])
         relative = tf.where(is_sum, tf.ones_like(relative), relative)
-        return tf.unstack(tf.math.divide_no_nan(relative, tensors.vector(shares(samples))[:, None]))
+        return tf.unstack(tf.math.divide_no_nan(relative, tensor_slices.vector(shares(samples))[:, None]))
 
     def _count_step(self, batch: Any) -> Any:
         x, y, sample_weight = batch
         y_pred = self._predict(x, training=False)
-        with losses.counting(self.model) as counts:
+        with loss_shares.counting(self.model) as counts:
             self.model._compile_loss(y, y_pred, sample_weight)
         return tf.stack([tf.cast(count, tf.float64) for count in counts])
 
@@ -234,7 +235,7 @@ class TensorFlowTraining:
 
     @contextlib.contextmanager
     def _recording(self) -> Iterator[None]:
-        recorded = statistics.recorded(self.model, may_be_empty=self.replicas.number > 1)
+        recorded = moving_statistics.recorded(self.model, may_be_empty=self.replicas.number > 1)
         with recorded as self._notes, self._ghosts.active():
             yield
 
@@ -243,7 +244,7 @@ class TensorFlowTraining:
         updating = optimizers.updating(self.model.optimizer)
         with (
             self.replicas.summed_already(updating),
-            sums.one_variable_after_the_other(updating, self.replicas.number),
+            gradient_sums.one_variable_after_the_other(updating, self.replicas.number),
         ):
             yield
 
@@ -267,7 +268,7 @@ class TensorFlowTraining:
         in_place = self.replicas.number == 1 and not self.model.jit_compile  # XLA lays out memory by itself
         for accumulator, gradient in zip(self._accumulators, gradients, strict=True):
             if gradient is not None:
-                sums.put(accumulator, gradient, in_place=in_place)
+                gradient_sums.put(accumulator, gradient, in_place=in_place)
             else:  # a later micro-batch of the window may have one
                 accumulator.assign(tf.zeros_like(accumulator))
         return logs, self._noted(), outputs
@@ -276,8 +277,8 @@ class TensorFlowTraining:
         gradients, logs, outputs = self._gradients(batch, share, scales, metric_weight)
         for weight, accumulator, gradient in zip(self._weights, self._accumulators, gradients, strict=True):
             if gradient is not None:
-                sums.add(weight, accumulator, gradient)
-        return logs, statistics.combined(so_far, self._noted()), outputs
+                gradient_sums.add(weight, accumulator, gradient)
+        return logs, moving_statistics.combined(so_far, self._noted()), outputs
 
     def _squared_norm_step(self) -> Any:
         """Of what has been summed up so far. `l2_loss` makes no squares of its own to sum."""
@@ -298,16 +299,16 @@ class TensorFlowTraining:
         self._apply(gradients)
         self._move(moments)
 
-    def _noted(self) -> statistics.Packed:
+    def _noted(self) -> moving_statistics.Packed:
         """The moments of the micro-batch that this replica has just seen."""
         noted = self._notes.mine()
         self._normalizations = [entry.layer for entry in noted]
-        return statistics.packed(noted)
+        return moving_statistics.packed(noted)
 
-    def _move(self, moments: statistics.Packed) -> None:
+    def _move(self, moments: moving_statistics.Packed) -> None:
         if self.replicas.number > 1:
-            moments = statistics.over_replicas(moments, self.replicas.summed)
-        statistics.moved(self._normalizations, moments)
+            moments = moving_statistics.over_replicas(moments, self.replicas.summed)
+        moving_statistics.moved(self._normalizations, moments)
 
     def _predict(self, x: Any, training: bool) -> Any:
         return self.model(x, training=training) if self.model._call_has_training_arg else self.model(x)
@@ -321,10 +322,10 @@ class TensorFlowTraining:
         part = share if scales is not None and self.replicas.number == 1 else None
         with batch_metrics.tracking(model, part), tf.GradientTape() as tape:
             y_pred = self._predict(x, training=True)
-            with losses.scaled(model, scales, self._see_mask, metric_weight, is_empty):
+            with loss_shares.scaled(model, scales, self._see_mask, metric_weight, is_empty):
                 loss = model._compute_loss(x=x, y=y, y_pred=y_pred, sample_weight=sample_weight, training=True)
-            loss = losses.without_nothing(loss, is_empty)
-            losses.check_scalar(loss)
+            loss = loss_shares.without_nothing(loss, is_empty)
+            loss_shares.check_scalar(loss)
             model._loss_tracker.update_state(loss, sample_weight=tf.shape(_first_tensor(batch))[0])
             loss = model.optimizer.scale_loss(loss * tf.cast(share, loss.dtype))
         gradients = tape.gradient(loss, self._weights) if self._weights else []

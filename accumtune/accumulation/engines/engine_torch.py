@@ -9,15 +9,13 @@ from typing import Any
 import torch
 from keras import tree
 
-from accumtune.accumulation import moving_statistics as statistics
-from accumtune.accumulation import noise_scale, optimizers
+from accumtune.accumulation import moving_statistics, noise_scale, optimizers
 from accumtune.accumulation.coupling import known_samples
 from accumtune.accumulation.data import batches as feeding
-from accumtune.accumulation.engines import grouped_update as groups
+from accumtune.accumulation.engines import grouped_update
 from accumtune.accumulation.engines.whole_batch_torch import TwoPasses
 from accumtune.accumulation.ghost_batch import GhostBatches
-from accumtune.accumulation.losses import batch_metrics
-from accumtune.accumulation.losses import loss_shares as losses
+from accumtune.accumulation.losses import batch_metrics, loss_shares
 from accumtune.accumulation.losses import whole_batch_loss as whole
 from accumtune.accumulation.losses.blank_predictions import BlankPredictions
 from accumtune.accumulation.window import Accumulation, factors, shares
@@ -69,7 +67,7 @@ class TorchTraining:
                 part = window.pop(0)
                 batch = part.take() if index else batch
                 with (
-                    statistics.recorded(model) as notes,
+                    moving_statistics.recorded(model) as notes,
                     self._ghosts.active(batch[0]),
                     self._metrics.waiting(),
                     batch_metrics.tracking(model, parts[index]),
@@ -98,30 +96,30 @@ class TorchTraining:
         self, window: list[feeding.MicroBatch], first: tuple[Any, Any, Any], samples: list[int]
     ) -> list[list[float]]:
         """The factors of the losses, one row per micro-batch; `first` is the first one's data."""
-        compiled = losses.flat_losses(self.model)
+        compiled = loss_shares.flat_losses(self.model)
         if not compiled:
             return [[] for _ in window]
         if self.has_mask is None:
             y_pred = self._look(first[0])
-            self.has_mask = any(losses.mask_of(leaf) is not None for leaf in tree.flatten(y_pred))
+            self.has_mask = any(loss_shares.mask_of(leaf) is not None for leaf in tree.flatten(y_pred))
         has_weight = first[2] is not None
         is_even = feeding.same_shapes(window, self.accumulation, self.model._accumtune_rows)
         must_count = self.has_mask or not is_even
-        if must_count or any(losses.may_depend_on_data(loss, has_weight) for loss in compiled):
+        if must_count or any(loss_shares.may_depend_on_data(loss, has_weight) for loss in compiled):
             counts = [self._count(part.take()) for part in window]
             columns = [
-                factors(samples, None if losses.is_sum(loss) else [row[index] for row in counts])
+                factors(samples, None if loss_shares.is_sum(loss) else [row[index] for row in counts])
                 for index, loss in enumerate(compiled)
             ]
         else:
-            columns = [factors(samples) if losses.is_sum(loss) else [1.0] * len(window) for loss in compiled]
+            columns = [factors(samples) if loss_shares.is_sum(loss) else [1.0] * len(window) for loss in compiled]
         return [list(row) for row in zip(*columns, strict=True)]
 
     def _count(self, batch: Any) -> list[float]:
         x, y, sample_weight = batch
 
         def count(y_pred: Any) -> list[Any]:
-            with torch.no_grad(), losses.counting(self.model) as counts:
+            with torch.no_grad(), loss_shares.counting(self.model) as counts:
                 self.model._compile_loss(y, y_pred, sample_weight)
             return counts
 
@@ -142,9 +140,9 @@ class TorchTraining:
         model = self.model
         x, y, sample_weight = batch
         y_pred = self._predict(x, training=True)
-        with losses.scaled(model, scales, self._see_mask):
+        with loss_shares.scaled(model, scales, self._see_mask):
             loss = model._compute_loss(x=x, y=y, y_pred=y_pred, sample_weight=sample_weight, training=True)
-        losses.check_scalar(loss)
+        loss_shares.check_scalar(loss)
         model._loss_tracker.update_state(loss, sample_weight=feeding.samples_of(batch))
         if model.trainable_weights:
             model.optimizer.scale_loss(loss * share.to(loss.dtype)).backward()
@@ -163,10 +161,10 @@ class TorchTraining:
         """Takes what batch normalizations noted in a micro-batch."""
         with torch.no_grad():
             if self._normalizations:
-                self._moments = statistics.combined(self._moments, statistics.packed(noted))
+                self._moments = moving_statistics.combined(self._moments, moving_statistics.packed(noted))
             else:
                 self._normalizations = [entry.layer for entry in noted]
-                self._moments = statistics.packed(noted)
+                self._moments = moving_statistics.packed(noted)
 
     def collected(self, sums: list[Any]) -> list[Any]:
         """The sums that `.grad` cannot hold, after a backward pass."""
@@ -177,11 +175,11 @@ class TorchTraining:
         weights = model.trainable_weights[:]
         with torch.no_grad():
             if weights:
-                with groups.updating_in_groups(optimizers.updating(model.optimizer)):
+                with grouped_update.updating_in_groups(optimizers.updating(model.optimizer)):
                     model.optimizer.apply([weight.value.grad for weight in weights], weights)
             else:
                 warnings.warn("The model does not have any trainable weights.", stacklevel=2)
-            statistics.moved(self._normalizations, self._moments)
+            moving_statistics.moved(self._normalizations, self._moments)
         model.zero_grad()  # no accumulated gradient outlives its window
 
 

@@ -10,9 +10,9 @@ import jax.numpy as jnp
 from keras import StatelessScope, tree
 from keras.src import backend
 
-from accumtune.accumulation import moving_statistics as statistics
+from accumtune.accumulation import moving_statistics
 from accumtune.accumulation.engines import carried_state as carrying
-from accumtune.accumulation.losses import loss_shares as losses
+from accumtune.accumulation.losses import loss_shares
 from accumtune.accumulation.losses import whole_batch_loss as whole
 from accumtune.accumulation.window import shares
 
@@ -31,7 +31,7 @@ class TwoPasses:
         self._states = whole.seed_states(self.model)
         self._structure: Any = None
         self._forward = engine._jitted(self._forward_step)
-        self._combine = engine._jitted(statistics.combined)
+        self._combine = engine._jitted(moving_statistics.combined)
         self._loss = engine._jitted(self._loss_step, donate=(0,))
         self._backward = engine._jitted(self._backward_step, donate=(0,))
         self._forward_in_test = engine._jitted(self._forward_in_test_step)
@@ -108,14 +108,14 @@ class TwoPasses:
 
     def _forward_step(self, trainable: Any, non_trainable: Any, x: Any) -> Any:
         with (
-            statistics.recorded(self.model) as notes,
+            moving_statistics.recorded(self.model) as notes,
             self.engine._ghosts.active(x),
             whole.without_state(self.model, self._states),
         ):
             y_pred, changed, added = self._called(trainable, non_trainable, x)
         noted = notes.mine()
         self.engine._normalizations = [entry.layer for entry in noted]
-        return *self._flat(y_pred), added, statistics.packed(noted), carrying.changed(changed, non_trainable)
+        return *self._flat(y_pred), added, moving_statistics.packed(noted), carrying.changed(changed, non_trainable)
 
     def _forward_in_test_step(self, trainable: Any, non_trainable: Any, x: Any) -> Any:
         y_pred, changed, added = self._called(trainable, non_trainable, x, training=False)
@@ -124,7 +124,7 @@ class TwoPasses:
     def _flat(self, y_pred: Any) -> tuple[Any, Any]:
         self._structure = tree.map_structure(lambda _: None, y_pred)
         leaves = tree.flatten(y_pred)
-        return leaves, [None if leaf is None else losses.mask_of(leaf) for leaf in leaves]
+        return leaves, [None if leaf is None else loss_shares.mask_of(leaf) for leaf in leaves]
 
     def _packed(self, leaves: Any, masks: Any) -> Any:
         for leaf, mask in zip(leaves, masks, strict=True):
@@ -187,7 +187,7 @@ class TwoPasses:
             with whole.without_changes(model, self._states), whole.with_losses_of_layers(model, of_layers):
                 loss = model._compute_loss(x=x, y=y, y_pred=y_pred, sample_weight=sample_weight, training=training)
             new = [[scope.get_current_value(variable) for variable in names] for names in groups[1:]]
-        losses.check_scalar(loss)
+        loss_shares.check_scalar(loss)
         return loss, new
 
     def _logged(self, metrics: Any, loss: Any, x: Any, y: Any, y_pred: Any, sample_weight: Any) -> Any:
@@ -220,7 +220,7 @@ class TwoPasses:
         """A forward pass as the first was, and the gradient that comes to it; gives the outputs."""
 
         def outputs(trainable: Any) -> tuple[Any, Any]:
-            with statistics.recorded(self.model), self.engine._ghosts.active(x):
+            with moving_statistics.recorded(self.model), self.engine._ghosts.active(x):
                 y_pred, _, added = self._called(trainable, non_trainable, x)
             leaves = tree.flatten(y_pred)
             return ([leaf for leaf in leaves if _is_float(leaf)], added), leaves

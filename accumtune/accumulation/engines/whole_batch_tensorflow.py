@@ -11,11 +11,9 @@ import tensorflow as tf
 from keras import tree
 from keras.src import backend
 
-from accumtune.accumulation import moving_statistics as statistics
-from accumtune.accumulation.engines import gradient_sums as sums
-from accumtune.accumulation.engines import tensor_slices as tensors
-from accumtune.accumulation.losses import batch_metrics
-from accumtune.accumulation.losses import loss_shares as losses
+from accumtune.accumulation import moving_statistics
+from accumtune.accumulation.engines import gradient_sums, tensor_slices
+from accumtune.accumulation.losses import batch_metrics, loss_shares
 from accumtune.accumulation.losses import whole_batch_loss as whole
 from accumtune.accumulation.window import shares
 
@@ -52,13 +50,13 @@ class TwoPasses:
         """
         samples = [step[0].samples for step in window]
         of_window = shares(samples)
-        parts = [tensors.scalar(share) for share in of_window]
+        parts = [tensor_slices.scalar(share) for share in of_window]
         seeds, losses_of_layers, moments, given = self._first_pass(window, first, parts)
         leaves, masks, x, y, sample_weight = whole.joined_all(given, samples, _concatenated)
         del given
         self._replay.begin(leaves)
-        count = tensors.scalar(sum(samples))
-        weight = count if is_sized else tensors.scalar(1.0)
+        count = tensor_slices.scalar(sum(samples))
+        weight = count if is_sized else tensor_slices.scalar(1.0)
         inputs = (leaves, masks, x, y, sample_weight, whole.mean_losses(losses_of_layers, of_window), count, weight)
         logs, gradients, of_layers = self._loss(*inputs)
         has_gradient = self._has_gradient[_absent(inputs)]
@@ -88,9 +86,9 @@ class TwoPasses:
             del x, y, sample_weight, leaves, masks
         joined = whole.joined_all(given, samples, _concatenated)
         del given
-        count = tensors.scalar(sum(samples))
+        count = tensor_slices.scalar(sum(samples))
         of_layers = whole.mean_losses(losses_of_layers, shares(samples))
-        return self._loss_in_test(*joined, of_layers, count, count if is_sized else tensors.scalar(1.0))
+        return self._loss_in_test(*joined, of_layers, count, count if is_sized else tensor_slices.scalar(1.0))
 
     def _first_pass(self, window: list[Any], first: list[Any], parts: list[Any]) -> tuple[Any, ...]:
         """Seeds, losses of layers, moments, and what is to be joined, of each micro-batch."""
@@ -98,7 +96,7 @@ class TwoPasses:
         for step, part in zip(window, parts, strict=True):
             x, y, sample_weight = first.pop() if first else step[0].take()
             its_seeds, leaves, masks, added, noted = self._forward(x, part)
-            moments = noted if moments is None else statistics.combined(moments, noted)
+            moments = noted if moments is None else moving_statistics.combined(moments, noted)
             seeds.append(its_seeds)
             of_layers.append(added)
             given.append((leaves, masks, x if whole.reads_inputs(self.model) else None, y, sample_weight))
@@ -130,7 +128,7 @@ class TwoPasses:
     def _flat(self, y_pred: Any) -> tuple[Any, Any, Any]:
         self._structure = tree.map_structure(lambda _: None, y_pred)
         leaves = tree.flatten(y_pred)
-        masks = [None if leaf is None else losses.mask_of(leaf) for leaf in leaves]
+        masks = [None if leaf is None else loss_shares.mask_of(leaf) for leaf in leaves]
         return leaves, masks, whole.losses_of_layers(self.model)
 
     def _packed(self, leaves: Any, masks: Any) -> Any:
@@ -165,7 +163,7 @@ class TwoPasses:
             if gradient is None:
                 accumulator.assign(tf.zeros_like(accumulator))
             else:
-                sums.put(accumulator, gradient, in_place=not model.jit_compile)
+                gradient_sums.put(accumulator, gradient, in_place=not model.jit_compile)
         logs = model.compute_metrics(x, y, y_pred, sample_weight=sample_weight)
         return logs, gradients, of_layers
 
@@ -186,10 +184,10 @@ class TwoPasses:
         with (
             whole.without_changes(model, self._states),
             whole.with_losses_of_layers(model, of_layers),
-            losses.scaled(model, None, lambda: None, metric_weight),
+            loss_shares.scaled(model, None, lambda: None, metric_weight),
         ):
             loss = model._compute_loss(x=x, y=y, y_pred=y_pred, sample_weight=sample_weight, training=training)
-        losses.check_scalar(loss)
+        loss_shares.check_scalar(loss)
         model._loss_tracker.update_state(loss, sample_weight=count)
         return loss
 
@@ -227,7 +225,7 @@ class TwoPasses:
         self._has_gradient[_absent((x, seeds, gradients, of_layers))] = [total is not None for total in totals]
         for weight, accumulator, gradient in zip(weights, self.engine._accumulators, totals, strict=True):
             if gradient is not None:
-                sums.add(weight, accumulator, gradient)
+                gradient_sums.add(weight, accumulator, gradient)
         return leaves
 
 

@@ -14,9 +14,8 @@ import torch
 from keras import tree
 from keras.src import backend
 
-from accumtune.accumulation import moving_statistics as statistics
-from accumtune.accumulation.losses import batch_metrics
-from accumtune.accumulation.losses import loss_shares as losses
+from accumtune.accumulation import moving_statistics
+from accumtune.accumulation.losses import batch_metrics, loss_shares
 from accumtune.accumulation.losses import whole_batch_loss as whole
 from accumtune.accumulation.window import shares
 
@@ -107,7 +106,7 @@ class TwoPasses:
             randomness.append(_random_state(self._states))
             with (
                 torch.no_grad(),
-                statistics.recorded(self.model) as notes,
+                moving_statistics.recorded(self.model) as notes,
                 self.engine._ghosts.active(x),
                 batch_metrics.tracking(self.model, share),
             ):
@@ -126,7 +125,7 @@ class TwoPasses:
     def _flat(self, y_pred: Any) -> tuple[Any, Any, Any]:
         self._structure = tree.map_structure(lambda _: None, y_pred)
         leaves = tree.flatten(y_pred)
-        masks = [None if leaf is None else losses.mask_of(leaf) for leaf in leaves]
+        masks = [None if leaf is None else loss_shares.mask_of(leaf) for leaf in leaves]
         return leaves, masks, whole.losses_of_layers(self.model)
 
     def _packed(self, leaves: Any, masks: Any) -> Any:
@@ -137,7 +136,7 @@ class TwoPasses:
 
     def _again_step(self, x: Any) -> tuple[Any, Any]:
         with (
-            statistics.recorded(self.model),
+            moving_statistics.recorded(self.model),
             self.engine._ghosts.active(x),
             whole.metrics_at_rest(self.model),
         ):
@@ -164,7 +163,7 @@ class TwoPasses:
         model = self.model
         with whole.without_changes(model, self._states), whole.with_losses_of_layers(model, of_layers):
             loss = model._compute_loss(x=x, y=y, y_pred=y_pred, sample_weight=sample_weight, training=training)
-        losses.check_scalar(loss)
+        loss_shares.check_scalar(loss)
         model._loss_tracker.update_state(loss, sample_weight=count)
         return loss
 
