@@ -285,6 +285,28 @@ def test_gradients_are_reduced_once_where_an_optimizer_hands_them_on():
     run(16, [], TWO_OPTIMIZERS)
 
 
+WHOLE_BATCH_LOSS = """
+    from equality import dense, numbers, train
+    from test_whole_batch_loss import correlation
+    from accumtune.errors import ModelError
+
+    data = {{"x": numbers({samples}, 4), "y": numbers({samples}, 2, seed=1)}}
+    for how in {hows}:
+        with scope():
+            try:
+                train(dense(correlation), data, **how)
+            except ModelError as error:
+                assert "2 replicas" in str(error) and "whole_batch_loss=False" in str(error)
+            else:
+                raise AssertionError("it trained")
+"""
+
+
+@pytest.mark.skipif(BACKEND == "torch", reason="Keras on torch has no data parallelism")
+def test_losses_over_the_batch_are_refused():
+    run(8, [{"micro_batch_size": 2}], WHOLE_BATCH_LOSS)
+
+
 @pytest.mark.skipif(BACKEND != "tensorflow", reason="a strategy of TensorFlow")
 def test_replicas_in_other_processes_are_refused():
     """What they hold of an effective batch is not known here: shares would be those of other samples."""

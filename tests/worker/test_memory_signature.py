@@ -84,3 +84,18 @@ def test_what_decides_memory_is_in_the_signature(one, other):
 )
 def test_what_takes_no_memory_is_not(one, other):
     assert signature(**one) == signature(**other)
+
+
+def test_a_loss_over_the_batch_keeps_the_outputs_of_the_effective_batch():
+    """Three float32 outputs and their gradient, and three targets: 36 bytes of each sample, beside the micro-batch."""
+
+    def correlation(y_true, y_pred):
+        return 1 - keras.ops.mean(y_true * y_pred) / keras.ops.sqrt(keras.ops.mean(keras.ops.square(y_pred)))
+
+    sample = (np.zeros((1, 4), "float32"), np.zeros((1, 3), "float32"), None)
+    kept = {}
+    for name, loss in (("over the batch", correlation), ("a mean", "mse")):
+        model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(3)])
+        model.compile("sgd", loss)
+        kept[name] = describe_model(model, sample, "CPU:0", {})["sample_bytes"]
+    assert kept == {"over the batch": 36, "a mean": 0}
