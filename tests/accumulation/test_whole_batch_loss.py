@@ -291,6 +291,23 @@ def test_it_is_exact_with_xla():
     assert_same(two_passes(build, data, whole_batch_loss=True), two_passes(build, data, whole_batch_loss=False))
 
 
+def test_with_ghost_batches_every_micro_batch_is_the_same_training():
+    def build():
+        hidden = [layers.Dense(8), layers.BatchNormalization(), layers.Dense(2)]
+        model = compiled(keras.Sequential([keras.Input((4,)), *hidden]), correlation)
+        return accumulate(model, sizes.pop(), ghost_batch_size=2)
+
+    def train():
+        keras.utils.set_random_seed(7)
+        model = build()
+        return Trained(model, model.fit(**X, y=PAIRS, batch_size=EFFECTIVE, verbose=0, shuffle=False).history)
+
+    sizes = [2, 4, 8]
+    plain, *others = train(), train(), train()  # of 8: one pass
+    for other in others:
+        assert_same(other, plain)
+
+
 def test_mixed_precision_with_loss_scaling():
     set_precision("float32")
     keras.config.set_dtype_policy("mixed_float16")
