@@ -51,7 +51,7 @@ class GhostBatches:
         self.see(batch)
         with contextlib.ExitStack() as changed:
             for layer in normalizations(self.model):
-                changed.enter_context(replaced(layer, {"call": self._call(layer)}))
+                changed.enter_context(replaced(layer, {"call": self._call(layer, self.size)}))
             yield
 
     def see(self, batch: Any) -> None:
@@ -64,10 +64,11 @@ class GhostBatches:
 
     def check_window(self, samples: Sequence[int]) -> None:
         """Raises BatchSizeError where a micro-batch that is not the last of its window is no multiple of a group."""
-        for number in samples[:-1] if self.size is not None else ():
-            check_groups(number, self.size)
+        if self.size is not None:
+            for number in samples[:-1]:
+                check_groups(number, self.size)
 
-    def _call(self, layer: Any) -> Any:
+    def _call(self, layer: Any, size: int) -> Any:
         own_call = layer.call
 
         def call(inputs: Any, training: Any = None, mask: Any = None) -> Any:
@@ -75,10 +76,10 @@ class GhostBatches:
                 return own_call(inputs, training=training, mask=mask)
             self._check_rows(layer, inputs)
             rows = inputs.shape[0]
-            is_one_group = rows <= self.size if isinstance(rows, int) else self._is_one_group
+            is_one_group = rows <= size if isinstance(rows, int) else self._is_one_group
             if is_one_group and mask is None:
                 return own_call(inputs, training=training, mask=mask)
-            return _normalized(layer, inputs, mask, self.size)
+            return _normalized(layer, inputs, mask, size)
 
         return call
 
@@ -285,7 +286,6 @@ def _with_own_gradient(groups: _Groups, gamma: Any, beta: Any, epsilon: float) -
     gamma = ops.ones(channels, dtype) if gamma is None else ops.reshape(gamma, channels)
     beta = ops.zeros(channels, dtype) if beta is None else ops.reshape(beta, channels)
 
-    @ops.custom_gradient
     def normalize(blocks: Any, gamma: Any, beta: Any, mean: Any, inverse: Any) -> Any:
         scale = inverse * gamma
         outputs = (blocks - mean) * scale
@@ -303,4 +303,4 @@ def _with_own_gradient(groups: _Groups, gamma: Any, beta: Any, epsilon: float) -
 
         return outputs, gradient
 
-    return normalize(groups.blocks, gamma, beta, groups.mean, ops.rsqrt(groups.variance + epsilon))
+    return ops.custom_gradient(normalize)(groups.blocks, gamma, beta, groups.mean, ops.rsqrt(groups.variance + epsilon))

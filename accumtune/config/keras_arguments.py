@@ -70,6 +70,12 @@ def _differences(config: TrainingConfig, steps: int) -> Iterator[str]:
             f"The search multiplied the learning rate by {factor:g} ({config.learning_rate_scaling} scaling of the "
             f"effective batch); here that is yours to do."
         )
+    if config.ghost_batch_size is not None and config.ghost_batch_size < config.micro_batch_size:
+        yield (
+            f"BatchNormalization normalizes all {config.micro_batch_size} samples of a micro-batch together instead of "
+            f"groups of {config.ghost_batch_size} (ghost batches), which is another training: fit with a batch_size of "
+            f"{config.ghost_batch_size} and more steps comes closer."
+        )
     if steps == 1:
         return
     effective = config.micro_batch_size * steps * config.replicas
@@ -95,7 +101,7 @@ def _differences(config: TrainingConfig, steps: int) -> Iterator[str]:
     yield f"Batch callbacks, the progress bar and steps_per_epoch count micro-batches: {steps} for each update."
     if config.whole_batch_loss:
         yield "The loss couples the samples of a batch, and Keras takes a mean of those of micro-batches: another loss."
-    if config.batch_coupled_layers:
+    if config.batch_coupled_layers or config.ghost_batch_size is not None:
         yield "BatchNormalization's moving statistics are updated, and its momentum applied, with every micro-batch."
     yield (
         "With mixed_float16 the loss scale is checked for each micro-batch: one that overflows is dropped and the "

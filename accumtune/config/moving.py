@@ -29,7 +29,7 @@ def for_budget(config: TrainingConfig, budget: int | float | str, build_model: A
     budget_bytes = parse_budget(budget)
     profile = standalone_profile.profile(
         build_model, x, y,
-        micro_batch_sizes=divisors(_share(config)), memory_budget=budget_bytes,
+        micro_batch_sizes=_micro_batch_sizes(config), memory_budget=budget_bytes,
         hyperparameters=config.hyperparameters,
         # No micro-batch is larger than the effective batch, and of those the largest that fits is among the probes.
         confirm_largest=False,
@@ -60,7 +60,14 @@ def for_replicas(config: TrainingConfig, replicas: int) -> TrainingConfig:
             f"take one of these numbers of devices, or an effective batch of {' or '.join(map(str, near))}.",
         )
     share = effective // replicas
-    micro = max(size for size in divisors(share) if size <= config.micro_batch_size)
+    ghost = config.ghost_batch_size or 1
+    micro = max((size for size in divisors(share) if size <= config.micro_batch_size and size % ghost == 0), default=0)
+    if not micro:
+        raise BatchSizeError(
+            f"Received {replicas=}, which leaves {share} samples of the effective batch {effective} to each.",
+            f"a multiple of the ghost batch of {ghost} samples for each replica.",
+            "take fewer devices: a ghost batch is never divided.",
+        )
     batch = batch_values(micro, effective, replicas)
     # One replica holds no more than before; how much, and how fast they are together, nobody has measured.
     unknown: dict[str, Any] = dict.fromkeys(("peak_memory_bytes", "memory_source", "throughput_samples_per_second"))
@@ -91,12 +98,12 @@ def fitted(config: TrainingConfig, profile: Profile, budget_bytes: int, backend:
     Raises:
         BudgetTooSmallError: none does.
     """
-    share = _share(config)
-    fitting = [size for size in divisors(share) if profile.fits(size, share // size, budget_bytes)]
+    share, ghost = _share(config), config.ghost_batch_size
+    fitting = [size for size in _micro_batch_sizes(config) if profile.fits(size, share // size, budget_bytes)]
     if not fitting:
         raise BudgetTooSmallError(
-            f"Not even micro-batch 1 fits in {format_bytes(budget_bytes)} on {profile.device}.",
-            "a memory budget in which one sample can be trained",
+            f"Not even micro-batch {ghost or 1} fits in {format_bytes(budget_bytes)} on {profile.device}.",
+            f"a memory budget in which {'one sample' if ghost is None else f'{ghost} samples'} can be trained",
             f"raise the budget, or search a smaller model.{budget_hint(backend)}",
         )
     speed = {size: profile.predict_throughput(size, share // size) for size in fitting}
@@ -116,6 +123,12 @@ def fitted(config: TrainingConfig, profile: Profile, budget_bytes: int, backend:
         reason=f"The fastest micro-batch for effective batch {config.effective_batch_size} within "
         f"{format_bytes(budget_bytes)} on {profile.device}.",
     )
+
+
+def _micro_batch_sizes(config: TrainingConfig) -> list[int]:
+    """Those that make the same training."""
+    share, ghost = _share(config), config.ghost_batch_size or 1
+    return [size for size in divisors(share) if size % ghost == 0] or [ghost]
 
 
 def divisors(number: int) -> list[int]:

@@ -38,7 +38,10 @@ def accumulate(config: TrainingConfig, model: Any) -> Any:
     from accumtune.worker.data.user_data import fit_by_default
 
     accumulating = accumulation.accumulate(
-        model, micro_batch_size=config.micro_batch_size, whole_batch_loss=config.whole_batch_loss or "auto"
+        model,
+        micro_batch_size=config.micro_batch_size,
+        whole_batch_loss=config.whole_batch_loss or "auto",
+        ghost_batch_size=config.ghost_batch_size,
     )
     return fit_by_default(accumulating, config.fit_arguments()["batch_size"])
 

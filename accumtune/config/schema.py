@@ -119,7 +119,7 @@ def _schema_fault(values: Any) -> str | None:
 
 
 def _inconsistency(values: Mapping[str, Any]) -> str | None:
-    for name in (*BATCH_HYPERPARAMETERS, "replicas", "epochs", "seed", "base_effective_batch_size"):
+    for name in (*BATCH_HYPERPARAMETERS, "replicas", "epochs", "seed", "base_effective_batch_size", "ghost_batch_size"):
         # JSON Schema takes 8.0 for an integer; Keras does not.
         if isinstance(values.get(name), float):
             return f"{name} is {values[name]!r}, not a whole number"
@@ -134,6 +134,9 @@ def _inconsistency(values: Mapping[str, Any]) -> str | None:
     for name in BATCH_HYPERPARAMETERS:
         if values["hyperparameters"].get(name, values[name]) != values[name]:
             return f"{name} is {values[name]}, but {values['hyperparameters'][name]!r} among the hyperparameters"
+    ghost = values.get("ghost_batch_size")
+    if ghost and micro % ghost:
+        return f"micro_batch_size {micro} is no multiple of ghost_batch_size {ghost}"
     if values.get("learning_rate_scaling") and not values.get("base_effective_batch_size"):
         return "learning_rate_scaling needs base_effective_batch_size, the batch that it is relative to"
     return "it holds a number that is not finite" if not _is_finite(values) else None

@@ -42,6 +42,8 @@ class TrainingConfig:
         objective: `{"name": "val_loss", "direction": "min", "value": 0.05}`.
         learning_rate_scaling: None, `"linear"` or `"sqrt"`, ...
         base_effective_batch_size: ... relative to this effective batch.
+        ghost_batch_size: the samples that BatchNormalization normalizes together, whatever the micro-batch; None: those
+            of a micro-batch.
         replicas: devices that share an update (`for_replicas`); effective batch = micro-batch × steps × replicas.
         epochs: how many the winning trial trained.
         seed: of the winning trial; `keras.utils.set_random_seed(config.seed)` before `build` repeats it.
@@ -78,6 +80,7 @@ class TrainingConfig:
     objective: Mapping[str, Any] = field(default_factory=dict, hash=False)
     learning_rate_scaling: str | None = None
     base_effective_batch_size: int | None = None
+    ghost_batch_size: int | None = None
     replicas: int = 1
     epochs: int | None = None
     seed: int | None = None

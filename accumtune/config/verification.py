@@ -55,7 +55,12 @@ def verify(config: TrainingConfig, build_model: Any, x: Any, y: Any, peak_tolera
 
     micro = config.micro_batch_size
     outcome = train_isolated(
-        FirstUpdates(builder_of(config, build_model), micro, config.effective_batch_size // config.replicas),
+        FirstUpdates(
+            builder_of(config, build_model),
+            micro,
+            config.effective_batch_size // config.replicas,
+            config.ghost_batch_size,
+        ),
         {"x": x, "y": y},
         hyperparameters=replayed_values(config, micro),
         objective=keras_tuner.Objective("loss", "min"),
@@ -207,7 +212,9 @@ def reproduce(
     options = {**config.fit_arguments(), **fit_arguments}
     del options["batch_size"]
     outcome = train_isolated(
-        FixedHyperModel(builder_of(config, build_model), micro, config.effective_batch_size),
+        FixedHyperModel(
+            builder_of(config, build_model), micro, config.effective_batch_size, config.ghost_batch_size
+        ),
         {"x": x, "y": y, "validation_data": validation_data, **options},
         hyperparameters={**replayed_values(config, micro), **batch_values(micro, config.effective_batch_size)},
         objective=keras_tuner.Objective(name, direction),

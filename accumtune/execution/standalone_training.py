@@ -36,14 +36,17 @@ class FixedHyperModel:
     Args:
         builder: builds plain models.
         micro_batch_size, effective_batch_size: of every training.
+        ghost_batch_size: see `accumtune.accumulate`.
     """
 
     builder: ModelBuilder
     micro_batch_size: int
     effective_batch_size: int
+    ghost_batch_size: int | None = None
 
     def build(self, hp: Any) -> Any:
-        return accumulate(self.builder.build_plain(hp), self.micro_batch_size)
+        model = self.builder.build_plain(hp)
+        return accumulate(model, self.micro_batch_size, ghost_batch_size=self.ghost_batch_size)
 
     def fit(self, hp: Any, model: Any, *args: Any, **kwargs: Any) -> Any:
         feed_by_batches(model, self.effective_batch_size, self.micro_batch_size)

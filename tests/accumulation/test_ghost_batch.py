@@ -1,5 +1,7 @@
 """BatchNormalization in ghost batches: one training for every micro-batch that is a multiple of a group."""
 
+import functools
+
 import keras
 import numpy as np
 import pytest
@@ -103,6 +105,20 @@ def test_every_micro_batch_is_the_same_training(name):
         assert_same_training(trained(*MODELS[name], **how), whole, TOLERANCE)
 
 
+@pytest.mark.parametrize("how", [{"run_eagerly": True}, {"jit_compile": True}] if BACKEND == "tensorflow" else [])
+def test_compiled_in_other_ways(how):
+    """XLA compiles a rest of a window, whose size the graph does not know."""
+    build, data = MODELS["channels-last"]
+
+    def compiled():
+        model = build()
+        model.compile(keras.optimizers.SGD(0.1, momentum=0.9), "mse", metrics=["mae"], **how)
+        return model
+
+    whole = trained(build, data, micro_batch_size=EFFECTIVE)
+    assert_same_training(trained(compiled, data, micro_batch_size=2 * GHOST), whole, TOLERANCE)
+
+
 def test_without_a_ghost_batch_micro_batches_differ():
     """Negative control."""
     build, data = MODELS["channels-last"]
@@ -162,6 +178,23 @@ def test_the_gradient_is_the_one_of_automatic_differentiation():
     ours = trained(build, one_window, micro_batch_size=2 * GHOST, epochs=1)
     plain = trained(build, one_window, ghost_batch_size=None, micro_batch_size=GHOST, epochs=1)
     assert_same_training(ours, plain, TOLERANCE)
+
+
+def test_with_a_loss_over_the_batch():
+    """Both passes of such a loss normalize in the same groups; the statistics are noted once."""
+
+    def build(micro_batch_size):
+        inputs = keras.Input((4,))
+        x = layers.BatchNormalization(momentum=0.9)(layers.Dense(5)(inputs))
+        model = keras.Model(inputs, layers.Dense(2, activation="sigmoid")(DropsByContent()(x)))
+        model.compile(keras.optimizers.SGD(0.1, momentum=0.9), keras.losses.Dice())
+        return accumtune.accumulate(model, micro_batch_size, ghost_batch_size=GHOST, whole_batch_loss=True)
+
+    data = {"x": numbers(SAMPLES, 4), "y": (numbers(SAMPLES, 2, seed=1) > 0).astype("float64")}
+    whole, parts = (
+        train(functools.partial(build, size), data, batch_size=EFFECTIVE) for size in (EFFECTIVE, GHOST)
+    )
+    assert_same_training(parts, whole, TOLERANCE)
 
 
 def test_mixed_precision_keeps_float32_statistics():

@@ -90,6 +90,21 @@ SYNCHRONIZED = """
     # 4 on each device are the effective batch: together they are normalized as one device does it.
     assert_same_training(on_devices({{"micro_batch_size": 4}}, **options), one)
 """
+GHOST_BATCHES = """
+    import accumtune
+
+    def grouped(micro_batch_size):
+        def build():
+            model = normalizing(learning_rate=0.1)()
+            return accumtune.accumulate(model, micro_batch_size, ghost_batch_size=2)
+        return train(build, data)
+
+    one = grouped(8)
+    for micro_batch_size in (2, 4):
+        with scope():
+            several = grouped(micro_batch_size)
+        assert_same_training(several, one, 1e-7)
+"""
 
 
 def run(samples, hows, *parts):
@@ -222,6 +237,12 @@ def test_moving_statistics_are_those_of_all_devices():
 def test_moving_statistics_where_a_device_has_no_samples_left():
     """The last 5 as 3 and 2: in micro-batches of 2 the second device has nothing for the last micro-step."""
     run(21, HOWS, NORMALIZING, STATISTICS)
+
+
+@pytest.mark.skipif(BACKEND == "torch", reason="Keras on torch has no data parallelism")
+def test_ghost_batches_are_groups_within_a_device():
+    """4 of a window of 8 are on each device, in one or two micro-batches: the groups of 2 are those of one device."""
+    run(32, [], NORMALIZING, GHOST_BATCHES)
 
 
 @pytest.mark.skipif(BACKEND != "tensorflow", reason="negative control of MirroredStrategy")

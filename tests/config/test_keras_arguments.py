@@ -79,6 +79,8 @@ def test_steps_and_replicas_count_as_keras_counts():
     assert "32 samples instead of 30" in ragged.differences[0]
     coupled = config_of(batch_coupled_layers=["BatchNormalization"]).keras_arguments()
     assert any("BatchNormalization" in text for text in coupled.differences)
+    ghosts = config_of(ghost_batch_size=4).keras_arguments()
+    assert "all 8 samples of a micro-batch together instead of groups of 4" in ghosts.differences[0]
 
 
 def test_what_is_called_is_accepted():

@@ -7,7 +7,7 @@ from made_config import MIB, build_model, config_of, data, moved_training
 
 from accumtune.config import TrainingConfig, moving
 from accumtune.config.verification import compared
-from accumtune.errors import BatchSizeError, BudgetError, BudgetTooSmallError, VerificationError
+from accumtune.errors import BatchSizeError, BudgetError, BudgetTooSmallError, ConfigError, VerificationError
 from accumtune.memory.machine import available_memory_bytes, machine_memory
 
 
@@ -40,6 +40,25 @@ def test_another_budget_changes_the_micro_batch_and_nothing_else():
 def test_a_budget_in_which_nothing_fits():
     with pytest.raises(BudgetTooSmallError, match="Not even micro-batch 1 fits in 5.0 MiB on CPU"):
         moving.fitted(config_of(), profile_of(), 5 * MIB, "tensorflow")
+
+
+def test_ghost_batches_are_kept_and_never_divided(monkeypatch):
+    from accumtune.execution import standalone_profile as costs
+
+    asked = {}
+    monkeypatch.setattr(costs, "profile", lambda *args, **kwargs: asked.update(kwargs) or profile_of())
+    config = config_of(ghost_batch_size=8)
+    moved = config.for_budget(64 * MIB, None, None)
+    assert asked["micro_batch_sizes"] == [8, 16, 32]
+    assert moved.ghost_batch_size == 8 and moved.micro_batch_size % 8 == 0
+    assert TrainingConfig.from_json(moved.to_json()) == moved
+    with pytest.raises(BudgetTooSmallError, match="Not even micro-batch 8 fits.*\n.*8 samples"):
+        moving.fitted(config, profile_of(), 12 * MIB, "tensorflow")
+    assert config.for_replicas(2).micro_batch_size == 8
+    with pytest.raises(BatchSizeError, match="leaves 4 samples"):
+        config.for_replicas(8)
+    with pytest.raises(ConfigError, match="micro_batch_size 8 is no multiple of ghost_batch_size 3"):
+        config_of(ghost_batch_size=3)
 
 
 def test_a_change_of_micro_batch_is_told_where_it_changes_the_training(monkeypatch):
