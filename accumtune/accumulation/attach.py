@@ -47,12 +47,15 @@ def install(model: Any, accumulation: Accumulation) -> Any:
         "_accumtune_rows": None,  # the arrays of the fit that is running
         "_accumtune_samples": None,  # a few of the first batch, see known_samples.py
         "_accumtune_validation_size": None,  # of the fit that is running
+        "_accumtune_metric_batch_size": None,  # of its validation, for metrics over the batch
+        "_accumtune_is_validating": False,  # whether what is evaluated are the data of that validation
         "_accumtune_counts_batches": False,  # whether the fit that is running has set steps_per_epoch by itself
         "_accumtune_fit_begins": False,  # until its data are ready
         "_accumtune_whole_batch_loss": (None, None),  # the compiled loss that was looked at, and whether it couples
         "_accumtune_noise_meter": None,  # of the callback that listens to it, see noise_scale.py
         "make_train_function": types.MethodType(_make_train_function, model),
         "make_test_function": types.MethodType(_make_test_function, model),
+        "_get_metrics_result_or_logs": types.MethodType(_get_metrics_result_or_logs, model),
         "_assert_compile_called": types.MethodType(_assert_compile_called, model),
         "_symbolic_build": types.MethodType(_symbolic_build, model),
         build: types.MethodType(_maybe_symbolic_build if is_tensorflow else _symbolic_build, model),
@@ -128,8 +131,10 @@ def _make_test_function(model: Any, force: bool = False) -> Any:
     """Stands in for `keras.Model.make_test_function`: a function whose batches are cut while a `fit` asks for that."""
     import keras
 
-    from accumtune.accumulation import validation
+    from accumtune.accumulation.validation import Validation
 
+    if isinstance(model.test_function, Validation):
+        model.test_function.forget()
     if model.test_function is not None and not force:
         return model.test_function
     make = model._accumtune_before.get("make_test_function", types.MethodType(type(model).make_test_function, model))
@@ -137,9 +142,17 @@ def _make_test_function(model: Any, force: bool = False) -> Any:
         from accumtune.accumulation.engines.engine_tensorflow import ordering
 
         make = make if ordering is None else types.MethodType(ordering.make_test_function, model)
-    make(force=force)
-    model.test_function = validation.in_micro_batches(model, model.test_function)
+    model.test_function = Validation(model, functools.partial(make, force=force))
     return model.test_function
+
+
+def _get_metrics_result_or_logs(model: Any, logs: Any) -> Any:
+    """Stands in for Keras's, which ends an evaluation: metrics over the batch get their last samples."""
+    from accumtune.accumulation.validation import Validation
+
+    if isinstance(model.test_function, Validation):
+        logs = model.test_function.end(logs)
+    return type(model)._get_metrics_result_or_logs(model, logs)
 
 
 def _engine() -> Any:
@@ -172,7 +185,7 @@ def _assert_compile_called(model: Any, method_name: str | None = None) -> None:
 
 def _maybe_symbolic_build(model: Any, iterator: Any = None, data_batch: Any = None) -> None:
     """Stands in for TensorFlow's, which builds a model under a `tf.distribute` strategy only."""
-    _count_in_windows(model, iterator)
+    _begin_epoch(model, iterator)
     type(model)._maybe_symbolic_build(model, iterator=iterator, data_batch=data_batch)
 
 
@@ -180,17 +193,19 @@ def _symbolic_build(model: Any, iterator: Any = None, data_batch: Any = None) ->
     """Stands in for Keras's, which would take a window, or the numbers of its rows, for a batch."""
     from accumtune.accumulation.data import batches as feeding
 
+    _begin_epoch(model, iterator)
     if iterator is not None:
-        _count_in_windows(model, iterator)
         iterator = feeding.first_micro_batches(iterator, model._accumtune_accumulation, model._accumtune_rows)
     type(model)._symbolic_build(model, iterator=iterator, data_batch=data_batch)
     optimizers.check(model.optimizer)  # some are known only now
 
 
-def _count_in_windows(model: Any, epoch: Any) -> None:
-    """Once per `fit`: the epoch iterator that trains, not those that validate, counts windows from now on."""
+def _begin_epoch(model: Any, epoch: Any) -> None:
+    """Once per `fit`, the epoch iterator that trains counts windows from now on; those that validate do not."""
     from accumtune.accumulation.data import batches as feeding
 
+    is_of_fit = epoch is getattr(model, "_eval_epoch_iterator", None) or not feeding.has_stock_fit(model)
+    put(model, {"_accumtune_is_validating": epoch is not None and is_of_fit})
     if epoch is not None and model._accumtune_fit_begins:
         put(model, {"_accumtune_fit_begins": False})
         feeding.count_in_windows(epoch, model._accumtune_accumulation, model._accumtune_counts_batches)
@@ -199,7 +214,7 @@ def _count_in_windows(model: Any, epoch: Any) -> None:
 def _fit(model: Any, own: Any) -> Any:
     """The model's `fit`; `own` is one that this instance had already."""
     from accumtune.accumulation.data import batches as feeding
-    from accumtune.accumulation.losses import batch_metrics, whole_batch_loss
+    from accumtune.accumulation.losses import whole_batch_loss
 
     @functools.wraps(own or type(model).fit)
     def fit(*args: Any, **kwargs: Any) -> Any:
@@ -207,16 +222,18 @@ def _fit(model: Any, own: Any) -> Any:
         if own is None and feeding.has_stock_fit(model):
             named = feeding.named_arguments(model, args, kwargs)
             given, rows = feeding.with_rows(model, accumulation, named)
-            is_smaller = given.get("validation_batch_size") != kwargs.get("validation_batch_size")
-            size = (given.get("batch_size") or 32) if is_smaller else None
+            size = model._accumtune_metric_batch_size  # in a search, all trials have the same
             # A model does not keep the data it was trained on.
             during: dict[str, Any] = {"_accumtune_rows": rows}
-            if whole_batch_loss.is_wanted(model) and not named.get("validation_batch_size"):
+            is_at_default = not named.get("validation_batch_size")
+            if whole_batch_loss.is_wanted(model) and is_at_default:
                 # Such a loss depends on the size of a batch: validation joins the outputs of micro-batches, too.
-                batch, steps, size = given.get("batch_size") or 32, accumulation.accumulation_steps or 1, None
+                batch, steps = given.get("batch_size") or feeding.KERAS_BATCH_SIZE, accumulation.accumulation_steps or 1
                 given["validation_batch_size"] = batch * steps
                 during["_accumtune_validation_size"] = accumulation.micro_batch_size or batch
-            with replaced(model, during), batch_metrics.validating_at(model, size):
+            elif size is None and is_at_default and feeding.has_validation_arrays(given):
+                size = given.get("batch_size") or feeding.KERAS_BATCH_SIZE
+            with replaced(model, {**during, "_accumtune_metric_batch_size": size}):
                 return type(model).fit(model, **given)
         # It prepares the data, or is told of them (autologging): they and the other arguments are as they were given.
         size = None if kwargs.get("validation_batch_size") else accumulation.micro_batch_size

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from accumtune.accumulation.data import batches as feeding
 from accumtune.errors import CompatibilityError
 
 # Tested with; others are tried, and refused where a name is missing.
@@ -69,6 +70,7 @@ NAMES = (
     Name(_MODEL + "make_train_function", ("self", "force")),
     Name(_MODEL + "make_test_function", ("self", "force")),
     Name(_MODEL + "_assert_compile_called", ("self", "method_name")),
+    Name(_MODEL + "_get_metrics_result_or_logs", ("self", "logs")),
     Name(_MODEL + "_symbolic_build", ("self", "iterator", "data_batch")),
     Name(_MODEL + "_compute_loss", ("self", "x", "y", "y_pred", "sample_weight", "training")),
     Name(_MODEL + "compute_metrics", ("self", "x", "y", "y_pred", "sample_weight")),
@@ -167,6 +169,8 @@ def _behaviour() -> Iterable[str]:
     # Accumulation listens there: statistics that were computed elsewhere would move once per micro-batch.
     if "_moments" not in keras.layers.BatchNormalization.call.__code__.co_names:
         yield "BatchNormalization.call does not use _moments"
+    if "_eval_epoch_iterator" not in inspect.unwrap(feeding.keras_fit()).__code__.co_names:
+        yield "Model.fit does not use _eval_epoch_iterator"
     used = keras.metrics.MeanMetricWrapper.update_state.__code__.co_names
     for name in {"_fn", "_fn_kwargs"} - set(used):
         yield f"MeanMetricWrapper.update_state does not use {name}"

@@ -1,87 +1,125 @@
-"""Validation in micro-batches of the data that a `fit` has prepared by itself."""
+"""Validation in micro-batches, and metrics over the batch that get whole batches all the same."""
 
 from __future__ import annotations
 
+import contextlib
 import itertools
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
-from accumtune.accumulation.data.batches import micro_batches
-from accumtune.accumulation.losses import whole_batch_loss
+from accumtune.accumulation.data.batches import MicroBatch, micro_batches
+from accumtune.accumulation.losses import batch_metrics, whole_batch_loss
+from accumtune.accumulation.patched_attributes import replaced
 
 
-def in_micro_batches(model: Any, test_function: Any) -> Any:
-    """A test function of the backend in use that takes a batch in parts, while a `fit` asks for that."""
-    import keras
+class Validation:
+    """A test function of Keras's that takes its batches in parts.
 
-    of_backend = {"tensorflow": _on_tensorflow, "jax": _on_jax}.get(keras.backend.backend(), _on_torch)
-    return of_backend(model, test_function)
+    Parts are micro-batches while a `fit` asks for that (`_accumtune_validation_size`). Metrics over the batch get the
+    batches as they are, or as many samples at a time as a `fit` asks for (`_accumtune_metric_batch_size`).
 
+    Args:
+        make: has Keras make `model.test_function`, of the `model.test_step` that it finds.
+    """
 
-def _on_tensorflow(model: Any, test_function: Any) -> Any:
-    from keras import tree
+    def __init__(self, model: Any, make: Callable[[], Any]) -> None:
+        self._model = model
+        self._metrics = batch_metrics.WholeWindow(model) if batch_metrics.may_have_own_metrics(model) else None
+        with self._step_gives_outputs():
+            make()
+        self._test = model.test_function
 
-    from accumtune.accumulation.engines import tensor_slices
-
-    def test(iterator: Any) -> Any:
-        size = model._accumtune_validation_size
-        if size is None or model.distribute_strategy.num_replicas_in_sync > 1:
-            return test_function(iterator)
-        batches = itertools.islice(iterator, model.steps_per_execution)
-        tensor_batches = (tree.map_structure(tensor_slices.as_tensor, batch) for batch in batches)
+    def __call__(self, *arguments: Any) -> Any:
+        """`(iterator)`, or `(state, iterator)` on JAX: as Keras calls it. Returns logs, on JAX with the state."""
+        size = self._model._accumtune_validation_size
+        if (size is None and self._metrics is None) or batch_metrics.is_replicated(self._model):
+            return self._test(*arguments)
+        *state, batches = arguments
         logs = None
-        if whole_batch_loss.is_wanted(model):
-            is_sized = tensor_slices.has_static_batch(iterator)
-            for batch in tensor_batches:
-                parts = micro_batches(batch, size, None, tensor_slices.cut)
-                logs = model.train_function.two_passes.test(parts, is_sized)
-        for part in _parts(tensor_batches, size, tensor_slices.cut):
-            logs = test_function(iter([part]))
+        if size is not None and whole_batch_loss.is_wanted(self._model):
+            logs, state = self._in_two_passes(batches, size, state)
+        for batch in itertools.islice(batches, self._model.steps_per_execution):
+            for part in [batch] if size is None else (part.take() for part in _parts(batch, size)):
+                logs, state = self._take(part, state)
+            logs, state = self._update_metrics(logs, state)
         if logs is None:
             raise StopIteration
-        return logs
+        return (logs, *state) if state else logs
 
-    return test
+    def _in_two_passes(self, batches: Any, size: int, state: list[Any]) -> tuple[Any, list[Any]]:
+        """For a loss over the batch, which gets the outputs of all micro-batches, and metrics with it."""
+        import keras
 
+        logs, others = None, []
+        if keras.backend.backend() == "tensorflow":
+            from accumtune.accumulation.engines.tensor_slices import has_static_batch
 
-def _on_jax(model: Any, test_function: Any) -> Any:
-    def test(state: Any, iterator: Any) -> Any:
-        size = model._accumtune_validation_size
-        if size is None:
-            return test_function(state, iterator)
-        logs = None
-        batches = itertools.islice(iterator, model.steps_per_execution)
-        if whole_batch_loss.is_wanted(model):
-            for batch in batches:
-                parts = micro_batches(batch, size, None)
-                logs, state = model.train_function.two_passes.test(state, parts)
-        for part in _parts(batches, size):
-            logs, state = test_function(state, iter([part]))
-        if logs is None:
-            raise StopIteration
+            others = [has_static_batch(batches)]
+        for batch in itertools.islice(batches, self._model.steps_per_execution):
+            result = self._model.train_function.two_passes.test(*state, _parts(batch, size), *others)
+            logs, *state = result if state else (result,)
         return logs, state
 
-    return test
+    def _take(self, part: Any, state: list[Any]) -> tuple[Any, list[Any]]:
+        with self._step_gives_outputs():
+            result = self._test(*state, iter([part])) if state else (self._test([part]),)
+        logs, *state = result
+        if self._metrics is not None:
+            logs, noted = logs
+            for outputs in noted:
+                self._metrics.take(outputs)
+        return logs, state
+
+    def _update_metrics(self, logs: Any, state: list[Any]) -> tuple[Any, list[Any]]:
+        if self._metrics is None:
+            return logs, state
+        size = self._model._accumtune_metric_batch_size if self._model._accumtune_is_validating else None
+        if not state:
+            return self._metrics.update(logs, size), state
+        trainable, non_trainable, metrics = state[0]
+        logs, metrics = self._metrics.update_within(metrics, logs, size)
+        return logs, [(trainable, non_trainable, metrics)]
+
+    def end(self, logs: Any) -> Any:
+        """Gives metrics what is left; returns the logs with the results."""
+        return logs if self._metrics is None else self._metrics.update(logs)
+
+    def forget(self) -> None:
+        """Drops what a validation that was interrupted has left."""
+        if self._metrics is not None:
+            self._metrics.forget()
+
+    @contextlib.contextmanager
+    def _step_gives_outputs(self) -> Iterator[None]:
+        """While open, `test_step` gives back `(logs, outputs)` for logs, where metrics may wait for the outputs."""
+        metrics, step = self._metrics, self._model.test_step
+        if metrics is None:
+            yield
+            return
+
+        def on_jax(state: Any, data: Any) -> Any:
+            with metrics.noting() as noted:
+                logs, state = step(state, data)
+            return (logs, noted), state
+
+        def elsewhere(data: Any) -> Any:
+            with metrics.noting() as noted:
+                logs = step(data)
+            return logs, noted
+
+        import keras
+
+        test_step = on_jax if keras.backend.backend() == "jax" else elsewhere
+        with replaced(self._model, {"test_step": test_step}):
+            yield
 
 
-def _on_torch(model: Any, test_function: Any) -> Any:
-    def test(data: Any) -> Any:
-        size = model._accumtune_validation_size
-        if size is None:
-            return test_function(data)
-        logs = None
-        if whole_batch_loss.is_wanted(model):
-            for batch in data:
-                logs = model.train_function.two_passes.test(micro_batches(batch, size, None))
-            return logs
-        for part in _parts(data, size):
-            logs = test_function([part])
-        return logs
+def _parts(batch: Any, size: int) -> list[MicroBatch]:
+    import keras
+    from keras import tree
 
-    return test
+    if keras.backend.backend() != "tensorflow":
+        return micro_batches(batch, size, None)
+    from accumtune.accumulation.engines import tensor_slices
 
-
-def _parts(batches: Iterable[Any], size: int, cut: Any = None) -> Iterator[Any]:
-    for batch in batches:
-        for part in micro_batches(batch, size, None, cut):
-            yield part.take()
+    return micro_batches(tree.map_structure(tensor_slices.as_tensor, batch), size, None, tensor_slices.cut)

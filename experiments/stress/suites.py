@@ -145,6 +145,11 @@ def report(
     _print_rows("Differences with a reason", [row for row in rows if row["documented"]])
     undocumented = [row for row in rows if not row["documented"]]
     _print_rows("Differences without a reason", undocumented)
+    seen = {row["documented"] for row in rows}
+    unseen = [pattern for pattern, reason in documented.items() if reason not in seen]
+    if unseen:
+        print("\nDocumented, but no difference now:", *(f"  {pattern}" for pattern in unseen), sep="\n")
+    print(f"\n{len(undocumented)} differences are unexplained." if undocumented else "\nNothing is unexplained.")
     return {"passed_untouched": len(passed), "lost": rows, "notes": notes, "undocumented": len(undocumented)}
 
 

@@ -3,11 +3,13 @@
 import keras
 import numpy as np
 import pytest
-from equality import assert_exact, dense, numbers, regression, train
+from equality import BACKEND, assert_exact, dense, numbers, regression, train
 from keras import layers, ops
 from promises import holds
 
+from accumtune.accumulation import accumulate
 from accumtune.accumulation.losses import batch_metrics
+from accumtune.accumulation.patched_attributes import replaced
 
 
 def f1(y_true, y_pred):
@@ -107,10 +109,101 @@ def test_means_that_a_model_keeps_itself():
 @pytest.mark.parametrize("batch_size", [5, 8])
 def test_a_validation_at_a_stated_size(batch_size):
     """As in a search: the batches are those of the micro-batch, the metric's are of the size that is stated."""
-    model = dense(metrics=[f1])()
-    x, y = numbers(21, 4), numbers(21, 2, seed=1)
-    expected = model.evaluate(x, y, batch_size=batch_size, verbose=0, return_dict=True)
-    with batch_metrics.validating_at(model, batch_size):
-        found = model.evaluate(x, y, batch_size=3, verbose=0, return_dict=True)
-    assert found["f1"] == pytest.approx(expected["f1"], rel=1e-6)
-    assert model.evaluate(x, y, batch_size=3, verbose=0, return_dict=True)["f1"] != pytest.approx(expected["f1"])
+    data = regression(validation_data=(numbers(21, 4), numbers(21, 2, seed=1)))
+    model = accumulate(dense(metrics=[f1])(), 3)
+    with replaced(model, {"_accumtune_metric_batch_size": batch_size}):
+        found = model.fit(**data, batch_size=8, verbose=0).history["val_f1"]
+    expected = [model.evaluate(*data["validation_data"], batch_size=size, verbose=0)[1] for size in (batch_size, 3)]
+    assert found == [pytest.approx(expected[0], rel=1e-6)] != [pytest.approx(expected[1], rel=1e-6)]
+
+
+class Batches(keras.utils.PyDataset):
+    def __init__(self, x, y, size):
+        super().__init__()
+        self.x, self.y, self.size = x, y, size
+
+    def __len__(self):
+        return -(-len(self.x) // self.size)
+
+    def __getitem__(self, index):
+        part = slice(index * self.size, (index + 1) * self.size)
+        return self.x[part], self.y[part]
+
+
+class PreparesItsData(keras.Sequential):
+    def fit(self, x, y, batch_size=None, validation_data=None, **kwargs):
+        return super().fit(Batches(x, y, batch_size), validation_data=Batches(*validation_data, 10), **kwargs)
+
+
+class OwnTestStep(keras.Sequential):
+    """As Keras's guide has it; on JAX a step is written otherwise."""
+
+    def test_step(self, data):
+        x, y = data
+        y_pred = self(x, training=False)
+        for metric in self.metrics:
+            if metric.name == "loss":
+                metric.update_state(self.compute_loss(y=y, y_pred=y_pred))
+            else:
+                metric.update_state(y, y_pred)
+        return {metric.name: metric.result() for metric in self.metrics if metric.name != "loss"}
+
+
+VALIDATION = numbers(21, 4, seed=5), numbers(21, 2, seed=6)
+
+
+def endless(size=5):
+    """Validation reads two batches of it in each epoch."""
+    while True:
+        for index in range(4):
+            part = slice(index * size, (index + 1) * size)
+            yield VALIDATION[0][part], VALIDATION[1][part]
+
+
+@holds(METRICS)
+@pytest.mark.parametrize(
+    "cls, validation",
+    [
+        (keras.Sequential, lambda: {"validation_data": VALIDATION}),
+        (keras.Sequential, lambda: {"validation_data": VALIDATION, "validation_batch_size": 5}),
+        (keras.Sequential, lambda: {"validation_data": Batches(*VALIDATION, 10)}),
+        (keras.Sequential, lambda: {"validation_data": endless(), "validation_steps": 2}),
+        (PreparesItsData, lambda: {"validation_data": VALIDATION}),
+        pytest.param(
+            OwnTestStep,
+            lambda: {"validation_data": VALIDATION},
+            marks=pytest.mark.skipif(BACKEND == "jax", reason="its steps take and give the state"),
+        ),
+    ],
+    ids=["arrays", "arrays-at-a-size", "batches", "endless", "own-fit", "own-test-step"],
+)
+def test_a_validation_gives_metrics_whole_batches_and_reads_its_data_once(cls, validation):
+    def build():
+        model = cls([keras.Input((4,)), layers.Dense(2)])
+        model.compile("sgd", "mse", metrics=[f1, LargestError(), distance, "mae"])
+        return model
+
+    plain, ours = (train(build, regression() | validation(), micro_batch_size=size).history for size in (None, 3))
+    assert "val_largest" in plain and ours.keys() == plain.keys()
+    for name, values in plain.items():
+        np.testing.assert_allclose(ours[name], values, rtol=1e-6, err_msg=name)
+
+
+@holds(METRICS)
+def test_what_is_evaluated_beside_a_fit_keeps_its_own_batches():
+    """By a callback and by hand: neither waits for more, nor leaves anything behind."""
+    seen = []
+
+    class Looks(keras.callbacks.Callback):
+        def on_epoch_end(self, epoch, logs=None):
+            x, y = VALIDATION
+            seen.append(self.model.test_on_batch(ops.convert_to_tensor(x[:5]), ops.convert_to_tensor(y[:5])))
+            seen.append(self.model.evaluate(x, y, batch_size=5, verbose=0))
+
+    def results(size):
+        seen.clear()
+        data = regression(validation_data=VALIDATION, callbacks=[Looks()])
+        history = train(dense(metrics=[f1, LargestError()]), data, micro_batch_size=size).history
+        return [*history["val_largest"], *np.ravel(seen)]
+
+    np.testing.assert_allclose(results(3), results(None), rtol=1e-6)

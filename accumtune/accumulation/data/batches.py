@@ -15,7 +15,7 @@ from accumtune.accumulation.window import Accumulation, split
 from accumtune.errors import BatchSizeError
 
 _DATA = ("x", "y", "sample_weight")
-_KERAS_BATCH_SIZE = 32  # where fit is given none
+KERAS_BATCH_SIZE = 32  # where fit is given none
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,7 @@ def named_arguments(model: Any, args: tuple, kwargs: dict) -> dict[str, Any]:
     """The arguments of `fit` by name, as far as they were given."""
     signature = inspect.signature(type(model).fit)
     if any(parameter.kind is parameter.VAR_POSITIONAL for parameter in signature.parameters.values()):
-        signature = inspect.signature(_keras_fit())  # of a wrapper, which hands on what it is given
+        signature = inspect.signature(keras_fit())  # of a wrapper, which hands on what it is given
     arguments = signature.bind(model, *args, **kwargs).arguments
     given = dict(list(arguments.items())[1:])  # without self
     others = [name for name in given if signature.parameters[name].kind is inspect.Parameter.VAR_KEYWORD]
@@ -115,7 +115,7 @@ def named_arguments(model: Any, args: tuple, kwargs: dict) -> dict[str, Any]:
 
 def has_stock_fit(model: Any) -> bool:
     """Whether `fit` is Keras's own: neither a class's that prepares its data, nor a wrapper around Keras's."""
-    return type(model).fit is _keras_fit()
+    return type(model).fit is keras_fit()
 
 
 def prepares_its_data(model: Any) -> bool:
@@ -124,7 +124,8 @@ def prepares_its_data(model: Any) -> bool:
     return owner.__module__.split(".")[0] != "keras"
 
 
-def _keras_fit() -> Any:
+def keras_fit() -> Any:
+    """Keras's own `fit`, past what a class or an autologger has put in its place."""
     import keras
 
     backend = "keras.src.backend."
@@ -152,7 +153,7 @@ def with_rows(model: Any, accumulation: Accumulation, given: dict[str, Any]) -> 
     size, steps = accumulation.micro_batch_size, given.get("steps_per_epoch")
     if size is not None and not given.get("validation_batch_size"):
         # Plain Keras takes the batch of training, which need not fit in memory.
-        given["validation_batch_size"] = min(size, given.get("batch_size") or _KERAS_BATCH_SIZE)
+        given["validation_batch_size"] = min(size, given.get("batch_size") or KERAS_BATCH_SIZE)
     if steps and not given.get("batch_size") and can_convert_arrays(arrays):
         given["batch_size"] = math.ceil(samples_of(arrays) / (steps * (accumulation.accumulation_steps or 1)))
     is_spread = keras.distribution.distribution() is not None or getattr(model, "_distribute_strategy", None)
@@ -162,6 +163,14 @@ def with_rows(model: Any, accumulation: Accumulation, given: dict[str, Any]) -> 
             given.pop(name, None)
         given["x"] = source.adapter(given.get("batch_size"), given.pop("shuffle", True))
     return given, source
+
+
+def has_validation_arrays(given: dict[str, Any]) -> bool:
+    """Whether `fit` cuts the batches of its validation: other data come in batches."""
+    from keras.src.trainers.data_adapters.array_data_adapter import can_convert_arrays
+
+    data = given.get("validation_data")
+    return data is not None and can_convert_arrays(unpacked(data))
 
 
 def count_in_windows(epoch: Any, accumulation: Accumulation, counts_batches: bool) -> None:

@@ -110,8 +110,7 @@ class JaxTraining:
         del carried
         non_trainable = carrying.with_changes(changed, non_trainable)
         trainable, optimizer, changed = self._update(trainable, optimizer, sums, moments, non_trainable)
-        if self._metrics.has_outputs:
-            logs, metrics = self._with_whole_window(logs, metrics)
+        logs, metrics = self._metrics.update_within(metrics, logs)
         return logs, (trainable, carrying.with_changes(changed, non_trainable), optimizer, metrics)
 
     @functools.cached_property
@@ -124,12 +123,6 @@ class JaxTraining:
         logs, sums, moments, non_trainable, metrics = self.two_passes.sum_up(state, window, first)
         trainable, optimizer, changed = self._update(trainable, optimizer, sums, moments, non_trainable)
         return logs, (trainable, carrying.with_changes(changed, non_trainable), optimizer, metrics)
-
-    def _with_whole_window(self, logs: Any, metrics: Any) -> tuple[Any, Any]:
-        variables = self.model.metrics_variables
-        with keras.StatelessScope(state_mapping=list(zip(variables, metrics, strict=True))) as scope:
-            logs = self._metrics.update(logs)
-        return logs, [scope.get_current_value(variable) for variable in variables]
 
     # What each micro-batch counts for
 

@@ -1,27 +1,25 @@
 """Metrics that are one number per batch (F1, Dice, R²): they get the whole effective batch, not each micro-batch.
 
 A mean of such numbers over micro-batches depends on their size. So the micro-steps leave these metrics alone and give
-back targets and predictions, which wait on the host; after the update the metrics get them together. Validation runs
-in micro-batches, and gives them batches of the size that plain Keras would have taken.
+back targets and predictions, which wait on the host; after the update the metrics get them together. Validation, which
+runs in micro-batches too, gives them batches of the size that plain Keras would have taken.
 """
 
 from __future__ import annotations
 
 import contextlib
-import itertools
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
 
 # (y, y_pred, sample weights, masks of the leaves of y_pred)
 Outputs = tuple[Any, Any, Any, Any]
-_IS_NUMBER = "_accumtune_is_number"
 
 
 class WholeWindow:
-    """The metrics of `model` that wait for the whole window, and what its micro-batches gave.
+    """The metrics of `model` that wait for the whole window (or batch of validation), and what its micro-batches gave.
 
     Args:
         is_able: False where a window is spread over devices; metrics then see each micro-batch, as ever.
@@ -51,7 +49,6 @@ class WholeWindow:
                 self._wait_for(metric)
                 return None
             values = ops.convert_to_tensor(metric._fn(y_true, y_pred, **metric._fn_kwargs))
-            object.__setattr__(metric, _IS_NUMBER, not len(values.shape))
             if not len(values.shape):
                 self._wait_for(metric)
                 return None
@@ -79,13 +76,18 @@ class WholeWindow:
         if outputs:
             self._given.append(_on_host(tuple(outputs)))
 
-    def update(self, logs: Any) -> Any:
-        """Updates what waited, in Keras's present state; returns the logs with the results."""
+    def update(self, logs: Any, batch_size: int | None = None) -> Any:
+        """Updates what waited, in Keras's present state; returns the logs with the results.
+
+        Args:
+            batch_size: metrics get so many samples at a time, and what is left waits on; None: all of them.
+        """
         from keras import tree
 
-        given, self._given = self._given, []
-        if not given:
+        rows = sum(_rows(y_pred) for _, y_pred, _, _ in self._given)
+        if not rows or rows < (batch_size or 0):
             return logs
+        given, self._given = self._given, []
         shapes = {tuple(leaf.shape[1:] for leaf in tree.flatten(one) if leaf is not None) for one in given}
         if len(shapes) > 1:
             names = ", ".join(metric.name for metric in self._waiting)
@@ -93,14 +95,46 @@ class WholeWindow:
                 f"Metrics over the batch ({names}) see each micro-batch by itself: those of an update differ in shape.",
                 stacklevel=2,
             )
-        for outputs in [_joined(given)] if len(shapes) == 1 else given:
+        elif batch_size is None:
+            given = [_joined(given)]
+        else:
+            whole, left = _joined(given), rows % batch_size
+            given = [_cut(whole, slice(start, start + batch_size)) for start in range(0, rows - left, batch_size)]
+            self._given = [_cut(whole, slice(rows - left, None))] if left else []
+        for outputs in given:
             _update(self._model, self._waiting, outputs)
         results = self._model._compile_metrics.result()
-        return {name: results.get(name, value) for name, value in logs.items()}
+        return _with_results(logs, results)
 
-    @property
-    def has_outputs(self) -> bool:
-        return bool(self._given)
+    def update_within(self, metrics: Any, logs: Any, batch_size: int | None = None) -> tuple[Any, Any]:
+        """As `update`, in the given values of the model's metrics; returns the logs and the new values."""
+        from keras import StatelessScope
+
+        if not self._given:
+            return logs, metrics
+        variables = self._model.metrics_variables
+        with StatelessScope(state_mapping=list(zip(variables, metrics, strict=True))) as scope:
+            logs = self.update(logs, batch_size)
+        return logs, [scope.get_current_value(variable) for variable in variables]
+
+    @contextlib.contextmanager
+    def noting(self) -> Iterator[list[Outputs]]:
+        """While open (and traced), what the compiled metrics are updated with ends up in the list where some wait."""
+        noted: list[Outputs] = []
+        compiled = self._model._compile_metrics
+        update = compiled.update_state
+
+        def update_state(y_true: Any, y_pred: Any, sample_weight: Any = None) -> None:
+            if not compiled.built:
+                compiled.build(y_true, y_pred)
+            with self.waiting():
+                update(y_true, y_pred, sample_weight=sample_weight)
+            outputs = self.outputs(y_true, y_pred, sample_weight)
+            if outputs:
+                noted.append(outputs)
+
+        with _replaced(compiled, "update_state", update_state):
+            yield noted
 
     def forget(self) -> None:
         """Drops what an interrupted window has left."""
@@ -136,79 +170,30 @@ def tracking(model: Any, share: Any) -> Iterator[None]:
         yield
 
 
-@contextlib.contextmanager
-def validating_at(model: Any, batch_size: int | None) -> Iterator[None]:
-    """While open, `model.evaluate` gives metrics over the batch this many samples at a time, whatever its own batches.
-
-    They cost a second pass over the data, that of `predict`.
-    """
-    if batch_size is None or not _has_own_metrics(model):
-        yield
-        return
-    own = model.evaluate
-
-    def evaluate(x: Any = None, y: Any = None, **kwargs: Any) -> Any:
-        logs = own(x, y, **kwargs)
-        # Where it is known from training that a function gives one value per sample, batches do not matter.
-        waiting = [metric for metric in _own_metrics(model) if getattr(metric, _IS_NUMBER, True)]
-        if waiting and isinstance(logs, dict):
-            logs = logs | _at(model, waiting, _batches(x, y, kwargs), batch_size, logs)
-        return logs
-
-    with _replaced(model, "evaluate", evaluate):
-        yield
-
-
-def _batches(x: Any, y: Any, kwargs: dict[str, Any]) -> Iterable[Any]:
-    from keras.src.trainers.data_adapters import get_data_adapter
-
-    adapter = get_data_adapter(
-        x=x, y=y, sample_weight=kwargs.get("sample_weight"), batch_size=kwargs.get("batch_size"), shuffle=False
-    )
-    return itertools.islice(adapter.get_numpy_iterator(), kwargs.get("steps"))
-
-
-def _at(
-    model: Any, metrics: list[Any], batches: Iterable[Any], batch_size: int, logs: dict[str, Any]
-) -> dict[str, float]:
-    from accumtune.accumulation.data.batches import unpacked
-
-    for metric in metrics:
-        metric.reset_state()
-    waiting: list[Outputs] = []
-    rows = 0
-    for batch in batches:
-        x, y, sample_weight = unpacked(batch)
-        y_pred = model.predict_on_batch(x)
-        waiting.append(_on_host((y, y_pred, sample_weight, ())))
-        rows += _rows(y_pred)
-        while rows >= batch_size:
-            whole = _joined(waiting)
-            _update(model, metrics, _cut(whole, slice(0, batch_size)))
-            rows -= batch_size
-            waiting = [_cut(whole, slice(batch_size, None))] if rows else []
-    if waiting:
-        _update(model, metrics, _joined(waiting))
-    results = model._compile_metrics.result()
-    return {name: float(value) for name, value in results.items() if name in logs and np.ndim(value) == 0}
-
-
 def own_metrics_of_spread_windows(model: Any) -> list[Any]:
     """A model's own metrics where its windows are spread over devices: these see each micro-batch by itself."""
     return _own_metrics(model) if is_spread(model) else []
 
 
 def is_spread(model: Any) -> bool:
-    """Whether a model's windows are spread over devices."""
+    """Whether batches are spread over devices."""
     import keras
 
+    return keras.distribution.distribution() is not None or is_replicated(model)
+
+
+def is_replicated(model: Any) -> bool:
+    """Whether batches are spread over the replicas of a `tf.distribute` strategy."""
     strategy = getattr(model, "_distribute_strategy", None)
-    return keras.distribution.distribution() is not None or bool(strategy and strategy.num_replicas_in_sync > 1)
+    return bool(strategy and strategy.num_replicas_in_sync > 1)
 
 
-def _has_own_metrics(model: Any) -> bool:
+def may_have_own_metrics(model: Any) -> bool:
+    """Whether some metric may be one over the batch; False where batches are spread over devices, which see parts."""
     compiled = model._compile_metrics
-    return compiled is not None and bool(_own_metrics(model) if compiled.built else True)
+    if compiled is None or is_spread(model):
+        return False
+    return bool(_own_metrics(model) if compiled.built else True)
 
 
 def _own_metrics(model: Any) -> list[Any]:
@@ -255,6 +240,14 @@ def _update(model: Any, metrics: list[Any], outputs: Outputs) -> None:
             if all(metric is not other for other in metrics):
                 stack.enter_context(_replaced(metric, "update_state", lambda *args, **kwargs: None))
         model._compile_metrics.update_state(y, y_pred, sample_weight)
+
+
+def _with_results(logs: Any, results: dict[str, Any]) -> Any:
+    """The logs with these results, also where a step of the user's own gives all of the compiled metrics in one."""
+    return {
+        name: _with_results(value, results) if isinstance(value, dict) else results.get(name, value)
+        for name, value in logs.items()
+    }
 
 
 def _on_host(outputs: Outputs) -> Outputs:

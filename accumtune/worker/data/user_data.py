@@ -100,8 +100,8 @@ def feed_by_batches(model: Any, effective_batch_size: int, micro_batch_size: int
     losses that couple its samples, see `validation_batch_size` samples at a time, by default 32 as in
     `model.evaluate`: in all trials the same.
     """
-    from accumtune.accumulation.losses.batch_metrics import validating_at
     from accumtune.accumulation.losses.whole_batch_loss import is_wanted
+    from accumtune.accumulation.patched_attributes import replaced
 
     keras_fit = model.fit
 
@@ -120,7 +120,7 @@ def feed_by_batches(model: Any, effective_batch_size: int, micro_batch_size: int
         is_whole = is_wanted(model)  # such a model joins what it predicts for the micro-batches of a batch
         given = _with_validation_batches(model, given, size if is_whole else micro_batch_size)
         try:
-            with validating_at(model, None if is_whole else size):
+            with replaced(model, {"_accumtune_metric_batch_size": None if is_whole else size}):
                 return keras_fit(**given)
         except Exception as error:
             refusal = getattr(given["x"], "refusal", None)
