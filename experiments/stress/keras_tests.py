@@ -1,4 +1,4 @@
-"""Runs Keras's own tests with accumulation switched on under every `fit`, beside the untouched ones.
+"""Runs those of Keras's own tests that train with accumulation switched on, beside the untouched ones.
 
 FOLDER holds Keras's unpacked source distribution, of the version that is installed:
 
@@ -18,6 +18,7 @@ import tempfile
 from pathlib import Path
 
 import suites
+from keras_tests_plugin import training_tests
 
 # What trains a model: the trainer, models, callbacks, layers with a training check, optimizers.
 ONLY = ("/trainers/", "/models/", "/callbacks/", "/layers/", "/optimizers/")
@@ -34,6 +35,7 @@ def main() -> int:
     options = parser.parse_args()
 
     files = suites.test_files(options.folder.resolve(), options.only)
+    files = [file for file in files if training_tests(file)]
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
 

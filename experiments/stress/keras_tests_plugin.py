@@ -2,58 +2,56 @@
 
 from __future__ import annotations
 
+import ast
 import functools
-import inspect
 import os
+from pathlib import Path
 from typing import Any
 
 from suites import VARIANT, Recorder
 
-RECORDER = Recorder()
 # What trains: also Keras's own checks of layers.
 TRAINING = (".fit(", "train_on_batch(", "run_layer_test(", "run_training_check(")
 
 
 def pytest_configure(config: Any) -> None:
-    config.pluginmanager.register(RECORDER)
+    recorder = Recorder()
+    config.pluginmanager.register(recorder)
     if os.environ[VARIANT]:
-        switch_on(int(os.environ[VARIANT].rpartition(" ")[2]))
+        switch_on(int(os.environ[VARIANT].rpartition(" ")[2]), recorder)
 
 
 def pytest_collection_modifyitems(config: Any, items: list[Any]) -> None:
     """Leaves out tests that train nothing: with accumulation they are the same."""
-    others = [item for item in items if not trains(item)]
-    config.hook.pytest_deselected(items=others)
-    items[:] = [item for item in items if item not in set(others)]
-
-
-def trains(item: Any) -> bool:
-    """Whether a test, or a method of its class that it calls, has a line that trains."""
-    methods = {name: _source(method) for name, method in inspect.getmembers(item.cls, callable)} if item.cls else {}
-    seen, sources = set(), [_source(item.obj)]
-    while sources:
-        source = sources.pop()
-        if any(call in source for call in TRAINING):
-            return True
-        called = {name for name in methods if f"self.{name}(" in source} - seen
-        seen |= called
-        sources += [methods[name] for name in called]
-    return False
+    training = [item for item in items if item.name.startswith(training_tests(item.path))]
+    config.hook.pytest_deselected(items=[item for item in items if item not in set(training)])
+    items[:] = training
 
 
 @functools.cache
-def _source(function: Any) -> str:
-    """What a function's code says; of one of several cases, that of the test that they are cases of."""
-    cells = getattr(function, "__closure__", None) or ()
-    inner = [cell.cell_contents for cell in cells if inspect.isfunction(cell.cell_contents)]
-    try:
-        own = inspect.getsource(inspect.unwrap(function))
-    except (OSError, TypeError):  # built in
-        own = ""
-    return "\n".join([own, *map(_source, inner)])
+def training_tests(file: Path) -> tuple[str, ...]:
+    """The tests of a file with a line that trains, or with a call of such a method of their class.
+
+    Where there are several cases of a test, their names begin with its name.
+    """
+    text = file.read_text()
+    found: set[str] = set()
+    for part in ast.parse(text).body:
+        methods = {one.name: ast.get_source_segment(text, one) or "" for one in ast.walk(part) if _is_method(one)}
+        training: set[str] = set()
+        calls: tuple[str, ...] = TRAINING
+        while new := {name for name, source in methods.items() if any(call in source for call in calls)} - training:
+            training |= new
+            calls = tuple(f"self.{name}(" for name in new)
+        found |= training
+    return tuple(found)
 
 
-def switch_on(micro_batch_size: int) -> None:
+def _is_method(node: ast.AST) -> bool:
+    return isinstance(node, ast.FunctionDef)
+
+
+def switch_on(micro_batch_size: int, recorder: Recorder) -> None:
     """Makes each compiled model accumulate from its first training on; one that is refused trains as plain Keras."""
     import keras
 
@@ -69,7 +67,7 @@ def switch_on(micro_batch_size: int) -> None:
                 try:
                     accumulate(model, micro_batch_size)
                 except AccumtuneError as error:
-                    RECORDER.note = f"trained as plain Keras, because refused: {type(error).__name__}"
+                    recorder.note = f"trained as plain Keras, because refused: {type(error).__name__}"
                     return own(model, *args, **kwargs)
                 return getattr(model, name)(*args, **kwargs)
             return own(model, *args, **kwargs)
