@@ -177,7 +177,6 @@ def classifier(has_preprocessor):
     return model
 
 
-@pytest.mark.skipif(BACKEND == "jax", reason="not tried: compiling its three models takes minutes")
 @pytest.mark.parametrize("has_preprocessor", [False, True])
 def test_a_task_of_keras_hub(has_preprocessor):
     if has_preprocessor:
@@ -189,4 +188,5 @@ def test_a_task_of_keras_hub(has_preprocessor):
     build = lambda: classifier(has_preprocessor)  # noqa: E731
     plain = train(build, data, epochs=1)
     assert_same_training(train(build, data, epochs=1, micro_batch_size=3), plain, tolerance=1e-5)
-    assert_same_training(train(build, data, epochs=1, accumulation_steps=2, batch_size=4), plain, tolerance=1e-5)
+    if BACKEND != "jax":  # which compiles each of these models for 6 to 10 seconds
+        assert_same_training(train(build, data, epochs=1, accumulation_steps=2, batch_size=4), plain, tolerance=1e-5)
