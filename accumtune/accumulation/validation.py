@@ -35,16 +35,21 @@ class Validation:
         if (size is None and self._metrics is None) or batch_metrics.is_replicated(self._model):
             return self._test(*arguments)
         *state, batches = arguments
-        logs = None
         if size is not None and whole_batch_loss.is_wanted(self._model):
             logs, state = self._in_two_passes(batches, size, state)
+        else:
+            logs, state = self._in_parts(batches, size, state)
+        if logs is None:
+            raise StopIteration
+        return (logs, *state) if state else logs
+
+    def _in_parts(self, batches: Any, size: int | None, state: list[Any]) -> tuple[Any, list[Any]]:
+        logs = None
         for batch in itertools.islice(batches, self._model.steps_per_execution):
             for part in [batch] if size is None else (part.take() for part in _parts(batch, size)):
                 logs, state = self._take(part, state)
             logs, state = self._update_metrics(logs, state)
-        if logs is None:
-            raise StopIteration
-        return (logs, *state) if state else logs
+        return logs, state
 
     def _in_two_passes(self, batches: Any, size: int, state: list[Any]) -> tuple[Any, list[Any]]:
         """For a loss over the batch, which gets the outputs of all micro-batches, and metrics with it."""

@@ -22,7 +22,12 @@ from keras_tests_plugin import training_tests
 
 # What trains a model: the trainer, models, callbacks, layers with a training check, optimizers.
 ONLY = ("/trainers/", "/models/", "/callbacks/", "/layers/", "/optimizers/")
-DOCUMENTED: dict[str, str] = {}
+DOCUMENTED = {
+    "BackupAndRestoreCallbackTest::test_be": "it counts forward passes, of which an update has one per micro-batch",
+    "BackupAndRestoreCallbackTest::test_backup_corrupted": "it counts forward passes, as test_best_case_epoch",
+    "SwapEMAWeightsTest::test_swap_ema_weights": "it compares losses of evaluate() and of fit's validation to the last "
+    "bit; the latter runs in micro-batches, whose losses are added up in another order",
+}
 
 
 def main() -> int:

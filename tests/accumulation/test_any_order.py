@@ -40,7 +40,11 @@ def arrays(data, size):
 
 def generator(data, size):
     batches = Batches(data, size)
-    return {"x": (batches[index] for index in range(len(batches)))}
+    known = {"x": (batches[index] for index in range(len(batches)))}
+    if BACKEND == "tensorflow":
+        # Else a compiled function of Keras's finds the end in the middle of a step, which may have counted an update.
+        known["steps_per_epoch"] = -(-SAMPLES // EFFECTIVE)
+    return known
 
 
 def tf_dataset(data, size):
@@ -78,6 +82,7 @@ class OneArray:
 
     data = X, Y
     draws = False
+    validation = {}
 
     def made(self):
         return dense(layers=[keras.layers.Dense(3, activation="tanh")], metrics=["mae"])()
@@ -91,6 +96,8 @@ OUTPUTS = {"sum": 1, "both": 2}
 
 class Dicts(OneArray):
     data = {"one": X[:, :3], "other": X[:, 3:]}, {"sum": Y[:, :1], "both": Y}
+    # On TensorFlow, Keras averages the losses of each output over batches, whatever their size.
+    validation = {"validation_batch_size": 4} if BACKEND == "tensorflow" else {}
 
     def made(self):
         inputs = {"one": keras.Input((3,)), "other": keras.Input((1,))}
@@ -151,7 +158,7 @@ class AnyOrder(RuleBasedStateMachine):
                 layer.size, self.plain.train_function = size, None
 
     def fit(self, kind, validates):
-        validation = {"validation_data": self.case.data} if validates else {}
+        validation = {"validation_data": self.case.data, **self.case.validation} if validates else {}
         steps = self.form.get("accumulation_steps", 1)
         self.draws_in_parts_of(self.form.get("micro_batch_size", EFFECTIVE // steps))
 
@@ -204,8 +211,8 @@ class AnyOrder(RuleBasedStateMachine):
 
 
 AnyOrder.TestCase.settings = settings(
-    max_examples=6,
-    stateful_step_count=5,
+    max_examples=5,
+    stateful_step_count=4,
     derandomize=True,
     deadline=None,
     database=None,
