@@ -10,6 +10,7 @@ import pytest
 
 import accumtune
 from accumtune.accumulation import compatibility
+from accumtune.accumulation.data import batches
 from accumtune.errors import CompatibilityError
 
 PACKAGE = Path(accumtune.__file__).parent
@@ -57,6 +58,30 @@ def test_a_changed_signature_is_refused(monkeypatch, signature):
     exec(signature, scope)
     monkeypatch.setattr(keras.Model, "_symbolic_build", scope["_symbolic_build"])
     with pytest.raises(CompatibilityError, match="_symbolic_build takes"):
+        accumtune.accumulate(small_model(), 2)
+
+
+def update_state(self, y_true, y_pred, sample_weight=None): ...
+
+
+@pytest.mark.parametrize(
+    ("change", "fault"),
+    [
+        (
+            lambda patch: patch.setitem(compatibility._INSTANCES, "a CompileLoss", ("_gone",)),
+            "a CompileLoss has no _gone",
+        ),
+        (
+            lambda patch: patch.setattr(keras.metrics.MeanMetricWrapper, "update_state", update_state),
+            "MeanMetricWrapper.update_state does not use _fn",
+        ),
+        (lambda patch: patch.setattr(batches, "keras_fit", lambda: update_state), "not use _eval_epoch_iterator"),
+    ],
+    ids=["instance", "metric", "fit"],
+)
+def test_what_instances_lack_and_code_does_not_use_is_refused(monkeypatch, change, fault):
+    change(monkeypatch)
+    with pytest.raises(CompatibilityError, match=fault):
         accumtune.accumulate(small_model(), 2)
 
 

@@ -24,6 +24,13 @@ def test_what_was_there_is_back_and_what_was_not_is_gone():
         assert vars(thing) == expected
 
 
+def test_what_is_put_on_a_layer_is_none_of_its_weights():
+    layer, kept = keras.layers.Dense(1), keras.Variable(1.0)
+    with replaced(layer, {"kept": kept}):
+        assert layer.kept is kept and layer.weights == []
+    assert not hasattr(layer, "kept")
+
+
 @pytest.mark.skipif(BACKEND == "jax", reason="the update on JAX is Keras's own, without state in its objects")
 def test_a_training_leaves_what_is_on_the_optimizer_and_on_layers():
     """A debugger's wrappers, each called as without accumulation."""
