@@ -55,7 +55,11 @@ def tf_dataset(data, size):
 def data_loader(data, size):
     torch = pytest.importorskip("torch")
     samples = [rows(data, index) for index in range(SAMPLES)]
-    return {"x": torch.utils.data.DataLoader(samples, batch_size=size)}
+
+    def collated(samples):  # torch makes lists of tuples, which are tensors to tf.data
+        return keras.tree.map_structure(lambda *leaves: torch.tensor(np.stack(leaves)), *samples)
+
+    return {"x": torch.utils.data.DataLoader(samples, batch_size=size, collate_fn=collated)}
 
 
 def py_dataset(data, size):
