@@ -73,6 +73,8 @@ NAMES = (
     Name(_MODEL + "_get_metrics_result_or_logs", ("self", "logs")),
     Name(_MODEL + "_symbolic_build", ("self", "iterator", "data_batch")),
     Name(_MODEL + "_compute_loss", ("self", "x", "y", "y_pred", "sample_weight", "training")),
+    Name(_MODEL + "_aggregate_additional_loss", ("self", "loss")),
+    Name(_MODEL + "_get_regularization_losses", ("self",)),
     Name(_MODEL + "compute_metrics", ("self", "x", "y", "y_pred", "sample_weight")),
     Name(_MODEL + "_flatten_layers", ("self", "include_self", "recursive")),
     Name("keras.src.trainers.compile_utils:CompileLoss", ("loss",)),
@@ -126,7 +128,7 @@ _INSTANCES = {
     "a CompileLoss": ("_flat_losses", "_metrics", "_user_loss"),
     "a functional model": (
         "_build_shapes_dict", "_call_has_training_arg", "_compile_loss", "_compile_metrics", "_inbound_nodes",
-        "_inputs_struct", "_loss_tracker",
+        "_inputs_struct", "_loss_tracker", "_non_trainable_variables", "_seed_generators", "_trainable_variables",
     ),
     "an ArrayDataAdapter": ("_inputs",),
     "an EpochIterator": ("data_adapter", "_num_batches", "steps_per_epoch"),

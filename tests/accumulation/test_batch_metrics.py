@@ -3,8 +3,9 @@
 import keras
 import numpy as np
 import pytest
-from equality import BACKEND, assert_exact, dense, numbers, regression, train
+from equality import BACKEND, assert_exact, dense, numbers, regression, sequences, train
 from keras import layers, ops
+from keras.src.backend import get_keras_mask
 from promises import holds
 
 from accumtune.accumulation import accumulate
@@ -47,7 +48,9 @@ METRICS = "metrics that are one number per batch (F1, Dice, R²), on one device"
 @holds(METRICS)
 def test_numbers_of_a_batch_are_those_of_the_effective_batch():
     def build():
-        return dense(metrics=[f1, number_mean, distance, LargestError(), "mae"], weighted_metrics=["mse"])()
+        return dense(
+            metrics=[f1, number_mean, distance, keras.losses.dice, LargestError(), "mae"], weighted_metrics=["mse"]
+        )()
 
     weights = np.random.default_rng(3).uniform(0.1, 2, 21)
     plain = assert_exact(build, regression(sample_weight=weights))
@@ -76,7 +79,9 @@ def test_several_outputs_and_validation():
 def test_what_is_a_mean_over_samples_already_does_not_wait(monkeypatch):
     kept = []
     monkeypatch.setattr(batch_metrics, "_joined", lambda given: kept.append(given))
-    train(dense(metrics=[distance, "mae"]), regression(8), micro_batch_size=3)
+    declared = LargestError()
+    declared.samples_are_independent = True
+    train(dense(metrics=[distance, "mae", declared]), regression(8), micro_batch_size=3)
     assert not kept
 
 
@@ -207,3 +212,82 @@ def test_what_is_evaluated_beside_a_fit_keeps_its_own_batches():
         return [*history["val_largest"], *np.ravel(seen)]
 
     np.testing.assert_allclose(results(3), results(None), rtol=1e-6)
+
+
+# What is easily lost
+
+
+class Masked(keras.metrics.Metric):
+    """A mean over batches of the entries that its predictions' mask leaves."""
+
+    def __init__(self, name="masked", **kwargs):
+        super().__init__(name=name, **kwargs)
+        self.mean = keras.metrics.Mean()
+
+    def update_state(self, y_true, y_pred, sample_weight=None):
+        mask = get_keras_mask(y_pred)
+        self.mean.update_state(ops.sum(ops.cast(mask, "float32")) if mask is not None else -1.0)
+
+    def result(self):
+        return self.mean.result()
+
+
+@pytest.mark.skipif(BACKEND == "jax", reason="training of Keras on JAX loses the masks of predictions")
+def test_masks_come_along():
+    def build():
+        model = keras.Sequential([keras.Input((5,)), layers.Embedding(6, 3, mask_zero=True), layers.Dense(2)])
+        model.compile("sgd", "mse", metrics=[Masked()])
+        return model
+
+    data = {"x": sequences(), "y": numbers(21, 5, 2)}
+    data["validation_data"] = (data["x"], data["y"])
+    plain, ours = (train(build, data, micro_batch_size=size).history for size in (None, 3))
+    assert min(plain["masked"]) > 8
+    for name in ("masked", "val_masked"):
+        np.testing.assert_allclose(ours[name], plain[name], rtol=1e-6)
+
+
+def test_windows_whose_micro_batches_differ_in_shape_say_so():
+    model = keras.Sequential([keras.Input((None, 4)), layers.Dense(2)])
+    model.compile("sgd", "mse", metrics=[number_mean])
+    accumulate(model, accumulation_steps=2)
+    batches = ((numbers(4, length, 4), numbers(4, length, 2)) for length in (3, 5))
+    with pytest.warns(UserWarning, match="number_mean.*by itself"):
+        model.fit(batches, steps_per_epoch=1, verbose=0)
+
+
+class Interruption(Exception):
+    pass
+
+
+def test_an_interrupted_window_leaves_no_outputs_behind(monkeypatch):
+    model = accumulate(dense(metrics=[f1])(), 3)
+    x, y = map(ops.convert_to_tensor, (numbers(8, 4), numbers(8, 2, seed=1)))
+    model.train_on_batch(x, y)
+    before = model.get_weights()
+    (expected,) = model.train_on_batch(x, y)[1:]
+    model.set_weights(before)
+    taken = batch_metrics.WholeWindow.take
+
+    def interrupted(self, outputs):
+        taken(self, outputs)
+        raise Interruption
+
+    with monkeypatch.context() as patch, pytest.raises(Interruption):
+        patch.setattr(batch_metrics.WholeWindow, "take", interrupted)
+        model.train_on_batch(-x, y)
+    model.set_weights(before)
+    assert model.train_on_batch(x, y)[1] == pytest.approx(expected)
+
+
+def test_an_interrupted_validation_leaves_no_outputs_behind():
+    class Interrupts(keras.callbacks.Callback):
+        def on_test_batch_end(self, batch, logs=None):
+            raise Interruption
+
+    model, (x, y) = accumulate(dense(metrics=[f1])(), 3), VALIDATION
+    data = regression() | {"batch_size": 8, "verbose": 0}
+    with pytest.raises(Interruption):
+        model.fit(**data, validation_data=(-x, y), callbacks=[Interrupts()])
+    found = model.fit(**data, validation_data=VALIDATION).history["val_f1"]
+    assert found == [pytest.approx(model.evaluate(x, y, batch_size=8, verbose=0)[1])]

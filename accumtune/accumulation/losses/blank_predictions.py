@@ -41,7 +41,7 @@ class BlankPredictions:
 
     def learn(self, x: Any, y_pred: Any) -> None:
         """Takes the shapes of what a model predicted for a batch."""
-        samples = tree.flatten(y_pred)[0].shape[0]
+        samples = _samples(x)
         leaves = [(tuple(leaf.shape), leaf.dtype, leaf.device) for leaf in tree.flatten(y_pred)]
         if all(shape[:1] == (samples,) for shape, _, _ in leaves):
             blanks = [(shape[1:], dtype, device) for shape, dtype, device in leaves]
@@ -52,7 +52,7 @@ class BlankPredictions:
         if _shapes(x) not in self._structures:
             return None
         structure, blanks = self._structures[_shapes(x)]
-        samples = next(leaf for leaf in tree.flatten(x) if leaf is not None).shape[0]
+        samples = _samples(x)
         leaves = [
             torch.zeros((samples, *shape), dtype=dtype, device=device).as_subclass(Unknown)
             for shape, dtype, device in blanks
@@ -62,6 +62,10 @@ class BlankPredictions:
         except Exception:  # a loss of a user, on values that mean nothing: its own predictions tell what is wrong
             return None
         return None if any(isinstance(number, Unknown) for number in found) else [float(number) for number in found]
+
+
+def _samples(x: Any) -> int:
+    return int(next(leaf for leaf in tree.flatten(x) if leaf is not None).shape[0])
 
 
 def _shapes(x: Any) -> tuple[tuple[int, ...], ...]:
