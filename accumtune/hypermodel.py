@@ -86,7 +86,9 @@ class AccumulationHyperModel(keras_tuner.HyperModel):
     def build(self, hp: Any) -> Any:
         """Builds the user's model, accumulating; its `fit` takes the effective batch where told of no batch size."""
         pair = self._pair(hp)
-        model = accumulate(self.build_plain(hp), pair.micro_batch_size)
+        # Chosen by accumtune's tuner, as the pair.
+        ghost = hp.values.get("ghost_batch_size") if "effective_batch_size" in hp.values else None
+        model = accumulate(self.build_plain(hp), pair.micro_batch_size, ghost_batch_size=ghost)
         return fit_by_default(model, pair.effective_batch_size)
 
     def fit(self, hp: Any, model: Any, *args: Any, **kwargs: Any) -> Any:

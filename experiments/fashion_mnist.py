@@ -70,6 +70,7 @@ def main():
         seed=1,
         micro_batch_sizes=(2, 8, 32),
         accumulation_steps=(4, 16),  # effective batches 8, 32, 128, 512
+        ghost_batch_size=None,  # each micro-batch is normalized by itself: that is the question here
         learning_rate_scaling="sqrt",  # so that the effective batches can be compared at one learning rate
         **gallery.arguments(options, "fashion_mnist_plain" if options.no_normalization else "fashion_mnist"),
     )

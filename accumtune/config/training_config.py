@@ -143,7 +143,8 @@ class TrainingConfig:
     @property
     def own_hyperparameters(self) -> dict[str, Any]:
         """The hyperparameters without the batch sizes."""
-        return without_batch(self.hyperparameters)
+        own = without_batch(self.hyperparameters)
+        return {name: value for name, value in own.items() if name != "ghost_batch_size"}
 
     def build(self, build_model: Any) -> Any:
         """A compiled model with the best hyperparameters that accumulates over `micro_batch_size`.

@@ -41,6 +41,7 @@ def probe(
     *,
     micro_batch_size: int,
     accumulation_steps: Sequence[int] = (1, 2, 4),
+    ghost_batch_size: int | None = None,
     updates: int = 3,
     is_pipeline: bool = False,
     device: Device,
@@ -56,6 +57,7 @@ def probe(
         batches: gives `count` samples as `(x, y, sample_weight)`, arrays or structures of them.
         micro_batch_size: samples per micro-step.
         accumulation_steps: micro-steps per update; each number is measured on its own, in rising order.
+        ghost_batch_size: as training will have it; a micro-batch that would divide it is measured without.
         updates: how many updates are timed at least. One more runs before them, for tracing and compilation.
         is_pipeline: whether training will get its data as batches, all of a window at once, or as arrays.
         device: the opened device, limited or not.
@@ -84,7 +86,8 @@ def probe(
             compile_peak_bytes,
         )
 
-    model = accumulate(model, micro_batch_size=micro_batch_size)
+    ghost = None if ghost_batch_size is None or micro_batch_size % ghost_batch_size else ghost_batch_size
+    model = accumulate(model, micro_batch_size=micro_batch_size, ghost_batch_size=ghost)
     measurements: list[Measurement] = []
     for steps in sorted(set(accumulation_steps)):
         device.reset_peak()

@@ -30,13 +30,20 @@ def effective_batch_sizes(micro_batch_sizes: Iterable[int], accumulation_steps: 
 
 
 def feasible_pairs(
-    profile: CostModel, effective_batch_size: int, micro_batch_sizes: Sequence[int], budget_bytes: int | None
+    profile: CostModel,
+    effective_batch_size: int,
+    micro_batch_sizes: Sequence[int],
+    budget_bytes: int | None,
+    ghost_batch_size: int | None = None,
 ) -> list[BatchPair]:
     """Returns the pairs of one effective batch that fit the budget, smallest micro-batch first.
 
+    With a ghost batch, micro-batches are multiples of it.
+
     Listed sizes come first; only where none of them fits (or divides the effective batch) are other divisors used.
     """
-    divisors = [size for size in range(1, effective_batch_size + 1) if effective_batch_size % size == 0]
+    step = ghost_batch_size or 1
+    divisors = [size for size in range(step, effective_batch_size + 1, step) if effective_batch_size % size == 0]
     for sizes in ([size for size in divisors if size in set(micro_batch_sizes)], divisors):
         pairs = [BatchPair(size, effective_batch_size // size) for size in sizes]
         limit = _NO_LIMIT if budget_bytes is None else budget_bytes
@@ -61,6 +68,7 @@ def pair_for_proposal(
     micro_batch_sizes: Sequence[int],
     budget_bytes: int | None,
     proposed_micro_batch_size: int | None = None,
+    ghost_batch_size: int | None = None,
 ) -> BatchPair | None:
     """Chooses the fastest pair within the budget for a proposal; None where not even micro-batch 1 fits.
 
@@ -71,8 +79,9 @@ def pair_for_proposal(
         budget_bytes: None for no limit.
         proposed_micro_batch_size: where the micro-batch is searched too. It is taken, or where it does not fit the
             largest listed one that does.
+        ghost_batch_size: of which micro-batches are multiples; None where there is none.
     """
-    pairs = feasible_pairs(profile, effective_batch_size, micro_batch_sizes, budget_bytes)
+    pairs = feasible_pairs(profile, effective_batch_size, micro_batch_sizes, budget_bytes, ghost_batch_size)
     if proposed_micro_batch_size is None:
         return fastest(profile, pairs)
     pairs = [pair for pair in pairs if pair.micro_batch_size in micro_batch_sizes]
@@ -81,11 +90,14 @@ def pair_for_proposal(
 
 
 def next_smaller_pair(
-    pair: BatchPair, micro_batch_sizes: Sequence[int], only_listed: bool = False
+    pair: BatchPair,
+    micro_batch_sizes: Sequence[int],
+    only_listed: bool = False,
+    ghost_batch_size: int | None = None,
 ) -> BatchPair | None:
     """Returns the same effective batch with the next smaller micro-batch, or None where there is none."""
-    effective = pair.effective_batch_size
-    divisors = [size for size in range(1, pair.micro_batch_size) if effective % size == 0]
+    effective, step = pair.effective_batch_size, ghost_batch_size or 1
+    divisors = [size for size in range(step, pair.micro_batch_size, step) if effective % size == 0]
     listed = [size for size in divisors if size in set(micro_batch_sizes)]
     size = max(listed if listed or only_listed else divisors, default=None)
     return None if size is None else BatchPair(size, effective // size)

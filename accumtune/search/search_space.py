@@ -7,7 +7,11 @@ from typing import Any, Literal
 
 import keras_tuner
 
+from accumtune.accumulation.batch_pair import BATCH_HYPERPARAMETERS
+from accumtune.errors import BuildError
 from accumtune.oracles import keras_tuner_adapter
+from accumtune.search import ghost_batches
+from accumtune.search.feasibility import effective_batch_sizes
 from accumtune.search.processes import SearchProcesses
 from accumtune.worker.transport.hyperparameters import hyperparameters_from
 
@@ -22,7 +26,9 @@ class SearchSpace:
         hypermodel: what processes build.
         processes: builds the model once in a process of its own.
         search_over: as the user asked; `"auto"` becomes one of the others.
-        effective_batch_sizes, micro_batch_sizes: what is proposed.
+        micro_batch_sizes, accumulation_steps: the two lists.
+        ghost_batch_size: as the user asked, see `ghost_batches.check`.
+        memory_budget_bytes: in which a ghost batch must fit; None for no limit.
     """
 
     def __init__(
@@ -31,14 +37,19 @@ class SearchSpace:
         hypermodel: Any,
         processes: SearchProcesses,
         search_over: SearchOver,
-        effective_batch_sizes: Sequence[int],
         micro_batch_sizes: Sequence[int],
+        accumulation_steps: Sequence[int],
+        ghost_batch_size: int | str | None,
+        memory_budget_bytes: int | None,
     ) -> None:
         self._oracle = oracle
         self._hypermodel = hypermodel
         self._processes = processes
-        self._effective_batch_sizes = list(effective_batch_sizes)
-        self._micro_batch_sizes = list(micro_batch_sizes)
+        self.listed_micro_batch_sizes = tuple(micro_batch_sizes)
+        self._accumulation_steps = tuple(accumulation_steps)
+        self._asked_ghost_batch_size = ghost_batch_size
+        self._memory_budget_bytes = memory_budget_bytes
+        self.ghost_batch_size: int | None = None
         self._initial_space = oracle.hyperparameters.copy()
         self.search_over = search_over
         self.batch_coupled_layers: list[str] = []
@@ -46,10 +57,20 @@ class SearchSpace:
         self._is_discovered = False
         self._wants_data = False
 
+    @property
+    def micro_batch_sizes(self) -> tuple[int, ...]:
+        """The listed ones, with a ghost batch those that are multiples of it."""
+        return ghost_batches.multiples(self.listed_micro_batch_sizes, self.ghost_batch_size)
+
+    @property
+    def effective_batch_sizes(self) -> tuple[int, ...]:
+        return effective_batch_sizes(self.micro_batch_sizes, self._accumulation_steps)
+
     def discover(self) -> None:
         """Builds the model once: which hyperparameters it asks for, and what couples its samples."""
         self._is_discovered = True
         discovered = self._discover(self._oracle.get_space())
+        ghost_batches.refuse_own(entry["config"]["name"] for entry in discovered["hyperparameters"]["space"])
         self._wants_data = discovered["wants_data"]
         if self.search_over == "auto" and not self._wants_data:
             self._choose_what_to_search_over()
@@ -65,6 +86,10 @@ class SearchSpace:
         if self._wants_data and not self._oracle.trials:
             self._discover(self._oracle.hyperparameters.copy())
             self._wants_data = False
+            if self.ghost_batch_size is not None:
+                self._replace_batch()
+        if not self._oracle.trials:
+            self._fit_ghost_batch()
         if self.search_over == "auto":
             self._choose_what_to_search_over()
             self._declare_batch(self._oracle.hyperparameters)
@@ -92,28 +117,67 @@ class SearchSpace:
         return changed
 
     def get_state(self) -> dict[str, Any]:
-        names = ("search_over", "batch_coupled_layers", "whole_batch_loss")
+        names = ("search_over", "batch_coupled_layers", "whole_batch_loss", ghost_batches.NAME)
         return {name: getattr(self, name) for name in names}
 
     def set_state(self, state: Mapping[str, Any]) -> None:
         self.search_over = state.get("search_over", self.search_over)
         self.batch_coupled_layers = state.get("batch_coupled_layers", [])
         self.whole_batch_loss = state.get("whole_batch_loss", False)
+        self.ghost_batch_size = ghost_batches.resolved(self._asked_ghost_batch_size, state.get(ghost_batches.NAME))
 
     def _discover(self, space: Any) -> dict[str, Any]:
         discovered = self._processes.discover(self._hypermodel, space)
         self.batch_coupled_layers = discovered["batch_coupled_layers"]
         self.whole_batch_loss = discovered["whole_batch_loss"]
+        asked, left = self._asked_ghost_batch_size, discovered["coupled_with_ghost_batches"]
+        is_in_vain = not self.batch_coupled_layers or left or self.search_over == "pairs"
+        if asked is not None and not (asked == "auto" and is_in_vain):
+            self.batch_coupled_layers = left
+            largest = ghost_batches.choices(self.listed_micro_batch_sizes)[0]
+            self.ghost_batch_size = ghost_batches.resolved(asked, largest)
         return discovered
+
+    def _fit_ghost_batch(self) -> None:
+        """Takes a smaller ghost batch for the whole search where one of them does not fit with the first values."""
+        if self._asked_ghost_batch_size != "auto" or self.ghost_batch_size is None or self._memory_budget_bytes is None:
+            return
+        profiler, budget_bytes = self._processes.profiler(), self._memory_budget_bytes
+        config = self._oracle.hyperparameters.get_config()
+
+        def fits(size: int) -> bool:
+            profile = profiler.profile({**config, "values": {**config["values"], ghost_batches.NAME: size}})
+            return profile.fits(size, 1, budget_bytes)
+
+        try:
+            chosen = ghost_batches.chosen(self.listed_micro_batch_sizes, fits)
+        except BuildError:  # the trials say it better
+            return
+        if chosen != self.ghost_batch_size:
+            self.ghost_batch_size = chosen
+            self._replace_batch()
+
+    def _replace_batch(self) -> None:
+        """Declares the batch anew in a search without trials: before, its ghost batch was not known."""
+        space = keras_tuner.HyperParameters()
+        self._declare_batch(space)
+        names = {ghost_batches.NAME, *BATCH_HYPERPARAMETERS}
+        declared = self._oracle.hyperparameters.get_config()["space"]
+        others = [entry for entry in declared if entry["config"]["name"] not in names]
+        for name in names:
+            self._oracle.hyperparameters.values.pop(name, None)
+        keras_tuner_adapter.replace_space(self._oracle, [*space.get_config()["space"], *others])
 
     def _choose_what_to_search_over(self) -> None:
         self.search_over = "pairs" if self.batch_coupled_layers else "effective_batch_size"
 
     def _declare_batch(self, space: Any) -> None:
         """Declares ordered choices: Bayesian optimisation sees their rank, for powers of two the logarithm."""
-        space.Choice("effective_batch_size", self._effective_batch_sizes, ordered=True)
+        space.Choice("effective_batch_size", list(self.effective_batch_sizes), ordered=True)
         if self.search_over == "pairs":
-            space.Choice("micro_batch_size", self._micro_batch_sizes, ordered=True)
+            space.Choice("micro_batch_size", list(self.micro_batch_sizes), ordered=True)
+        if self.ghost_batch_size is not None:
+            space.Fixed(ghost_batches.NAME, self.ghost_batch_size)
 
 
 def grown_space(before: Sequence[Mapping[str, Any]], now: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -20,7 +20,7 @@ from accumtune.hypermodel import DEFAULT_ACCUMULATION_STEPS, DEFAULT_MICRO_BATCH
 from accumtune.memory.budget import parse_budget
 from accumtune.memory.device import memory_limit_environment
 from accumtune.oracles import keras_tuner_adapter, persistent_oracle, state_files
-from accumtune.search import ownership
+from accumtune.search import ghost_batches, ownership
 from accumtune.search.argument_checks import check_choice, check_search_arguments, check_tuner_arguments
 from accumtune.search.feasibility import effective_batch_sizes
 from accumtune.search.parallelism import places_for_workers, refuse_chief_and_workers, resolve_pool
@@ -54,6 +54,10 @@ class Tuner(keras_tuner.Tuner):
         accumulation_steps: micro-batches per update. More are used where memory demands it.
         search_over: `"effective_batch_size"`, `"pairs"` (the micro-batch size too), or `"auto"`: pairs where the
             model has layers whose result depends on which samples share a micro-batch.
+        ghost_batch_size: samples that BatchNormalization normalizes together in all trials, so that every micro-batch
+            that is a multiple of it is the same training; others are left out of `micro_batch_sizes`. `"auto"`: where
+            nothing else couples samples, 32 or the largest listed micro-batch below it that fits. None: none, each
+            micro-batch is normalized by itself.
         learning_rate_scaling: None, `"linear"` or `"sqrt"`: how the learning rate grows with the effective batch.
         base_effective_batch_size: the effective batch for which the learning rate is meant as it is written; default
             the smallest.
@@ -80,7 +84,7 @@ class Tuner(keras_tuner.Tuner):
 
     Raises:
         BudgetError: the budget cannot be read.
-        BatchSizeError: sizes below 1, or an unknown `search_over`.
+        BatchSizeError: sizes below 1, an unknown `search_over`, or a ghost batch that divides no micro-batch size.
         SearchError: an argument that no tuner takes, or a subclass whose methods would be passed over.
         BuildError: the build function raised or returned something else than a compiled model.
         SearchDirectoryError: the directory holds a search that cannot be read.
@@ -100,6 +104,7 @@ class Tuner(keras_tuner.Tuner):
         micro_batch_sizes: Sequence[int] = DEFAULT_MICRO_BATCH_SIZES,
         accumulation_steps: Sequence[int] = DEFAULT_ACCUMULATION_STEPS,
         search_over: SearchOver = "auto",
+        ghost_batch_size: int | Literal["auto"] | None = "auto",
         learning_rate_scaling: str | None = None,
         base_effective_batch_size: int | None = None,
         trial_timeout_seconds: float | None = None,
@@ -122,12 +127,12 @@ class Tuner(keras_tuner.Tuner):
         check_choice("search_over", search_over, ("auto", "effective_batch_size", "pairs"))
         check_choice("learning_rate_scaling", learning_rate_scaling, (None, "linear", "sqrt"))
         self.memory_budget_bytes = None if memory_budget is None else parse_budget(memory_budget)
-        self.micro_batch_sizes = check_sizes("micro_batch_sizes", micro_batch_sizes)
+        listed = check_sizes("micro_batch_sizes", micro_batch_sizes)
         self.accumulation_steps = check_sizes("accumulation_steps", accumulation_steps)
-        self.effective_batch_sizes = effective_batch_sizes(self.micro_batch_sizes, self.accumulation_steps)
+        asked_ghost_batch_size = ghost_batches.check(ghost_batch_size, listed)
         self.learning_rate_scaling = learning_rate_scaling
         if base_effective_batch_size is None:
-            base_effective_batch_size = self.effective_batch_sizes[0]
+            base_effective_batch_size = effective_batch_sizes(listed, self.accumulation_steps)[0]
         (self.base_effective_batch_size,) = check_sizes("base_effective_batch_size", [base_effective_batch_size])
         self.trial_timeout_seconds = trial_timeout_seconds
         self.tracking_uri = tracking_uri
@@ -144,14 +149,14 @@ class Tuner(keras_tuner.Tuner):
             pool,
             backend,
             memory_budget_bytes=self.memory_budget_bytes,
-            micro_batch_sizes=self.micro_batch_sizes,
+            micro_batch_sizes=listed,
             timeout_seconds=preparation_seconds(trial_timeout_seconds),
         )
         compiled_with = {"optimizer": optimizer, "loss": loss, "metrics": metrics}
         model = AccumulationHyperModel(
             hypermodel,
             memory_budget=self.memory_budget_bytes,
-            micro_batch_sizes=self.micro_batch_sizes,
+            micro_batch_sizes=listed,
             accumulation_steps=self.accumulation_steps,
             builder=ModelBuilder(
                 hypermodel,
@@ -161,8 +166,9 @@ class Tuner(keras_tuner.Tuner):
             ),
         )
         self._space = SearchSpace(
-            oracle, model, self._processes, search_over, self.effective_batch_sizes, self.micro_batch_sizes
-        )
+            oracle, model, self._processes, search_over, listed, self.accumulation_steps, asked_ghost_batch_size,
+            self.memory_budget_bytes,
+        )  # fmt: skip
         self._results = SearchResults(self._files, oracle.objective)
         self._reporter = Reporter(self._files, self._results, tracking_uri)
         # As they are asked for now: Keras Tuner reads those of the session before with its state.
@@ -201,6 +207,21 @@ class Tuner(keras_tuner.Tuner):
     def search_over(self) -> SearchOver:
         """What the oracle proposes: `"effective_batch_size"` or `"pairs"`; `"auto"` before that is decided."""
         return self._space.search_over
+
+    @property
+    def micro_batch_sizes(self) -> tuple[int, ...]:
+        """Those that are searched: with a ghost batch, multiples of it."""
+        return self._space.micro_batch_sizes
+
+    @property
+    def effective_batch_sizes(self) -> tuple[int, ...]:
+        """The products of `micro_batch_sizes` and `accumulation_steps`."""
+        return self._space.effective_batch_sizes
+
+    @property
+    def ghost_batch_size(self) -> int | None:
+        """The samples that BatchNormalization normalizes together in all trials; None: those of a micro-batch."""
+        return self._space.ghost_batch_size
 
     @property
     def batch_coupled_layers(self) -> list[str]:

@@ -96,6 +96,7 @@ class SearchRecord:
     whole_batch_loss: bool = False
     learning_rate_scaling: str | None = None
     base_effective_batch_size: int | None = None
+    ghost_batch_size: int | None = None
     tuner: str | None = None
     max_trials: int | None = None
     backend: str | None = None

@@ -12,7 +12,7 @@ import keras_tuner
 from keras_tuner.engine.oracle import Oracle
 
 from accumtune.accumulation import accumulate, batch_coupled_layers
-from accumtune.accumulation.coupling.detection import runs_code_of_the_user
+from accumtune.accumulation.coupling.detection import coupled_with_ghost_batches, runs_code_of_the_user
 from accumtune.accumulation.data.array_kinds import is_dense
 from accumtune.accumulation.losses.whole_batch_loss import is_wanted
 from accumtune.memory import probe as probes
@@ -43,6 +43,7 @@ def discover(directory: TaskDirectory, payload: str, space: dict[str, Any] | Non
     hypermodel = content["hypermodel"]
     coupled: dict[str, None] = {}
     whole_batch_loss: set[bool] = set()
+    with_ghost_batches: dict[str, None] = {}
     wants_data: set[bool] = set()
     known = content["hyperparameters"] if space is None else hyperparameters_from(space)
     # A bare Oracle and BaseTuner lend their bookkeeping; nothing is searched here.
@@ -54,7 +55,10 @@ def discover(directory: TaskDirectory, payload: str, space: dict[str, Any] | Non
             wants_data.add(runs_code_of_the_user(model))
             some = () if space is None or not runs_code_of_the_user(model) else _some_data(model, content, hp)
             accumulate(model, micro_batch_size=1)  # refuses what no trial could train
-            coupled.update(dict.fromkeys(str(layer) for layer in batch_coupled_layers(model, *some)))
+            found = batch_coupled_layers(model, *some)
+            coupled.update(dict.fromkeys(str(layer) for layer in found))
+            left = coupled_with_ghost_batches(model, *some) if found else []
+            with_ghost_batches.update(dict.fromkeys(str(layer) for layer in left))
             whole_batch_loss.add(is_wanted(model))
 
     class Explorer(keras_tuner.engine.base_tuner.BaseTuner):
@@ -69,6 +73,7 @@ def discover(directory: TaskDirectory, payload: str, space: dict[str, Any] | Non
         "hyperparameters": oracle.hyperparameters.get_config(),
         "batch_coupled_layers": list(coupled),
         "whole_batch_loss": any(whole_batch_loss),
+        "coupled_with_ghost_batches": list(with_ghost_batches),
         "wants_data": any(wants_data),
     }
 
@@ -145,6 +150,7 @@ def probe(
         samples,
         micro_batch_size=micro_batch_size,
         accumulation_steps=tuple(accumulation_steps),
+        ghost_batch_size=hp.values.get("ghost_batch_size"),
         is_pipeline=is_pipeline,
         device=device,
         on_out_of_memory=end,

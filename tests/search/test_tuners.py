@@ -188,7 +188,7 @@ def test_a_model_that_cannot_be_tried_without_data_is_tried_with_those_of_the_se
 
 
 def test_batch_coupled_models_search_pairs_and_say_so(tmp_path):
-    tuner = make(tmp_path, accumtune.GridSearch, build_coupled, max_trials=None)
+    tuner = make(tmp_path, accumtune.GridSearch, build_coupled, max_trials=None, ghost_batch_size=None)
     assert tuner.search_over == "pairs" and tuner.batch_coupled_layers
     search(tuner)
     record = tuner.record()
@@ -212,6 +212,48 @@ def test_losses_over_the_batch_are_searched_over_effective_batches_and_said_to_b
     best = tuner.get_best_models()[0]
     best_value = min(trial.objective_value for trial in trained)
     assert best.evaluate(X, Y, batch_size=32, verbose=0) == pytest.approx(best_value, rel=1e-4)
+
+
+def test_batch_normalization_is_searched_in_ghost_batches(tmp_path):
+    """One training per effective batch, whatever the micro-batch; the configuration keeps the ghost batch."""
+    sizes = {"micro_batch_sizes": (4, 6, 8), "accumulation_steps": (1, 2)}
+    tuner = make(tmp_path, accumtune.GridSearch, build_coupled, max_trials=None, **sizes)
+    assert (tuner.search_over, tuner.batch_coupled_layers) == ("effective_batch_size", [])
+    assert (tuner.ghost_batch_size, tuner.micro_batch_sizes) == (8, (8,))
+    search(tuner)
+    record = tuner.record()
+    assert {trial.effective_batch_size for trial in record.with_status("completed")} == {8, 16}
+    assert all(trial.hyperparameters["ghost_batch_size"] == 8 for trial in record.trials)
+    (said,) = [text for text in record.advice if "ghost batches of 8 samples" in text]
+    assert "4, 6 are no multiples" in said
+    config = tuner.get_best_config()
+    assert config.ghost_batch_size == record.ghost_batch_size == 8
+    assert "ghost_batch_size" not in config.own_hyperparameters
+    assert accumulation_of(config.build(build_coupled)).ghost_batch_size == 8
+    again = make(tmp_path, accumtune.GridSearch, build_coupled, max_trials=None, **sizes)
+    assert (again.ghost_batch_size, again.micro_batch_sizes) == (8, (8,))
+    other = make(tmp_path, accumtune.GridSearch, build_coupled, max_trials=None, ghost_batch_size=4, **sizes)
+    with pytest.raises(errors.SearchDirectoryError, match="ghost_batch_size: 8 → 4"):
+        search(other)
+
+
+def test_a_ghost_batch_that_does_not_fit_is_smaller_for_the_whole_search(tmp_path, monkeypatch):
+    tuner = make(tmp_path, build=build_coupled, micro_batch_sizes=(2, 4, 8))
+    assert tuner.ghost_batch_size == 8
+
+    class Costs:
+        def profile(self, hyperparameters):
+            self.samples = hyperparameters["values"]["ghost_batch_size"]
+            return self
+
+        def fits(self, micro_batch_size, accumulation_steps, budget_bytes):
+            return micro_batch_size == self.samples <= 4
+
+    monkeypatch.setattr(tuner._processes, "profiler", Costs)
+    tuner._space._fit_ghost_batch()
+    assert (tuner.ghost_batch_size, tuner.micro_batch_sizes) == (4, (4, 8))
+    space = {hp.name: hp for hp in tuner.oracle.get_space().space}
+    assert space["ghost_batch_size"].value == 4 and list(space["effective_batch_size"].values) == [4, 8, 16]
 
 
 def test_hyperband_goes_on_from_earlier_weights(tmp_path):

@@ -138,6 +138,7 @@ def training_config(record: SearchRecord, choice: Choice) -> TrainingConfig:
         learning_rate_scaling=record.learning_rate_scaling,
         base_effective_batch_size=record.base_effective_batch_size
         or min(effective_batch_sizes(record.micro_batch_sizes, record.accumulation_steps)),
+        ghost_batch_size=record.ghost_batch_size,
         epochs=max((epoch.epoch for epoch in trial.epochs), default=-1) + 1 or None,
         fit_options=dict(record.fit.get("options") or {}),
         **dependencies_of_trial(trial, list(record.fit.get("not_carried") or [])),
@@ -239,7 +240,11 @@ def _trained(trial: TrialRecord) -> Candidate:
 def _untrained(candidate: Candidate, profile: Profile, record: SearchRecord) -> list[Candidate]:
     """Returns the same training in other micro-batches, with what the profile predicts for them."""
     pairs = feasible_pairs(
-        profile, candidate.effective_batch_size, record.micro_batch_sizes, record.memory_budget_bytes
+        profile,
+        candidate.effective_batch_size,
+        record.micro_batch_sizes,
+        record.memory_budget_bytes,
+        record.ghost_batch_size,
     )
     untrained = [pair for pair in pairs if pair.micro_batch_size != candidate.micro_batch_size]
     budget = record.memory_budget_bytes

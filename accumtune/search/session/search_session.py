@@ -10,6 +10,7 @@ from accumtune.config.production import installed_versions
 from accumtune.errors import AccumtuneError
 from accumtune.execution.placement import Place, Places
 from accumtune.oracles import keras_tuner_adapter
+from accumtune.search import ghost_batches
 from accumtune.search.processes import SearchProcesses
 from accumtune.search.results.best_model_export import export_best_model
 from accumtune.search.results.search_results import Best, SearchResults
@@ -168,6 +169,7 @@ class SearchSession:
             versions=installed_versions(),
             has_own_run_trial=self._overrides("run_trial"),
             max_model_size=tuner.max_model_size,
+            ghost_batch_size=tuner.ghost_batch_size,
         )
         runner = TrialRunner(
             settings, parts.files, parts.processes.executor(), parts.processes.profiler(console.probe),
@@ -208,6 +210,7 @@ class SearchSession:
             "executions_per_trial": tuner.executions_per_trial,
             "learning_rate_scaling": tuner.learning_rate_scaling,
             "base_effective_batch_size": tuner.base_effective_batch_size if tuner.learning_rate_scaling else None,
+            "ghost_batch_size": tuner.ghost_batch_size,
             "seed": tuner.oracle.seed,
             "search_over": tuner.search_over,
             "backend": self._parts.processes.backend,
@@ -232,6 +235,7 @@ class SearchSession:
             "search_over": tuner.search_over,
             "batch_coupled_layers": tuner.batch_coupled_layers,
             "whole_batch_loss": tuner.whole_batch_loss,
+            "ghost_batch_size": tuner.ghost_batch_size,
             "learning_rate_scaling": tuner.learning_rate_scaling,
             "base_effective_batch_size": tuner.base_effective_batch_size,
             "tuner": type(tuner).__name__,
@@ -245,7 +249,8 @@ class SearchSession:
 
     def _advice(self) -> list[str]:
         tuner = self._tuner
-        return setup_advice(
+        said = ghost_batches.line(tuner.ghost_batch_size, self._parts.space.listed_micro_batch_sizes)
+        return said + setup_advice(
             hyperparameters=[hp.name for hp in tuner.oracle.hyperparameters.space],
             effective_batch_sizes=tuner.effective_batch_sizes,
             learning_rate_scaling=tuner.learning_rate_scaling,

@@ -149,6 +149,7 @@ class TrialRunner:
             self._settings.micro_batch_sizes,
             budget,
             values.get("micro_batch_size") if self._settings.searches_pairs else None,
+            self._settings.ghost_batch_size,
         )
         if pair is None:
             return TrialResult("infeasible", values, reason=_why_infeasible(profile, values, budget))
@@ -254,7 +255,9 @@ class TrialRunner:
             profile.signature,
             out_of_memory(pair.micro_batch_size, pair.accumulation_steps, settings.memory_budget_bytes),
         )
-        smaller = next_smaller_pair(pair, settings.micro_batch_sizes, settings.searches_pairs)
+        smaller = next_smaller_pair(
+            pair, settings.micro_batch_sizes, settings.searches_pairs, settings.ghost_batch_size
+        )
         if smaller is None:
             reason = f"micro-batch {pair.micro_batch_size} ran out of memory, and there is no smaller one"
             return TrialResult("infeasible", values, reason=reason)

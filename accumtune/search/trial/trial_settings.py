@@ -27,3 +27,4 @@ class TrialSettings:
     versions: Mapping[str, str] = field(default_factory=dict)
     has_own_run_trial: bool = False
     max_model_size: int | None = None
+    ghost_batch_size: int | None = None

@@ -100,6 +100,7 @@ def search_run(search: SearchRecord, statuses: Mapping[str, int], note: str | No
         "search_over": search.search_over,
         "whole_batch_loss": True if search.whole_batch_loss else None,
         "learning_rate_scaling": search.learning_rate_scaling,
+        "ghost_batch_size": search.ghost_batch_size,
         "tuner": search.tuner,
         "max_trials": search.max_trials,
         "backend": search.backend,

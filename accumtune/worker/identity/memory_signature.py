@@ -70,6 +70,8 @@ def describe_model(
     }
     if outputs:
         facts["outputs"] = outputs
+    if hyperparameters.get("ghost_batch_size") is not None:
+        facts["ghost_batch_size"] = hyperparameters["ghost_batch_size"]
     text = json.dumps(facts, sort_keys=True)
     return {
         "signature": hashlib.sha256(text.encode()).hexdigest()[:32],
