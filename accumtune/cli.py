@@ -32,8 +32,8 @@ for example:
   accumtune best --policy memory --save best_config.json
   accumtune verify best_config.json train:build_model --data train:load && python production.py
 
-train:build_model is the function build_model in train.py of this folder. SEARCH is a search's directory; left out, the
-newest in mlruns/searches. `accumtune COMMAND --help` has a command's options.
+train:build_model is the function build_model in train.py of this folder. SEARCH is a search's project_name or its
+directory; left out, the newest in mlruns/searches. `accumtune COMMAND --help` has a command's options.
 
 {EXIT_CODES}
 

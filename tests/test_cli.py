@@ -21,6 +21,8 @@ from accumtune.commands.addresses import load_data, load_object, load_validation
 from accumtune.commands.options import functions_here
 from accumtune.commands.searches import find_search, tracker_of
 from accumtune.errors import DataError, SearchDirectoryError, TrackingError
+from accumtune.search.results.selection import Candidate
+from accumtune.tracking.records import SearchRecord
 
 MODULE = """
 import keras, numpy as np
@@ -146,6 +148,31 @@ def test_addresses(tmp_path, monkeypatch):
         load_object("os")
     with pytest.raises(SearchDirectoryError):
         find_search(str(tmp_path))
+
+
+def test_a_search_is_found_by_its_directory_and_by_its_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("digits", "letters"):
+        (tmp_path / "mlruns/searches" / name).mkdir(parents=True)
+        (tmp_path / "mlruns/searches" / name / "search.jsonl").touch()
+    for given in ("digits", "mlruns/searches/digits", str(tmp_path / "mlruns/searches/digits")):
+        assert find_search(given).resolve() == tmp_path / "mlruns/searches/digits"
+    with pytest.raises(SearchDirectoryError, match="one of: .*digits"):
+        find_search("digit")
+
+
+def test_a_limit_is_a_number_of_rows(monkeypatch, capsys):
+    """Also where untrained candidates of the Pareto front would come on top."""
+    pairs = ((16, 1, True), (8, 2, False), (4, 4, False), (2, 8, False))
+    found = [
+        Candidate(0.5, 100.0 * micro, 10.0 * micro, micro, steps, 16, {}, "0", is_trained=is_trained)
+        for micro, steps, is_trained in pairs
+    ]
+    monkeypatch.setattr("accumtune.commands.candidates.find_search", lambda search: search)
+    monkeypatch.setattr("accumtune.commands.candidates.read_candidates", lambda folder: (SearchRecord(Path()), found))
+    for limit, rows in ((None, 4), (2, 2)):
+        assert cli.main(["candidates", *(["--limit", str(limit)] if limit else [])]) == 0
+        assert sum("×" in line for line in capsys.readouterr().out.splitlines()[2:]) == rows
 
 
 def test_which_store_a_command_asks(tmp_path, monkeypatch):

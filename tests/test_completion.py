@@ -61,6 +61,7 @@ def test_the_command_answers_a_shell_that_asks(folder):
     assert offered(folder, "accumtune best --policy thr") == {"throughput"}
     assert offered(folder, "accumtune export --format ") == {"json", "keras"}
     assert offered(folder, "accumtune best ml") == {"mlruns/searches/mine"}
+    assert offered(folder, "accumtune best mi") == {"mine"}
     assert offered(folder, "accumtune export b") == {"best_config.json"}
     # Bash has cut the word at the colon: what follows it is asked for.
     assert offered(folder, "accumtune probe train:") == {"build_model", "load"}

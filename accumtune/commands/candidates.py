@@ -17,7 +17,7 @@ def add(commands: Any) -> None:
         "the search runs. Exit code 1: there is nothing yet.",
     )  # fmt: skip
     add_search(command)
-    command.add_argument("--limit", type=count, default=None, metavar="N", help="trained ones to show; default: all")
+    command.add_argument("--limit", type=count, default=None, metavar="N", help="rows to show; default: all")
     add_json(command, "print JSON instead of a table, untrained candidates included")
 
 
@@ -30,6 +30,6 @@ def run(options: argparse.Namespace) -> int:
         front = pareto_front(found, record.objective_direction)
         print_json([{**asdict(it), "is_on_pareto_front": it in front} for it in found])
     else:
-        print(results.summary(record, found, limit=options.limit or len(found)))
+        print(results.summary(record, found, limit=len(found), most_rows=options.limit))
     return 0 if found else 1
 

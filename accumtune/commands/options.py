@@ -47,9 +47,10 @@ def add_command(
 
 def add_search(command: argparse.ArgumentParser) -> None:
     search: Any = command.add_argument(
-        "search", nargs="?", default=None, help="a search's directory; default: the newest in mlruns/searches"
-    )
-    search.completer = lambda **_: [str(folder) for folder in all_searches()]
+        "search", nargs="?", default=None,
+        help="a search's project_name or directory; default: the newest in mlruns/searches",
+    )  # fmt: skip
+    search.completer = lambda **_: [it for folder in all_searches() for it in (folder.name, str(folder))]
 
 
 def add_policy(command: argparse.ArgumentParser) -> None:

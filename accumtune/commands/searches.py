@@ -25,19 +25,24 @@ def all_searches(folder: str = SEARCHES) -> list[Path]:
     return [file.parent for file in sorted(journals, key=os.path.getmtime, reverse=True)]
 
 
-def find_search(path: str | None, searches: str = SEARCHES) -> Path:
-    """The directory of a search: the given one, or the newest in the default place.
+def find_search(search: str | None, searches: str = SEARCHES) -> Path:
+    """The directory of a search: of the given directory or project's name, or the newest in the default place.
 
     Raises:
         SearchDirectoryError: there is none.
     """
-    found = all_searches(searches) if path is None else [Path(path)] if is_search(path) else []
+    known = all_searches(searches)
+    if search is None:
+        found = known[:1]
+    else:
+        found = [Path(search)] if is_search(search) else [folder for folder in known if folder.name == search]
     if found:
         return found[0]
+    names = ", ".join(folder.name for folder in known[:5])
     raise SearchDirectoryError(
-        f"Received {path or searches!r}, which holds no search.",
-        "a directory with a search.jsonl, such as mlruns/searches/<project_name>.",
-        "run a search first, or give its directory.",
+        f"Received {search or searches!r}, which is no search.",
+        "the project_name of a search in mlruns/searches, or a directory with a search.jsonl.",
+        f"give one of: {names}." if names else "run a search first, or give its directory.",
     )
 
 

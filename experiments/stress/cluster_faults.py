@@ -13,13 +13,12 @@ After each fault the processes of the trials that it has hit must be gone; after
 ended exactly once, have all its epochs once, stand in MLflow exactly once with no run left RUNNING, and every GPU of
 the cluster must be free.
 
-    python experiments/stress/cluster_faults.py [--faults 30] [--seed 0] [--quick] [--json PATH]
+    python experiments/stress/cluster_faults.py [--faults 30] [--seed 0] [--quick]
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import random
 import subprocess
@@ -33,8 +32,10 @@ from typing import Any
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
-from ray_cluster import Cluster, ancestors, is_alive, wait_for  # noqa: E402
+from common import Table, keep, parser
+from ray_cluster import Cluster, ancestors, is_alive, wait_for
 
 TRIALS, EPOCHS, EPOCH_SECONDS, NODES = 20, 6, 1.0, 3
 KINDS = ("node killed", "worker killed", "search killed", "node lost", "node added")
@@ -165,6 +166,8 @@ class Round:
 
     def look(self) -> list[str]:
         """What is wrong after the end."""
+        from search_checks import look
+
         from accumtune.tracking.journal import Journal, read_search
 
         record, problems = read_search(self.folder), []
@@ -182,28 +185,9 @@ class Round:
                 problems.append(f"trial {trial.trial_id} has left its checkpoint")
             if trial.pid and is_alive(trial.pid):
                 problems.append(f"the process of trial {trial.trial_id} is left")
-        problems += self.look_into_mlflow(record)
+        problems += look(self.folder, f"sqlite:///{self.base}/mlruns/mlflow.db")[0]
         if not wait_for(lambda: len(set(self.cluster.free_gpus())) == 1, 30):
             problems.append(f"GPUs free and in all: {self.cluster.free_gpus()}")
-        return problems
-
-    def look_into_mlflow(self, record: Any) -> list[str]:
-        import mlflow
-
-        client = mlflow.MlflowClient(tracking_uri=f"sqlite:///{self.base}/mlruns/mlflow.db")
-        (experiment,) = [item for item in client.search_experiments() if item.name == "faults"]
-        runs = client.search_runs([experiment.experiment_id], max_results=1000)
-        problems = [f"run {run.info.run_name!r} is {run.info.status}" for run in runs if run.info.status != "FINISHED"]
-        children = [run for run in runs if "mlflow.parentRunId" in run.data.tags]
-        if len(runs) - len(children) != 1:
-            problems.append(f"{len(runs) - len(children)} parent runs")
-        names = Counter(run.data.tags.get("accumtune.trial_id") for run in children)
-        if names != Counter(trial.trial_id for trial in record.trials):
-            problems.append(f"MLflow has the trials {dict(names)}")
-        for run in children:
-            steps = [metric.step for metric in client.get_metric_history(run.info.run_id, "val_loss")]
-            if sorted(steps) != list(range(EPOCHS)):
-                problems.append(f"run {run.info.run_name!r} has epochs {sorted(steps)}")
         return problems
 
     def continued(self) -> int:
@@ -234,23 +218,26 @@ def play(root: Path, number: int, cluster: Cluster, chance: random.Random, first
     return faults, problems, one.continued()
 
 
+TABLE = Table({
+    "fault": ">5", "search": ">6", "kind": "<13", "ended": ">5", "hits trials": "<12", "gone after s": ">12.1f",
+    "problems": "<8",
+})  # fmt: skip
+
+
 def show(fault: Fault) -> None:
-    hit = ", ".join(fault.hit) or "none"
-    print(
-        f"{fault.number:>5}  {fault.search:>6}  {fault.kind:<13}  {fault.ended_before:>5}  {hit:<12}  "
-        f"{fault.gone_after_seconds:>6.1f} s  {'; '.join(fault.problems) or 'none'}",
-        flush=True,
-    )
+    TABLE.print_row(
+        fault.number, fault.search, fault.kind, fault.ended_before, ", ".join(fault.hit) or "none",
+        fault.gone_after_seconds, "; ".join(fault.problems) or "none",
+    )  # fmt: skip
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--faults", type=int, default=30)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--quick", action="store_true", help="five faults in one search")
-    parser.add_argument("--search", nargs=2, metavar=("FOLDER", "ADDRESS"), help=argparse.SUPPRESS)
-    parser.add_argument("--json", metavar="PATH", default=None)
-    options = parser.parse_args()
+    made = parser(__doc__)
+    made.add_argument("--faults", type=int, default=30)
+    made.add_argument("--seed", type=int, default=0)
+    made.add_argument("--quick", action="store_true", help="five faults in one search")
+    made.add_argument("--search", nargs=2, metavar=("FOLDER", "ADDRESS"), help=argparse.SUPPRESS)
+    options = made.parse_args()
     if options.search:
         search(*options.search)
         return 0
@@ -262,9 +249,7 @@ def main() -> int:
     try:
         with tempfile.TemporaryDirectory(prefix="accumtune-faults-") as root:
             print(f"{NODES} nodes; searches of {TRIALS} trials of {EPOCHS} epochs of {EPOCH_SECONDS:g} s\n")
-            print(
-                f"{'fault':>5}  {'search':>6}  {'kind':<13}  {'ended':>5}  {'hits trials':<12}  {'gone':>8}  problems"
-            )
+            TABLE.print_header()
             while len(faults) < wanted:
                 count = min(FAULTS_PER_SEARCH, wanted - len(faults))
                 found, problems, continued = play(Path(root), len(ends) + 1, cluster, chance, len(faults), count)
@@ -283,9 +268,7 @@ def main() -> int:
     bad = sum(len(fault.problems) for fault in faults) + sum(len(end["problems"]) for end in ends)
     print(f"\n{len(faults)} faults: " + ", ".join(f"{counts[kind]} × {kind}" for kind in KINDS))
     print(f"{bad} problems")
-    if options.json:
-        content = {"faults": [asdict(fault) for fault in faults], "searches": ends, "kinds": counts}
-        Path(options.json).write_text(json.dumps(content, indent=2))
+    keep(options.json, {"faults": [asdict(fault) for fault in faults], "searches": ends, "kinds": counts})
     return 1 if bad else 0
 
 

@@ -10,13 +10,11 @@ then run to its end. After that:
   journal at a kill still stands there;
 - no process of a killed search is left.
 
-    python experiments/stress/crash.py [--kills 50] [--seed 0] [--length SECONDS] [--quick] [--json PATH]
+    python experiments/stress/crash.py [--kills 50] [--seed 0] [--length SECONDS] [--quick]
 """
 
 from __future__ import annotations
 
-import argparse
-import json
 import os
 import random
 import signal
@@ -30,14 +28,16 @@ from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
 # What a search process imports, once: each search is a fork of this process, and starts its own trials' processes.
-import keras_tuner  # noqa: E402, F401
-import numpy as np  # noqa: E402
-from crash_checks import Snapshot, compare, left_over, look, snapshot, starts  # noqa: E402
+import keras_tuner  # noqa: F401
+import numpy as np
+from common import Table, keep, parser
+from search_checks import Snapshot, compare, left_over, look, snapshot, starts
 
-import accumtune  # noqa: E402
-from accumtune.tracking.journal import read_search, trial_folders  # noqa: E402
+import accumtune
+from accumtune.tracking.journal import read_search, trial_folders
 
 TRIALS, EPOCHS, KILLS_PER_SEARCH = 4, 3, 4
 
@@ -189,38 +189,33 @@ _SHARE_OF_TRIALS = 0.6
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kills", type=int, default=50)
-    parser.add_argument("--seed", type=int, default=0, help="of the first search; the next ones count up")
-    parser.add_argument("--length", type=float, default=None, help="seconds of an undisturbed search, where known")
-    parser.add_argument("--quick", action="store_true", help="four kills of one search")
-    parser.add_argument("--json", metavar="PATH", default=None)
-    options = parser.parse_args()
+    made = parser(__doc__)
+    made.add_argument("--kills", type=int, default=50)
+    made.add_argument("--seed", type=int, default=0, help="of the first search; the next ones count up")
+    made.add_argument("--length", type=float, default=None, help="seconds of an undisturbed search, where known")
+    made.add_argument("--quick", action="store_true", help="four kills of one search")
+    options = made.parse_args()
     kills = KILLS_PER_SEARCH if options.quick else options.kills
     rounds: list[Round] = []
     with tempfile.TemporaryDirectory(prefix="accumtune-crash-") as root:
         length = options.length or undisturbed(Path(root))
         print(f"An undisturbed search takes {length:.1f} s; kills at a random moment of that.\n")
-        print(
-            f"{'seed':>4}  {'killed after seconds':<30}  {'completed':>9}  {'begun again':>11}  {'epochs':>6}  faults"
-        )
+        columns = {"seed": ">4", "killed after seconds": "<22", "completed": ">9", "begun again": ">11"}
+        table = Table(columns | {"epochs": ">6", "faults": "<6"})
+        table.print_header()
         while kills > 0:
             result = play(Path(root), options.seed + len(rounds), min(kills, KILLS_PER_SEARCH), length)
             kills -= len(result.kills_seconds)
             rounds.append(result)
             moments = ", ".join(f"{seconds:.1f}" for seconds in result.kills_seconds)
-            print(
-                f"{result.seed:>4}  {moments:<22}  {result.completed:>9}  {result.restarted_trials:>11}  "
-                f"{result.epochs:>6}  {'; '.join(result.faults) or 'none'}",
-                flush=True,
-            )
+            found = "; ".join(result.faults) or "none"
+            table.print_row(result.seed, moments, result.completed, result.restarted_trials, result.epochs, found)
     phases = Counter(phase for result in rounds for phase in result.phases)
     faults = sum(len(result.faults) for result in rounds)
     print(f"\n{sum(phases.values())} kills: " + ", ".join(f"{count} {name}" for name, count in phases.most_common()))
     print(f"{faults} faults")
-    if options.json:
-        content = {"undisturbed_seconds": length, "phases": phases, "rounds": [asdict(result) for result in rounds]}
-        Path(options.json).write_text(json.dumps(content, indent=2))
+    content = {"undisturbed_seconds": length, "phases": phases, "rounds": [asdict(result) for result in rounds]}
+    keep(options.json, content)
     return 1 if faults else 0
 
 

@@ -3,7 +3,7 @@
 FOLDER holds Keras's unpacked source distribution, of the version that is installed:
 
     pip download --no-deps --no-binary :all: keras==3.15.1 && tar xzf keras-3.15.1.tar.gz
-    python experiments/stress/keras_tests.py keras-3.15.1 [--micro-batch-sizes 2 3] [--only trainers] [--json PATH]
+    python experiments/stress/keras_tests.py keras-3.15.1 [--micro-batch-sizes 2 3] [--only trainers]
 
 Set KERAS_BACKEND for another backend than TensorFlow. Needs pytest, and what Keras's tests import beside it. Exits with
 1 where a test passes only without accumulation and no reason is documented below.
@@ -11,13 +11,14 @@ Set KERAS_BACKEND for another backend than TensorFlow. Needs pytest, and what Ke
 
 from __future__ import annotations
 
-import argparse
-import json
 import sys
 import tempfile
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+
 import suites
+from common import keep, parser
 from keras_tests_plugin import training_tests
 
 # What trains a model: the trainer, models, callbacks, layers with a training check, optimizers.
@@ -31,13 +32,12 @@ DOCUMENTED = {
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path, help="Keras's unpacked source distribution")
-    parser.add_argument("--micro-batch-sizes", type=int, nargs="+", default=[2, 3])
-    parser.add_argument("--only", nargs="+", default=ONLY, help="parts of the paths of the test files to run")
-    parser.add_argument("--timeout-seconds", type=float, default=3600, help="of each run")
-    parser.add_argument("--json", type=Path)
-    options = parser.parse_args()
+    made = parser(__doc__)
+    made.add_argument("folder", type=Path, help="Keras's unpacked source distribution")
+    made.add_argument("--micro-batch-sizes", type=int, nargs="+", default=[2, 3])
+    made.add_argument("--only", nargs="+", default=ONLY, help="parts of the paths of the test files to run")
+    made.add_argument("--timeout-seconds", type=float, default=3600, help="of each run")
+    options = made.parse_args()
 
     files = suites.test_files(options.folder.resolve(), options.only)
     files = [file for file in files if training_tests(file)]
@@ -50,8 +50,7 @@ def main() -> int:
         untouched = run("")
         changed = {variant: run(variant) for variant in (f"micro-batch {size}" for size in options.micro_batch_sizes)}
     result = suites.report(untouched, changed, DOCUMENTED)
-    if options.json is not None:
-        options.json.write_text(json.dumps(result, indent=1) + "\n")
+    keep(options.json, result)
     return 1 if result["undocumented"] else 0
 
 

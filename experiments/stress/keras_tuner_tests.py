@@ -4,7 +4,7 @@ FOLDER holds Keras Tuner's unpacked tests. The wheel of version 1.3.5 is the las
 installed version, whose modules get their old names back:
 
     pip download --no-deps keras-tuner==1.3.5 && unzip -d keras-tuner-1.3.5 keras_tuner-1.3.5-py3-none-any.whl
-    python experiments/stress/keras_tuner_tests.py keras-tuner-1.3.5 [--only engine/tuner_test] [--json PATH]
+    python experiments/stress/keras_tuner_tests.py keras-tuner-1.3.5 [--only engine/tuner_test]
 
 Exits with 1 where a test passes only with stock and no reason is documented below. A test that passes may still be
 hollow, where none of its trials completed: those are listed as notes.
@@ -12,14 +12,15 @@ hollow, where none of its trials completed: those are listed as notes.
 
 from __future__ import annotations
 
-import argparse
-import json
 import shutil
 import sys
 import tempfile
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+
 import suites
+from common import keep, parser
 
 ONLY = ("engine/tuner_test.py", "engine/base_tuner_test.py")
 # Each is refused with a message that names the way out, or differs in what a script does not depend on.
@@ -65,12 +66,11 @@ DOCUMENTED: dict[str, str] = {
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path, help="Keras Tuner's unpacked wheel")
-    parser.add_argument("--only", nargs="+", default=ONLY, help="parts of the paths of the test files to run")
-    parser.add_argument("--timeout-seconds", type=float, default=3600, help="of each run")
-    parser.add_argument("--json", type=Path)
-    options = parser.parse_args()
+    made = parser(__doc__)
+    made.add_argument("folder", type=Path, help="Keras Tuner's unpacked wheel")
+    made.add_argument("--only", nargs="+", default=ONLY, help="parts of the paths of the test files to run")
+    made.add_argument("--timeout-seconds", type=float, default=3600, help="of each run")
+    options = made.parse_args()
 
     files = suites.test_files(options.folder.resolve(), options.only)
     with tempfile.TemporaryDirectory() as name:
@@ -82,8 +82,7 @@ def main() -> int:
             for variant in ("", "accumtune")
         )
     result = suites.report(untouched, {"accumtune": ours}, DOCUMENTED)
-    if options.json is not None:
-        options.json.write_text(json.dumps(result, indent=1) + "\n")
+    keep(options.json, result)
     return 1 if result["undocumented"] else 0
 
 

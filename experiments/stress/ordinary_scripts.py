@@ -2,7 +2,7 @@
 
 Nothing else of a script is changed: `kt.RandomSearch(` becomes `accumtune.RandomSearch(`.
 
-    python experiments/stress/ordinary_scripts.py [--only NAME ...] [--ours-only] [--json PATH]
+    python experiments/stress/ordinary_scripts.py [--only NAME ...] [--ours-only]
 
 Prints how each ended; exits with 1 where one works with stock Keras Tuner alone. A script that accumtune refuses
 (an `AccumtuneError`) counts as refused, and its message is printed.
@@ -10,13 +10,15 @@ Prints how each ended; exits with 1 where one works with stock Keras Tuner alone
 
 from __future__ import annotations
 
-import argparse
-import json
 import re
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+
+from common import keep, parser
 
 SCRIPTS = Path(__file__).parent / "scripts"
 _TUNER = re.compile(r"\bkt\.(Tuner|RandomSearch|BayesianOptimization|Hyperband|GridSearch)\b")
@@ -49,11 +51,10 @@ def run(source: str, timeout_seconds: float = 900) -> tuple[str, str]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="+", help="names of scripts")
-    parser.add_argument("--ours-only", action="store_true", help="leave out the runs with stock Keras Tuner")
-    parser.add_argument("--json", type=Path)
-    options = parser.parse_args()
+    made = parser(__doc__)
+    made.add_argument("--only", nargs="+", help="names of scripts")
+    made.add_argument("--ours-only", action="store_true", help="leave out the runs with stock Keras Tuner")
+    options = made.parse_args()
 
     rows = []
     for path in sorted(SCRIPTS.glob("*.py")):
@@ -64,8 +65,7 @@ def main() -> int:
         ours = run(with_our_tuner(source))
         rows.append({"script": path.stem, "stock": stock[0], "accumtune": ours[0], "message": ours[1] or stock[1]})
         print(f"{path.stem:28} stock: {stock[0]:8} accumtune: {ours[0]:8} {rows[-1]['message']}", flush=True)
-    if options.json is not None:
-        options.json.write_text(json.dumps(rows, indent=1) + "\n")
+    keep(options.json, rows)
     return int(any(row["stock"] != "failed" and row["accumtune"] not in ("passed", "refused") for row in rows))
 
 

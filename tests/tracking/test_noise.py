@@ -10,7 +10,7 @@ from test_report import candidates_of, write
 
 from accumtune.search.results import search_results as results
 from accumtune.tracking.journal import read_search
-from accumtune.tracking.report.noise_scale_note import noise_scale_of
+from accumtune.tracking.report.noise_scale_note import NoiseScale, noise_scale_of
 
 
 def searched(folder: Path, **noise):
@@ -51,7 +51,17 @@ def test_without_any_there_is_no_advice(tmp_path):
 @pytest.mark.parametrize("samples", [64.0, 1e6])  # within the picture, and far outside
 def test_note_and_summary_say_it_and_the_picture_can_be_drawn(tmp_path, samples):
     record = searched(tmp_path / "made", a=[samples], b=[5.0])
-    advice = f"The gradient noise scale was about {samples:,.0f} samples (trial a"
+    advice = f"The gradient noise scale was about {samples:,.0f} samples (trial a, median of its epochs)"
+    advice += ": beyond" if samples == 64.0 else ", but the best effective batch was 64. Believe the search"
     assert advice in write(record, tmp_path / "report")
     assert advice in results.summary(record, candidates_of(record), 10)
     assert (tmp_path / "report" / "effective_batch.png").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize(
+    "samples, why", [(929.0, "small batches make more updates"), (16.0, "buys little"), (2.0, "the learning rate")]
+)
+def test_where_it_contradicts_the_best_effective_batch_it_says_which_to_believe(samples, why):
+    advice = NoiseScale(samples, "08").advice(SimpleNamespace(effective_batch_size=16))
+    assert why in advice and ("Believe the search" in advice) == (samples != 16.0)
+    assert "buys little" in NoiseScale(samples, "08").advice()

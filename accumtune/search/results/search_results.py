@@ -22,6 +22,7 @@ from accumtune.tracking.journal import read_search
 from accumtune.tracking.mlflow.tracker import read_cache
 from accumtune.tracking.records import SearchRecord, TrialRecord
 from accumtune.tracking.report import writer
+from accumtune.tracking.report.candidate_tables import ordered
 from accumtune.tracking.report.noise_scale_note import noise_scale_of
 from accumtune.worker.transport.task_directory import SearchDirectory
 
@@ -175,8 +176,13 @@ def write_report(files: SearchDirectory, record: SearchRecord, best: tuple[Choic
     )
 
 
-def summary(record: SearchRecord, found: Sequence[Candidate], limit: int) -> str:
-    """Returns the table of candidates for the terminal, best first, and what became of the other trials."""
+def summary(record: SearchRecord, found: Sequence[Candidate], limit: int, most_rows: int | None = None) -> str:
+    """Returns the table of candidates for the terminal, best first, and what became of the other trials.
+
+    Args:
+        limit: how many trained candidates are shown; those of the Pareto front that were not trained come on top.
+        most_rows: how many rows there are in all; None for no limit.
+    """
     direction = record.objective_direction
     front = pareto_front(found, direction)
     trained = [candidate for candidate in found if candidate.is_trained]
@@ -187,11 +193,12 @@ def summary(record: SearchRecord, found: Sequence[Candidate], limit: int) -> str
     lines = [
         f"Results of search {record.name!r}: "
         + ", ".join(f"{count} {status}" for status, count in counts.items() if count),
-        writer.candidates_table(shown, front, direction),
+        writer.candidates_table(ordered(shown, direction)[:most_rows], front, direction),
         "* on the Pareto front of objective, peak memory and throughput",
     ]
-    noise = noise_scale_of(record, shown[0] if shown else None)
-    lines += [] if noise is None else [noise.advice()]
+    best = shown[0] if shown else None
+    noise = noise_scale_of(record, best)
+    lines += [] if noise is None else [noise.advice(best)]
     return "\n".join(lines)
 
 

@@ -93,7 +93,7 @@ class Reporter:
                 self._print_line(message)
         address, command = self.ui_address, self.ui_command
         if address:
-            self._print_line(f"Browse it: {address}" + (f"\n  once this runs: {command}" if command else ""))
+            self._print_line(f"Browse it: {command}\n  then open {address}" if command else f"Browse it: {address}")
 
     def position(self) -> int:
         """Returns how far the journal has come: it grows with every session."""

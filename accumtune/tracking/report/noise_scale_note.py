@@ -12,6 +12,8 @@ from accumtune.tracking.records import SearchRecord, TrialRecord
 
 # What `accumtune.accumulation.callbacks.GradientNoiseScale` logs.
 NOISE_SCALE = "gradient_noise_scale"
+# The scale is an order of magnitude: only what is further off contradicts it.
+_AGREEMENT = 4.0
 
 
 @dataclass(frozen=True)
@@ -29,12 +31,26 @@ class NoiseScale:
     def __str__(self) -> str:
         return f"{self.samples:,.0f}" if self.samples >= 10 else f"{self.samples:.2g}"
 
-    def advice(self) -> str:
-        """Training at an effective batch B takes 1 + noise scale / B times the fewest updates (McCandlish 2018)."""
+    def advice(self, best: Any | None = None) -> str:
+        """What it says about the effective batch; where the best candidate contradicts it, which of both to believe.
+
+        Training at an effective batch B takes 1 + noise scale / B times the fewest updates (McCandlish 2018).
+        """
+        measured = f"The gradient noise scale was about {self} samples (trial {self.trial_id}, median of its epochs)"
+        effective = getattr(best, "effective_batch_size", None)
+        if effective and effective < self.samples / _AGREEMENT:
+            return (
+                f"{measured}, but the best effective batch was {effective}. Believe the search: the number of epochs "
+                "is fixed, and small batches make more updates in it."
+            )
+        if effective and effective > self.samples * _AGREEMENT:
+            return (
+                f"{measured}, but the best effective batch was {effective}. Believe the search: the scale is an "
+                "estimate from one training, and knows nothing of the learning rate."
+            )
         return (
-            f"The gradient noise scale was about {self} samples (trial {self.trial_id}, median of its epochs): beyond "
-            "an effective batch of that size more accumulation buys little, twice the batch saving less than a quarter "
-            "of the updates."
+            f"{measured}: beyond an effective batch of that size more accumulation buys little, twice the batch saving "
+            "less than a quarter of the updates."
         )
 
 

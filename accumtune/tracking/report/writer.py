@@ -195,7 +195,7 @@ def _what_happened(record: SearchRecord, winner: CandidateLike | None) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in record.versions.items())
     lines.append(f"- **Measured on:** {'; '.join(item for item in (where, versions) if item) or 'unknown'}")
     noise = noise_scale_of(record, winner)
-    advices = [*record.advice, *([] if noise is None else [noise.advice()])]
+    advices = [*record.advice, *([] if noise is None else [noise.advice(winner)])]
     lines += [f"- **Advice:** {escaped(advice)}" for advice in advices]
     return "\n".join(lines)
 

@@ -1,4 +1,4 @@
-"""What `crash.py` looks at: what a kill must not undo, what is left running, and what MLflow has in the end."""
+"""What the faults of `crash.py` and `cluster_faults.py` must not undo, leave running, or change in MLflow."""
 
 from __future__ import annotations
 
@@ -11,8 +11,6 @@ from pathlib import Path
 import mlflow
 
 from accumtune.tracking.journal import Journal, read_search, read_trial, trial_folders
-
-_OPEN = ("RUNNING", "SCHEDULED")
 
 
 @dataclass(frozen=True)
@@ -78,10 +76,10 @@ def _command(pid: int) -> bytes:
 def look(folder: Path, uri: str) -> tuple[list[str], int, int]:
     """The faults of a finished search in MLflow, how many epochs were compared, and how many runs were replaced."""
     record, client = read_search(folder), mlflow.MlflowClient(tracking_uri=uri)
-    (experiment,) = [item for item in client.search_experiments() if item.name == "crash"]
+    (experiment,) = [item for item in client.search_experiments() if item.name == record.name]
     runs = client.search_runs([experiment.experiment_id], max_results=1000)
     deleted = client.search_runs([experiment.experiment_id], run_view_type=mlflow.entities.ViewType.DELETED_ONLY)
-    faults = [f"run {run.info.run_name!r} is {run.info.status}" for run in runs if run.info.status in _OPEN]
+    faults = [f"run {run.info.run_name!r} is {run.info.status}" for run in runs if run.info.status != "FINISHED"]
     parents = [run for run in runs if "mlflow.parentRunId" not in run.data.tags]
     if len(parents) != 1:
         faults.append(f"{len(parents)} parent runs")
