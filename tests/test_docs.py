@@ -17,6 +17,7 @@ from accumtune.tracking.mlflow import run_content
 from accumtune.tracking.records import SearchRecord, TrialRecord
 
 DOCS = Path(accumtune.__file__).parent / "docs"
+ROOT = Path(__file__).parent.parent
 BLOCK = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
 BLOCKS = [
     pytest.param(code, id=f"{page.relative_to(DOCS / 'pages')}-{number}")
@@ -107,3 +108,17 @@ def test_every_tag_param_and_metric_of_a_run_has_its_line():
     told_in_words = ("mlflow.", "accumtune.trials_", "best_val_")
     named = {name for name in names if not name.startswith(told_in_words)}
     assert len(named) > 25 and missing_names("tracking.md", named) == set()
+
+
+def missing_scripts(text):
+    """Scripts of `experiments/` that a text names and that are not there; `README.md`'s table leaves the folder out."""
+    named = re.findall(r"experiments/[\w/]+\.py", text)
+    named += [f"experiments/benchmarks/{script}" for script in re.findall(r"\| `(\w+/\w+\.py)", text)]
+    return [script for script in named if not (ROOT / script).is_file()]
+
+
+def test_every_script_that_is_named_is_there():
+    pages = [ROOT / "README.md", ROOT / "experiments" / "README.md", *DOCS.rglob("*.md")]
+    text = "\n".join(page.read_text() for page in pages)
+    assert missing_scripts(text) == [] and "`engine/accumulation.py" in text
+    assert missing_scripts("| `engine/unicorn.py` |")  # the negative control
