@@ -75,10 +75,6 @@ class Run:
                 return True, *spent
         return False, self.presentations, self.seconds, self.seconds - self.waited_seconds
 
-    def best_after(self, share: float, column: int, total: float) -> float:
-        """The best objective within a share of a total that was spent (1 presentations, 2 seconds)."""
-        return min((event[0] for event in self.events if event[column] <= share * total), default=math.inf)
-
 
 # Keras Tuner as it is
 

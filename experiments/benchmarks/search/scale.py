@@ -1,11 +1,10 @@
-"""What a trial costs beside its training, and that it does not grow with the number of trials.
+"""What a trial costs beside its training does not grow with the number of trials.
 
     python experiments/benchmarks/search/scale.py --trials 2000
 
 Trials of a free model: the executor answers at once with made outcomes, everything else is real: the oracle and its
 files, journals, profiles, the choice of the pair, and with tracking on a replay into MLflow (SQLite). The cost of the
-last tenth of the trials is compared with that of the first. Before it a few real trials of a tiny network: wall time
-from the end of one trial to the end of the next, less what its process spent on building and training.
+last tenth of the trials is compared with that of the first.
 """
 
 from __future__ import annotations
@@ -135,36 +134,13 @@ def many(kind: str, trials: int, tracking: bool, folder: Path) -> dict[str, obje
     return found
 
 
-def real(trials: int, folder: Path) -> dict[str, object]:
-    """What real trials cost beside training, with tracking on."""
-    tuner = accumtune.RandomSearch(
-        build_model, objective="val_loss", max_trials=trials, seed=1, memory_budget="64MiB", micro_batch_sizes=(8, 16),
-        accumulation_steps=(1, 2), tracking_uri=f"sqlite:///{folder}/real.db", directory=folder, project_name="real",
-    )  # fmt: skip
-    x, y = data()
-    tuner.search(x, y, validation_data=(x, y), epochs=2, verbose=0)
-    ended = [trial.ended_at for trial in tuner.record().trials]
-    training = [trial.training_seconds for trial in tuner.record().trials]
-    beside = [end - before - seconds for before, end, seconds in zip(ended, ended[1:], training[1:], strict=False)]
-    return {"trials": trials, "beside_seconds": beside, "median": statistics.median(beside), "largest": max(beside)}
-
-
 def main() -> None:
     options = parser(__doc__)
     options.add_argument("--trials", type=int, default=2000)
     options.add_argument("--tuner", default="RandomSearch", choices=("RandomSearch", "OptunaSearch"))
     options.add_argument("--tracking", nargs="+", default=("off", "on"), choices=("off", "on"))
-    options.add_argument("--real", type=int, default=10, help="real trials; 0 for none")
     arguments = options.parse_args()
-    found: dict[str, object] = {"scale": []}
-    if arguments.real:
-        with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
-            found["real"] = real(arguments.real, Path(folder))
-        it = found["real"]
-        print(
-            f"{it['trials']} real trials, seconds beside training after the first: median {it['median']:.2f}, "
-            f"largest {it['largest']:.2f}\n"
-        )
+    found: list[dict[str, object]] = []
     print(f"{arguments.tuner}, {arguments.trials} free trials: ms per trial, medians of the first and last tenth")
     columns = {"tracking": "<8", "clock": "<5", "first": ">7.1f", "last": ">7.1f", "ratio": ">5.2f"}
     table = Table(columns | {"of means": ">8.2f"})
@@ -174,7 +150,7 @@ def main() -> None:
         temporary = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
         with temporary as folder, contextlib.chdir(folder), no_processes():
             run = many(arguments.tuner, arguments.trials, name == "on", Path(folder))
-        found["scale"].append(run)
+        found.append(run)
         for clock in ("wall", "cpu"):
             it = run[clock]
             first, last = 1000 * it["first_seconds"], 1000 * it["last_seconds"]

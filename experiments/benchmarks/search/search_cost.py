@@ -47,7 +47,6 @@ PAIRINGS = (
 )
 # What is compared, and where `Run.to_reach` says it.
 RATIOS = {"presentations": 1, "seconds": 2, "seconds_without_waits": 3}
-SHARES = (0.1, 0.25, 0.5, 1.0)
 
 
 def known_searches(path: Path | None) -> dict[tuple[str, str, str, int], dict[str, Any]]:
@@ -97,20 +96,6 @@ def ratios(record: Record, stock: list[Any], ours: list[Any]) -> dict[str, Any]:
     return found
 
 
-def best_so_far(record: Record, runs: list[Any], totals: list[Any]) -> dict[str, list[float]]:
-    """Median over seeds of the best validation loss, over the grid's best, at shares of what stock spends in all."""
-    return {
-        name: [
-            statistics.median(
-                run.best_after(share, column, getattr(total, name)) / record.best - 1
-                for run, total in zip(runs, totals, strict=True)
-            )
-            for share in SHARES
-        ]
-        for name, column in (("presentations", 1), ("seconds", 2))
-    }
-
-
 def spread(values: list[float]) -> str:
     return f"{statistics.median(values):5.1f} [{min(values):.1f}, {max(values):.1f}]"
 
@@ -145,7 +130,7 @@ def main() -> None:
     arguments = options.parse_args()
     tasks = [name for task in arguments.tasks for name in (MADE if task == "made" else [task])]
     seeds = list(range(1, arguments.seeds + 1))  # Keras Tuner takes 0 for "any"
-    found: dict[str, list[Any]] = {"rows": [], "curves": [], "searches": []}
+    found: dict[str, list[Any]] = {"rows": [], "searches": []}
     pairings = [names for names in PAIRINGS if names[1] in arguments.ours]
     known = known_searches(arguments.known)
     print(HEADER)
@@ -153,7 +138,6 @@ def main() -> None:
         for task in tasks:
             search_task(task, seeds, pairings, pool, found, known)
             keep(arguments.json, found)  # after each task: hours of searches are not lost with the last one
-    print_curves(found["curves"])
     print_summary(found["rows"], pairings, len(seeds), {task: record_of(task).infeasible_share() for task in tasks})
 
 
@@ -180,20 +164,7 @@ def search_task(
         ours = [runs[OURS, names[1], seed] for seed in seeds]
         row = ratios(record, stock, ours)
         found["rows"].append({"task": task, "stock": names[0], "ours": names[1], **row})
-        found["curves"].append((task, names, best_so_far(record, stock, stock), best_so_far(record, ours, stock)))
         print(printed(task, names, row, len(seeds)), flush=True)
-
-
-def print_curves(curves: list[Any]) -> None:
-    shares = " ".join(f"{100 * share:5.0f} %" for share in SHARES)
-    print(
-        "\nBest validation loss so far, in % over the grid's best, when a share of all that stock spends was spent "
-        f"(medians)\n{'':20}{'':18}{'of its presentations':^28} {'of its wall time':^28}\n{'':38}{shares} {shares}"
-    )
-    for task, names, stock, ours in curves:
-        for side, name, found in ((STOCK, names[0], stock), (OURS, names[1], ours)):
-            cells = " ".join(f"{100 * value:7.1f}" for column in found.values() for value in column)
-            print(f"{task:<20}{side[:6]:<7}{name[:10]:<11}{cells}")
 
 
 def print_summary(
