@@ -101,7 +101,7 @@ def test_every_tag_param_and_metric_of_a_run_has_its_line():
     )  # fmt: skip
     search = SearchRecord(
         Path(), search_id="i", reason="r", learning_rate_scaling="sqrt", tuner="t", backend="b", max_trials=1,
-        micro_batch_sizes=(2,), accumulation_steps=(2,), search_over="pairs",
+        micro_batch_sizes=(2,), accumulation_steps=(2,), search_over="pairs", whole_batch_loss=True,
     )  # fmt: skip
     parent, child = run_content.search_run(search, {}, None), run_content.trial_run(trial, search)
     names = {*parent.params, *parent.tags, *child.params, *child.tags, *(point.name for point in child.scalars)}
