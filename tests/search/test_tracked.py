@@ -84,7 +84,7 @@ def test_the_users_own_mlflow_is_as_it_was(tracked):
 
 def test_the_end_of_a_search_prints_where_to_browse_it(tracked):
     _, printed, _ = tracked
-    assert re.search(r"Browse it: mlflow ui --backend.*\n  then open http://127.0.0.1:5000/#/experiments/", printed)
+    assert re.search(r"Browse it: .*mlflow ui --backend.*\n  then open http://127.0.0.1:5000/#/experiments/", printed)
 
 
 def test_each_run_has_the_data_with_name_shapes_and_digest(tracked):
