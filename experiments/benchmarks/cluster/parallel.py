@@ -25,6 +25,7 @@ from typing import Any
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+import keras
 import keras_tuner
 import numpy as np
 from common import Table, keep, parser
@@ -35,24 +36,22 @@ from accumtune.tracking.journal import read_search
 LEAST_EFFICIENCY = 0.9
 
 
-class Waiting(keras_tuner.HyperModel):
-    """A model that is built, and a training that only waits."""
+def build_model(hp: Any) -> Any:
+    model = keras.Sequential([keras.Input((8,)), keras.layers.Dense(1)])
+    model.compile(keras.optimizers.SGD(hp.Float("learning_rate", 1e-3, 1e-1)), loss="mse")
+    return model
+
+
+class Waiting(keras.callbacks.Callback):
+    """A training that, at its end, only waits; notes when that begins."""
 
     def __init__(self, seconds: float, notes: Path) -> None:
         super().__init__()
         self.seconds, self.notes = seconds, str(notes)
 
-    def build(self, hp: Any) -> Any:
-        import keras
-
-        model = keras.Sequential([keras.Input((8,)), keras.layers.Dense(1)])
-        model.compile(keras.optimizers.SGD(hp.Float("learning_rate", 1e-3, 1e-1)), loss="mse")
-        return model
-
-    def fit(self, hp: Any, model: Any, *args: Any, **kwargs: Any) -> Any:
+    def on_train_end(self, logs: Any = None) -> None:
         Path(self.notes, str(os.getpid())).write_text(json.dumps([time.time(), time.process_time()]))
         time.sleep(self.seconds)
-        return float(hp.get("learning_rate"))
 
 
 def efficiency(folder: Path, workers: int, trials: int, seconds: float) -> dict[str, Any]:
@@ -61,13 +60,13 @@ def efficiency(folder: Path, workers: int, trials: int, seconds: float) -> dict[
     notes = folder / "notes"
     notes.mkdir()
     tuner = accumtune.RandomSearch(
-        Waiting(seconds, notes), objective=keras_tuner.Objective("loss", "min"), max_trials=trials, seed=1,
+        build_model, objective=keras_tuner.Objective("loss", "min"), max_trials=trials, seed=1,
         memory_budget="256MiB", micro_batch_sizes=(8,), accumulation_steps=(1,), workers=workers, tracking_uri=False,
         directory=folder, project_name=f"waiting_{workers}",
     )  # fmt: skip
     began, own = time.time(), time.process_time()
     with contextlib.redirect_stdout(io.StringIO()):
-        tuner.search(x, x[:, :1])
+        tuner.search(x, x[:, :1], callbacks=[Waiting(seconds, notes)])
     whole, own = time.time() - began, time.process_time() - own
     done = read_search(folder / f"waiting_{workers}").with_status("completed")
     # From the first proposal that knows what its model costs: probes come before it, once in a search.
