@@ -142,7 +142,10 @@ class RecordedExecutor:
         self.run.spend(self.record.inspect_seconds)
         hp = keras_tuner.HyperParameters()
         self.record.space.declare(hp)
-        found = {"hyperparameters": hp.get_config(), "batch_coupled_layers": [], "wants_data": False}
+        found = {
+            "hyperparameters": hp.get_config(), "batch_coupled_layers": [], "whole_batch_loss": False,
+            "wants_data": False,
+        }  # fmt: skip
         return Outcome("completed", found)
 
     def inspect(self, directory: Any, payload: str, hyperparameters: Any) -> Outcome:
