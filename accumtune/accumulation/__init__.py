@@ -78,7 +78,8 @@ def accumulate(
     number, so each token counts the same.
 
     Args:
-        model: a compiled Functional, Sequential or subclassed `keras.Model` with the stock `train_step`. The
+        model: a compiled Functional, Sequential or subclassed `keras.Model`. A `train_step` of its own is tried on the
+            first batch (page "Models with a train_step of their own"). The
             arguments of `compile` (run_eagerly, jit_compile, steps_per_execution) hold as before.
         micro_batch_size: samples in one forward and backward pass, at least 1.
         accumulation_steps: micro-batches per update, at least 1.
@@ -96,7 +97,8 @@ def accumulate(
         BatchSizeError: both or neither of the first two arguments given, one that is not a whole number of at least 1,
             or a micro-batch that is no multiple of the ghost batch.
         UncompiledModelError: the model was not compiled.
-        CustomTrainStepError: the model's class has a `train_step` or `make_train_function` of its own.
+        CustomTrainStepError: the model's class has a `make_train_function` of its own; in `fit`, a `train_step` of its
+            own that cannot be accumulated exactly.
         ModelError: not a `keras.Model`, the optimizer accumulates by itself, or another `whole_batch_loss`; with
             `ghost_batch_size`, a trainable BatchNormalization with `renorm=True`, synchronized over several replicas,
             or with a `call` of its own. While training: a model whose micro-batches cannot be run twice, see above.

@@ -16,19 +16,12 @@ import types
 import weakref
 from typing import Any
 
-from accumtune.accumulation import compatibility, ghost_batch, optimizers
+from accumtune.accumulation import compatibility, ghost_batch, optimizers, own_train_step
 from accumtune.accumulation.patched_attributes import put, put_back, replaced
 from accumtune.accumulation.window import Accumulation
 from accumtune.errors import CustomTrainStepError, ModelError, UncompiledModelError
 
-_ADAPT = """\
-leave train_step as it is and override what it calls:
-    class MyModel(keras.Model):
-        def call(self, inputs, training=None): ...                     # the forward pass
-        def compute_loss(self, x, y, y_pred, sample_weight, training=True):
-            return super().compute_loss(x, y, y_pred, sample_weight) + ...   # a mean over samples
-        def compute_metrics(self, x, y, y_pred, sample_weight=None): ...
-Losses of a layer go through self.add_loss(mean over samples)."""
+_ADAPT = "override train_step, compute_loss, compute_metrics or call instead; or train without accumulate."
 
 
 def install(model: Any, accumulation: Accumulation) -> Any:
@@ -38,6 +31,9 @@ def install(model: Any, accumulation: Accumulation) -> Any:
     _check(model)
     if accumulation.ghost_batch_size is not None:
         ghost_batch.check(model)
+    if accumulation.whole_batch_loss is True and own_train_step.has_own_step(model):
+        seen = "and whole_batch_loss=True, which asks for the loss of compile."
+        raise own_train_step.refusal(model, seen, "leave out whole_batch_loss.")
     compatibility.check()
     remove(model)
     is_tensorflow = keras.backend.backend() == "tensorflow"
@@ -45,6 +41,7 @@ def install(model: Any, accumulation: Accumulation) -> Any:
     attributes = {
         "_accumtune_accumulation": accumulation,
         "_accumtune_rows": None,  # the arrays of the fit that is running
+        "_accumtune_certificate": None,  # of a train_step of its own, see certificate.py
         "_accumtune_samples": None,  # a few of the first batch, see known_samples.py
         "_accumtune_validation_size": None,  # of the fit that is running
         "_accumtune_metric_batch_size": None,  # of its validation, for metrics over the batch
@@ -103,14 +100,14 @@ def _check(model: Any) -> None:
             "a compiled model.",
             'call model.compile(optimizer="adam", loss=...) before accumulate(model, ...).',
         )
-    for name in ("train_step", "make_train_function"):
-        is_ours = name in vars(model) and "_accumtune_accumulation" in vars(model) and name != "train_step"
-        if getattr(type(model), name) is not getattr(keras.Model, name) or (name in vars(model) and not is_ours):
-            raise CustomTrainStepError(
-                f"Received model {model.name!r} of class {type(model).__name__}, which has its own {name}.",
-                "the stock train_step: accumulation replaces it, so what yours does would be lost.",
-                _ADAPT,
-            )
+    name = "make_train_function"
+    is_own = name in vars(model) and "_accumtune_accumulation" not in vars(model)
+    if is_own or type(model).make_train_function is not keras.Model.make_train_function:
+        raise CustomTrainStepError(
+            f"Received model {model.name!r} of class {type(model).__name__}, which has its own {name}.",
+            f"the stock {name}: accumulation replaces it, so what yours does would be lost.",
+            _ADAPT,
+        )
     optimizers.check(model.optimizer)
 
 
@@ -121,7 +118,7 @@ def _make_train_function(model: Any, force: bool = False) -> Any:
     _check(model)  # compile may have been called again
     model.train_function = None
     _free_engine(model)
-    engine = _engine()(model, model._accumtune_accumulation)
+    engine = _engine(own_train_step.has_own_step(model))(model, model._accumtune_accumulation)
     put(model, {"_accumtune_engine": weakref.ref(engine)})
     model.train_function = engine
     return engine
@@ -155,20 +152,32 @@ def _get_metrics_result_or_logs(model: Any, logs: Any) -> Any:
     return type(model)._get_metrics_result_or_logs(model, logs)
 
 
-def _engine() -> Any:
-    """The train function of the Keras backend in use."""
+def _engine(is_own: bool) -> Any:
+    """The train function of the Keras backend in use; one for a train_step of the model's own where it `is_own`."""
     import keras
 
     backend = keras.backend.backend()
     if backend == "tensorflow":
+        if is_own:
+            from accumtune.accumulation.engines.own_step_tensorflow import OwnStepTensorFlow
+
+            return OwnStepTensorFlow
         from accumtune.accumulation.engines.engine_tensorflow import TensorFlowTraining
 
         return TensorFlowTraining
     if backend == "jax":
+        if is_own:
+            from accumtune.accumulation.engines.own_step_jax import OwnStepJax
+
+            return OwnStepJax
         from accumtune.accumulation.engines.engine_jax import JaxTraining
 
         return JaxTraining
     if backend == "torch":
+        if is_own:
+            from accumtune.accumulation.engines.own_step_torch import OwnStepTorch
+
+            return OwnStepTorch
         from accumtune.accumulation.engines.engine_torch import TorchTraining
 
         return TorchTraining

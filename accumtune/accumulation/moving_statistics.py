@@ -123,7 +123,7 @@ def recorded(model: Any, may_be_empty: bool = False) -> Iterator[Notes]:
     Args:
         may_be_empty: whether a micro-batch may have no samples, as that of a replica with fewer than the others.
     """
-    layers = [layer for layer in model._flatten_layers() if _keeps_statistics(layer)]
+    layers = [layer for layer in model._flatten_layers() if keeps_statistics(layer)]
     moving = [variable for layer in layers for variable in (layer.moving_mean, layer.moving_variance)]
     notes = Notes()
     with contextlib.ExitStack() as changed:
@@ -150,7 +150,8 @@ def _assign_nothing(value: Any) -> Any:
     return value
 
 
-def _keeps_statistics(layer: Any) -> bool:
+def keeps_statistics(layer: Any) -> bool:
+    """Whether a layer moves statistics of its batches."""
     import keras
 
     return (

@@ -50,7 +50,8 @@ class TrainingConfig:
         fit_options: what else `fit` was given that changes the result, such as `class_weight`.
         trial: the training that the objective's value is of: its `micro_batch_size` (another one of the same
             effective batch may be recommended), `peak_memory_bytes`, `executions`, `best_epoch`, where its `weights`
-            are, and in `not_carried` what else its result depends on (callbacks, ...).
+            are, in `not_carried` what else its result depends on (callbacks, ...), and in `own_train_step` how the
+            gradients of a `train_step` of the model's own were certified, "mean" or "sum".
         precision_policy, backend, versions, device, data_shapes: what it was measured with.
         batch_coupled_layers: where the samples of a micro-batch meet; with none, every micro-batch trains the same.
         whole_batch_loss: whether the loss is that of the whole effective batch, in two passes.

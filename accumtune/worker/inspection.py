@@ -15,6 +15,8 @@ from accumtune.accumulation import accumulate, batch_coupled_layers
 from accumtune.accumulation.coupling.detection import coupled_with_ghost_batches, runs_code_of_the_user
 from accumtune.accumulation.data.array_kinds import is_dense
 from accumtune.accumulation.losses.whole_batch_loss import is_wanted
+from accumtune.accumulation.own_train_step import certify, has_own_step
+from accumtune.accumulation.patched_attributes import put
 from accumtune.memory import probe as probes
 from accumtune.worker.data import user_data
 from accumtune.worker.data.hypermodel_fit_data import arguments_of_fit, own_fit
@@ -55,6 +57,8 @@ def discover(directory: TaskDirectory, payload: str, space: dict[str, Any] | Non
             wants_data.add(runs_code_of_the_user(model))
             some = () if space is None or not runs_code_of_the_user(model) else _some_data(model, content, hp)
             accumulate(model, micro_batch_size=1)  # refuses what no trial could train
+            if space is not None and has_own_step(model):
+                put(model, {"_accumtune_certificate": certify(model, *_samples(model, content, hp)[0](16))})
             found = batch_coupled_layers(model, *some)
             coupled.update(dict.fromkeys(str(layer) for layer in found))
             left = coupled_with_ghost_batches(model, *some) if found else []

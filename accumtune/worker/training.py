@@ -14,6 +14,7 @@ import keras
 from keras_tuner import errors as tuner_errors
 from keras_tuner.src.engine import tuner_utils  # how Keras Tuner reads what fit() returns; it has no public name
 
+from accumtune.accumulation.own_train_step import certificate_of
 from accumtune.errors import SearchError
 from accumtune.memory.budget import format_bytes
 from accumtune.memory.compilation import PeakWithoutCompiling
@@ -127,6 +128,9 @@ def _fit(
     report = measured.report(hp.values.get("effective_batch_size", 0))
     metrics, best_epoch = _results(history, objective, content.get("is_scored_later", False))
     _save_build_config(model, directory)
+    certificate = certificate_of(model)
+    if certificate is not None:
+        report["own_train_step"] = certificate.reduction
     return {"metrics": {name: float(value) for name, value in metrics.items()}, "best_epoch": best_epoch, **report}
 
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from accumtune.accumulation import ghost_batch
+from accumtune.accumulation import ghost_batch, own_train_step
 from accumtune.accumulation.coupling.known_samples import Samples
 from accumtune.accumulation.coupling.layer_trials import has_code_of_the_user, recorded_calls
 from accumtune.accumulation.coupling.layer_trials import why_coupled as why_layer_coupled
+from accumtune.errors import CustomTrainStepError
 
 if TYPE_CHECKING:
     import keras
@@ -82,6 +83,8 @@ def coupled_with_ghost_batches(model: keras.Model, x: Any = None, y: Any = None)
 
 
 def _coupled(model: Any, x: Any, y: Any) -> list[Coupling]:
+    if own_train_step.has_own_step(model):
+        return _with_own_step(model, x, y)
     seen = Samples(x, y) if x is not None else getattr(model, "_accumtune_samples", None)
     layers = list(model._flatten_layers(include_self=True))
     has_own_code = any(map(has_code_of_the_user, layers))
@@ -114,10 +117,27 @@ def _takes_whole_batches(model: Any) -> bool:
     return couples_samples_in_its_loss(model) if chosen == "auto" else bool(chosen)
 
 
+def _with_own_step(model: Any, x: Any, y: Any) -> list[Coupling]:
+    """Of a model with a `train_step` of its own: its layers by name, all else as the step's certificate says."""
+    certificate, reason = own_train_step.certificate_of(model), ""
+    if certificate is None and x is None:
+        reason = "has its own train_step, which is tried with data: unknown."
+    elif certificate is None:
+        try:
+            own_train_step.certify(model, x, y)
+        except CustomTrainStepError as error:
+            reason = error.received
+    layers = [_layer(layer) for layer in model._flatten_layers()]
+    found = list(dict.fromkeys(item for item in layers if item is not None))
+    return [*found, Coupling(model.name, type(model).__name__, reason, is_known=x is not None)] if reason else found
+
+
 def runs_code_of_the_user(model: keras.Model) -> bool:
     """Whether some of a model's layers or losses have to be tried out, best with data."""
     import keras
 
+    if own_train_step.has_own_step(model):
+        return True
     losses = [keras.losses.get(loss) if isinstance(loss, str) else loss for loss in _compiled_losses(model)]
     own_losses = [loss for loss in losses if not _is_per_sample(loss, getattr(loss, "fn", loss))]
     return bool(own_losses) or any(map(has_code_of_the_user, model._flatten_layers(include_self=True)))

@@ -39,10 +39,12 @@ class MicroBatch:
     Args:
         samples: how many there are.
         take: gives `(x, y, sample_weight)`.
+        form: how many of these the batch had as a tuple; 0 where it was x alone.
     """
 
     samples: int
     take: Callable[[], Any]
+    form: int = 3
 
 
 def samples_of(batch: Any) -> int:
@@ -71,13 +73,16 @@ def micro_batches(batch: Any, micro_batch_size: int | None, source: Rows | None,
     numbers = None if source is None else row_numbers(batch)
     if source is not None and numbers is not None:
         parts = split(len(numbers), micro_batch_size or len(numbers))
-        return [MicroBatch(part.stop - part.start, functools.partial(source.take, numbers[part])) for part in parts]
+        takes = [functools.partial(source.take, numbers[part]) for part in parts]
+        return [MicroBatch(part.stop - part.start, take, source.form) for part, take in zip(parts, takes, strict=True)]
+    form = len(batch) if isinstance(batch, (tuple, list)) else 0
     batch = unpacked(batch)
     samples = samples_of(batch)
     parts = split(samples, micro_batch_size or max(samples, 1))
     if len(parts) <= 1:
-        return [MicroBatch(samples, lambda: batch)]
-    return [MicroBatch(part.stop - part.start, functools.partial(part_of, batch, part, cut)) for part in parts]
+        return [MicroBatch(samples, lambda: batch, form)]
+    takes = [functools.partial(part_of, batch, part, cut) for part in parts]
+    return [MicroBatch(part.stop - part.start, take, form) for part, take in zip(parts, takes, strict=True)]
 
 
 def part_of(batch: Any, part: slice, cut: Any = None) -> Any:

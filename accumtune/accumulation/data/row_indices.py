@@ -28,7 +28,7 @@ class Rows:
     def __init__(self, packed: Any) -> None:
         from keras import tree
 
-        self._packed = packed
+        self.form = len(packed) if isinstance(packed, (tuple, list)) else 0  # as a step unpacks it
         self._columns = tree.map_structure(lambda array: None if array is None else Column(array), packed)
         self.samples = next(column.samples for column in tree.flatten(self._columns) if column is not None)
 

@@ -17,6 +17,7 @@ import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+from accumtune.accumulation.own_train_step import has_own_step
 from accumtune.accumulation.patched_attributes import put, replaced
 from accumtune.errors import DataError, ModelError
 
@@ -32,6 +33,8 @@ def is_wanted(model: Any) -> bool:
     from accumtune.accumulation.coupling.detection import couples_samples_in_its_loss
 
     accumulation = getattr(model, "_accumtune_accumulation", None)
+    if has_own_step(model):  # its step is taken as it is
+        return False
     chosen = False if accumulation is None else accumulation.whole_batch_loss
     if chosen != "auto":
         return bool(chosen)

@@ -86,6 +86,8 @@ def dependencies_of_trial(trial: TrialRecord, not_carried: list[str]) -> dict[st
         _, task = directory.read_task()
     except (OSError, ValueError, KeyError):
         task = {}
+    outcome = directory.read_outcome() or {}
+    own_train_step = (outcome.get("result") or {}).get("own_train_step")
     weights = task.get("initial_weights")
     if weights:
         source = Path(weights).parent.name.removeprefix("trial_")
@@ -100,5 +102,6 @@ def dependencies_of_trial(trial: TrialRecord, not_carried: list[str]) -> dict[st
             "best_epoch": trial.best_epoch,
             "weights": str(directory.weights_file) if directory.weights_file.exists() else None,
             "not_carried": not_carried,
+            **({"own_train_step": own_train_step} if own_train_step else {}),
         },
     }

@@ -1,0 +1,153 @@
+"""The operations of a training step, and whether what it makes of a batch is linear in the samples.
+
+Numbers alone cannot tell: a clipping that does not clip today, or a mean over tokens of samples that have equally many,
+is exact on one batch and not on the next. So every operation on the way to the gradients is looked at. Once samples
+have been added up, only linear operations may follow, and nothing may go back into the samples. What is smooth and not
+linear shows in the numbers as well; what is linear in pieces shows here.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Operation:
+    """One operation of a step: keys of its inputs and outputs, their shapes, which inputs depend on samples."""
+
+    name: str
+    inputs: tuple[Any, ...]
+    input_shapes: tuple[Shape, ...]
+    depends: tuple[bool, ...]
+    outputs: tuple[Any, ...]
+    output_shapes: tuple[Shape, ...]
+
+
+@dataclass(frozen=True)
+class Rules:
+    """What the operations of a backend do to numbers that samples were added up to.
+
+    Args:
+        linear: linear in their inputs together.
+        products: linear in each input alone.
+        firsts: linear in the first input alone.
+        choices: linear in all inputs but the first.
+        reductions: add up samples (those of derivatives do, whatever their name).
+        only_shapes: their results depend on the shape of what they get, not on its values.
+        decisions: bring a number to Python, which may decide by it.
+    """
+
+    linear: frozenset[str]
+    products: frozenset[str]
+    firsts: frozenset[str]
+    choices: frozenset[str]
+    reductions: frozenset[str]
+    only_shapes: frozenset[str]
+    decisions: frozenset[str] = frozenset()
+
+
+@dataclass
+class Recording:
+    """The operations of one run, in their order."""
+
+    rules: Rules
+    operations: list[Operation] = field(default_factory=list)
+    _dependent: set[Any] = field(default_factory=set)
+
+    def mark(self, keys: Sequence[Any]) -> None:
+        """Says that these depend on samples: data, and what is drawn for each of them."""
+        self._dependent.update(keys)
+
+    def add(
+        self,
+        name: str,
+        inputs: Sequence[tuple[Any, Shape]],
+        outputs: Sequence[tuple[Any, Shape]],
+        into: Sequence[Any] = (),
+    ) -> None:
+        """Notes an operation; `into` are keys of what it writes to."""
+        depends = tuple(key in self._dependent for key, _ in inputs)
+        if any(depends) and name not in self.rules.only_shapes:
+            self._dependent.update(key for key, _ in outputs)
+            self._dependent.update(into)
+        self.operations.append(
+            Operation(
+                name,
+                tuple(key for key, _ in inputs),
+                tuple(shape for _, shape in inputs),
+                depends,
+                tuple(key for key, _ in outputs),
+                tuple(shape for _, shape in outputs),
+            )
+        )
+
+    def leading_to(self, keys: Sequence[Any]) -> list[Operation]:
+        """The operations on the way to these results."""
+        wanted, found = set(keys), list[Operation]()
+        for operation in reversed(self.operations):
+            if wanted.intersection(operation.outputs):
+                wanted.update(operation.inputs)
+                found.append(operation)
+        return found[::-1]
+
+
+Traced = tuple[Recording, Sequence[Any]]
+
+
+def why_not_linear(rules: Rules, whole: Traced, other: Traced, sizes: tuple[int, int]) -> str:
+    """What keeps the results of a step from being linear in the samples; "" where nothing does.
+
+    Args:
+        whole, other: the step on different numbers of samples, with the keys of its results.
+        sizes: these numbers.
+    """
+    for one in whole[0].operations:
+        if one.name in rules.decisions and any(one.depends):
+            return f"it brings a number to Python ({one.name}), by which it may decide."
+    made = {key for one in whole[0].operations for key in one.outputs}
+    if not made.issuperset(whole[1]):
+        return "the way from the samples to its gradients could not be followed."
+    ones, twos = (recording.leading_to(keys) for recording, keys in (whole, other))
+    if [one.name for one in ones] != [two.name for two in twos]:
+        return "it computes in another way for another number of samples, or for other samples."
+    reasons = (_why_not(rules, one, two, sizes) for one, two in zip(ones, twos, strict=True))
+    return next((reason for reason in reasons if reason), "")
+
+
+def _why_not(rules: Rules, one: Operation, two: Operation, sizes: tuple[int, int]) -> str:
+    if not any(one.depends) or one.name in rules.only_shapes:
+        return ""
+    in_samples = [a != b for a, b in zip(one.input_shapes, two.input_shapes, strict=True)]
+    out_samples = [a != b for a, b in zip(one.output_shapes, two.output_shapes, strict=True)]
+    for shape, small in zip(one.output_shapes, two.output_shapes, strict=True):
+        if math.prod(shape) * sizes[1] != math.prod(small) * sizes[0] and shape != small:
+            return f"it compares the samples of a batch with each other ({one.name} gives {shape} for {sizes[0]})."
+    reduced = [depends and not samples for depends, samples in zip(one.depends, in_samples, strict=True)]
+    if any(reduced) and any(out_samples):
+        return f"what it computes for a sample depends on the others in the batch ({one.name})."
+    if any(reduced):
+        return "" if _is_linear(rules, one.name, reduced) else _not_linear(one.name)
+    is_sum = one.name in rules.reductions or "grad" in one.name.lower() or "backprop" in one.name.lower()
+    if any(depends and samples for depends, samples in zip(one.depends, in_samples, strict=True)):
+        if one.output_shapes and not any(out_samples) and not is_sum:
+            return f"it reduces the samples of a batch by {one.name}, which is neither a mean nor a sum."
+    return ""
+
+
+def _not_linear(name: str) -> str:
+    return f"between a sum over samples and the optimizer it computes {name}, which is not linear."
+
+
+def _is_linear(rules: Rules, name: str, reduced: list[bool]) -> bool:
+    if name in rules.linear:
+        return True
+    if name in rules.products:
+        return sum(reduced) == 1
+    if name in rules.firsts:
+        return not any(reduced[1:])
+    return name in rules.choices and not reduced[0]

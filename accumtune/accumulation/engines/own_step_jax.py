@@ -1,0 +1,219 @@
+"""A model's own `train_step` on JAX: windows of its micro-steps."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax.numpy as jnp
+import keras
+import numpy as np
+from keras import tree
+
+from accumtune.accumulation import interception, noise_scale
+from accumtune.accumulation import moving_statistics as statistics
+from accumtune.accumulation import own_train_step as own
+from accumtune.accumulation.coupling import known_samples
+from accumtune.accumulation.engines import own_trial_jax as own_trial
+from accumtune.accumulation.engines.carried_state import as_sums, changed, with_changes
+from accumtune.accumulation.engines.engine_jax import JaxTraining, _precision
+from accumtune.accumulation.patched_attributes import put, replaced
+from accumtune.accumulation.window import Accumulation, shares
+
+
+class OwnStepJax(JaxTraining):
+    """Trains one window per call, with the model's own step on each micro-batch."""
+
+    def __init__(self, model: Any, accumulation: Accumulation) -> None:
+        super().__init__(model, accumulation)
+        if keras.distribution.distribution() is not None:
+            raise own.refusal(model, "and it is spread over several devices.", "train it on one device.")
+        if accumulation.ghost_batch_size is not None:
+            raise own.refusal(
+                model, "and a ghost_batch_size, on JAX.", "leave out ghost_batch_size, or use another backend."
+            )
+        self._form = 3
+        self._certificate: own.Certificate | None = None
+        self._structure: Any = None
+        self._only = self._jitted(self._whole_step, donate=(0,))
+        self._first = self._jitted(self._first_micro_step)
+        self._next = self._jitted(self._next_micro_step, donate=(0,))
+        self._last = self._jitted(self._last_micro_step, donate=(0, 1, 2))
+
+    def _train(self, state: Any, window: list[Any]) -> tuple[Any, Any]:
+        model = self.model
+        form, self._form = self._form, window[0].form
+        batch = window[0].take()
+        known_samples.note(model, batch)
+        if self._certificate is None or form != self._form:
+            self._certificate = own_trial.certified(model, state, [part.take for part in window], self._form)
+            put(model, {"_accumtune_certificate": self._certificate})
+        if len(window) == 1:
+            return self._only(state, batch)
+        trainable, non_trainable, optimizer, metrics = state
+        samples = [part.samples for part in window]
+        listener = noise_scale.listening(model, samples)
+        carried: Any = None
+        for index, share in enumerate(np.asarray(shares(samples), _precision())):
+            part = window.pop(0)
+            batch = part.take() if index else batch
+            if not index:
+                carried = self._first(metrics, trainable, non_trainable, optimizer, batch, share)
+            elif window:
+                carried = self._next(carried, trainable, non_trainable, optimizer, batch, share)
+            else:
+                leaves, sums, new = self._last(trainable, optimizer, carried, non_trainable, batch, share)
+                state = (new[0], with_changes(new[1], non_trainable), new[2], new[3])
+                carried = (sums,)
+            batch = None  # gone before the next one is taken
+            listener(index, functools.partial(self._squared_norm, carried[0]))
+        return tree.pack_sequence_as(self._structure, list(leaves)), state
+
+    # The jitted functions
+
+    def _whole_step(self, state: Any, batch: Any) -> Any:
+        return self.model.train_step(state, interception.packed(batch, self._form))
+
+    def _first_micro_step(
+        self, metrics: Any, trainable: Any, non_trainable: Any, optimizer: Any, batch: Any, share: Any
+    ) -> Any:
+        return self._micro_step(None, metrics, trainable, non_trainable, optimizer, batch, share)
+
+    def _next_micro_step(
+        self, carried: Any, trainable: Any, non_trainable: Any, optimizer: Any, batch: Any, share: Any
+    ) -> Any:
+        so_far, metrics, seeds = carried[:3], carried[3], carried[4]
+        non_trainable = _with_seeds(self.model, non_trainable, seeds)
+        return self._micro_step(so_far, metrics, trainable, non_trainable, optimizer, batch, share)
+
+    def _micro_step(
+        self, so_far: Any, metrics: Any, trainable: Any, non_trainable: Any, optimizer: Any, batch: Any, share: Any
+    ) -> Any:
+        """A micro-step that is not the last: nothing stays of it but gradients, metrics, seeds and logs."""
+        state = (trainable, non_trainable, optimizer, metrics)
+        sums, leaves, moments, new = self._run(state, batch, share, so_far, None)
+        return sums, leaves, moments, new[3], _seeds(self.model, new[1])
+
+    def _last_micro_step(
+        self, trainable: Any, optimizer: Any, carried: Any, non_trainable: Any, batch: Any, share: Any
+    ) -> Any:
+        so_far, metrics, seeds = carried[:3], carried[3], carried[4]
+        given, non_trainable = non_trainable, _with_seeds(self.model, non_trainable, seeds)
+        state = (trainable, non_trainable, optimizer, metrics)
+        own_apply = self.model.optimizer.stateless_apply
+        sums, leaves, moments, new = self._run(state, batch, share, so_far, own_apply)
+        variables = self.model.non_trainable_variables
+        mapping = list(zip(variables, non_trainable, strict=True))
+        with keras.StatelessScope(state_mapping=mapping) as scope:
+            statistics.moved(self._normalizations, moments)
+        moving = {id(one) for layer in self._normalizations for one in (layer.moving_mean, layer.moving_variance)}
+        non_trainable = [
+            scope.get_current_value(variable) if id(variable) in moving else value
+            for variable, value in zip(variables, new[1], strict=True)
+        ]
+        return leaves, sums, (new[0], changed(non_trainable, given), new[2], new[3])
+
+    def _run(self, state: Any, batch: Any, share: Any, so_far: Any, apply: Any) -> tuple[Any, Any, Any, Any]:
+        model, known = self.model, self._known()
+        sums: list[Any] = []
+
+        def handed(optimizer: Any, gradients: Any, trainable: Any) -> Any:
+            mine = self._sums(gradients, None if so_far is None else so_far[0], share)
+            sums.extend(mine)
+            if apply is None:
+                return trainable, optimizer
+            pairs = zip(mine, trainable, strict=True)
+            return apply(optimizer, [total.astype(value.dtype) for total, value in pairs], trainable)
+
+        with (
+            interception.weighed_scalars(model, share, known.scalars),
+            replaced(model.optimizer, {"stateless_apply": handed}),
+            _moments_in_place(model) as counts,
+        ):
+            logs, new = model.train_step(state, interception.packed(batch, self._form))
+        self._structure = tree.map_structure(lambda _: None, logs)
+        leaves = interception.joined_logs(None if so_far is None else so_far[1], logs, known.logs, share)
+        self._normalizations = [layer for layer, _ in counts]
+        moments = _packed_moments(model, counts, new[1])
+        return sums, leaves, moments if so_far is None else statistics.combined(so_far[2], moments), new
+
+    def _sums(self, gradients: Any, so_far: Any, share: Any) -> list[Any]:
+        known, variables = self._known(), self.model.trainable_variables
+        totals = []
+        for index, (variable, gradient) in enumerate(zip(variables, as_sums(list(gradients)), strict=True)):
+            replaces = getattr(variable, "overwrite_with_gradient", False)  # float8 scales: a new value, not a sum
+            if known.reduction == own.MEAN and not replaces:
+                gradient = gradient * jnp.asarray(share, gradient.dtype)
+            totals.append(gradient if so_far is None or replaces else so_far[index] + gradient)
+        return totals
+
+    def _known(self) -> own.Certificate:
+        assert self._certificate is not None
+        return self._certificate
+
+
+def _seeds(model: Any, values: Any) -> list[Any]:
+    pairs = zip(model.non_trainable_variables, values, strict=True)
+    return [value for variable, value in pairs if interception.is_seed(variable)]
+
+
+def _with_seeds(model: Any, values: Any, seeds: Any) -> list[Any]:
+    rest = iter(seeds)
+    return [
+        next(rest) if interception.is_seed(variable) else value
+        for variable, value in zip(model.non_trainable_variables, values, strict=True)
+    ]
+
+
+@contextlib.contextmanager
+def _moments_in_place(model: Any) -> Iterator[list[tuple[Any, float]]]:
+    """While open, moving statistics become the moments of a batch: a step returns them where it returns the others.
+
+    The list gets each normalization and how many entries a channel has.
+    """
+    counts: list[tuple[Any, float]] = []
+
+    def noting(layer: Any, held: dict[str, Any]) -> Callable[..., Any]:
+        own_moments = layer._moments
+
+        def moments(inputs: Any, mask: Any) -> tuple[Any, Any]:
+            if mask is not None or any(known is layer for known, _ in counts):
+                raise own.refusal(
+                    model,
+                    f"it calls {layer.name!r}, a BatchNormalization, several times or with a mask.",
+                    "call it once, on all views of the batch together; or use another backend.",
+                )
+            mean, variance = own_moments(inputs, mask)
+            held["moving_mean"], held["moving_variance"] = mean, variance
+            counts.append((layer, math.prod(inputs.shape) / inputs.shape[layer.axis]))
+            return mean, variance
+
+        return moments
+
+    with contextlib.ExitStack() as stack:
+        for layer in model._flatten_layers():
+            if not statistics.keeps_statistics(layer):
+                continue
+            held: dict[str, Any] = {}
+            stack.enter_context(replaced(layer, {"_moments": noting(layer, held)}))
+            for name in ("moving_mean", "moving_variance"):
+                variable = getattr(layer, name)
+
+                def assign(value: Any, variable: Any = variable, name: str = name, held: Any = held) -> Any:
+                    return type(variable).assign(variable, held[name])
+
+                stack.enter_context(replaced(variable, {"assign": assign}))
+        yield counts
+
+
+def _packed_moments(model: Any, counts: list[tuple[Any, float]], non_trainable: Any) -> statistics.Packed:
+    values = {id(one): value for one, value in zip(model.non_trainable_variables, non_trainable, strict=True)}
+    return statistics.packed(
+        [
+            statistics.Moments(layer, number, values[id(layer.moving_mean)], values[id(layer.moving_variance)])
+            for layer, number in counts
+        ]
+    )

@@ -1,0 +1,158 @@
+"""Tries a model's own `train_step` on torch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from keras import ops, tree
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from accumtune.accumulation import certificate as certificates
+from accumtune.accumulation import interception, trial_samples
+from accumtune.accumulation import own_train_step as own
+from accumtune.accumulation.dataflow import Recording, Rules
+from accumtune.accumulation.engines import own_trial as trials
+
+
+def certified(model: Any, takes: list[Callable[[], Any]], form: int) -> own.Certificate:
+    """The certificate of a model, from the first samples of a window."""
+    batch = trials.first_samples(model, takes)
+    with trials.unchanged(model):
+        found = certificates.certify(model, TorchTrial(model, form), batch)
+    model.zero_grad()
+    return found
+
+
+class TorchTrial:
+    """Runs the step operation by operation."""
+
+    def __init__(self, model: Any, form: int) -> None:
+        self.model, self.form = model, form
+        self.rules = RULES
+
+    def run(self, batch: Any, draws: Any, share: float, change_of_weights: float = 0.0, **how: Any) -> certificates.Run:
+        recorder = _Recorder(Recording(self.rules), draws)
+        data = tree.map_structure(lambda leaf: None if leaf is None else ops.convert_to_tensor(leaf), batch)
+        recorder.mark([leaf for leaf in tree.flatten(data) if leaf is not None])
+        for variable in self.model.trainable_variables:
+            # A step that does not begin by zero_grad() shows.
+            variable.value.grad = torch.full_like(variable.value, 1e3)
+        recorder.allow([variable.value.grad for variable in self.model.trainable_variables])
+        with trials.other_weights(self.model, change_of_weights), recorder:
+            found = trials.run(
+                self.model,
+                interception.packed(data, self.form),
+                recorder.recording,
+                recorder.stop,
+                _key,
+                lambda gradient: gradient,
+                share,
+                **how,
+            )
+        trials.check_writes(self.model, recorder.wrote)
+        return found
+
+
+def _key(tensor: Any) -> Any:
+    return tensor.untyped_storage().data_ptr()
+
+
+class _Recorder(TorchDispatchMode):
+    """Notes torch's operations while open, and has random ones give what `draws` makes of their numbers."""
+
+    def __init__(self, recording: Recording, draws: Any) -> None:
+        super().__init__()
+        self.recording, self._draws = recording, draws
+        self._kept: list[Any] = []  # memory is one tensor's, or that of its views, as long as it lives
+        self._is_on = True
+        self.wrote: list[str] = []
+        self._made: set[Any] = set()
+
+    def allow(self, values: list[Any]) -> None:
+        """Says that a step may write to these."""
+        self._kept.append(values)
+        self._made.update(_key(value) for value in values)
+
+    def stop(self) -> None:
+        self._is_on = False
+
+    def mark(self, values: list[Any]) -> None:
+        self._kept.append(values)
+        self.recording.mark([_key(value) for value in values])
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        result = function(*args, **kwargs)
+        is_draw = torch.Tag.nondeterministic_seeded in function.tags
+        if is_draw:
+            result = self._drawn(function, args, result)
+        inputs, outputs = _tensors((args, kwargs)), _tensors(result)
+        name = function.overloadpacket.__name__
+        writes = [_key(inputs[0])] if inputs and name.endswith("_") and name != "detach_" else []
+        self.wrote += [name for key in writes if key not in self._made]
+        self._made.update(_key(value) for value in outputs)
+        if not self._is_on:
+            return result
+        self._kept += [inputs, outputs]
+        if name == "_to_copy" and not result.dtype.is_floating_point:
+            name = "_to_copy (integers)"
+        self.recording.add(name, _shaped(inputs), _shaped(outputs), writes)
+        if is_draw:
+            self.recording.mark([_key(value) for value in outputs])
+        return result
+
+    def _drawn(self, function: Any, args: Any, result: Any) -> Any:
+        name = function.overloadpacket.__name__
+        if name == "native_dropout":  # of CUDA: it gives what it drew as its second result
+            mask = torch.as_tensor(self._draws.next(result[1].cpu().numpy())).to(result[1].device)
+            return args[0] * mask / (1 - args[1]), mask
+        if not isinstance(result, torch.Tensor):
+            raise trial_samples.NotPerSampleError(f"it draws random numbers by {name}, which cannot be held fixed.")
+        held = torch.as_tensor(self._draws.next(result.detach().cpu().numpy())).to(result)
+        result.copy_(held)
+        return result
+
+
+def _tensors(values: Any) -> list[Any]:
+    found: list[Any] = []
+    pending = [values]
+    while pending:
+        value = pending.pop(0)
+        if isinstance(value, torch.Tensor):
+            found.append(value)
+        elif isinstance(value, (tuple, list)):
+            pending = [*value, *pending]
+        elif isinstance(value, dict):
+            pending = [*value.values(), *pending]
+    return found
+
+
+def _shaped(values: list[Any]) -> list[tuple[Any, Any]]:
+    return [(_key(value), tuple(value.shape)) for value in values]
+
+
+RULES = Rules(
+    linear=frozenset(
+        "add add_ sub sub_ rsub neg _to_copy alias view _unsafe_view reshape sum mean stack cat slice select t "
+        "transpose permute squeeze unsqueeze expand clone detach detach_ copy copy_ zeros_like ones_like full_like "
+        "fill_ zero_ constant_pad_nd split lift_fresh contiguous flip "
+        "new_zeros new_empty_strided empty_like as_strided unbind narrow diagonal select_backward "
+        "slice_backward _foreach_add".split()
+    ),
+    products=frozenset("mul mul_ mm bmm matmul addmm dot mv addmv baddbmm".split()),
+    firsts=frozenset(
+        "div div_ true_divide index index_select gather index_put index_put_ index_add embedding_dense_backward".split()
+    ),
+    choices=frozenset("where".split()),
+    reductions=frozenset(
+        "sum mean mm bmm matmul addmm dot mv index_add index_put index_put_ _index_put_impl_ view _unsafe_view "
+        "squeeze add_".split()
+    ),
+    only_shapes=frozenset(
+        "zeros_like ones_like full_like empty_like new_zeros new_ones new_empty new_full new_empty_strided zero_ "
+        "fill_ sym_size".split()
+    ),
+    decisions=frozenset("_local_scalar_dense is_nonzero equal nonzero".split()),
+)

@@ -1,0 +1,135 @@
+"""What is taken from a model's own `train_step` while it runs: gradients, assignments, the numbers that it reports."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import keras
+
+from accumtune.accumulation.own_train_step import LAST, MEAN, SUM
+from accumtune.accumulation.patched_attributes import replaced
+
+_SEED = "seed_generator_state"
+
+
+def packed(batch: tuple[Any, Any, Any], form: int) -> Any:
+    """(x, y, sample_weight) in the form in which the step got its data from Keras."""
+    return batch[:form] if form else batch[0]
+
+
+Handed = Callable[[list[Any], Any, Callable[[list[Any]], Any]], Any]
+
+
+@contextlib.contextmanager
+def intercepted(optimizer: Any, handed: Handed) -> Iterator[None]:
+    """While open, `handed(gradients, variables, apply)` stands in for the optimizer's apply and apply_gradients.
+
+    `apply(gradients)` is what the step asked for, with other gradients.
+    """
+    own_apply, own_apply_gradients = optimizer.apply, optimizer.apply_gradients
+
+    def apply(grads: Any, trainable_variables: Any = None) -> Any:
+        if trainable_variables is None:
+            trainable_variables = list(optimizer._trainable_variables)
+        variables = list(trainable_variables)
+        return handed(list(grads), variables, lambda gradients: own_apply(gradients, variables))
+
+    def apply_gradients(grads_and_vars: Any) -> Any:
+        gradients, variables = map(list, zip(*grads_and_vars, strict=True))
+
+        def apply_with(gradients: list[Any]) -> Any:
+            with replaced(optimizer, {"apply": own_apply}):
+                return own_apply_gradients(zip(gradients, variables, strict=True))
+
+        handed(gradients, variables, apply_with)
+        return optimizer.iterations
+
+    with replaced(optimizer, {"apply": apply, "apply_gradients": apply_gradients}):
+        yield
+
+
+class Overlay(keras.StatelessScope):
+    """A scope in which variables seem to be assigned, and which knows what was assigned to which."""
+
+    def __init__(self, state_mapping: Any = None) -> None:
+        super().__init__(state_mapping)
+        self.assigned: dict[int, tuple[Any, Any]] = {}
+
+    def add_update(self, update: Any) -> None:
+        super().add_update(update)
+        self.assigned[id(update[0])] = update
+
+    def keep(self, model: Any) -> None:
+        """Assigns, after the scope, what counts in every micro-step: metrics and seeds."""
+        metrics = {id(variable) for metric in metrics_of(model) for variable in metric.variables}
+        for variable, value in self.assigned.values():
+            if id(variable) in metrics or is_seed(variable):
+                variable.assign(value)
+
+
+def is_seed(variable: Any) -> bool:
+    """Whether a variable is the state of a seed generator, which every micro-step moves."""
+    return str(variable.name) == _SEED
+
+
+def metrics_of(model: Any) -> list[Any]:
+    """The metrics of a model, also those that its own `metrics` leaves out."""
+    every = [*model.metrics, *keras.Model.metrics.fget(model)]
+    return list({id(metric): metric for metric in every}.values())
+
+
+@contextlib.contextmanager
+def weighed_scalars(
+    model: Any, share: Any, kinds: Sequence[str] | None, noted: list[Any] | None = None
+) -> Iterator[None]:
+    """While open, means that are given one number per micro-batch count it by what it is of the window.
+
+    Args:
+        share: the part of the window that this micro-batch is.
+        kinds: for each call, whether the numbers of micro-batches average or add up; None: all average.
+        noted: takes the numbers, in the order of the calls.
+    """
+    from keras import ops
+
+    calls = itertools.count()
+
+    def by_share(metric: Any) -> Callable[..., Any]:
+        update = metric.update_state
+
+        def update_state(values: Any, sample_weight: Any = None) -> Any:
+            if sample_weight is not None or len(ops.convert_to_tensor(values).shape):
+                return update(values, sample_weight=sample_weight)
+            index = next(calls)
+            if noted is not None:
+                noted.append(values)
+            part = ops.cast(share, metric.dtype)
+            is_sum = kinds is not None and index < len(kinds) and kinds[index] == SUM
+            values = ops.cast(values, metric.dtype)
+            return update(values / part if is_sum else values, sample_weight=part)
+
+        return update_state
+
+    with contextlib.ExitStack() as stack:
+        for metric in metrics_of(model):
+            if type(metric).update_state is keras.metrics.Mean.update_state:
+                stack.enter_context(replaced(metric, {"update_state": by_share(metric)}))
+        yield
+
+
+def joined_logs(so_far: Sequence[Any] | None, logs: Any, kinds: Sequence[str], share: Any) -> list[Any]:
+    """The leaves of a micro-step's logs, together with those of the micro-steps before."""
+    from keras import ops, tree
+
+    def part(leaf: Any, kind: str) -> Any:
+        if kind != MEAN:
+            return leaf
+        leaf = ops.convert_to_tensor(leaf)
+        return leaf * ops.cast(share, leaf.dtype)
+
+    parts = [part(leaf, kind) for leaf, kind in zip(tree.flatten(logs), kinds, strict=True)]
+    if so_far is None:
+        return parts
+    return [new if kind == LAST else old + new for old, new, kind in zip(so_far, parts, kinds, strict=True)]

@@ -1,0 +1,86 @@
+"""Models with a `train_step` of their own: the step runs once per micro-batch, and updates once per window.
+
+What the step hands to its optimizer is taken instead of applied, weighted and summed; the last micro-step hands the
+sum on. What else the step assigns (an EMA of weights, a counter) counts in the last micro-step only: the others run in
+a scope that keeps nothing but metrics and seeds. Whether all this equals the step at the effective batch is what
+`certificate.py` finds out.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from accumtune.errors import CustomTrainStepError
+
+MEAN, SUM, LAST = "mean", "sum", "last"
+
+
+@dataclass(frozen=True)
+class Certificate:
+    """How the gradients and logs of a model's own step on micro-batches make those of their effective batch.
+
+    Args:
+        reduction: "mean" where gradients are averaged over samples, "sum" where they are added.
+        scalars: the same for each number that the step gives to a `keras.metrics.Mean`, in the order of the calls.
+        logs: the same for each leaf of what the step returns, "last" where the last micro-step's is the window's.
+        has_gradient: for each variable that is handed to the optimizer, whether it has a gradient.
+    """
+
+    reduction: str
+    scalars: tuple[str, ...]
+    logs: tuple[str, ...]
+    has_gradient: tuple[bool, ...]
+
+
+def has_own_step(model: Any) -> bool:
+    """Whether the model's class, or the model itself, has a `train_step` of its own."""
+    import keras
+
+    return "train_step" in vars(model) or type(model).train_step is not keras.Model.train_step
+
+
+def certificate_of(model: Any) -> Certificate | None:
+    """What was certified for an accumulating model; None before its first batch."""
+    return vars(model).get("_accumtune_certificate")
+
+
+def refusal(model: Any, seen: str, fix: str) -> CustomTrainStepError:
+    """The error for a step that cannot be accumulated."""
+    return CustomTrainStepError(
+        f"Received model {model.name!r}, whose class {type(model).__name__} has its own train_step: {seen}",
+        "a step with one optimizer and one apply, whose gradients are means or sums over samples, so that those of "
+        "micro-batches make those of their effective batch.",
+        fix,
+    )
+
+
+def certify(model: Any, x: Any, y: Any = None, sample_weight: Any = None) -> Certificate:
+    """Tries the step of a compiled model on samples of its data, and leaves the model as it was (but built).
+
+    Raises:
+        CustomTrainStepError: it cannot be accumulated exactly; says what was seen.
+    """
+    import keras
+
+    batch = (x, y, sample_weight)
+    data = keras.utils.pack_x_y_sample_weight(*batch)
+    form = len(data) if isinstance(data, tuple) else 0
+    backend = keras.backend.backend()
+    if backend == "tensorflow":
+        from accumtune.accumulation.engines import own_trial_tensorflow
+
+        return own_trial_tensorflow.certified(model, [lambda: batch], form)
+    if backend == "torch":
+        from accumtune.accumulation.engines import own_trial_torch
+
+        model._symbolic_build(data_batch=batch)
+        return own_trial_torch.certified(model, [lambda: batch], form)
+    from accumtune.accumulation.engines import own_trial_jax
+
+    model._symbolic_build(data_batch=batch)
+    state = (
+        model.trainable_variables, model.non_trainable_variables, model.optimizer.variables, model.metrics_variables
+    )  # fmt: skip
+    values = tuple([variable.value for variable in variables] for variables in state)
+    return own_trial_jax.certified(model, values, [lambda: batch], form)

@@ -1,0 +1,465 @@
+"""Models with a `train_step` of their own: exact against their own step at the effective batch, or refused."""
+
+import itertools
+
+import keras
+import numpy as np
+import pytest
+from keras import ops
+from own_steps import BACKEND, OwnStep, data, net
+
+from accumtune import accumulate
+from accumtune.accumulation import own_train_step
+from accumtune.errors import CustomTrainStepError
+
+dense = keras.layers.Dense
+
+
+def sgd():
+    return keras.optimizers.SGD(0.1, momentum=0.9)
+
+
+def make(step, layers=(), optimizer=sgd, eager=False, outputs=3):
+    keras.utils.set_random_seed(7)
+    model = step(net(*(layer() for layer in layers), outputs=outputs))
+    model.compile(optimizer=optimizer(), run_eagerly=eager)
+    return model
+
+
+def trained(model, *arrays, batch_size=12, epochs=2):
+    history = model.fit(*arrays, batch_size=batch_size, epochs=epochs, verbose=0, shuffle=False).history
+    weights = [ops.convert_to_numpy(one.value) for one in [*model.variables, *model.optimizer.variables]]
+    seeds = [one.name == "seed_generator_state" for one in [*model.variables, *model.optimizer.variables]]
+    return [one for one, is_seed in zip(weights, seeds, strict=True) if not is_seed], history
+
+
+def check_equal(step, arrays=None, micro_batch_size=5, reduction="mean", **how):
+    """An accumulated training, in windows of 5 + 5 + 2 samples and a last one of 2, equals the plain one."""
+    arrays = data(26) if arrays is None else arrays
+    weights, history = trained(make(step, **how), *arrays)
+    model = accumulate(make(step, **how), micro_batch_size=micro_batch_size)
+    accumulated, logs = trained(model, *arrays)
+    for one, other in zip(weights, accumulated, strict=True):
+        np.testing.assert_allclose(other, one, rtol=1e-7, atol=1e-8)
+    for name in history:
+        np.testing.assert_allclose(logs[name], history[name], rtol=1e-6, atol=1e-7)
+    assert own_train_step.certificate_of(model).reduction == reduction
+    return model
+
+
+def check_refused(step, words, arrays=None, **how):
+    model = make(step, **how)
+    before = [ops.convert_to_numpy(one.value) for one in model.variables]
+    with pytest.raises(CustomTrainStepError, match=words) as caught:
+        own_train_step.certify(model, *(data(14) if arrays is None else arrays))
+    for one, value in zip(model.variables, before, strict=True):
+        np.testing.assert_array_equal(ops.convert_to_numpy(one.value), value)
+    assert "Fix:" in str(caught.value)
+
+
+# Shapes of Keras's examples, by what is special in them
+
+
+class Autoencoder(OwnStep):
+    """vae: a sampling layer with a seed generator of its own, a sum over features and a mean over samples."""
+
+    def __init__(self, net, **kwargs):
+        super().__init__(net, **kwargs)
+        self.seed = keras.random.SeedGenerator(3)
+
+    def objective(self, data):
+        x, y = data
+        mean = self.net(x, training=True)
+        sampled = mean + 0.1 * keras.random.normal(ops.shape(mean), seed=self.seed)
+        kl = -0.5 * ops.sum(1 + mean - ops.square(mean) - ops.exp(mean), axis=1)
+        return ops.mean(ops.sum(ops.square(sampled - y), axis=1)) + ops.mean(kl)
+
+
+class SumOfLosses(OwnStep):
+    """siamese_network, zero_dce: a vector of losses is differentiated, which adds them up."""
+
+    def objective(self, data):
+        x, y = data
+        return ops.mean(ops.square(self.net(x, training=True) - y), axis=1) / 10
+
+    def track(self, loss):
+        self.loss_tracker.update_state(ops.sum(loss))
+        return {"loss": self.loss_tracker.result(), "mean": ops.mean(loss), "sum": ops.sum(loss)}
+
+
+class Averaged(OwnStep):
+    """ddpm, ddim: an EMA of the weights, and a counter, after the update."""
+
+    def __init__(self, net, **kwargs):
+        super().__init__(net, **kwargs)
+        self.average = keras.models.clone_model(net)
+        self.average.set_weights(net.get_weights())
+        self.average.trainable = False
+        self.updates = self.add_weight(shape=(), initializer="zeros", trainable=False)
+
+    def after(self, data):
+        for weight, average in zip(self.net.weights, self.average.weights, strict=True):
+            average.assign(0.9 * average + 0.1 * weight)
+        self.updates.assign(self.updates + 1)
+
+
+class Distilled(OwnStep):
+    """knowledge_distillation, deit: a frozen teacher, and two losses."""
+
+    def __init__(self, net, **kwargs):
+        super().__init__(net, **kwargs)
+        self.teacher = keras.models.clone_model(net)
+        self.teacher.trainable = False
+
+    def objective(self, data):
+        x, y = data
+        student, teacher = self.net(x, training=True), self.teacher(x, training=False)
+        soft = keras.losses.KLDivergence()(ops.softmax(teacher / 2), ops.softmax(student / 2))
+        return 0.3 * keras.losses.MeanSquaredError()(y, student) + 0.7 * soft
+
+
+class Reported(OwnStep):
+    """trainer_pattern: metrics that get predictions, and a loss that nobody tracks."""
+
+    def __init__(self, net, **kwargs):
+        super().__init__(net, **kwargs)
+        self.error = keras.metrics.MeanAbsoluteError(name="error")
+
+    @property
+    def metrics(self):
+        return [self.loss_tracker, self.error]
+
+    def track(self, loss):
+        return {"loss": loss, "half": loss / 2}
+
+
+class Masked(OwnStep):
+    """masked_image_modeling: each sample is masked by draws of its own."""
+
+    def __init__(self, net, **kwargs):
+        super().__init__(net, **kwargs)
+        self.seed = keras.random.SeedGenerator(5)
+
+    def objective(self, data):
+        x, y = data
+        keep = keras.random.uniform(ops.shape(x), seed=self.seed) > 0.5
+        return ops.mean(ops.square(self.net(ops.where(keep, x, 0.0), training=True) - y))
+
+
+SHAPES = {"plain": OwnStep, "distillation": Distilled, "average": Averaged, "own logs": Reported}
+
+
+@pytest.mark.parametrize("step", SHAPES.values(), ids=SHAPES.keys())
+def test_a_mean_loss_is_exact(step):
+    check_equal(step)
+
+
+def test_a_sum_of_losses_is_exact_and_its_logs_add_up():
+    model = check_equal(SumOfLosses, reduction="sum")
+    assert own_train_step.certificate_of(model).logs == ("last", "mean", "sum")
+
+
+def test_what_follows_the_update_runs_once_per_update():
+    model = check_equal(Averaged)
+    assert float(ops.convert_to_numpy(model.updates.value)) == 2 * 3  # two epochs of three updates
+
+
+@pytest.mark.parametrize("step", [Autoencoder, Masked])
+def test_draws_for_each_sample_are_certified(step):
+    model = accumulate(make(step, [lambda: keras.layers.Dropout(0.5, seed=1)]), micro_batch_size=5)
+    _, logs = trained(model, *data(26))
+    assert own_train_step.certificate_of(model).reduction == "mean" and np.all(np.isfinite(logs["loss"]))
+
+
+@pytest.mark.skipif(BACKEND == "torch", reason="torch always runs eagerly")
+def test_run_eagerly():
+    check_equal(Averaged, eager=True)
+
+
+def test_another_optimizer_and_loss_scaling():
+    check_equal(OwnStep, optimizer=lambda: keras.optimizers.LossScaleOptimizer(sgd()))
+
+
+def test_accumulation_steps_and_a_ragged_last_window():
+    weights, _ = trained(make(Averaged), *data(26), batch_size=12)
+    model = accumulate(make(Averaged), accumulation_steps=3)
+    accumulated, _ = trained(model, *data(26), batch_size=4)
+    for one, other in zip(weights, accumulated, strict=True):
+        np.testing.assert_allclose(other, one, rtol=1e-7, atol=1e-8)
+
+
+def test_data_of_x_alone():
+    class Alone(OwnStep):
+        def objective(self, data):
+            return ops.mean(ops.square(self.net(data[0] if isinstance(data, tuple) else data, training=True) - 1))
+
+    check_equal(Alone, data(26)[:1])
+
+
+def test_sample_weights_of_which_a_mean_over_samples_is_taken():
+    class Weighted(OwnStep):
+        def objective(self, data):
+            x, y, weight = data
+            return ops.mean(weight * ops.mean(ops.square(self.net(x, training=True) - y), axis=1))
+
+    x, y = data(26)
+    weight = np.linspace(0, 2, 26).astype(keras.config.floatx())
+    weights, _ = trained_with(make(Weighted), x, y, weight)
+    accumulated, _ = trained_with(accumulate(make(Weighted), micro_batch_size=5), x, y, weight)
+    for one, other in zip(weights, accumulated, strict=True):
+        np.testing.assert_allclose(other, one, rtol=1e-7, atol=1e-8)
+
+
+def trained_with(model, x, y, weight):
+    model.fit(x, y, sample_weight=weight, batch_size=12, epochs=2, verbose=0, shuffle=False)
+    return [ops.convert_to_numpy(one.value) for one in model.weights], None
+
+
+def test_batch_normalization_moves_once_per_update():
+    """Each micro-batch normalizes by itself, as ever; but the moving statistics are those of the window."""
+    model = make(OwnStep, [keras.layers.BatchNormalization], optimizer=lambda: keras.optimizers.SGD(0.0))
+    plain = make(OwnStep, [keras.layers.BatchNormalization], optimizer=lambda: keras.optimizers.SGD(0.0))
+    weights, _ = trained(plain, *data(26))
+    accumulated, _ = trained(accumulate(model, micro_batch_size=5), *data(26))
+    for one, other in zip(weights[:8], accumulated[:8], strict=True):
+        np.testing.assert_allclose(other, one, rtol=1e-7, atol=1e-8)
+
+
+def test_the_mean_of_means_is_another_training():
+    """The negative control: micro-batches of 5, 5 and 2 that count the same."""
+    weights, _ = trained(make(OwnStep), *data(26))
+    model = make(OwnStep)
+    import accumtune.accumulation.window as window
+
+    own = window.shares
+    module = __import__(f"accumtune.accumulation.engines.own_step_{BACKEND}", fromlist=["shares"])
+    module.shares = lambda samples: [1 / len(samples)] * len(samples)
+    try:
+        accumulated, _ = trained(accumulate(model, micro_batch_size=5), *data(26))
+    finally:
+        module.shares = own
+    assert max(float(np.max(np.abs(a - b))) for a, b in zip(weights, accumulated, strict=True)) > 1e-4
+
+
+# What cannot be exact
+
+
+def test_no_apply_two_applies_and_two_optimizers_are_refused():
+    class None_(OwnStep):
+        def update(self, *arguments):
+            return (arguments[2], arguments[0]) if BACKEND == "jax" else None
+
+    class Two(OwnStep):
+        def update(self, *arguments):
+            super().update(*arguments)
+            return super().update(*arguments)
+
+    class Other(OwnStep):
+        def __init__(self, net, **kwargs):
+            super().__init__(net, **kwargs)
+            self.other = keras.optimizers.Adam()
+
+        def update(self, *arguments):
+            if BACKEND == "jax":
+                self.other.stateless_apply(*arguments)
+            else:
+                self.other.apply(*arguments)
+            return super().update(*arguments)
+
+    check_refused(None_, "no gradients")
+    check_refused(Two, "2 times")
+    check_refused(Other, "Adam")
+
+
+def test_what_it_assigns_from_the_samples_is_refused():
+    class Remembers(OwnStep):
+        def __init__(self, net, **kwargs):
+            super().__init__(net, **kwargs)
+            self.mean = self.add_weight(shape=(4,), initializer="zeros", trainable=False)
+
+        def after(self, data):
+            self.mean.assign(0.9 * self.mean + 0.1 * ops.mean(data[0], axis=0))
+
+    check_refused(Remembers, "depends on the samples")
+
+
+def test_one_draw_for_a_whole_batch_is_refused():
+    class Shared(Autoencoder):
+        def objective(self, data):
+            return super().objective(data) * keras.random.uniform((), seed=self.seed)
+
+    check_refused(Shared, "drawn for each sample")
+
+
+LOSSES = {
+    "square": lambda loss, x: ops.square(ops.mean(loss)),
+    "root": lambda loss, x: ops.sqrt(ops.mean(loss)),
+    "log": lambda loss, x: ops.log(1 + ops.mean(loss)),
+    "free bits": lambda loss, x: ops.maximum(ops.mean(loss), 0.01),
+    "ceiling": lambda loss, x: ops.minimum(ops.mean(loss), 1e6),
+    "absolute": lambda loss, x: ops.abs(ops.mean(loss)),
+    "largest": lambda loss, x: ops.max(loss),
+    "variance": lambda loss, x: ops.mean(loss) + ops.var(loss),
+    "standardized": lambda loss, x: ops.mean(ops.square(loss - ops.mean(loss))),
+    "softmax over samples": lambda loss, x: ops.sum(ops.softmax(loss) * loss),
+    "logsumexp": lambda loss, x: ops.logsumexp(loss),
+    "mean over positives": lambda loss, x: (
+        ops.sum(loss * ops.cast(x[:, 0] > 0, keras.config.floatx()))
+        / (ops.sum(ops.cast(x[:, 0] > 0, keras.config.floatx())) + 1e-3)
+    ),
+    "mean over valid": lambda loss, x: (
+        ops.sum(loss * ops.cast(x[:, 0] != -1, keras.config.floatx()))
+        / ops.sum(ops.cast(x[:, 0] != -1, keras.config.floatx()))
+    ),
+    "pairs": lambda loss, x: ops.mean(ops.maximum(loss[:, None] - loss[None, :] - 100, 0.0)) + ops.mean(loss),
+    "mean and sum": lambda loss, x: ops.mean(loss) + 0.1 * ops.sum(loss),
+    "cumulative": lambda loss, x: ops.mean(ops.cumsum(loss)),
+    "neighbours": lambda loss, x: ops.mean(loss * ops.roll(loss, 1, axis=0)),
+    "worst half": lambda loss, x: ops.mean(ops.where(loss > ops.mean(loss), loss, 0.0)),
+    "relative": lambda loss, x: ops.mean(loss) / ops.mean(ops.abs(x)),
+    "few": lambda loss, x: ops.mean(loss[:2]),
+}
+GRADIENTS = {
+    "clip value": lambda one, size: ops.clip(one, -size, size),
+    "clip norm": lambda one, size: one * ops.minimum(1.0, size / (ops.norm(one) + 1e-12)),
+    "normalize": lambda one, size: size * one / (ops.norm(one) + 1e-12),
+    "sign": lambda one, size: size * ops.sign(one),
+    "threshold": lambda one, size: ops.where(ops.abs(one) > 1e-3 / size, one, 0.0),
+    "square": lambda one, size: one + one * one / size,
+    "zero if not finite": lambda one, size: ops.where(ops.isfinite(one), size * one, 0.0),
+}
+
+
+def mutated():
+    """Steps that are neither means nor sums, most of which look like one on an ordinary batch."""
+    for (name, loss), scale, weight in itertools.product(LOSSES.items(), (0.1, 1.0, 30.0), (1.0, 1e-2)):
+
+        def objective(self, data, loss=loss, scale=scale, weight=weight):
+            x, y = data
+            losses = scale * ops.mean(ops.square(self.net(x, training=True) - y), axis=1)
+            return weight * loss(losses, x) + ops.mean(losses)
+
+        yield f"loss: {name} of {scale}, times {weight}", {"objective": objective}
+    for (name, change), size, every in itertools.product(GRADIENTS.items(), (1e-3, 0.1, 1.0, 10.0, 1e4), (1, 2, 4)):
+
+        def gradients(self, gradients, change=change, size=size, every=every):
+            return [change(one, size) if index % every == 0 else one for index, one in enumerate(gradients)]
+
+        yield f"gradients: {name} at {size}, every {every}", {"gradients": gradients}
+
+
+@pytest.mark.slow
+def test_no_mutated_step_is_certified():
+    cases = list(mutated())
+    assert len(cases) >= 200
+    certified = []
+    for name, methods in cases:
+        model = make(type("Mutated", (OwnStep,), methods))
+        try:
+            own_train_step.certify(model, *data(14))
+            certified.append(name)
+        except CustomTrainStepError:
+            pass
+    assert not certified
+
+
+@pytest.mark.parametrize("name", ["loss: free bits of 1.0, times 1.0", "gradients: clip value at 10000.0, every 1"])
+def test_what_does_not_bite_yet_is_refused_all_the_same(name):
+    check_refused(type("Mutated", (OwnStep,), dict(mutated())[name]), "not linear")
+
+
+LINEAR = {
+    "scaled": lambda one: 0.5 * one,
+    "centred": lambda one: one - ops.mean(one),
+    "reshaped": lambda one: ops.reshape(ops.reshape(one, (-1,)), one.shape),
+}
+
+
+@pytest.mark.parametrize("name", LINEAR)
+def test_what_is_linear_in_the_gradients_is_certified(name):
+    methods = {"gradients": lambda self, gradients: [LINEAR[name](one) for one in gradients]}
+    assert own_train_step.certify(make(type("Linear", (OwnStep,), methods)), *data(14)).reduction == "mean"
+
+
+@pytest.mark.skipif(BACKEND == "jax", reason="refused there")
+def test_ghost_batches():
+    def train(micro_batch_size):
+        model = make(OwnStep, [keras.layers.BatchNormalization])
+        return trained(accumulate(model, micro_batch_size=micro_batch_size, ghost_batch_size=4), *data(24))[0]
+
+    for one, other in zip(train(4), train(8), strict=True):
+        np.testing.assert_allclose(other, one, rtol=1e-7, atol=1e-8)
+
+
+@pytest.mark.skipif(BACKEND != "tensorflow", reason="elsewhere Keras builds a model by its call, before the first step")
+def test_a_model_that_its_first_step_builds():
+    def unbuilt():
+        keras.utils.set_random_seed(7)
+        model = OwnStep(keras.Sequential([dense(6, activation="tanh"), dense(3)]))
+        model.compile(optimizer=sgd())
+        return model
+
+    weights, _ = trained(unbuilt(), *data(26))
+    accumulated, _ = trained(accumulate(unbuilt(), micro_batch_size=5), *data(26))
+    for one, other in zip(weights, accumulated, strict=True):
+        np.testing.assert_allclose(other, one, rtol=1e-7, atol=1e-8)
+
+
+def test_a_step_around_kerass_own_with_losses_and_metrics_of_compile():
+    class Around(keras.Model):
+        def train_step(self, *arguments):
+            return super().train_step(*arguments)
+
+    def made():
+        keras.utils.set_random_seed(7)
+        inputs = keras.Input((4,))
+        model = Around(inputs, dense(3)(dense(6, activation="tanh")(inputs)))
+        model.compile(sgd(), "mse", metrics=["mae"])
+        return model
+
+    weights, history = trained(made(), *data(26))
+    accumulated, logs = trained(accumulate(made(), micro_batch_size=5), *data(26))
+    for one, other in zip(weights, accumulated, strict=True):
+        np.testing.assert_allclose(other, one, rtol=1e-7, atol=1e-8)
+    for name in ("loss", "mae"):
+        np.testing.assert_allclose(logs[name], history[name], rtol=1e-6, atol=1e-7)
+
+
+def test_values_that_are_no_variables_are_refused():
+    class Counts(OwnStep):
+        steps = 0
+
+        def objective(self, data):
+            self.steps += 1
+            return super().objective(data)
+
+    check_refused(Counts, "steps past Keras")
+
+
+@pytest.mark.skipif(BACKEND == "jax", reason="a step on JAX has no side effects")
+def test_a_counter_past_keras_is_refused():
+    class Counts(OwnStep):
+        def __init__(self, net, **kwargs):
+            super().__init__(net, **kwargs)
+            if BACKEND == "torch":
+                import torch
+
+                self.register_buffer("steps", torch.zeros(()))
+            else:
+                import tensorflow as tf
+
+                self.steps = tf.Variable(0.0, trainable=False)
+
+        def after(self, data):
+            self.steps.add_(1) if BACKEND == "torch" else self.steps.assign_add(1.0)
+
+    check_refused(Counts, "writes past Keras")
+
+
+def test_a_condition_on_the_batch_is_refused():
+    class Conditional(OwnStep):
+        def objective(self, data):
+            loss = super().objective(data)
+            return ops.cond(loss > 1e6, lambda: 0.5 * loss, lambda: loss)
+
+    check_refused(Conditional, "condition|decide")
