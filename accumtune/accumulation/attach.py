@@ -16,7 +16,8 @@ import types
 import weakref
 from typing import Any
 
-from accumtune.accumulation import compatibility, ghost_batch, optimizers, own_train_step
+from accumtune.accumulation import compatibility, ghost_batch, optimizers
+from accumtune.accumulation.own_step import own_train_step
 from accumtune.accumulation.patched_attributes import put, put_back, replaced
 from accumtune.accumulation.window import Accumulation
 from accumtune.errors import CustomTrainStepError, ModelError, UncompiledModelError
@@ -159,7 +160,7 @@ def _engine(is_own: bool) -> Any:
     backend = keras.backend.backend()
     if backend == "tensorflow":
         if is_own:
-            from accumtune.accumulation.engines.own_step_tensorflow import OwnStepTensorFlow
+            from accumtune.accumulation.own_step.own_step_tensorflow import OwnStepTensorFlow
 
             return OwnStepTensorFlow
         from accumtune.accumulation.engines.engine_tensorflow import TensorFlowTraining
@@ -167,7 +168,7 @@ def _engine(is_own: bool) -> Any:
         return TensorFlowTraining
     if backend == "jax":
         if is_own:
-            from accumtune.accumulation.engines.own_step_jax import OwnStepJax
+            from accumtune.accumulation.own_step.own_step_jax import OwnStepJax
 
             return OwnStepJax
         from accumtune.accumulation.engines.engine_jax import JaxTraining
@@ -175,7 +176,7 @@ def _engine(is_own: bool) -> Any:
         return JaxTraining
     if backend == "torch":
         if is_own:
-            from accumtune.accumulation.engines.own_step_torch import OwnStepTorch
+            from accumtune.accumulation.own_step.own_step_torch import OwnStepTorch
 
             return OwnStepTorch
         from accumtune.accumulation.engines.engine_torch import TorchTraining

@@ -15,7 +15,7 @@ from accumtune.accumulation import accumulate, batch_coupled_layers
 from accumtune.accumulation.coupling.detection import coupled_with_ghost_batches, runs_code_of_the_user
 from accumtune.accumulation.data.array_kinds import is_dense
 from accumtune.accumulation.losses.whole_batch_loss import is_wanted
-from accumtune.accumulation.own_train_step import certify, has_own_step
+from accumtune.accumulation.own_step.own_train_step import certify, has_own_step
 from accumtune.accumulation.patched_attributes import put
 from accumtune.memory import probe as probes
 from accumtune.worker.data import user_data

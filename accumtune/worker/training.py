@@ -14,7 +14,7 @@ import keras
 from keras_tuner import errors as tuner_errors
 from keras_tuner.src.engine import tuner_utils  # how Keras Tuner reads what fit() returns; it has no public name
 
-from accumtune.accumulation.own_train_step import certificate_of
+from accumtune.accumulation.own_step.own_train_step import certificate_of
 from accumtune.errors import SearchError
 from accumtune.memory.budget import format_bytes
 from accumtune.memory.compilation import PeakWithoutCompiling

@@ -9,7 +9,7 @@ from keras import ops
 from own_steps import BACKEND, OwnStep, data, net
 
 from accumtune import accumulate
-from accumtune.accumulation import own_train_step
+from accumtune.accumulation.own_step import own_train_step
 from accumtune.errors import CustomTrainStepError
 
 dense = keras.layers.Dense
@@ -232,7 +232,7 @@ def test_the_mean_of_means_is_another_training():
     import accumtune.accumulation.window as window
 
     own = window.shares
-    module = __import__(f"accumtune.accumulation.engines.own_step_{BACKEND}", fromlist=["shares"])
+    module = __import__(f"accumtune.accumulation.own_step.own_step_{BACKEND}", fromlist=["shares"])
     module.shares = lambda samples: [1 / len(samples)] * len(samples)
     try:
         accumulated, _ = trained(accumulate(model, micro_batch_size=5), *data(26))

@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from accumtune.accumulation import ghost_batch, own_train_step
+from accumtune.accumulation import ghost_batch
 from accumtune.accumulation.coupling.known_samples import Samples
 from accumtune.accumulation.coupling.layer_trials import has_code_of_the_user, recorded_calls
 from accumtune.accumulation.coupling.layer_trials import why_coupled as why_layer_coupled
+from accumtune.accumulation.own_step import own_train_step
 from accumtune.errors import CustomTrainStepError
 
 if TYPE_CHECKING:

@@ -22,11 +22,11 @@ from accumtune.accumulation import noise_scale
 from accumtune.accumulation.coupling import known_samples
 from accumtune.accumulation.data import batches as feeding
 from accumtune.accumulation.engines import carried_state as carrying
-from accumtune.accumulation.engines.whole_batch_jax import TwoPasses
 from accumtune.accumulation.ghost_batch import GhostBatches
 from accumtune.accumulation.losses import batch_metrics
 from accumtune.accumulation.losses import loss_shares as losses
 from accumtune.accumulation.losses import whole_batch_loss as whole
+from accumtune.accumulation.losses.whole_batch_jax import TwoPasses
 from accumtune.accumulation.window import Accumulation, factors, shares
 
 # Compiles a step's functions; memory/device_jax.py replaces it, where memory is measured.

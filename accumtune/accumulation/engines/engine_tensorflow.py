@@ -22,10 +22,10 @@ from accumtune.accumulation.coupling import known_samples
 from accumtune.accumulation.data import batches as feeding
 from accumtune.accumulation.engines import gradient_sums, tensor_slices
 from accumtune.accumulation.engines.replicas import Replicas
-from accumtune.accumulation.engines.whole_batch_tensorflow import TwoPasses
 from accumtune.accumulation.ghost_batch import GhostBatches
 from accumtune.accumulation.losses import batch_metrics, loss_shares
 from accumtune.accumulation.losses import whole_batch_loss as whole
+from accumtune.accumulation.losses.whole_batch_tensorflow import TwoPasses
 from accumtune.accumulation.window import Accumulation, factors, shares
 
 # What gives operations one order as functions are compiled; set where memory is measured, by `memory`.

@@ -13,11 +13,11 @@ from accumtune.accumulation import moving_statistics, noise_scale, optimizers
 from accumtune.accumulation.coupling import known_samples
 from accumtune.accumulation.data import batches as feeding
 from accumtune.accumulation.engines import grouped_update
-from accumtune.accumulation.engines.whole_batch_torch import TwoPasses
 from accumtune.accumulation.ghost_batch import GhostBatches
 from accumtune.accumulation.losses import batch_metrics, loss_shares
 from accumtune.accumulation.losses import whole_batch_loss as whole
 from accumtune.accumulation.losses.blank_predictions import BlankPredictions
+from accumtune.accumulation.losses.whole_batch_torch import TwoPasses
 from accumtune.accumulation.window import Accumulation, factors, shares
 
 

@@ -17,7 +17,7 @@ import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from accumtune.accumulation.own_train_step import has_own_step
+from accumtune.accumulation.own_step.own_train_step import has_own_step
 from accumtune.accumulation.patched_attributes import put, replaced
 from accumtune.errors import DataError, ModelError
 

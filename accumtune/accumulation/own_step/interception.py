@@ -9,7 +9,7 @@ from typing import Any
 
 import keras
 
-from accumtune.accumulation.own_train_step import LAST, MEAN, SUM
+from accumtune.accumulation.own_step.own_train_step import LAST, MEAN, SUM
 from accumtune.accumulation.patched_attributes import replaced
 
 _SEED = "seed_generator_state"

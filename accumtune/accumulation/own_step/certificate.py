@@ -16,9 +16,9 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from accumtune.accumulation.dataflow import Recording, Rules, why_not_linear
-from accumtune.accumulation.own_train_step import LAST, MEAN, SUM, Certificate, refusal
-from accumtune.accumulation.trial_samples import PARTS, SAMPLES, Draws, NotPerSampleError, variants
+from accumtune.accumulation.own_step.dataflow import Recording, Rules, why_not_linear
+from accumtune.accumulation.own_step.own_train_step import LAST, MEAN, SUM, Certificate, refusal
+from accumtune.accumulation.own_step.trial_samples import PARTS, SAMPLES, Draws, NotPerSampleError, variants
 from accumtune.errors import CustomTrainStepError
 
 _TOLERANCE = {"float64": 1e-9, "float32": 1e-4}

@@ -68,15 +68,15 @@ def certify(model: Any, x: Any, y: Any = None, sample_weight: Any = None) -> Cer
     form = len(data) if isinstance(data, tuple) else 0
     backend = keras.backend.backend()
     if backend == "tensorflow":
-        from accumtune.accumulation.engines import own_trial_tensorflow
+        from accumtune.accumulation.own_step import own_trial_tensorflow
 
         return own_trial_tensorflow.certified(model, [lambda: batch], form)
     if backend == "torch":
-        from accumtune.accumulation.engines import own_trial_torch
+        from accumtune.accumulation.own_step import own_trial_torch
 
         model._symbolic_build(data_batch=batch)
         return own_trial_torch.certified(model, [lambda: batch], form)
-    from accumtune.accumulation.engines import own_trial_jax
+    from accumtune.accumulation.own_step import own_trial_jax
 
     model._symbolic_build(data_batch=batch)
     state = (

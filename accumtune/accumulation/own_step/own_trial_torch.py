@@ -9,11 +9,11 @@ import torch
 from keras import ops, tree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from accumtune.accumulation import certificate as certificates
-from accumtune.accumulation import interception, trial_samples
-from accumtune.accumulation import own_train_step as own
-from accumtune.accumulation.dataflow import Recording, Rules
-from accumtune.accumulation.engines import own_trial as trials
+from accumtune.accumulation.own_step import certificate as certificates
+from accumtune.accumulation.own_step import interception, trial_samples
+from accumtune.accumulation.own_step import own_train_step as own
+from accumtune.accumulation.own_step import own_trial as trials
+from accumtune.accumulation.own_step.dataflow import Recording, Rules
 
 
 def certified(model: Any, takes: list[Callable[[], Any]], form: int) -> own.Certificate:

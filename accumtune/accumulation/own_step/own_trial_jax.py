@@ -11,12 +11,12 @@ import jax.numpy as jnp
 import numpy as np
 from keras import ops, tree
 
-from accumtune.accumulation import certificate as certificates
-from accumtune.accumulation import interception
-from accumtune.accumulation import own_train_step as own
-from accumtune.accumulation.dataflow import Recording, Rules
-from accumtune.accumulation.engines import own_trial as trials
 from accumtune.accumulation.engines.engine_jax import _precision
+from accumtune.accumulation.own_step import certificate as certificates
+from accumtune.accumulation.own_step import interception
+from accumtune.accumulation.own_step import own_train_step as own
+from accumtune.accumulation.own_step import own_trial as trials
+from accumtune.accumulation.own_step.dataflow import Recording, Rules
 from accumtune.accumulation.patched_attributes import replaced
 
 

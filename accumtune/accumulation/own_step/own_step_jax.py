@@ -13,13 +13,14 @@ import keras
 import numpy as np
 from keras import tree
 
-from accumtune.accumulation import interception, noise_scale
 from accumtune.accumulation import moving_statistics as statistics
-from accumtune.accumulation import own_train_step as own
+from accumtune.accumulation import noise_scale
 from accumtune.accumulation.coupling import known_samples
-from accumtune.accumulation.engines import own_trial_jax as own_trial
 from accumtune.accumulation.engines.carried_state import as_sums, changed, with_changes
 from accumtune.accumulation.engines.engine_jax import JaxTraining, _precision
+from accumtune.accumulation.own_step import interception
+from accumtune.accumulation.own_step import own_train_step as own
+from accumtune.accumulation.own_step import own_trial_jax as own_trial
 from accumtune.accumulation.patched_attributes import put, replaced
 from accumtune.accumulation.window import Accumulation, shares
 

@@ -9,15 +9,16 @@ from typing import Any
 import torch
 from keras import tree
 
-from accumtune.accumulation import interception, noise_scale, optimizers
 from accumtune.accumulation import moving_statistics as statistics
-from accumtune.accumulation import own_train_step as own
+from accumtune.accumulation import noise_scale, optimizers
 from accumtune.accumulation.coupling import known_samples
 from accumtune.accumulation.data import batches as feeding
 from accumtune.accumulation.engines import grouped_update as groups
-from accumtune.accumulation.engines import own_trial as trials
-from accumtune.accumulation.engines import own_trial_torch as own_trial
 from accumtune.accumulation.engines.engine_torch import TorchTraining
+from accumtune.accumulation.own_step import interception
+from accumtune.accumulation.own_step import own_train_step as own
+from accumtune.accumulation.own_step import own_trial as trials
+from accumtune.accumulation.own_step import own_trial_torch as own_trial
 from accumtune.accumulation.patched_attributes import put
 from accumtune.accumulation.window import Accumulation, shares
 

@@ -16,11 +16,11 @@ from tensorflow.python.ops import (
     gen_stateless_random_ops_v2,
 )
 
-from accumtune.accumulation import certificate as certificates
-from accumtune.accumulation import interception
-from accumtune.accumulation import own_train_step as own
-from accumtune.accumulation.dataflow import Recording, Rules
-from accumtune.accumulation.engines import own_trial as trials
+from accumtune.accumulation.own_step import certificate as certificates
+from accumtune.accumulation.own_step import interception
+from accumtune.accumulation.own_step import own_train_step as own
+from accumtune.accumulation.own_step import own_trial as trials
+from accumtune.accumulation.own_step.dataflow import Recording, Rules
 from accumtune.accumulation.patched_attributes import replaced
 from accumtune.errors import CustomTrainStepError
 

@@ -11,10 +11,10 @@ import keras
 import numpy as np
 from keras import ops, tree
 
-from accumtune.accumulation import certificate as certificates
-from accumtune.accumulation import interception, trial_samples
-from accumtune.accumulation import own_train_step as own
-from accumtune.accumulation.dataflow import Recording
+from accumtune.accumulation.own_step import certificate as certificates
+from accumtune.accumulation.own_step import interception, trial_samples
+from accumtune.accumulation.own_step import own_train_step as own
+from accumtune.accumulation.own_step.dataflow import Recording
 from accumtune.accumulation.patched_attributes import put_back, replaced
 
 SAME = "hand the same variables in every step, and gradients for the same ones."
