@@ -148,7 +148,7 @@ def _get_metrics_result_or_logs(model: Any, logs: Any) -> Any:
     """Stands in for Keras's, which ends an evaluation: metrics over the batch get their last samples."""
     from accumtune.accumulation.validation import Validation
 
-    if isinstance(model.test_function, Validation):
+    if isinstance(model.test_function, Validation) and model._accumtune_is_validating:
         logs = model.test_function.end(logs)
     return type(model)._get_metrics_result_or_logs(model, logs)
 
@@ -215,7 +215,8 @@ def _begin_epoch(model: Any, epoch: Any) -> None:
     from accumtune.accumulation.data import batches as feeding
 
     is_of_fit = epoch is getattr(model, "_eval_epoch_iterator", None) or not feeding.has_stock_fit(model)
-    put(model, {"_accumtune_is_validating": epoch is not None and is_of_fit})
+    trains = model._accumtune_fit_begins
+    put(model, {"_accumtune_is_validating": epoch is not None and is_of_fit and not trains})
     if epoch is not None and model._accumtune_fit_begins:
         put(model, {"_accumtune_fit_begins": False})
         feeding.count_in_windows(epoch, model._accumtune_accumulation, model._accumtune_counts_batches)
