@@ -78,6 +78,7 @@ NAMES = (
     Name(_MODEL + "compute_metrics", ("self", "x", "y", "y_pred", "sample_weight")),
     Name(_MODEL + "_flatten_layers", ("self", "include_self", "recursive")),
     Name("keras.src.trainers.compile_utils:CompileLoss", ("loss",)),
+    Name("keras.src.optimizers.base_optimizer:BaseOptimizer.apply", ("self", "grads", "trainable_variables")),
     Name("keras.src.losses.loss:apply_mask"),
     Name("keras.src.losses.loss:squeeze_or_expand_to_same_rank", ("x1", "x2")),
     Name("keras.src.backend:get_keras_mask", ("x",)),

@@ -235,7 +235,7 @@ TestAnyOrder = AnyOrder.TestCase
         (arrays, MODELS[2], FORMS[0]),
         (generator, MODELS[2], FORMS[2]),
     ],
-    ids=lambda value: getattr(value, "__name__", str(value)),
+    ids=lambda value: str(value) if isinstance(value, dict) else getattr(value, "__name__", type(value).__name__),
 )
 def test_plain_training_and_then_accumulation(kind, case, form):
     """Keras's compiled function was left in place: of 6 batches it trained on 2."""

@@ -45,6 +45,11 @@ def test_an_array_is_its_content_in_any_order_and_at_any_place():
     assert len({content_digest(tree, is_ordered=False) for tree in [(x, y), *others, (changed, y)]}) == 7
     objects = np.array([{"a": 1}, "b"], object)
     assert content_digest(objects, is_ordered=True) != content_digest(objects[::-1], is_ordered=True)
+    long = np.empty(2, object)
+    long[:] = [np.zeros(2000), np.zeros(2000)]
+    before = content_digest(long, is_ordered=True)
+    long[0][1000] = 1.0  # what repr leaves out
+    assert content_digest(long, is_ordered=True) != before
 
 
 def test_sparse_and_ragged_data_are_their_content():

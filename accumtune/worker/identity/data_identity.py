@@ -23,7 +23,7 @@ def content_digest(tree: Any, *, is_ordered: bool) -> str:
     rows = {len(leaf) if leaf.ndim else -1 for leaf in leaves}
     shapes = repr([(leaf.shape, leaf.dtype.str) for leaf in leaves])
     if not rows or len(rows) > 1 or rows == {-1}:
-        parts = [shapes, *(leaf.tobytes().hex() if leaf.dtype != object else repr(leaf.tolist()) for leaf in leaves)]
+        parts = [shapes, *(leaf.tobytes().hex() if leaf.dtype != object else _text_of(leaf.tolist()) for leaf in leaves)]
         return hashlib.sha256("".join(parts).encode()).hexdigest()[:16]
     total = np.zeros(rows.pop(), np.uint64)
     for leaf in leaves:
@@ -36,7 +36,7 @@ def content_digest(tree: Any, *, is_ordered: bool) -> str:
 
 def _row_hashes(array: np.ndarray) -> np.ndarray:
     if array.dtype.hasobject:
-        digests = (hashlib.blake2b(repr(row).encode(), digest_size=8).digest() for row in array.tolist())
+        digests = (hashlib.blake2b(_text_of(row).encode(), digest_size=8).digest() for row in array.tolist())
         return np.array([int.from_bytes(digest, "little") for digest in digests], np.uint64)
     hashes = np.zeros(len(array), np.uint64)
     row_bytes = array[:1].nbytes
@@ -51,6 +51,16 @@ def _row_hashes(array: np.ndarray) -> np.ndarray:
         padded[:, :row_bytes] = part.reshape(len(part), -1).view(np.uint8).reshape(len(part), row_bytes)
         hashes[start : start + step] = (_mixed(padded.view(np.uint64)) * weights).sum(axis=1, dtype=np.uint64)
     return hashes
+
+
+def _text_of(value: Any) -> str:
+    """An element of an array of objects, with all that its `repr` would leave out and without addresses."""
+    if isinstance(value, np.ndarray):
+        return content_digest(value, is_ordered=True)
+    if isinstance(value, list | tuple):
+        return f"[{', '.join(map(_text_of, value))}]"
+    text = repr(value)
+    return type(value).__qualname__ if " at 0x" in text else text
 
 
 def _mixed(values: np.ndarray) -> np.ndarray:
