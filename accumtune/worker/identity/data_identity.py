@@ -23,8 +23,8 @@ def content_digest(tree: Any, *, is_ordered: bool) -> str:
     rows = {len(leaf) if leaf.ndim else -1 for leaf in leaves}
     shapes = repr([(leaf.shape, leaf.dtype.str) for leaf in leaves])
     if not rows or len(rows) > 1 or rows == {-1}:
-        parts = [shapes, *(leaf.tobytes().hex() if leaf.dtype != object else _text_of(leaf.tolist()) for leaf in leaves)]
-        return hashlib.sha256("".join(parts).encode()).hexdigest()[:16]
+        texts = (leaf.tobytes().hex() if leaf.dtype != object else _text_of(leaf.tolist()) for leaf in leaves)
+        return hashlib.sha256("".join([shapes, *texts]).encode()).hexdigest()[:16]
     total = np.zeros(rows.pop(), np.uint64)
     for leaf in leaves:
         total = _mixed(total * np.uint64(0x9E3779B97F4A7C15) + _row_hashes(leaf))
