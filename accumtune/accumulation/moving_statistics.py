@@ -175,7 +175,12 @@ def _noting(layer: Any, notes: Notes, may_be_empty: bool) -> Any:
         else:
             number = ops.cast(ops.size(inputs), mean.dtype) / inputs.shape[layer.axis]
         if mask is not None:
-            number *= ops.mean(ops.cast(mask, mean.dtype))
+            axis, valid = layer.axis % len(inputs.shape), ops.cast(mask, mean.dtype)
+            if axis == len(inputs.shape) - 1:
+                number *= ops.mean(valid)
+            else:  # the mask is about this axis too: each channel has its own number of valid entries
+                others = [other for other in range(len(inputs.shape)) if other != axis]
+                number = ops.sum(ops.broadcast_to(ops.expand_dims(valid, -1), ops.shape(inputs)), others)
         if may_be_empty:  # the mean of nothing is NaN, and so would be the gradients of all replicas
             mean, variance = (ops.where(number > 0, value, ops.zeros_like(value)) for value in (mean, variance))
         notes.mine().append(Moments(layer, number, ops.stop_gradient(mean), ops.stop_gradient(variance)))

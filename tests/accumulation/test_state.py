@@ -16,13 +16,13 @@ def as_array(value):
 # BatchNormalization
 
 
-def normalizing(mask=False, momentum=0.9, synchronized=False, learning_rate=0.0):
+def normalizing(mask=False, momentum=0.9, synchronized=False, learning_rate=0.0, axis=-1):
     """The statistics of the inputs, whatever the weights."""
 
     def build():
         inputs = keras.Input((5, 4) if mask else (4,))
         x = keras.layers.Masking()(inputs) if mask else inputs
-        x = keras.layers.BatchNormalization(momentum=momentum, synchronized=synchronized)(x)
+        x = keras.layers.BatchNormalization(axis, momentum=momentum, synchronized=synchronized)(x)
         model = keras.Model(inputs, keras.layers.Dense(2)(x))
         model.compile(keras.optimizers.SGD(learning_rate), "mse")
         return model
@@ -70,15 +70,17 @@ def test_averaging_variances_is_something_else():
     assert np.abs(np.subtract(naive, statistics(train(normalizing(), data)))).max() > 0.1
 
 
-def test_moving_statistics_of_masked_sequences():
+@pytest.mark.parametrize("axis", [-1, 1])
+def test_moving_statistics_of_masked_sequences(axis):
     """Keras adds 1e-7 to the number of valid entries, hence the tolerance."""
     x = numbers(SAMPLES, 5, 4)
     x[np.arange(SAMPLES) % 3 == 0, 2:] = 0
     x[:3] = 0
     data = {"x": x, "y": numbers(SAMPLES, 5, 2)}
-    plain = statistics(train(normalizing(mask=True), data))
+    build = normalizing(mask=True, axis=axis)
+    plain = statistics(train(build, data))
     np.testing.assert_allclose(
-        statistics(train(normalizing(mask=True), data, micro_batch_size=3)), plain, rtol=1e-6, atol=1e-7
+        statistics(train(build, data, micro_batch_size=3)), plain, rtol=1e-6, atol=1e-7
     )
 
 
