@@ -22,7 +22,15 @@ ERRORS = {
 # What Python itself expects of a module, and what a JSON parser's hooks raise to the function around it.
 PROTOCOLS = {
     ("__init__.py", "AttributeError"),
-    ("config/validation.py", "ValueError"),
+    ("config/schema.py", "ValueError"),
+    # What a store answers, and what a trial of a step shows: the function around it makes an error of it.
+    ("config/sources.py", "LookupError"),
+    ("accumulation/own_step/own_trial.py", "TypeError"),
+    ("accumulation/own_step/own_trial_torch.py", "NotPerSampleError"),
+    ("accumulation/own_step/own_trial_jax.py", "ConditionError"),
+    ("accumulation/own_step/trial_samples.py", "NotPerSampleError"),
+    # Keras's own load_weights raises it too, and callers expect that.
+    ("worker/trial_weights.py", "ValueError"),
     # What a file holds cannot be written or read: whoever asked says what that means.
     ("tracking/small_files.py", "OSError"),
     ("tracking/tracking_uri.py", "ValueError"),
