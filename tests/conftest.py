@@ -8,6 +8,8 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 os.environ.setdefault("KERAS_BACKEND", "tensorflow")
 # The same kernels on every CPU: TensorFlow's others take a workspace as large as the CPU's last cache, such as 32 MiB.
 os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "1")
+# A retry of MLflow that outlives its test draws no random number between a seed and the model that it is for.
+os.environ.setdefault("MLFLOW_HTTP_REQUEST_BACKOFF_JITTER", "0")
 
 import pytest
 from hypothesis import settings

@@ -223,7 +223,7 @@ def test_where_it_cannot_run_in_order_it_runs_in_any(graphs, monkeypatch):
 
     def spy(self, *args):
         results = call(self, *args)
-        function = "validation" if isinstance(args[0], tf.data.Iterator) else "training"
+        function = "validation" if isinstance(args[0], list | tf.data.Iterator) else "training"
         fallen_back.append((function, self._ordered is self._plain))
         return results
 
