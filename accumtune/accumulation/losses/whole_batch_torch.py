@@ -80,9 +80,12 @@ class TwoPasses:
         self._replay.end()
         return logs, sums
 
-    @torch.no_grad()
     def test(self, parts: list[Any]) -> Any:
         """Evaluates a batch given as micro-batches; returns the logs."""
+        with torch.no_grad():
+            return self._evaluated(parts)
+
+    def _evaluated(self, parts: list[Any]) -> Any:
         samples = [part.samples for part in parts]
         losses_of_layers, given = [], []
         for part in parts:
