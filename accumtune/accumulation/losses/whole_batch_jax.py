@@ -8,7 +8,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from keras import StatelessScope, tree
-from keras.src import backend
 
 from accumtune.accumulation import moving_statistics
 from accumtune.accumulation.engines import carried_state as carrying
@@ -29,7 +28,7 @@ class TwoPasses:
         self.model = engine.model
         self._replay = whole.Replay()
         self._states = whole.seed_states(self.model)
-        self._structure: Any = None
+        self._outputs = whole.Outputs()
         self._forward = engine._jitted(self._forward_step)
         self._combine = engine._jitted(moving_statistics.combined)
         self._loss = engine._jitted(self._loss_step, donate=(0,))
@@ -115,22 +114,12 @@ class TwoPasses:
             y_pred, changed, added = self._called(trainable, non_trainable, x)
         noted = notes.mine()
         self.engine._normalizations = [entry.layer for entry in noted]
-        return *self._flat(y_pred), added, moving_statistics.packed(noted), carrying.changed(changed, non_trainable)
+        changed = carrying.changed(changed, non_trainable)
+        return *self._outputs.flat(y_pred), added, moving_statistics.packed(noted), changed
 
     def _forward_in_test_step(self, trainable: Any, non_trainable: Any, x: Any) -> Any:
         y_pred, changed, added = self._called(trainable, non_trainable, x, training=False)
-        return *self._flat(y_pred), added, carrying.changed(changed, non_trainable)
-
-    def _flat(self, y_pred: Any) -> tuple[Any, Any]:
-        self._structure = tree.map_structure(lambda _: None, y_pred)
-        leaves = tree.flatten(y_pred)
-        return leaves, [None if leaf is None else loss_shares.mask_of(leaf) for leaf in leaves]
-
-    def _packed(self, leaves: Any, masks: Any) -> Any:
-        for leaf, mask in zip(leaves, masks, strict=True):
-            if mask is not None:
-                backend.set_keras_mask(leaf, mask)
-        return tree.pack_sequence_as(self._structure, leaves)
+        return *self._outputs.flat(y_pred), added, carrying.changed(changed, non_trainable)
 
     def _called(self, trainable: Any, non_trainable: Any, x: Any, training: bool = True) -> tuple[Any, Any, Any]:
         arguments = {"training": training} if self.model._call_has_training_arg else {}
@@ -157,7 +146,7 @@ class TwoPasses:
 
         def packed(floats: Any) -> Any:
             given = iter(floats)
-            return self._packed([next(given) if _is_float(leaf) else leaf for leaf in leaves], masks)
+            return self._outputs.packed([next(given) if _is_float(leaf) else leaf for leaf in leaves], masks)
 
         def objective(trainable: Any, floats: Any, of_layers: Any) -> tuple[Any, Any]:
             state = trainable, non_trainable, metrics
@@ -208,7 +197,7 @@ class TwoPasses:
         sample_weight: Any,
         of_layers: Any,
     ) -> Any:
-        y_pred = self._packed(leaves, masks)
+        y_pred = self._outputs.packed(leaves, masks)
         state = trainable, non_trainable, metrics
         loss, (new, metrics) = self._value(state, x, y, y_pred, sample_weight, of_layers, training=False)
         logs, metrics = self._logged(metrics, loss, x, y, y_pred, sample_weight)

@@ -17,6 +17,7 @@ import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+from accumtune.accumulation.losses import loss_shares
 from accumtune.accumulation.own_step.own_train_step import has_own_step
 from accumtune.accumulation.patched_attributes import put, replaced
 from accumtune.errors import DataError, ModelError
@@ -221,6 +222,31 @@ def joined(parts: Sequence[Any], samples: Sequence[int], name: str, concatenate:
         return concatenate(list(leaves))
 
     return tree.map_structure(join, *parts)
+
+
+class Outputs:
+    """A model's outputs as a list of arrays with their masks, and back in the model's own structure."""
+
+    def __init__(self) -> None:
+        self._structure: Any = None
+
+    def flat(self, y_pred: Any) -> tuple[list[Any], list[Any]]:
+        """The arrays and their masks, None where there is none; notes the structure."""
+        from keras import tree
+
+        self._structure = tree.map_structure(lambda _: None, y_pred)
+        leaves = tree.flatten(y_pred)
+        return leaves, [None if leaf is None else loss_shares.mask_of(leaf) for leaf in leaves]
+
+    def packed(self, leaves: Sequence[Any], masks: Sequence[Any]) -> Any:
+        """The structure with these arrays, which carry their masks again."""
+        from keras import tree
+        from keras.src import backend
+
+        for leaf, mask in zip(leaves, masks, strict=True):
+            if mask is not None:
+                backend.set_keras_mask(leaf, mask)
+        return tree.pack_sequence_as(self._structure, leaves)
 
 
 _NAMES = ("outputs", "masks of outputs", "inputs", "targets", "sample weights")

@@ -9,7 +9,6 @@ from typing import Any
 
 import tensorflow as tf
 from keras import tree
-from keras.src import backend
 
 from accumtune.accumulation import moving_statistics
 from accumtune.accumulation.engines import gradient_sums, tensor_slices
@@ -30,7 +29,7 @@ class TwoPasses:
         self.model = engine.model
         self._replay = whole.Replay()
         self._states = whole.seed_states(self.model)
-        self._structure: Any = None
+        self._outputs = whole.Outputs()
         self._has_gradient: dict[Any, list[bool]] = {}
         self._forward = engine._compiled(self._forward_step, around=engine._recording)
         self._loss = engine._compiled(self._loss_step)
@@ -126,16 +125,7 @@ class TwoPasses:
         return self._flat(self.engine._predict(x, training=False))
 
     def _flat(self, y_pred: Any) -> tuple[Any, Any, Any]:
-        self._structure = tree.map_structure(lambda _: None, y_pred)
-        leaves = tree.flatten(y_pred)
-        masks = [None if leaf is None else loss_shares.mask_of(leaf) for leaf in leaves]
-        return leaves, masks, whole.losses_of_layers(self.model)
-
-    def _packed(self, leaves: Any, masks: Any) -> Any:
-        for leaf, mask in zip(leaves, masks, strict=True):
-            if mask is not None:
-                backend.set_keras_mask(leaf, mask)
-        return tree.pack_sequence_as(self._structure, leaves)
+        return *self._outputs.flat(y_pred), whole.losses_of_layers(self.model)
 
     def _loss_step(
         self,
@@ -151,7 +141,7 @@ class TwoPasses:
         """The loss of the window, its gradients with respect to outputs and losses of layers, and the metrics."""
         model, weights = self.model, self.engine._weights
         inputs = (leaves, masks, x, y, sample_weight, of_layers, count, metric_weight)
-        y_pred = self._packed(leaves, masks)
+        y_pred = self._outputs.packed(leaves, masks)
         floats = [leaf if _is_float(leaf) else None for leaf in leaves]
         with tf.GradientTape() as tape:
             tape.watch([leaf for leaf in (*floats, *of_layers) if leaf is not None])
@@ -202,7 +192,7 @@ class TwoPasses:
         count: Any,
         metric_weight: Any,
     ) -> Any:
-        y_pred = self._packed(leaves, masks)
+        y_pred = self._outputs.packed(leaves, masks)
         self._value(x, y, y_pred, sample_weight, of_layers, count, metric_weight, training=False)
         return self.model.compute_metrics(x, y, y_pred, sample_weight=sample_weight)
 

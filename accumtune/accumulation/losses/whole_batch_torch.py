@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from keras import tree
-from keras.src import backend
 
 from accumtune.accumulation import moving_statistics
 from accumtune.accumulation.losses import batch_metrics, loss_shares
@@ -32,6 +31,7 @@ class TwoPasses:
         self.model = engine.model
         self._replay = whole.Replay()
         self._states = whole.seed_states(self.model)
+        self._outputs = whole.Outputs()
 
     def sum_up(self, window: list[Any], first: list[Any]) -> tuple[Any, list[Any]]:
         """Both passes of a window; empties the lists. Gives the logs, and sums that `.grad` cannot hold.
@@ -97,7 +97,7 @@ class TwoPasses:
         leaves, masks, x, y, sample_weight = whole.joined_all(given, samples, torch.cat)
         del given
         of_layers = whole.mean_losses(losses_of_layers, shares(samples))
-        y_pred = self._packed(leaves, masks)
+        y_pred = self._outputs.packed(leaves, masks)
         self._value(x, y, y_pred, sample_weight, of_layers, sum(samples), training=False)
         return self.model.compute_metrics(x, y, y_pred, sample_weight=sample_weight)
 
@@ -126,16 +126,7 @@ class TwoPasses:
         return self._flat(y_pred)
 
     def _flat(self, y_pred: Any) -> tuple[Any, Any, Any]:
-        self._structure = tree.map_structure(lambda _: None, y_pred)
-        leaves = tree.flatten(y_pred)
-        masks = [None if leaf is None else loss_shares.mask_of(leaf) for leaf in leaves]
-        return leaves, masks, whole.losses_of_layers(self.model)
-
-    def _packed(self, leaves: Any, masks: Any) -> Any:
-        for leaf, mask in zip(leaves, masks, strict=True):
-            if mask is not None:
-                backend.set_keras_mask(leaf, mask)
-        return tree.pack_sequence_as(self._structure, leaves)
+        return *self._outputs.flat(y_pred), whole.losses_of_layers(self.model)
 
     def _again_step(self, x: Any) -> tuple[Any, Any]:
         with (
@@ -152,7 +143,7 @@ class TwoPasses:
         """The loss of the window, its gradients with respect to outputs and losses of layers, and the metrics."""
         model = self.model
         leaves, of_layers = _leaves_of_a_graph(leaves), _leaves_of_a_graph(of_layers)
-        y_pred = self._packed(leaves, masks)
+        y_pred = self._outputs.packed(leaves, masks)
         loss = self._value(x, y, y_pred, sample_weight, of_layers, count, training=True)
         if loss.requires_grad:
             model.optimizer.scale_loss(loss).backward()
