@@ -63,8 +63,8 @@ class Outcomes:
         pass
 
 
-def run(tmp_path, executor, profiles=None, **settings):
-    settings = TrialSettings(None, (4, 8), False, False, 1, 1, "val_loss", None, **settings)
+def run(tmp_path, executor, profiles=None, budget=None, **settings):
+    settings = TrialSettings(budget, (4, 8), False, False, 1, 1, "val_loss", None, **settings)
     runner = TrialRunner(settings, SearchDirectory(tmp_path), executor, profiles or Profiles())
     space = {"space": [], "values": {"effective_batch_size": 16}}
     return runner, lambda trial_id="0": runner.run(trial_id, 1, space, {})
@@ -85,6 +85,12 @@ def test_without_a_smaller_micro_batch_it_is_infeasible(tmp_path):
     result = run(tmp_path, executor)[1]()
     assert result.status == "infeasible" and executor.micro_batches == [8, 4, 2, 1]
     assert "micro-batch 1 ran out of memory" in result.reason
+
+
+def test_with_ghost_batches_an_infeasible_trial_names_the_micro_batch_that_it_would_need(tmp_path):
+    result = run(tmp_path, Outcomes(), budget=3000, ghost_batch_size=4)[1]()
+    assert result.status == "infeasible" and "a micro-batch of one ghost batch (4 samples)" in result.reason
+    assert "predicted 3.9 KiB" in result.reason, "of 4 samples, not of 1"
 
 
 def test_lost_with_its_machine_it_is_tried_again_as_it_was_but_not_for_ever(tmp_path):

@@ -152,7 +152,8 @@ class TrialRunner:
             self._settings.ghost_batch_size,
         )
         if pair is None:
-            return TrialResult("infeasible", values, reason=_why_infeasible(profile, values, budget))
+            smallest = self._settings.ghost_batch_size or 1
+            return TrialResult("infeasible", values, reason=_why_infeasible(profile, values, budget, smallest))
         values |= pair.as_hyperparameters()
         if self._settings.has_own_run_trial:
             return self._train(proposal, facts, pair)
@@ -295,12 +296,10 @@ def _ended_before(proposal: Proposal) -> TrialResult | None:
     """Returns the result of a trial that had completed when the search was killed, before the oracle was told."""
     record = read_trial(proposal.directory.path)
     # The pair that ran may be a smaller one than was proposed.
-    proposed = {name: value for name, value in proposal.values.items() if name not in _PAIR}
+    pair = {"micro_batch_size", "accumulation_steps"}
+    proposed = {name: value for name, value in proposal.values.items() if name not in pair}
     same = all(record.hyperparameters.get(name) == value for name, value in proposed.items())
     return completed_result(record) if record.status == "completed" and same else None
-
-
-_PAIR = ("micro_batch_size", "accumulation_steps")
 
 
 def _training_digest(session: Mapping[str, str], model: Mapping[str, str]) -> str:
@@ -323,12 +322,13 @@ def _crashes(journal: Journal) -> int:
     return names.count("started") - names.count("stopped") - names.count("ended")
 
 
-def _why_infeasible(profile: Profile, values: Mapping[str, Any], budget: int | None) -> str:
+def _why_infeasible(profile: Profile, values: Mapping[str, Any], budget: int | None, smallest: int) -> str:
     if not profile.measurements:
         why = "its parameters alone are larger"
     elif any(measurement.is_feasible for measurement in profile.measurements):
         effective = values["effective_batch_size"]
-        predicted, kept = profile.predict_peak_memory(1, effective), profile.sample_bytes * effective
+        predicted = profile.predict_peak_memory(smallest, effective // smallest)
+        kept = profile.sample_bytes * effective
         why = f"predicted {format_bytes(predicted)}"
         if kept > predicted / 2:
             why += (
@@ -337,4 +337,5 @@ def _why_infeasible(profile: Profile, values: Mapping[str, Any], budget: int | N
             )
     else:
         why = "every probe ran out of memory"
-    return f"not even micro-batch 1 fits in {format_bytes(budget or 0)} ({why})"
+    least = "micro-batch 1" if smallest == 1 else f"a micro-batch of one ghost batch ({smallest} samples)"
+    return f"not even {least} fits in {format_bytes(budget or 0)} ({why})"
