@@ -78,6 +78,7 @@ def _tuner_state(folder: Path, file: Path) -> dict[str, Any] | None:
             "search_over": search.search_over,
             "batch_coupled_layers": list(search.batch_coupled_layers),
             "whole_batch_loss": search.whole_batch_loss,
+            "own_train_step": search.own_train_step,
             "ghost_batch_size": search.ghost_batch_size,
         }
     return read_state(_previous(file))

@@ -54,6 +54,7 @@ class SearchSpace:
         self.search_over = search_over
         self.batch_coupled_layers: list[str] = []
         self.whole_batch_loss = False
+        self.own_train_step: str | None = None
         self._is_discovered = False
         self._wants_data = False
 
@@ -117,19 +118,21 @@ class SearchSpace:
         return changed
 
     def get_state(self) -> dict[str, Any]:
-        names = ("search_over", "batch_coupled_layers", "whole_batch_loss", ghost_batches.NAME)
+        names = ("search_over", "batch_coupled_layers", "whole_batch_loss", "own_train_step", ghost_batches.NAME)
         return {name: getattr(self, name) for name in names}
 
     def set_state(self, state: Mapping[str, Any]) -> None:
         self.search_over = state.get("search_over", self.search_over)
         self.batch_coupled_layers = state.get("batch_coupled_layers", [])
         self.whole_batch_loss = state.get("whole_batch_loss", False)
+        self.own_train_step = state.get("own_train_step")
         self.ghost_batch_size = ghost_batches.resolved(self._asked_ghost_batch_size, state.get(ghost_batches.NAME))
 
     def _discover(self, space: Any) -> dict[str, Any]:
         discovered = self._processes.discover(self._hypermodel, space)
         self.batch_coupled_layers = discovered["batch_coupled_layers"]
         self.whole_batch_loss = discovered["whole_batch_loss"]
+        self.own_train_step = discovered["own_train_step"]
         asked, left = self._asked_ghost_batch_size, discovered["coupled_with_ghost_batches"]
         is_in_vain = not self.batch_coupled_layers or left or self.search_over == "pairs"
         if asked is not None and not (asked == "auto" and is_in_vain):

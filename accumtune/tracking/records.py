@@ -94,6 +94,7 @@ class SearchRecord:
     search_over: str | None = None
     batch_coupled_layers: tuple[str, ...] = ()
     whole_batch_loss: bool = False
+    own_train_step: str | None = None
     learning_rate_scaling: str | None = None
     base_effective_batch_size: int | None = None
     ghost_batch_size: int | None = None

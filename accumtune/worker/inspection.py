@@ -46,6 +46,7 @@ def discover(directory: TaskDirectory, payload: str, space: dict[str, Any] | Non
     coupled: dict[str, None] = {}
     whole_batch_loss: set[bool] = set()
     with_ghost_batches: dict[str, None] = {}
+    own_train_step: set[str] = set()
     wants_data: set[bool] = set()
     known = content["hyperparameters"] if space is None else hyperparameters_from(space)
     # A bare Oracle and BaseTuner lend their bookkeeping; nothing is searched here.
@@ -58,7 +59,9 @@ def discover(directory: TaskDirectory, payload: str, space: dict[str, Any] | Non
             some = () if space is None or not runs_code_of_the_user(model) else _some_data(model, content, hp)
             accumulate(model, micro_batch_size=1)  # refuses what no trial could train
             if space is not None and has_own_step(model):
-                put(model, {"_accumtune_certificate": certify(model, *_samples(model, content, hp)[0](16))})
+                certificate = certify(model, *_samples(model, content, hp)[0](16))
+                own_train_step.add(certificate.reduction)
+                put(model, {"_accumtune_certificate": certificate})
             found = batch_coupled_layers(model, *some)
             coupled.update(dict.fromkeys(str(layer) for layer in found))
             left = coupled_with_ghost_batches(model, *some) if found else []
@@ -78,6 +81,7 @@ def discover(directory: TaskDirectory, payload: str, space: dict[str, Any] | Non
         "batch_coupled_layers": list(coupled),
         "whole_batch_loss": any(whole_batch_loss),
         "coupled_with_ghost_batches": list(with_ghost_batches),
+        "own_train_step": ", ".join(sorted(own_train_step)) or None,
         "wants_data": any(wants_data),
     }
 

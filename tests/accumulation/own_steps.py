@@ -8,11 +8,12 @@ BACKEND = keras.backend.backend()
 
 
 class OwnStep(keras.Model):
-    """A step around `objective(data)`, which gives the loss and the logs; `after(data)` follows the update."""
+    """A step around `objective(data)`: the loss, or a tuple of it and what `track` gets besides.
 
-    clip = None
+    `gradients` may change what the optimizer gets, and `after(data)` follows the update.
+    """
 
-    def __init__(self, net, **kwargs):
+    def __init__(self, net=None, **kwargs):
         super().__init__(**kwargs)
         self.net = net
         self.loss_tracker = keras.metrics.Mean(name="loss")
@@ -34,6 +35,10 @@ class OwnStep(keras.Model):
     def after(self, data):
         pass
 
+    def losses_of(self, data):
+        found = self.objective(data)
+        return found if isinstance(found, tuple) else (found,)
+
     def track(self, loss):
         self.loss_tracker.update_state(loss)
         return {"loss": self.loss_tracker.result()}
@@ -47,13 +52,13 @@ class OwnStep(keras.Model):
             import tensorflow as tf
 
             with tf.GradientTape() as tape:
-                loss = self.objective(data)
+                loss, *others = self.losses_of(data)
                 scaled = self.optimizer.scale_loss(loss)
             weights = self.weights_to_train()
             gradients = self.gradients(tape.gradient(scaled, weights))
             self.update(gradients, weights)
             self.after(data)
-            return self.track(loss)
+            return self.track(loss, *others)
 
         def update(self, gradients, weights):
             self.optimizer.apply_gradients(zip(gradients, weights, strict=True))
@@ -64,7 +69,7 @@ class OwnStep(keras.Model):
             import torch
 
             self.zero_grad()
-            loss = self.objective(data)
+            loss, *others = self.losses_of(data)
             scaled = self.optimizer.scale_loss(loss)
             (scaled.sum() if scaled.ndim else scaled).backward()
             weights = self.weights_to_train()
@@ -72,7 +77,7 @@ class OwnStep(keras.Model):
                 gradients = self.gradients([weight.value.grad for weight in weights])
                 self.update(gradients, weights)
                 self.after(data)
-                return self.track(loss)
+                return self.track(loss, *others)
 
         def update(self, gradients, weights):
             self.optimizer.apply(gradients, weights)
@@ -90,13 +95,13 @@ class OwnStep(keras.Model):
                     *zip(self.non_trainable_variables, non_trainable, strict=True),
                     *zip(self.optimizer.variables, optimizer, strict=True),
                 ]
-                with keras.StatelessScope(state_mapping=mapping) as scope:
-                    loss = self.objective(data)
-                    scaled = self.optimizer.scale_loss(loss)
+                with keras.StatelessScope(state_mapping=mapping, collect_losses=True) as scope:
+                    losses = self.losses_of(data)
+                    scaled = self.optimizer.scale_loss(losses[0])
                 new = [scope.get_current_value(variable) for variable in self.non_trainable_variables]
-                return ops.sum(scaled), (loss, new)
+                return ops.sum(scaled), (losses, new)
 
-            gradients, (loss, non_trainable) = jax.grad(loss_of, has_aux=True)(trainable)
+            gradients, (losses, non_trainable) = jax.grad(loss_of, has_aux=True)(trainable)
             gradients = self.gradients(gradients)
             trainable, optimizer = self.update(optimizer, gradients, trainable)
             mapping = [
@@ -106,7 +111,7 @@ class OwnStep(keras.Model):
             ]
             with keras.StatelessScope(state_mapping=mapping) as scope:
                 self.after(data)
-                logs = self.track(loss)
+                logs = self.track(*losses)
             non_trainable = [scope.get_current_value(variable) for variable in self.non_trainable_variables]
             metrics = [scope.get_current_value(variable) for variable in self.metrics_variables]
             return logs, (trainable, non_trainable, optimizer, metrics)

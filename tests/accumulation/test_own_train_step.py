@@ -215,6 +215,94 @@ def trained_with(model, x, y, weight):
     return [ops.convert_to_numpy(one.value) for one in model.weights], None
 
 
+@pytest.mark.parametrize("policy", ["mixed_bfloat16", "mixed_float16"])
+def test_mixed_precision(policy):
+    """float16 gets a LossScaleOptimizer from `compile`."""
+
+    class Mixed(OwnStep):
+        def objective(self, data):
+            x, y = (ops.cast(one, "float32") for one in data)
+            return ops.mean(ops.square(ops.cast(self.net(x, training=True), "float32") - y))
+
+    def made():
+        keras.utils.set_random_seed(7)
+        hidden, output = dense(6, activation="tanh", dtype=policy), dense(3, dtype=policy)
+        model = Mixed(keras.Sequential([keras.Input((4,), dtype="float32"), hidden, output]), dtype=policy)
+        model.compile(sgd())
+        return model
+
+    class_of = {"mixed_bfloat16": keras.optimizers.SGD, "mixed_float16": keras.optimizers.LossScaleOptimizer}
+    x, y = (one.astype("float32") for one in data(26))
+    plain, model = made(), accumulate(made(), micro_batch_size=5)
+    assert isinstance(model.optimizer, class_of[policy])
+    weights, history = trained(plain, x, y, epochs=1)
+    accumulated, logs = trained(model, x, y, epochs=1)
+    for one, other in zip(weights, accumulated, strict=True):
+        np.testing.assert_allclose(other, one, rtol=2e-2, atol=2e-2 * float(np.max(np.abs(one), initial=0.0)))
+    np.testing.assert_allclose(logs["loss"], history["loss"], rtol=2e-2)
+
+
+def test_a_test_step_of_its_own_validates_in_micro_batches():
+    class Tested(OwnStep):
+        sizes = []
+
+        def test_step(self, *arguments):
+            if BACKEND == "jax":
+                state, data = arguments
+                trainable, non_trainable, metrics = state
+                mapping = [
+                    *zip(self.trainable_variables, trainable, strict=True),
+                    *zip(self.non_trainable_variables, non_trainable, strict=True),
+                    *zip(self.metrics_variables, metrics, strict=True),
+                ]
+                with keras.StatelessScope(state_mapping=mapping) as scope:
+                    logs = self.tested(data)
+                metrics = [scope.get_current_value(one) for one in self.metrics_variables]
+                return logs, (trainable, non_trainable, metrics)
+            return self.tested(*arguments)
+
+        def tested(self, data):
+            x, y = data
+            self.sizes.append(int(x.shape[0] or 0))
+            self.loss_tracker.update_state(ops.mean(ops.square(self.net(x) - y), axis=1))
+            return {"loss": self.loss_tracker.result()}
+
+    x, y = data(26)
+    found = []
+    for model in (make(Tested, eager=True), accumulate(make(Tested, eager=True), micro_batch_size=5)):
+        Tested.sizes.clear()
+        history = model.fit(x, y, batch_size=12, validation_data=(x[:14], y[:14]), shuffle=False, verbose=0).history
+        found.append((history["val_loss"][0], max(Tested.sizes)))
+    assert found[1][0] == pytest.approx(found[0][0]) and [size for _, size in found] == [12, 5]
+
+
+REGULARIZED = {
+    "added by a layer": lambda: AddsMean(),
+    "of a weight": lambda: dense(6, kernel_regularizer=keras.regularizers.L2(0.1)),
+}
+
+
+class AddsMean(keras.layers.Layer):
+    def call(self, x):
+        self.add_loss(ops.mean(ops.square(x)))
+        return x
+
+
+@pytest.mark.parametrize("layer", REGULARIZED.values(), ids=REGULARIZED.keys())
+def test_losses_that_layers_add(layer):
+    class Regularized(OwnStep):
+        def objective(self, data):
+            return super().objective(data) + sum(self.losses)
+
+    check_equal(Regularized, layers=[layer])
+
+
+def test_what_was_certified_is_said_once(capsys):
+    keras.config.enable_interactive_logging()
+    trained(accumulate(make(OwnStep), micro_batch_size=5), *data(26))
+    assert capsys.readouterr().out.count("gradients are means over samples") == 1
+
+
 def test_batch_normalization_moves_once_per_update():
     """Each micro-batch normalizes by itself, as ever; but the moving statistics are those of the window."""
     model = make(OwnStep, [keras.layers.BatchNormalization], optimizer=lambda: keras.optimizers.SGD(0.0))

@@ -2,11 +2,15 @@
 
 import keras
 import numpy as np
+import pytest
 
 import accumtune
+from accumtune.errors import CustomTrainStepError
+from accumtune.tracking.journal import read_search
+from accumtune.tracking.mlflow.run_content import search_run
 
 
-def build(hp):
+def build(hp, is_over_the_batch=False):
     import tensorflow as tf
 
     class Stepping(keras.Sequential):
@@ -14,6 +18,7 @@ def build(hp):
             x, y = data
             with tf.GradientTape() as tape:
                 loss = tf.reduce_mean(tf.square(self(x, training=True) - y))
+                loss = tf.sqrt(loss) if is_over_the_batch else loss
             gradients = tape.gradient(loss, self.trainable_weights)
             self.optimizer.apply_gradients(zip(gradients, self.trainable_weights, strict=True))
             return {"loss": loss}
@@ -35,10 +40,23 @@ def data():
     return x, x[:, :1]
 
 
-def test_a_step_that_is_certified_is_searched_over_effective_batches(tmp_path):
+def test_a_step_that_is_certified_is_searched_over_effective_batches(tmp_path, capsys):
     tuner = make(tmp_path, build)
     x, y = data()
-    tuner.search(x, y, validation_data=(x, y), epochs=1, verbose=0)
+    tuner.search(x, y, validation_data=(x, y), epochs=1)
+    said = "own train_step was tried with the training data, and accumulates: its gradients are means over samples."
+    assert capsys.readouterr().out.count(said) == 1
+    record = read_search(tmp_path / "own")
+    assert any(said in text for text in record.advice)
+    assert search_run(record, {}, None).params["own_train_step"] == "mean"
     assert tuner.search_over == "effective_batch_size" and tuner.batch_coupled_layers == []
     config = tuner.get_best_config()
     assert config.trial["own_train_step"] == "mean"
+
+
+def test_a_step_that_is_refused_ends_the_search_before_its_first_trial(tmp_path):
+    tuner = make(tmp_path, lambda hp: build(hp, is_over_the_batch=True))
+    x, y = data()
+    with pytest.raises(CustomTrainStepError, match="not linear") as caught:
+        tuner.search(x, y, validation_data=(x, y), epochs=1, verbose=0)
+    assert "Stepping" in str(caught.value) and not tuner.oracle.trials

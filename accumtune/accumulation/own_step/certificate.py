@@ -8,7 +8,6 @@ samples. Data and weights are varied, so that what they have not met yet (paddin
 
 from __future__ import annotations
 
-import logging
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -29,6 +28,7 @@ _LOSS = (
     "make the loss a mean over samples; leave train_step as it is and return the loss from compute_loss, where it is "
     "one over the batch; or train without accumulate."
 )
+NUMBER_OF_SAMPLES = "take the number of samples from the data, such as ops.shape(x)[0]: micro-batches differ in it."
 _CLIPPING = "let the optimizer clip (clipnorm=, global_clipnorm=, clipvalue=). Otherwise: " + _LOSS
 
 
@@ -89,14 +89,16 @@ def certify(model: Any, trial: Trial, batch: Any) -> Certificate:
             _try(model, trial, data, change, findings)
         except _SaysNothing as nothing:
             if not index:
-                raise refusal(model, str(nothing), "look at what it computes for the first samples.") from nothing
-    certificate = findings.certificate()
-    logging.getLogger(__name__).info("The train_step of %r accumulates: a %s.", model.name, certificate.reduction)
-    return certificate
+                raise refusal(model, str(nothing), nothing.fix) from nothing
+    return findings.certificate()
 
 
 class _SaysNothing(Exception):
     """A variant of the data on which the step cannot be tried."""
+
+    def __init__(self, seen: str, fix: str = "look at what it computes for the first samples.") -> None:
+        super().__init__(seen)
+        self.fix = fix
 
 
 class _Findings:
@@ -139,7 +141,8 @@ def _try(model: Any, trial: Trial, batch: Any, change: float, findings: _Finding
         seen = "it has a condition, of which only one branch can be tried."
         raise refusal(model, seen, "write it with ops.where for each sample, or without.") from error
     except Exception as error:
-        raise _SaysNothing(f"it raised {type(error).__name__}: {error}") from error
+        seen = f"it raised {type(error).__name__} for seven samples of the first batch: {error}"
+        raise _SaysNothing(seen, NUMBER_OF_SAMPLES) from error
     _check_apply(model, whole)
     if not any(gradient is not None and np.any(gradient) for gradient in whole.gradients):
         raise _SaysNothing("its gradients are all zero.")
@@ -204,7 +207,7 @@ def _parts(
             raise refusal(model, str(error), "draw random numbers for each sample: shape=(batch, ...).") from error
         except Exception as error:
             seen = f"it raised {type(error).__name__} for a part of a batch: {error}"
-            raise refusal(model, seen, "take the number of samples from the data.") from error
+            raise refusal(model, seen, NUMBER_OF_SAMPLES) from error
         if len(own_draws.values) != len(draws.values):
             seen = "it draws random numbers another number of times for other samples."
             raise refusal(model, seen, "draw the same for every batch.")
@@ -221,7 +224,8 @@ def _check_apply(model: Any, run: Run) -> None:
     if run.other_optimizers:
         used = ", ".join(dict.fromkeys(run.other_optimizers))
         also = "besides that of compile " if run.applies else ""
-        raise refusal(model, f"it uses other optimizers {also}({used}).", _ONE_OPTIMIZER)
+        seen = f"it uses other optimizers {also}({used}): a later one needs what an earlier one has updated."
+        raise refusal(model, seen, _ONE_OPTIMIZER + " Networks that take turns (a GAN) train without accumulate.")
     if not run.applies:
         raise refusal(model, "it hands no gradients to self.optimizer.", _ONE_OPTIMIZER)
     if run.applies > 1:

@@ -9,7 +9,7 @@ linear shows in the numbers as well; what is linear in pieces shows here.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -35,7 +35,7 @@ class Rules:
     Args:
         linear: linear in their inputs together.
         products: linear in each input alone.
-        firsts: linear in the first input alone.
+        linear_in: linear in one input alone, by its position. A derivative is, in what is handed back to it.
         choices: linear in all inputs but the first.
         reductions: add up samples (those of derivatives do, whatever their name).
         only_shapes: their results depend on the shape of what they get, not on its values.
@@ -44,11 +44,16 @@ class Rules:
 
     linear: frozenset[str]
     products: frozenset[str]
-    firsts: frozenset[str]
+    linear_in: Mapping[str, int]
     choices: frozenset[str]
     reductions: frozenset[str]
     only_shapes: frozenset[str]
     decisions: frozenset[str] = frozenset()
+
+
+def positions(*names: str) -> dict[str, int]:
+    """Names of operations, separated by spaces, by the position of the input that they are linear in."""
+    return {name: index for index, together in enumerate(names) for name in together.split()}
 
 
 @dataclass
@@ -132,11 +137,14 @@ def _why_not(rules: Rules, one: Operation, two: Operation, sizes: tuple[int, int
         return f"what it computes for a sample depends on the others in the batch ({one.name})."
     if any(reduced):
         return "" if _is_linear(rules, one.name, reduced) else _not_linear(one.name)
-    is_sum = one.name in rules.reductions or "grad" in one.name.lower() or "backprop" in one.name.lower()
+    is_sum = one.name in rules.reductions or any(part in one.name.lower() for part in _DERIVATIVES)
     if any(depends and samples for depends, samples in zip(one.depends, in_samples, strict=True)):
         if one.output_shapes and not any(out_samples) and not is_sum:
             return f"it reduces the samples of a batch by {one.name}, which is neither a mean nor a sum."
     return ""
+
+
+_DERIVATIVES = ("grad", "backprop", "backward")  # in the names of operations
 
 
 def _not_linear(name: str) -> str:
@@ -148,6 +156,6 @@ def _is_linear(rules: Rules, name: str, reduced: list[bool]) -> bool:
         return True
     if name in rules.products:
         return sum(reduced) == 1
-    if name in rules.firsts:
-        return not any(reduced[1:])
+    if name in rules.linear_in:
+        return not any(is_reduced for index, is_reduced in enumerate(reduced) if index != rules.linear_in[name])
     return name in rules.choices and not reduced[0]

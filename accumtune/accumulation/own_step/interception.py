@@ -55,8 +55,13 @@ class Overlay(keras.StatelessScope):
     """A scope in which variables seem to be assigned, and which knows what was assigned to which."""
 
     def __init__(self, state_mapping: Any = None) -> None:
-        super().__init__(state_mapping)
+        super().__init__(state_mapping, collect_losses=True)  # else what layers add as losses would be lost
         self.assigned: dict[int, tuple[Any, Any]] = {}
+
+    def get_current_value(self, variable: Any) -> Any:
+        """Also of variables that are not assigned here: regularizers ask for these."""
+        value = super().get_current_value(variable)
+        return variable._value if value is None else value
 
     def add_update(self, update: Any) -> None:
         super().add_update(update)

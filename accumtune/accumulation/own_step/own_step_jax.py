@@ -21,7 +21,7 @@ from accumtune.accumulation.engines.engine_jax import JaxTraining, _precision
 from accumtune.accumulation.own_step import interception
 from accumtune.accumulation.own_step import own_train_step as own
 from accumtune.accumulation.own_step import own_trial_jax as own_trial
-from accumtune.accumulation.patched_attributes import put, replaced
+from accumtune.accumulation.patched_attributes import replaced
 from accumtune.accumulation.window import Accumulation, shares
 
 
@@ -51,7 +51,7 @@ class OwnStepJax(JaxTraining):
         known_samples.note(model, batch)
         if self._certificate is None or form != self._form:
             self._certificate = own_trial.certified(model, state, [part.take for part in window], self._form)
-            put(model, {"_accumtune_certificate": self._certificate})
+            own.accept(model, self._certificate)
         if len(window) == 1:
             return self._only(state, batch)
         trainable, non_trainable, optimizer, metrics = state

@@ -19,7 +19,6 @@ from accumtune.accumulation.own_step import interception
 from accumtune.accumulation.own_step import own_train_step as own
 from accumtune.accumulation.own_step import own_trial as trials
 from accumtune.accumulation.own_step import own_trial_tensorflow as own_trial
-from accumtune.accumulation.patched_attributes import put
 from accumtune.accumulation.window import Accumulation, shares
 
 
@@ -45,7 +44,7 @@ class OwnStepTensorFlow(TensorFlowTraining):
         known_samples.note(model, first)
         if self._certificate is None or form != self._form:
             self._certificate = own_trial.certified(model, [step[0].take for step in window], self._form)
-            put(model, {"_accumtune_certificate": self._certificate})
+            own.accept(model, self._certificate)
         if len(window) == 1:
             return self._only(first)
         samples = [step[0].samples for step in window]

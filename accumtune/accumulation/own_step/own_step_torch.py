@@ -19,7 +19,6 @@ from accumtune.accumulation.own_step import interception
 from accumtune.accumulation.own_step import own_train_step as own
 from accumtune.accumulation.own_step import own_trial as trials
 from accumtune.accumulation.own_step import own_trial_torch as own_trial
-from accumtune.accumulation.patched_attributes import put
 from accumtune.accumulation.window import Accumulation, shares
 
 
@@ -41,7 +40,7 @@ class OwnStepTorch(TorchTraining):
         if self._certificate is None or form != self._form:
             self._form = form
             self._certificate = own_trial.certified(model, [part.take for part in window], form)
-            put(model, {"_accumtune_certificate": self._certificate})
+            own.accept(model, self._certificate)
         if len(window) == 1:
             with groups.updating_in_groups(optimizers.updating(model.optimizer)), self._ghosts.active(batch[0]):
                 return model.train_step(interception.packed(batch, form))

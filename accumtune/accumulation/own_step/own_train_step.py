@@ -8,9 +8,11 @@ a scope that keeps nothing but metrics and seeds. Whether all this equals the st
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from typing import Any
 
+from accumtune.accumulation.patched_attributes import put
 from accumtune.errors import CustomTrainStepError
 
 MEAN, SUM, LAST = "mean", "sum", "last"
@@ -43,6 +45,21 @@ def has_own_step(model: Any) -> bool:
 def certificate_of(model: Any) -> Certificate | None:
     """What was certified for an accumulating model; None before its first batch."""
     return vars(model).get("_accumtune_certificate")
+
+
+def accept(model: Any, certificate: Certificate) -> None:
+    """Keeps a certificate with a model that accumulates, and says so once."""
+    import keras
+
+    put(model, {"_accumtune_certificate": certificate})
+    text = (
+        f"accumtune: the train_step of {type(model).__name__} was tried on the first samples, and accumulates: its "
+        f"gradients are {certificate.reduction}s over samples."
+    )
+    if keras.config.is_interactive_logging_enabled():
+        print(text)
+    else:
+        logging.getLogger(__name__).info(text)
 
 
 def refusal(model: Any, seen: str, fix: str) -> CustomTrainStepError:

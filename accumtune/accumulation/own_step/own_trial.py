@@ -172,6 +172,18 @@ def fixed_statistics(model: Any) -> Iterator[None]:
         yield
 
 
+@contextlib.contextmanager
+def full_precision(model: Any) -> Iterator[None]:
+    """While open, layers compute in the precision of their variables: in less, rounding would hide what is compared."""
+    with contextlib.ExitStack() as stack:
+        for layer in model._flatten_layers():
+            policy = layer.dtype_policy
+            if type(policy) is keras.DTypePolicy and policy.compute_dtype != policy.variable_dtype:
+                full = keras.DTypePolicy(policy.variable_dtype)
+                stack.enter_context(replaced(layer, {"_dtype_policy": full}))
+        yield
+
+
 def run(
     model: Any,
     data: Any,
@@ -208,6 +220,7 @@ def run(
     with (
         other_optimizers(model) as found.other_optimizers,
         fixed_statistics(model),
+        full_precision(model),
         interception.Overlay(metric_state) as overlay,
         interception.weighed_scalars(model, share, kinds, scalars),
         interception.intercepted(model.optimizer, handed),
@@ -218,7 +231,7 @@ def run(
     found.logs = [array(leaf) for leaf in tree.flatten(logs)]
     metrics = {id(one): one for metric in interception.metrics_of(model) for one in metric.variables}
     found.metric_state = [
-        (one, value) for one in metrics.values() if (value := overlay.get_current_value(one)) is not None
+        (one, overlay.state_mapping[key]) for key, one in metrics.items() if key in overlay.state_mapping
     ]
     found.metrics = {variable.path: array(value) for variable, value in found.metric_state}
     found.assigned = {

@@ -16,7 +16,7 @@ from accumtune.accumulation.own_step import certificate as certificates
 from accumtune.accumulation.own_step import interception
 from accumtune.accumulation.own_step import own_train_step as own
 from accumtune.accumulation.own_step import own_trial as trials
-from accumtune.accumulation.own_step.dataflow import Recording, Rules
+from accumtune.accumulation.own_step.dataflow import Recording, Rules, positions
 from accumtune.accumulation.patched_attributes import replaced
 
 
@@ -79,6 +79,7 @@ class JaxTrial:
             with (
                 trials.other_optimizers(model) as found.other_optimizers,
                 trials.fixed_statistics(model),
+                trials.full_precision(model),
                 interception.weighed_scalars(model, share, kinds, scalars),
                 replaced(model.optimizer, {"stateless_apply": handed}),
             ):
@@ -179,7 +180,7 @@ RULES = Rules(
         "device_put".split()
     ),
     products=frozenset("mul dot_general".split()),
-    firsts=frozenset("div gather dynamic_slice scatter-add".split()),
+    linear_in=positions("div gather dynamic_slice scatter-add"),
     choices=frozenset("select_n".split()),
     reductions=frozenset(
         "reduce_sum dot_general conv_general_dilated scatter-add scatter_add scan while add_any reshape squeeze".split()

@@ -20,7 +20,7 @@ from accumtune.accumulation.own_step import certificate as certificates
 from accumtune.accumulation.own_step import interception
 from accumtune.accumulation.own_step import own_train_step as own
 from accumtune.accumulation.own_step import own_trial as trials
-from accumtune.accumulation.own_step.dataflow import Recording, Rules
+from accumtune.accumulation.own_step.dataflow import Recording, Rules, positions
 from accumtune.accumulation.patched_attributes import replaced
 from accumtune.errors import CustomTrainStepError
 
@@ -56,8 +56,9 @@ def _trace(model: Any, data: Any) -> str:
     except CustomTrainStepError:
         raise
     except Exception as error:
-        seen = f"it could not be traced: {type(error).__name__}: {error}"
-        raise own.refusal(model, seen, "use operations of keras.ops or TensorFlow, so that it compiles.") from error
+        seen = f"it could not be traced with seven samples of the first batch: {type(error).__name__}: {error}"
+        fix = "use operations of keras.ops or TensorFlow, so that it compiles; and " + certificates.NUMBER_OF_SAMPLES
+        raise own.refusal(model, seen, fix) from error
     definition = traced.graph.as_graph_def()
     nodes = [*definition.node, *(node for function in definition.library.function for node in function.node_def)]
     return next((str(node.name) for node in nodes if node.op in _CONDITIONS), "")
@@ -182,8 +183,11 @@ RULES = Rules(
         "EnsureShape DeepCopy Real BiasAddGrad StridedSliceGrad Copy ReverseV2".split()
     ),
     products=frozenset("Mul MatMul BatchMatMul BatchMatMulV2 BatchMatMulV3 Einsum MulNoNan".split()),
-    firsts=frozenset(
-        "RealDiv Div DivNoNan Xdivy Slice StridedSlice Gather GatherV2 UnsortedSegmentSum SegmentSum".split()
+    linear_in=positions(
+        "RealDiv Div DivNoNan Xdivy Slice StridedSlice Gather GatherV2 UnsortedSegmentSum SegmentSum "
+        "ReluGrad Relu6Grad LeakyReluGrad EluGrad SeluGrad SoftplusGrad SoftsignGrad",
+        "TanhGrad SigmoidGrad SqrtGrad RsqrtGrad ReciprocalGrad InvGrad",
+        "Conv2DBackpropInput Conv2DBackpropFilter Conv3DBackpropInputV2 Conv3DBackpropFilterV2",
     ),
     choices=frozenset("Select SelectV2".split()),
     reductions=frozenset(

@@ -13,7 +13,8 @@ from accumtune.accumulation.own_step import certificate as certificates
 from accumtune.accumulation.own_step import interception, trial_samples
 from accumtune.accumulation.own_step import own_train_step as own
 from accumtune.accumulation.own_step import own_trial as trials
-from accumtune.accumulation.own_step.dataflow import Recording, Rules
+from accumtune.accumulation.own_step.dataflow import Recording, Rules, positions
+from accumtune.accumulation.patched_attributes import replaced
 
 
 def certified(model: Any, takes: list[Callable[[], Any]], form: int) -> own.Certificate:
@@ -40,7 +41,8 @@ class TorchTrial:
             # A step that does not begin by zero_grad() shows.
             variable.value.grad = torch.full_like(variable.value, 1e3)
         recorder.allow([variable.value.grad for variable in self.model.trainable_variables])
-        with trials.other_weights(self.model, change_of_weights), recorder:
+        one_hot = replaced(torch.nn.functional, {"one_hot": _one_hot})
+        with trials.other_weights(self.model, change_of_weights), one_hot, recorder:
             found = trials.run(
                 self.model,
                 interception.packed(data, self.form),
@@ -53,6 +55,16 @@ class TorchTrial:
             )
         trials.check_writes(self.model, recorder.wrote)
         return found
+
+
+_NLL = ("nll_loss_forward", "nll_loss2d_forward")
+
+
+def _one_hot(labels: Any, num_classes: int = -1) -> Any:
+    """torch's, which brings numbers to Python to check them."""
+    if num_classes < 0:
+        num_classes = int(labels.max()) + 1
+    return (labels.unsqueeze(-1) == torch.arange(num_classes, device=labels.device)).long()
 
 
 def _key(tensor: Any) -> Any:
@@ -95,6 +107,8 @@ class _Recorder(TorchDispatchMode):
         self._made.update(_key(value) for value in outputs)
         if not self._is_on:
             return result
+        if name in _NLL and args[3] == 0:  # without a reduction, its second result is no sum of weights
+            outputs = outputs[:1]
         self._kept += [inputs, outputs]
         if name == "_to_copy" and not result.dtype.is_floating_point:
             name = "_to_copy (integers)"
@@ -142,8 +156,10 @@ RULES = Rules(
         "slice_backward _foreach_add".split()
     ),
     products=frozenset("mul mul_ mm bmm matmul addmm dot mv addmv baddbmm".split()),
-    firsts=frozenset(
-        "div div_ true_divide index index_select gather index_put index_put_ index_add embedding_dense_backward".split()
+    linear_in=positions(
+        "div div_ true_divide index index_select gather index_put index_put_ index_add embedding_dense_backward "
+        "tanh_backward sigmoid_backward threshold_backward leaky_relu_backward elu_backward gelu_backward "
+        "softplus_backward hardtanh_backward silu_backward _softmax_backward_data _log_softmax_backward_data"
     ),
     choices=frozenset("where".split()),
     reductions=frozenset(

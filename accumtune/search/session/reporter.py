@@ -138,6 +138,7 @@ def setup_advice(
     batch_coupled_layers: Sequence[str],
     searches_pairs: bool,
     whole_batch_loss: bool = False,
+    own_train_step: str | None = None,
     samples: int | None = None,
 ) -> list[str]:
     """Returns one sentence for each thing in the set-up that changes what the results mean.
@@ -149,6 +150,7 @@ def setup_advice(
         batch_coupled_layers: of the models that the build function makes.
         searches_pairs: whether the micro-batch size is searched too.
         whole_batch_loss: whether the loss is that of the whole effective batch, in two passes.
+        own_train_step: how gradients of a `train_step` of the models' own add up, as it was certified.
         samples: in the training data; None where that is not known.
     """
     texts = []
@@ -160,6 +162,11 @@ def setup_advice(
         )
         layers = "; ".join(batch_coupled_layers[:5])
         texts.append(f"Not every layer is independent of which samples share a micro-batch, {consequence}: {layers}")
+    if own_train_step:
+        texts.append(
+            "The models' own train_step was tried with the training data, and accumulates: its gradients are "
+            f"{own_train_step.replace('mean', 'means').replace('sum', 'sums')} over samples."
+        )
     if whole_batch_loss:
         texts.append(
             "The loss couples the samples of a batch, so it is that of the whole effective batch, in two passes: every "

@@ -235,6 +235,7 @@ class SearchSession:
             "search_over": tuner.search_over,
             "batch_coupled_layers": tuner.batch_coupled_layers,
             "whole_batch_loss": tuner.whole_batch_loss,
+            "own_train_step": self._parts.space.own_train_step,
             "ghost_batch_size": tuner.ghost_batch_size,
             "learning_rate_scaling": tuner.learning_rate_scaling,
             "base_effective_batch_size": tuner.base_effective_batch_size,
@@ -256,6 +257,7 @@ class SearchSession:
             learning_rate_scaling=tuner.learning_rate_scaling,
             batch_coupled_layers=tuner.batch_coupled_layers,
             whole_batch_loss=tuner.whole_batch_loss,
+            own_train_step=self._parts.space.own_train_step,
             searches_pairs=tuner.search_over == "pairs",
             samples=count_samples(self._fit_args, self._fit_kwargs),
         )

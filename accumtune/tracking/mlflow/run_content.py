@@ -99,6 +99,7 @@ def search_run(search: SearchRecord, statuses: Mapping[str, int], note: str | No
         "accumulation_steps_searched": ", ".join(map(str, search.accumulation_steps)),
         "search_over": search.search_over,
         "whole_batch_loss": True if search.whole_batch_loss else None,
+        "own_train_step": search.own_train_step,
         "learning_rate_scaling": search.learning_rate_scaling,
         "ghost_batch_size": search.ghost_batch_size,
         "tuner": search.tuner,
