@@ -17,33 +17,40 @@ import accumtune
 SIZE = 64  # pixels on a side
 
 
-def convolutions(x, width):
+def convolutions(x, width, normalization):
     for _ in range(2):
         x = keras.layers.Conv2D(width, 3, padding="same", use_bias=False)(x)
-        x = keras.layers.GroupNormalization(4)(x)
+        x = normalization()(x)
         x = keras.layers.ReLU()(x)
     return x
 
 
-def build_model(hp):
-    width = hp.Choice("width", [8, 16])
-    pictures = x = keras.Input((SIZE, SIZE, 3))
-    skipped = []
-    for level in range(3):
-        x = convolutions(x, width * 2**level)
-        skipped.append(x)
-        x = keras.layers.MaxPooling2D()(x)
-    x = convolutions(x, width * 8)
-    for level in reversed(range(3)):
-        x = keras.layers.Conv2DTranspose(width * 2**level, 2, strides=2)(x)
-        x = convolutions(keras.layers.Concatenate()([x, skipped[level]]), width * 2**level)
-    model = keras.Model(pictures, keras.layers.Conv2D(1, 1)(x))
-    model.compile(
-        optimizer=keras.optimizers.Adam(hp.Float("learning_rate", 1e-3, 1e-2, sampling="log")),
-        loss=keras.losses.BinaryCrossentropy(from_logits=True),
-        metrics=[keras.metrics.BinaryIoU(target_class_ids=[1], threshold=0.0, name="iou")],
-    )
-    return model
+def make_build_model(normalization):
+    def build_model(hp):
+        width = hp.Choice("width", [8, 16])
+        pictures = x = keras.Input((SIZE, SIZE, 3))
+        skipped = []
+        for level in range(3):
+            x = convolutions(x, width * 2**level, normalization)
+            skipped.append(x)
+            x = keras.layers.MaxPooling2D()(x)
+        x = convolutions(x, width * 8, normalization)
+        for level in reversed(range(3)):
+            x = keras.layers.Conv2DTranspose(width * 2**level, 2, strides=2)(x)
+            x = convolutions(keras.layers.Concatenate()([x, skipped[level]]), width * 2**level, normalization)
+        model = keras.Model(pictures, keras.layers.Conv2D(1, 1)(x))
+        model.compile(
+            optimizer=keras.optimizers.Adam(hp.Float("learning_rate", 1e-3, 1e-2, sampling="log")),
+            loss=keras.losses.BinaryCrossentropy(from_logits=True),
+            metrics=[keras.metrics.BinaryIoU(target_class_ids=[1], threshold=0.0, name="iou")],
+        )
+        return model
+
+    return build_model
+
+
+def group_normalization():
+    return keras.layers.GroupNormalization(4)
 
 
 def load_data(samples):
@@ -72,7 +79,7 @@ def main():
 
     x_train, y_train, x_val, y_val = load_data(options.samples)
     tuner = accumtune.RandomSearch(
-        build_model,
+        make_build_model(group_normalization),
         objective="val_loss",
         seed=3,
         micro_batch_sizes=(1, 2, 4, 8, 16),

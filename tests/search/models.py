@@ -30,6 +30,11 @@ def build_coupled(hp):
     return dense(layers=(keras.layers.BatchNormalization(),))
 
 
+def build_renormalized(hp):
+    """BatchNormalization that cannot work in groups."""
+    return dense(layers=(keras.layers.BatchNormalization(renorm=True, name="mine"),))
+
+
 def build_correlated(hp):
     """A loss over the batch."""
 

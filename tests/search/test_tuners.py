@@ -13,6 +13,7 @@ from models import (
     build_fixed,
     build_nothing,
     build_plain,
+    build_renormalized,
     build_subclassed,
     build_uncompiled,
     dense,
@@ -254,6 +255,14 @@ def test_a_ghost_batch_that_does_not_fit_is_smaller_for_the_whole_search(tmp_pat
     assert (tuner.ghost_batch_size, tuner.micro_batch_sizes) == (4, (4, 8))
     space = {hp.name: hp for hp in tuner.oracle.get_space().space}
     assert space["ghost_batch_size"].value == 4 and list(space["effective_batch_size"].values) == [4, 8, 16]
+
+
+def test_a_layer_that_cannot_be_grouped_is_refused_before_the_first_trial(tmp_path):
+    """Where a ghost batch was asked for by its number; "auto" searches the pairs."""
+    with pytest.raises(errors.ModelError, match="ghost_batch_size with 'mine'.*renorm=True"):
+        make(tmp_path, build=build_renormalized, ghost_batch_size=4)
+    tuner = make(tmp_path, build=build_renormalized)
+    assert (tuner.search_over, tuner.ghost_batch_size) == ("pairs", None)
 
 
 def test_hyperband_goes_on_from_earlier_weights(tmp_path):
