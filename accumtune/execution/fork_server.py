@@ -23,6 +23,7 @@ PYTORCH_NVML_BASED_CUDA_CHECK, in torch's notes on CUDA semantics.)
 from __future__ import annotations
 
 import contextlib
+import gc
 import importlib
 import json
 import os
@@ -210,6 +211,9 @@ def main() -> None:
                 importlib.import_module(module)
         except ImportError:
             traceback.print_exc()  # the task that needs it says so with its own traceback
+    # What is imported stays: a child's collections need not look at it, each of which would copy all its pages.
+    gc.collect()
+    gc.freeze()
     adopt_orphans()
     _Server(connection).serve()
     shutil.rmtree(folder, ignore_errors=True)

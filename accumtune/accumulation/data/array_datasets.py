@@ -143,6 +143,7 @@ def _tensorflow_batches(packed: Any, batch_size: int, shuffle: bool | str) -> An
     # Keras's own adapter orders the indices instead of the data: the same operations with the same seeds.
     indices = ArrayDataAdapter(np.arange(samples), batch_size=batch_size, shuffle=shuffle).get_tf_dataset()
 
+    @tf.autograph.experimental.do_not_convert  # which would take a tenth of a second
     def gather(rows: Any) -> Any:
         full = rows.shape[0]  # None where the last batch is smaller
         specs = [spec for leaf in leaves for spec in leaf.specs(full)]
