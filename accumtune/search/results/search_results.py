@@ -22,6 +22,7 @@ from accumtune.tracking.journal import read_search
 from accumtune.tracking.mlflow.tracker import read_cache
 from accumtune.tracking.records import SearchRecord, TrialRecord
 from accumtune.tracking.report import writer
+from accumtune.tracking.report.accumulation_gain import accumulation_gain
 from accumtune.tracking.report.candidate_tables import ordered
 from accumtune.tracking.report.noise_scale_note import noise_scale_of
 from accumtune.worker.transport.task_directory import SearchDirectory
@@ -197,6 +198,7 @@ def summary(record: SearchRecord, found: Sequence[Candidate], limit: int, most_r
         "* on the Pareto front of objective, peak memory and throughput",
     ]
     best = shown[0] if shown else None
+    lines += [] if best is None else [accumulation_gain(found, best, record.objective_name, direction)]
     noise = noise_scale_of(record, best)
     lines += [] if noise is None else [noise.advice(best)]
     return "\n".join(lines)

@@ -16,6 +16,7 @@ from accumtune.tracking.mlflow.run_content import STATUSES
 from accumtune.tracking.records import SearchRecord
 from accumtune.tracking.redaction import first_line, redacted
 from accumtune.tracking.report import plots
+from accumtune.tracking.report.accumulation_gain import accumulation_gain
 from accumtune.tracking.report.candidate_tables import (
     CandidateLike,
     candidate_cells,
@@ -96,7 +97,7 @@ def note(
     folder: Path,
 ) -> str:
     """The report's text: the answer first."""
-    parts = [_answer(record, best)]
+    parts = [_answer(record, best, candidates)]
     if best is not None:
         parts.append(_import_lines(config_json, folder))
         parts.append(_runners_up(record, candidates, front, best.candidate))
@@ -105,7 +106,7 @@ def note(
     return text if len(text) <= _MAXIMUM_NOTE else text[: _MAXIMUM_NOTE - 2] + "…\n"
 
 
-def _answer(record: SearchRecord, best: ChoiceLike | None) -> str:
+def _answer(record: SearchRecord, best: ChoiceLike | None, candidates: Sequence[CandidateLike]) -> str:
     if best is None:
         why = f": {record.reason}" if record.reason else ""
         title = f"### {escaped(record.name)}: no configuration yet"
@@ -127,6 +128,7 @@ def _answer(record: SearchRecord, best: ChoiceLike | None) -> str:
         f"step{'s' if item.accumulation_steps > 1 else ''} = effective batch {item.effective_batch_size}",
         f"{', '.join(facts)}{', with ' + own if own else ''}.",
         f"**Why:** {best.reason}",
+        escaped(accumulation_gain(candidates, item, record.objective_name, record.objective_direction)),
     ]
     return "\n\n".join(lines)
 
