@@ -101,14 +101,23 @@ class GhostBatches:
 
 def check(model: Any) -> None:
     """Raises ModelError where a normalization of the model cannot work in groups."""
-    for layer in normalizations(model):
-        reason = _why_not(layer, model)
-        if reason:
-            raise ModelError(
-                f"Received ghost_batch_size with {layer.name!r} ({type(layer).__name__}), which {reason}.",
-                "Keras's own BatchNormalization, without renorm and not synchronized over replicas.",
-                "leave out ghost_batch_size, or replace that layer or freeze it (trainable = False).",
-            )
+    for reason in reasons_against(model):
+        raise refusal(reason)
+
+
+def reasons_against(model: Any) -> list[str]:
+    """The normalizations of a model that cannot work in groups, each with its reason."""
+    found = [(layer, _why_not(layer, model)) for layer in normalizations(model)]
+    return [f"{layer.name!r} ({type(layer).__name__}), which {reason}" for layer, reason in found if reason]
+
+
+def refusal(reason: str) -> ModelError:
+    """What is raised for one of `reasons_against`."""
+    return ModelError(
+        f"Received ghost_batch_size with {reason}.",
+        "Keras's own BatchNormalization, without renorm and not synchronized over replicas.",
+        "leave out ghost_batch_size, or replace that layer or freeze it (trainable = False).",
+    )
 
 
 def _why_not(layer: Any, model: Any) -> str | None:
@@ -181,6 +190,12 @@ def _normalized(layer: Any, inputs: Any, mask: Any, size: int) -> Any:
     if mask is not None:
         mask = ops.cast(ops.broadcast_to(ops.expand_dims(mask, -1), ops.shape(inputs)), "bool")
     rows = ops.shape(inputs)[0]
+    if mask is None and backend.backend() == "torch":
+        from accumtune.accumulation import ghost_batch_torch
+
+        normalized, seen = ghost_batch_torch.normalized(inputs, gamma, beta, layer.axis, layer.epsilon, size)
+        statistics.see(layer, *_together(*seen))
+        return ops.cast(normalized, layer.compute_dtype)
     whole = rows // size * size
     outputs, moments = [], []
     for part, number, samples in (

@@ -8,6 +8,7 @@ from typing import Any, Literal
 import keras_tuner
 
 from accumtune.accumulation.batch_pair import BATCH_HYPERPARAMETERS
+from accumtune.accumulation.ghost_batch import refusal
 from accumtune.errors import BuildError
 from accumtune.oracles import keras_tuner_adapter
 from accumtune.search import ghost_batches
@@ -134,6 +135,8 @@ class SearchSpace:
         self.whole_batch_loss = discovered["whole_batch_loss"]
         self.own_train_step = discovered["own_train_step"]
         asked, left = self._asked_ghost_batch_size, discovered["coupled_with_ghost_batches"]
+        if isinstance(asked, int) and discovered["against_ghost_batches"]:
+            raise refusal(discovered["against_ghost_batches"][0])
         is_in_vain = not self.batch_coupled_layers or left or self.search_over == "pairs"
         if asked is not None and not (asked == "auto" and is_in_vain):
             self.batch_coupled_layers = left

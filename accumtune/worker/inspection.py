@@ -11,7 +11,7 @@ import keras
 import keras_tuner
 from keras_tuner.engine.oracle import Oracle
 
-from accumtune.accumulation import accumulate, batch_coupled_layers
+from accumtune.accumulation import accumulate, batch_coupled_layers, ghost_batch
 from accumtune.accumulation.coupling.detection import coupled_with_ghost_batches, runs_code_of_the_user
 from accumtune.accumulation.data.array_kinds import is_dense
 from accumtune.accumulation.losses.whole_batch_loss import is_wanted
@@ -47,6 +47,7 @@ def discover(directory: TaskDirectory, payload: str, space: dict[str, Any] | Non
     whole_batch_loss: set[bool] = set()
     with_ghost_batches: dict[str, None] = {}
     own_train_step: set[str] = set()
+    against_ghost_batches: dict[str, None] = {}
     wants_data: set[bool] = set()
     known = content["hyperparameters"] if space is None else hyperparameters_from(space)
     # A bare Oracle and BaseTuner lend their bookkeeping; nothing is searched here.
@@ -65,6 +66,7 @@ def discover(directory: TaskDirectory, payload: str, space: dict[str, Any] | Non
             found = batch_coupled_layers(model, *some)
             coupled.update(dict.fromkeys(str(layer) for layer in found))
             left = coupled_with_ghost_batches(model, *some) if found else []
+            against_ghost_batches.update(dict.fromkeys(ghost_batch.reasons_against(model)))
             with_ghost_batches.update(dict.fromkeys(str(layer) for layer in left))
             whole_batch_loss.add(is_wanted(model))
 
@@ -82,6 +84,7 @@ def discover(directory: TaskDirectory, payload: str, space: dict[str, Any] | Non
         "whole_batch_loss": any(whole_batch_loss),
         "coupled_with_ghost_batches": list(with_ghost_batches),
         "own_train_step": ", ".join(sorted(own_train_step)) or None,
+        "against_ghost_batches": list(against_ghost_batches),
         "wants_data": any(wants_data),
     }
 
