@@ -46,6 +46,7 @@ def install(model: Any, accumulation: Accumulation) -> Any:
         "_accumtune_samples": None,  # a few of the first batch, see known_samples.py
         "_accumtune_validation_size": None,  # of the fit that is running
         "_accumtune_metric_batch_size": None,  # of its validation, for metrics over the batch
+        "_accumtune_validation_samples": None,  # how many those data have, where it is known
         "_accumtune_is_validating": False,  # whether what is evaluated are the data of that validation
         "_accumtune_counts_batches": False,  # whether the fit that is running has set steps_per_epoch by itself
         "_accumtune_fit_begins": False,  # until its data are ready
@@ -244,6 +245,8 @@ def _fit(model: Any, own: Any) -> Any:
                 during["_accumtune_validation_size"] = accumulation.micro_batch_size or batch
             elif size is None and is_at_default and feeding.has_validation_arrays(given):
                 size = given.get("batch_size") or feeding.KERAS_BATCH_SIZE
+                validation_data = feeding.unpacked(given["validation_data"])
+                during["_accumtune_validation_samples"] = feeding.samples_of(validation_data)
             with replaced(model, {**during, "_accumtune_metric_batch_size": size}):
                 return type(model).fit(model, **given)
         # It prepares the data, or is told of them (autologging): they and the other arguments are as they were given.

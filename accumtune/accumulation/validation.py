@@ -7,8 +7,9 @@ import itertools
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from accumtune.accumulation.data.batches import MicroBatch, micro_batches
+from accumtune.accumulation.data.batches import MicroBatch, micro_batches, samples_of
 from accumtune.accumulation.losses import batch_metrics, whole_batch_loss
+from accumtune.accumulation.losses.output_losses import output_loss_weights
 from accumtune.accumulation.patched_attributes import replaced
 
 
@@ -25,6 +26,7 @@ class Validation:
     def __init__(self, model: Any, make: Callable[[], Any]) -> None:
         self._model = model
         self._metrics = batch_metrics.WholeWindow(model) if batch_metrics.may_have_own_metrics(model) else None
+        self._weights = output_loss_weights(model)
         with self._step_gives_outputs():
             make()
         self._test = model.test_function
@@ -32,7 +34,12 @@ class Validation:
     def __call__(self, *arguments: Any) -> Any:
         """`(iterator)`, or `(state, iterator)` on JAX: as Keras calls it. Returns logs, on JAX with the state."""
         size = self._model._accumtune_validation_size
-        if (size is None and self._metrics is None) or batch_metrics.is_replicated(self._model):
+        is_taken_apart = size is not None or self._metrics is not None
+        if self._weights is not None and self._weights.is_cut_otherwise():
+            is_taken_apart = True
+        if not is_taken_apart or batch_metrics.is_replicated(self._model):
+            if self._weights is not None:
+                self._weights.leave_to_keras()
             return self._test(*arguments)
         *state, batches = arguments
         if size is not None and whole_batch_loss.is_wanted(self._model):
@@ -45,9 +52,13 @@ class Validation:
 
     def _in_parts(self, batches: Any, size: int | None, state: list[Any]) -> tuple[Any, list[Any]]:
         logs = None
+        if self._weights is not None:
+            self._weights.look_at(batches)
         for batch in itertools.islice(batches, self._model.steps_per_execution):
             for part in [batch] if size is None else (part.take() for part in _parts(batch, size)):
-                logs, state = self._take(part, state)
+                pieces = [part] if self._weights is None else self._weights.pieces(part, samples_of(batch))
+                for piece in pieces:
+                    logs, state = self._take(piece, state)
             logs, state = self._update_metrics(logs, state)
         return logs, state
 
@@ -93,12 +104,17 @@ class Validation:
         """Drops what a validation that was interrupted has left."""
         if self._metrics is not None:
             self._metrics.forget()
+        if self._weights is not None:
+            self._weights.begin()
 
     @contextlib.contextmanager
     def _step_gives_outputs(self) -> Iterator[None]:
-        """While open, `test_step` gives back `(logs, outputs)` for logs, where metrics may wait for the outputs."""
-        metrics, step = self._metrics, self._model.test_step
-        if metrics is None:
+        """While open, `test_step` gives back `(logs, outputs)` for logs, where metrics may wait for the outputs.
+
+        The logged losses of outputs count as their weights say.
+        """
+        metrics, weights, step = self._metrics, self._weights, self._model.test_step
+        if metrics is None and weights is None:
             yield
             return
 
@@ -108,8 +124,11 @@ class Validation:
             return (logs, noted), state
 
         def elsewhere(data: Any) -> Any:
-            with metrics.noting() as noted:
-                logs = step(data)
+            with contextlib.nullcontext() if weights is None else weights.applied():
+                if metrics is None:
+                    return step(data)
+                with metrics.noting() as noted:
+                    logs = step(data)
             return logs, noted
 
         import keras

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from accumtune.accumulation import accumulate
+from accumtune.accumulation.own_step.own_train_step import can_be_evaluated
 from accumtune.execution.device_query import current_backend
 from accumtune.execution.executors import LocalExecutor
 from accumtune.execution.repeated_training import run_executions
@@ -71,15 +72,17 @@ def _updates(model: Any) -> int:
 
 @dataclass(frozen=True)
 class FirstUpdates(FixedHyperModel):
-    """The same for two epochs and 200 updates or five seconds, validated on a micro-batch: a short trial."""
+    """The same for two epochs and 200 updates or five seconds: a short trial, with validation where there is a loss."""
 
     def fit(self, hp: Any, model: Any, *args: Any, **kwargs: Any) -> Any:
         feed_by_batches(model, self.effective_batch_size, self.micro_batch_size)
         x, y, sample_weight = resolve(kwargs.pop("x"), kwargs.pop("y"), kwargs.pop("sample_weight", None))
-        is_batched = not is_tf_dataset(x) or has_batches(model, x)
-        validation_data = first_samples(x, y, sample_weight, count=self.micro_batch_size, is_batched=is_batched)
         callbacks = [*kwargs.pop("callbacks", ()), _stop_when_steady()]
-        arguments = {"sample_weight": sample_weight, "validation_data": validation_data, "callbacks": callbacks}
+        arguments = {"sample_weight": sample_weight, "callbacks": callbacks}
+        if can_be_evaluated(model):
+            is_batched = not is_tf_dataset(x) or has_batches(model, x)
+            first = first_samples(x, y, sample_weight, count=self.micro_batch_size, is_batched=is_batched)
+            arguments["validation_data"] = first
         return model.fit(x, y, **arguments, epochs=10**6, verbose=0)
 
 

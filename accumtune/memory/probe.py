@@ -16,6 +16,7 @@ from accumtune.accumulation.data.array_datasets import (
     training_arguments,
     validation_source,
 )
+from accumtune.accumulation.own_step.own_train_step import can_be_evaluated
 from accumtune.memory.compilation import PeakWithoutCompiling
 from accumtune.memory.cpu_simulation import Trace
 from accumtune.memory.device import Device, Recorder, is_out_of_memory
@@ -157,13 +158,14 @@ def _train(
         if is_pipeline
         else training_arguments(model, *window, batch_size=window_size)
     )
-    # Trials validate at the micro-batch, while the training data stays open.
-    held_out = batches(micro_batch_size)
-    validation = (
-        batch_source(*held_out, batch_size=micro_batch_size)
-        if is_pipeline
-        else validation_source(model, *held_out, batch_size=micro_batch_size)
-    )
+    validation = None
+    if can_be_evaluated(model):  # trials validate at the micro-batch, while the training data stays open
+        held_out = batches(micro_batch_size)
+        validation = (
+            batch_source(*held_out, batch_size=micro_batch_size)
+            if is_pipeline
+            else validation_source(model, *held_out, batch_size=micro_batch_size)
+        )
     with watch:
         model.fit(
             **data,

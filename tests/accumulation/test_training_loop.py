@@ -118,6 +118,15 @@ def test_validation_and_initial_epoch():
     assert {"val_loss", "val_mae"} <= plain.history.keys() and len(plain.history["loss"]) == 2
 
 
+@pytest.mark.parametrize("arguments", [{}, {"validation_batch_size": 5}, {"validation_steps": 9}])
+@holds("`train_on_batch`, `steps_per_epoch`, `initial_epoch`, validation, callbacks")
+def test_validation_steps_count_batches_of_plain_keras(arguments):
+    """... and not micro-batches, which would be other samples."""
+    data = regression(validation_data=(numbers(21, 4, seed=5), numbers(21, 2, seed=6)), validation_steps=2)
+    plain, ours = (train(dense(), data | arguments, micro_batch_size=size).history for size in (None, 3))
+    np.testing.assert_allclose(ours["val_loss"], plain["val_loss"], rtol=1e-6)
+
+
 def test_validation_split_and_shuffling():
     """The same seed shuffles alike, so even this is the same training where batches are effective batches."""
     plain = train(dense(), regression(), validation_split=0.3, shuffle=True)

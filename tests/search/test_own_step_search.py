@@ -1,5 +1,7 @@
 """A search over models that train in their own way."""
 
+import functools
+
 import keras
 import numpy as np
 import pytest
@@ -10,7 +12,7 @@ from accumtune.tracking.journal import read_search
 from accumtune.tracking.mlflow.run_content import search_run
 
 
-def build(hp, is_over_the_batch=False):
+def build(hp, loss="mse", is_over_the_batch=False):
     import tensorflow as tf
 
     class Stepping(keras.Sequential):
@@ -24,13 +26,13 @@ def build(hp, is_over_the_batch=False):
             return {"loss": loss}
 
     model = Stepping([keras.Input((4,)), keras.layers.Dense(hp.Choice("units", [4, 8])), keras.layers.Dense(1)])
-    model.compile("sgd", "mse")
+    model.compile("sgd", loss)
     return model
 
 
-def make(tmp_path, build):
+def make(tmp_path, build, objective="val_loss"):
     return accumtune.RandomSearch(
-        build, objective="val_loss", max_trials=1, memory_budget="1GiB", micro_batch_sizes=(4, 8),
+        build, objective=objective, max_trials=1, memory_budget="1GiB", micro_batch_sizes=(4, 8),
         accumulation_steps=(1, 2), seed=1, directory=tmp_path, project_name="own", tracking_uri=None,
     )  # fmt: skip
 
@@ -60,3 +62,13 @@ def test_a_step_that_is_refused_ends_the_search_before_its_first_trial(tmp_path)
     with pytest.raises(CustomTrainStepError, match="not linear") as caught:
         tuner.search(x, y, validation_data=(x, y), epochs=1, verbose=0)
     assert "Stepping" in str(caught.value) and not tuner.oracle.trials
+
+
+def test_a_step_with_the_only_loss_is_searched_without_validation(tmp_path):
+    """As Keras's examples have it: nothing is evaluated that Keras could not."""
+    tuner = make(tmp_path, functools.partial(build, loss=None), objective="loss")
+    x, y = data()
+    tuner.search(x, y, epochs=1, verbose=0)
+    assert [trial.status for trial in tuner.record().trials] == ["completed"]
+    config = tuner.get_best_config()
+    assert config.verify(functools.partial(build, loss=None), x, y).peak_memory_bytes > 0

@@ -143,9 +143,12 @@ def small_batches(kind):
 KINDS = ("pair", "names", "strings", "uncounted", "infinite")
 
 
-@pytest.mark.parametrize(("kind", "size"), [("growing", None), *itertools.product(KINDS, (None, 4))])
-def test_its_elements_and_what_is_known_of_them_are_those_of_the_pipeline(executor, tmp_path, kind, size):
-    def compare(function, size):
+@pytest.mark.parametrize(
+    ("kind", "size", "first"),
+    [("growing", None, None), *itertools.product(KINDS, (None, 4), (None,)), ("infinite", 4, 2)],
+)
+def test_its_elements_and_what_is_known_of_them_are_those_of_the_pipeline(executor, tmp_path, kind, size, first):
+    def compare(function, size, first):
         import cloudpickle
         import tensorflow as tf
 
@@ -159,8 +162,8 @@ def test_its_elements_and_what_is_known_of_them_are_those_of_the_pipeline(execut
         sent = DataFunction("x", cloudpickle.dumps(function), Path("arrays"))
         process = PipelineProcess.of({"x": sent}, payload, seed=1)
         elsewhere = called(process.moved(content)["fit_kwargs"]["x"])
-        here = function() if size is None else rebatched(function(), size)
-        there = elsewhere.as_tf_dataset() if size is None else rebatched(elsewhere, size)
+        here = function() if size is None else rebatched(function(), size, first=first)
+        there = elsewhere.as_tf_dataset() if size is None else rebatched(elsewhere, size, first=first)
         same = [here.element_spec == there.element_spec, int(here.cardinality()) == int(there.cardinality())]
         for _ in range(2):
             for one, other in zip(here.take(9), there.take(9), strict=True):
@@ -169,7 +172,7 @@ def test_its_elements_and_what_is_known_of_them_are_those_of_the_pipeline(execut
                 same += [bool(tf.reduce_all(tf.equal(a, b))) for a, b in pairs]
         return same
 
-    outcome = in_a_process(executor, tmp_path, compare, partial(small_batches, kind), size)
+    outcome = in_a_process(executor, tmp_path, compare, partial(small_batches, kind), size, first)
     assert outcome.is_completed, outcome.traceback
     assert len(outcome.result["value"]) > 4 and all(outcome.result["value"])
 

@@ -139,6 +139,30 @@ def test_fit_is_given_effective_batches_and_validates_at_the_micro_batch(with_sp
         np.testing.assert_allclose(ours, theirs, rtol=1e-5)
 
 
+def validation_data(kind):
+    """In batches of 6, where they come in batches."""
+    if kind == "PyDataset":
+        return PerFile((6, 6, 6, 2))
+    if kind == "loader":
+        torch = pytest.importorskip("torch")
+        return torch.utils.data.DataLoader(torch.utils.data.TensorDataset(*map(torch.tensor, (X, Y))), batch_size=6)
+    if kind == "arrays":
+        return X, Y
+    samples = pytest.importorskip("tensorflow").data.Dataset.from_tensor_slices((X, Y)).repeat()
+    return samples if kind == "samples" else samples.batch(6)
+
+
+@pytest.mark.parametrize("kind", ["arrays", "PyDataset", "samples", "batches", "loader"])
+@pytest.mark.parametrize("micro_batch_size", [2, 4, 8])
+def test_validation_steps_mean_the_same_samples_in_every_trial(kind, micro_batch_size):
+    """Counted in micro-batches, each trial would be judged by other samples."""
+    model = model_for(X)
+    feed_by_batches(model, effective_batch_size=8, micro_batch_size=micro_batch_size)
+    options = {"validation_data": validation_data(kind), "validation_batch_size": 6, "validation_steps": 2}
+    history = model.fit(X / 40, Y / 20, epochs=1, verbose=0, **options).history
+    assert history["val_loss"][-1] == pytest.approx(model.evaluate(X[:12], Y[:12], verbose=0), rel=1e-5)
+
+
 def test_a_batch_size_of_the_user_gives_way_with_a_warning():
     model, spy = model_for(X), Spy()
     feed_by_batches(model, effective_batch_size=10, micro_batch_size=5)

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from accumtune.accumulation.data import array_kinds
 from accumtune.accumulation.data.row_indices import Rows, row_numbers, rows_of
 from accumtune.accumulation.window import Accumulation, split
 from accumtune.errors import BatchSizeError
@@ -142,7 +143,7 @@ def with_rows(model: Any, accumulation: Accumulation, given: dict[str, Any]) -> 
     """The arguments of Keras's own `fit` that need the least memory, and the arrays behind them.
 
     Arrays are replaced by the numbers of their rows, unless they are no NumPy arrays or are spread over devices, and
-    validation takes no more samples at once than training.
+    validation takes no more samples at once than training, of as many as plain Keras would take.
     """
     import keras
     from keras.src.trainers.data_adapters import array_slicing
@@ -158,7 +159,11 @@ def with_rows(model: Any, accumulation: Accumulation, given: dict[str, Any]) -> 
     size, steps = accumulation.micro_batch_size, given.get("steps_per_epoch")
     if size is not None and not given.get("validation_batch_size"):
         # Plain Keras takes the batch of training, which need not fit in memory.
-        given["validation_batch_size"] = min(size, given.get("batch_size") or KERAS_BATCH_SIZE)
+        batch_size = given.get("batch_size") or KERAS_BATCH_SIZE
+        if given.get("validation_steps") and has_validation_arrays(given):  # batches of that size are counted
+            samples = given.pop("validation_steps") * batch_size
+            given["validation_data"] = part_of(given["validation_data"], slice(0, samples), array_kinds.part)
+        given["validation_batch_size"] = min(size, batch_size)
     if steps and not given.get("batch_size") and can_convert_arrays(arrays):
         given["batch_size"] = math.ceil(samples_of(arrays) / (steps * (accumulation.accumulation_steps or 1)))
     is_spread = keras.distribution.distribution() is not None or getattr(model, "_distribute_strategy", None)

@@ -42,6 +42,14 @@ def has_own_step(model: Any) -> bool:
     return "train_step" in vars(model) or type(model).train_step is not keras.Model.train_step
 
 
+def can_be_evaluated(model: Any) -> bool:
+    """Whether Keras's `evaluate` has a loss: a `train_step` of the model's own may have the only one (a VAE, a GAN)."""
+    import keras
+
+    has_loss = model._compile_loss is not None or type(model).compute_loss is not keras.Model.compute_loss
+    return has_loss or not has_own_step(model) or type(model).test_step is not keras.Model.test_step
+
+
 def certificate_of(model: Any) -> Certificate | None:
     """What was certified for an accumulating model; None before its first batch."""
     return vars(model).get("_accumtune_certificate")

@@ -176,6 +176,11 @@ class PipelineElsewhere:
         for arrays in self._process.iterate(self._view):
             yield tf.nest.pack_sequence_as(self.element_spec, arrays)
 
+    def take(self, first: int) -> PipelineElsewhere:
+        """The first elements, to be cut."""
+        view = replace(self._view, first=first)
+        return PipelineElsewhere(self._process, view, self.element_spec, self._cardinality)
+
     def batch(self, batch_size: int) -> PipelineElsewhere:
         """Samples in batches."""
         return self._cut(batch_size, is_batched=False)

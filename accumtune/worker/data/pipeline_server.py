@@ -25,12 +25,14 @@ class View:
         name: of the function.
         call: which call of it made the pipeline.
         batch_size, is_batched: as for `rebatched`; None for the batches of its own.
+        first: how many of its elements; None for all.
     """
 
     name: str
     call: int
     batch_size: int | None = None
     is_batched: bool = True
+    first: int | None = None
 
 
 def serve(
@@ -128,7 +130,7 @@ class _Pipelines:
                 made = self._made(view.name)
             else:
                 whole = self._dataset(View(view.name, view.call))
-                made = rebatched(whole, view.batch_size, view.is_batched)
+                made = rebatched(whole, view.batch_size, view.is_batched, view.first)
             self._datasets[view] = made
         return self._datasets[view]
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import keras
@@ -12,25 +14,27 @@ from accumtune.accumulation.data.array_kinds import as_rows, joined, part
 from accumtune.errors import DataError
 
 
-def rebatched(pipeline: Any, batch_size: int, is_batched: bool = True) -> Any:
+def rebatched(pipeline: Any, batch_size: int, is_batched: bool = True, first: int | None = None) -> Any:
     """The same samples in the same order, in batches of `batch_size`; the last of an epoch may be smaller.
 
     Args:
         pipeline: a `tf.data.Dataset`, a `keras.utils.PyDataset` or a torch `DataLoader`.
         batch_size: samples per batch from now on.
         is_batched: whether the elements of a `tf.data.Dataset` are batches, rather than samples.
+        first: how many elements of the pipeline are taken; None for all.
     """
     if type(pipeline).__module__.startswith("torch.") or hasattr(pipeline, "batch_sampler"):
-        return _torch_loader(pipeline, batch_size)
+        return _torch_loader(pipeline, batch_size, first)
     if not hasattr(pipeline, "element_spec"):
-        return RebatchedDataset(pipeline, batch_size)
+        return RebatchedDataset(pipeline, batch_size, first)
+    pipeline = pipeline if first is None else pipeline.take(first)
     cut = pipeline.rebatch(batch_size) if is_batched else pipeline.batch(batch_size)
     if hasattr(cut, "as_tf_dataset"):  # a pipeline in a process of its own, which also counts the batches
         return cut.as_tf_dataset()
     return _with_cardinality(cut, pipeline, batch_size) if is_batched else cut
 
 
-def _torch_loader(loader: Any, batch_size: int) -> Any:
+def _torch_loader(loader: Any, batch_size: int, first: int | None) -> Any:
     """The same samples in the order of the same sampler."""
     from torch.utils.data import BatchSampler, DataLoader, IterableDataset
 
@@ -41,15 +45,35 @@ def _torch_loader(loader: Any, batch_size: int) -> Any:
             "a DataLoader with batch_size=: a search cuts batches anew, to the sizes that it tries.",
             "pass sampler= for the order of samples and leave batch_sampler out.",
         )
+    if streams and first is not None:
+        raise DataError(
+            f"Received validation_steps={first} and a torch DataLoader of an IterableDataset.",
+            "data that end by themselves, or samples that can be counted: a search cuts batches anew.",
+            "have the IterableDataset end where validation is to end, and leave validation_steps out.",
+        )
+    sampler = None if streams else loader.sampler
     return DataLoader(
         loader.dataset,
         batch_size=batch_size,
-        sampler=None if streams else loader.sampler,
+        sampler=sampler if first is None else _first_of_sampler(sampler, first * loader.batch_size),
         collate_fn=loader.collate_fn,
         num_workers=loader.num_workers,
         worker_init_fn=loader.worker_init_fn,
         generator=loader.generator,
     )
+
+
+def _first_of_sampler(sampler: Any, samples: int) -> Any:
+    from torch.utils.data import Sampler
+
+    class FirstOfSampler(Sampler):
+        def __iter__(self) -> Iterator[Any]:
+            return itertools.islice(iter(sampler), samples)
+
+        def __len__(self) -> int:
+            return min(samples, len(sampler))
+
+    return FirstOfSampler()
 
 
 def _with_cardinality(rebatched: Any, source: Any, batch_size: int) -> Any:
@@ -93,12 +117,13 @@ class RebatchedDataset(keras.utils.PyDataset):
     Args:
         dataset: the user's data set.
         batch_size: samples per batch from now on.
+        first: how many of its batches are taken; None for all.
 
     Attributes:
         refusal: the error that a batch of another size led to: who reads batches for a training may hide it.
     """
 
-    def __init__(self, dataset: Any, batch_size: int) -> None:
+    def __init__(self, dataset: Any, batch_size: int, first: int | None = None) -> None:
         super().__init__()
         if not dataset.num_batches:
             raise DataError(
@@ -106,7 +131,7 @@ class RebatchedDataset(keras.utils.PyDataset):
             )
         self._dataset = dataset
         self._batch_size = batch_size
-        self._sizes = _sizes(dataset)
+        self._sizes = _sizes(dataset)[:first]
         self._starts = np.concatenate([[0], np.cumsum(self._sizes)])
         self._samples = int(self._starts[-1])
         self.refusal: DataError | None = None

@@ -118,7 +118,7 @@ def feed_by_batches(model: Any, effective_batch_size: int, micro_batch_size: int
         size = given.get("validation_batch_size") or _METRIC_BATCH_SIZE
         given = _with_training_batches(model, given, effective_batch_size)
         is_whole = is_wanted(model)  # such a model joins what it predicts for the micro-batches of a batch
-        given = _with_validation_batches(model, given, size if is_whole else micro_batch_size)
+        given = _with_validation_batches(model, given, size if is_whole else micro_batch_size, size)
         try:
             with replaced(model, {"_accumtune_metric_batch_size": None if is_whole else size}):
                 return keras_fit(**given)
@@ -198,25 +198,35 @@ def _with_training_batches(model: Any, given: dict[str, Any], batch_size: int) -
     return {**given, **training_arguments(model, x, y, sample_weight, **options)}
 
 
-def _with_validation_batches(model: Any, given: dict[str, Any], batch_size: int) -> dict[str, Any]:
+def _with_validation_batches(model: Any, given: dict[str, Any], batch_size: int, counted_size: int) -> dict[str, Any]:
+    """Validation in batches of `batch_size`, of the samples that `validation_steps` batches of the user's have.
+
+    Where these are arrays, or samples, a batch of the user's has `counted_size`.
+    """
     validation_data = given.pop("validation_data", None)
     given.pop("validation_batch_size", None)
     if validation_data is None:
         return given
+    steps = given.pop("validation_steps", None)
     if is_data_function(validation_data):
         validation_data = called(validation_data)
     parts = validation_data if isinstance(validation_data, (tuple, list)) else (validation_data,)
     x, y, sample_weight = resolve(*parts)
     if is_pipeline(x):
-        return {**given, "validation_data": _rebatched(model, x, batch_size)}
+        if steps and is_tf_dataset(x) and not has_batches(model, x):
+            steps *= counted_size
+        return {**given, "validation_data": _rebatched(model, x, batch_size, steps)}
     number_of_rows(x)
+    if steps:
+        first = slice(0, steps * counted_size)
+        x, y, sample_weight = map_tree(lambda leaf: part(leaf, first), (x, y, sample_weight))
     return {**given, "validation_data": validation_source(model, x, y, sample_weight, batch_size=batch_size)}
 
 
-def _rebatched(model: Any, pipeline: Any, batch_size: int) -> Any:
+def _rebatched(model: Any, pipeline: Any, batch_size: int, first: int | None = None) -> Any:
     from accumtune.worker.data.rebatch import rebatched
 
-    return rebatched(pipeline, batch_size, not is_tf_dataset(pipeline) or has_batches(model, pipeline))
+    return rebatched(pipeline, batch_size, not is_tf_dataset(pipeline) or has_batches(model, pipeline), first)
 
 
 def has_batches(model: Any, dataset: Any) -> bool:

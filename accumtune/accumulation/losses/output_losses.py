@@ -1,0 +1,113 @@
+"""The logged losses of a model's outputs in validation on TensorFlow: each batch counts there as in plain Keras.
+
+Keras knows the samples of a batch from its shape while it traces. Where the last batch may be smaller it does not, and
+logs a mean over batches. So a part of a batch counts for what it is of that batch; where nobody knows beforehand which
+one is the last, that counts by its samples.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+from accumtune.accumulation.data.batches import part_of, samples_of
+from accumtune.accumulation.losses.batch_metrics import is_spread
+from accumtune.accumulation.patched_attributes import replaced
+
+
+def output_loss_weights(model: Any) -> OutputLossWeights | None:
+    """What gives parts their weights; None where Keras's own are right, or batches are spread over devices."""
+    import keras
+
+    is_needed = keras.backend.backend() == "tensorflow" and model._compile_loss is not None
+    return OutputLossWeights(model) if is_needed and not is_spread(model) else None
+
+
+class OutputLossWeights:
+    """Cuts what validation takes at the ends of batches as plain Keras would take them, and weighs the pieces."""
+
+    def __init__(self, model: Any) -> None:
+        import tensorflow as tf
+
+        self._model = model
+        self._weight = tf.Variable(-1.0, trainable=False)  # below 0: as Keras weighs
+        self._value = -1.0
+        self._is_sized = False
+        self._seen = 0
+
+    def is_cut_otherwise(self) -> bool:
+        """Whether a `fit` validates in other batches than plain Keras, and losses of outputs are logged."""
+        is_stated = self._model._accumtune_metric_batch_size is not None
+        return self._model._accumtune_is_validating and is_stated and bool(self._model._compile_loss.metrics)
+
+    def begin(self) -> None:
+        """An evaluation begins."""
+        self._seen = 0
+
+    def look_at(self, batches: Any) -> None:
+        """Notes whether Keras would know the samples of these batches."""
+        from accumtune.accumulation.engines.tensor_slices import has_static_batch
+
+        self._is_sized = has_static_batch(batches)
+
+    def pieces(self, part: Any, samples_of_batch: int) -> Iterator[Any]:
+        """The part of a batch, or where it goes beyond the end of a batch of plain Keras, what lies on each side."""
+        from accumtune.accumulation.engines.tensor_slices import cut
+
+        samples = samples_of(part)
+        if not self.is_cut_otherwise():
+            self._set(float(samples) if self._is_sized else samples / samples_of_batch)
+            yield part
+            return
+        size = self._model._accumtune_metric_batch_size
+        total = self._model._accumtune_validation_samples or float("inf")
+        first = self._seen
+        self._seen += samples
+        ends = [*range(first - first % size + size, self._seen, size), self._seen]
+        for start, end in zip([first, *ends], ends, strict=False):
+            begin = start - start % size
+            self._set((end - start) / (min(begin + size, total) - begin))
+            yield part if len(ends) == 1 else part_of(part, slice(start - first, end - first), cut)
+
+    def leave_to_keras(self) -> None:
+        """What comes next counts as in Keras."""
+        self._set(-1.0)
+
+    def _set(self, weight: float) -> None:
+        if weight != self._value:
+            self._weight.assign(weight)
+            self._value = weight
+
+    @contextlib.contextmanager
+    def applied(self) -> Iterator[None]:
+        """While open (and traced), the logged losses count by the weight."""
+        import tensorflow as tf
+
+        compiled = self._model._compile_loss
+
+        def weighed(metric: Any) -> Any:
+            update = metric.update_state
+
+            def update_state(value: Any, sample_weight: Any = None) -> Any:
+                of_keras = tf.cast(1 if sample_weight is None else sample_weight, self._weight.dtype)
+                return update(value, sample_weight=tf.where(self._weight < 0, of_keras, self._weight))
+
+            return update_state
+
+        with contextlib.ExitStack() as stack:
+
+            def replace_all() -> None:
+                for metric in compiled.metrics:
+                    stack.enter_context(replaced(metric, {"update_state": weighed(metric)}))
+
+            def build_and_replace(*args: Any) -> None:
+                build(*args)
+                replace_all()
+
+            build = compiled.build
+            if compiled.built:
+                replace_all()
+            else:
+                stack.enter_context(replaced(compiled, {"build": build_and_replace}))
+            yield
