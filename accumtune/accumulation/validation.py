@@ -119,6 +119,7 @@ class Validation:
             return
 
         def on_jax(state: Any, data: Any) -> Any:
+            assert metrics is not None  # weights are for TensorFlow alone
             with metrics.noting() as noted:
                 logs, state = step(state, data)
             return (logs, noted), state

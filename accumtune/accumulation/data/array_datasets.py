@@ -143,7 +143,6 @@ def _tensorflow_batches(packed: Any, batch_size: int, shuffle: bool | str) -> An
     # Keras's own adapter orders the indices instead of the data: the same operations with the same seeds.
     indices = ArrayDataAdapter(np.arange(samples), batch_size=batch_size, shuffle=shuffle).get_tf_dataset()
 
-    @tf.autograph.experimental.do_not_convert  # which would take a tenth of a second
     def gather(rows: Any) -> Any:
         full = rows.shape[0]  # None where the last batch is smaller
         specs = [spec for leaf in leaves for spec in leaf.specs(full)]
@@ -152,7 +151,8 @@ def _tensorflow_batches(packed: Any, batch_size: int, shuffle: bool | str) -> An
         structure = keras.tree.map_structure(lambda array: None if array is None else next(remaining), packed)
         return keras.tree.lists_to_tuples(structure)
 
-    dataset = one_at_a_time(indices.map(gather, num_parallel_calls=None))
+    as_it_is = tf.autograph.experimental.do_not_convert(gather)  # to convert it takes a tenth of a second
+    dataset = one_at_a_time(indices.map(as_it_is, num_parallel_calls=None))
     if shuffle:
         options = tf.data.Options()
         options.experimental_external_state_policy = tf.data.experimental.ExternalStatePolicy.IGNORE

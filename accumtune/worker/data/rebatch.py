@@ -66,7 +66,7 @@ def _torch_loader(loader: Any, batch_size: int, first: int | None) -> Any:
 def _first_of_sampler(sampler: Any, samples: int) -> Any:
     from torch.utils.data import Sampler
 
-    class FirstOfSampler(Sampler):
+    class FirstOfSampler(Sampler[Any]):
         def __iter__(self) -> Iterator[Any]:
             return itertools.islice(iter(sampler), samples)
 
