@@ -125,16 +125,19 @@ def train(config, module, options):
     if options.warm_start:
         config.load_weights(model, tracking_uri=options.tracking_uri)
     data = EpochOrder(x_train, y_train, config.effective_batch_size, seed)
+    # A loss over the batch is comparable at one size alone: that of the search.
+    size = getattr(module, "VALIDATION_BATCH_SIZE", config.micro_batch_size)
     model.fit(
         data,
         validation_data=(x_val, y_val),
+        validation_batch_size=size,
         # Logged before it is backed up: killed in between, an epoch is logged twice, not never.
         callbacks=[SeedByEpoch(data, seed), LogToMlflow(), WholeBackup(options.job)],
         verbose=2,
         # Shuffled already, by EpochOrder.
         **config.fit_arguments(epochs=options.epochs, shuffle=False),
     )
-    return model, model.evaluate(x_val, y_val, batch_size=config.micro_batch_size, verbose=0, return_dict=True)
+    return model, model.evaluate(x_val, y_val, batch_size=size, verbose=0, return_dict=True)
 
 
 def main():

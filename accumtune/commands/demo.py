@@ -24,7 +24,7 @@ def add(commands: Any) -> None:
         "`accumtune best`, `candidates` and `ui` then have something to show.",
     )  # fmt: skip
     command.add_argument("--trials", metavar="N", type=count, default=5, help="default: 5; the README's example has 12")
-    command.add_argument("--epochs", metavar="N", type=count, default=3, help="default: 3; the README's example has 12")
+    command.add_argument("--epochs", metavar="N", type=count, default=3, help="default: 3; the README's example has 6")
     command.add_argument("--overwrite", action="store_true", help="begin anew instead of going on")
     add_json(command, "print the configuration alone, as JSON")
 

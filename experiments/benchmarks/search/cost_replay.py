@@ -144,7 +144,7 @@ class RecordedExecutor:
         self.record.space.declare(hp)
         found = {
             "hyperparameters": hp.get_config(), "batch_coupled_layers": [], "whole_batch_loss": False,
-            "coupled_with_ghost_batches": [], "wants_data": False,
+            "own_train_step": None, "coupled_with_ghost_batches": [], "against_ghost_batches": [], "wants_data": False,
         }  # fmt: skip
         return Outcome("completed", found)
 
