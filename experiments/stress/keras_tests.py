@@ -28,8 +28,8 @@ DOCUMENTED = {
     "BackupAndRestoreCallbackTest::test_backup_corrupted": "it counts forward passes, as test_best_case_epoch",
     "SwapEMAWeightsTest::test_swap_ema_weights": "it compares losses of evaluate() and of fit's validation to the last "
     "bit; the latter runs in micro-batches, whose losses are added up in another order",
-    "MelSpectrogramTest::test_mel_spectrogram_basics": "its first axis is time and not samples: one sequence of 16,000 "
-    "numbers, which is cut into micro-batches of 2",
+    "MelSpectrogramTest::test_mel_spectrogram_basics": "its first axis is time and not samples: a sequence of 16,000 "
+    "numbers with targets of 80 rows, which is refused",
     "TestTrainer::test_retracing": "a train_step of the model's own is tried on samples before the first window (21 to "
     "26 traces, and none after it); on TensorFlow that refuses the test's model where its one ReLU is dead",
 }

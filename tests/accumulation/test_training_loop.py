@@ -19,6 +19,7 @@ from equality import (
 from promises import holds
 
 from accumtune.accumulation import accumulate, stop_accumulating
+from accumtune.errors import DataError
 
 
 class Batches(keras.utils.PyDataset):
@@ -91,6 +92,26 @@ def test_kinds_of_data(kind):
     assert_same_training(run(EFFECTIVE, micro_batch_size=3), plain)
     if kind != "generator":  # batches of 4 out of 21 samples for ever do not join to those of 8
         assert_same_training(run(EFFECTIVE // 2, accumulation_steps=2), plain)
+
+
+@pytest.mark.parametrize("targets", [16, 5, 1])
+@pytest.mark.parametrize("kind", ["generator", "tf.data.Dataset"])
+def test_a_batch_whose_arrays_differ_in_their_samples_is_not_cut(kind, targets):
+    """Of 16 targets for 8 samples, micro-batches would be given the first 8."""
+    x, y = np.ones((8, 4), "float32"), np.ones((targets, 1), "float32")
+
+    def batches():
+        if kind == "generator":
+            return (batch for batch in [(x, y)])
+        return pytest.importorskip("tensorflow").data.Dataset.from_tensors((x, y))
+
+    def mean_of_both(y_true, y_pred):
+        return keras.ops.mean(keras.ops.square(y_pred), axis=-1) + keras.ops.mean(y_true)
+
+    model = accumulate(dense(loss=mean_of_both)(), 2)
+    with pytest.raises(DataError, match=rf"\(8, 4\), \({targets}, 1\).*\n.*\nFix: give each sample one entry"):
+        model.fit(batches(), steps_per_epoch=1, verbose=0)
+    accumulate(model, 8).fit(batches(), steps_per_epoch=1, verbose=0)  # nothing is cut: as in plain Keras
 
 
 @holds("`train_on_batch`, `steps_per_epoch`, `initial_epoch`, validation, callbacks")

@@ -104,6 +104,16 @@ def test_batches_of_other_sizes_than_expected_are_refused_where_a_model_is_train
         model.fit(PerFile(sizes, told), shuffle=False, verbose=0)
 
 
+def test_batches_whose_arrays_differ_in_their_samples_are_not_cut_anew():
+    class TwoTargetsEach(PerFile):
+        def __getitem__(self, index):
+            x, y = super().__getitem__(index)
+            return x, np.repeat(y, 2, axis=0)
+
+    with pytest.raises(DataError, match=r"\(10, 2\), \(20, 1\)"):
+        RebatchedDataset(TwoTargetsEach((10, 10)), 4)
+
+
 class Spy(keras.callbacks.Callback):
     def __init__(self):
         super().__init__()

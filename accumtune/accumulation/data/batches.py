@@ -13,7 +13,7 @@ from typing import Any
 from accumtune.accumulation.data import array_kinds
 from accumtune.accumulation.data.row_indices import Rows, row_numbers, rows_of
 from accumtune.accumulation.window import Accumulation, split
-from accumtune.errors import BatchSizeError
+from accumtune.errors import BatchSizeError, DataError
 
 _DATA = ("x", "y", "sample_weight")
 KERAS_BATCH_SIZE = 32  # where fit is given none
@@ -82,8 +82,24 @@ def micro_batches(batch: Any, micro_batch_size: int | None, source: Rows | None,
     parts = split(samples, micro_batch_size or max(samples, 1))
     if len(parts) <= 1:
         return [MicroBatch(samples, lambda: batch, form)]
+    check_samples(batch)
     takes = [functools.partial(part_of, batch, part, cut) for part in parts]
     return [MicroBatch(part.stop - part.start, take, form) for part, take in zip(parts, takes, strict=True)]
+
+
+def check_samples(batch: Any) -> None:
+    """Raises DataError where arrays of a batch differ in their first axis: they cannot be cut into samples.
+
+    Keras checks arrays, but not what a generator, a `PyDataset` or a `tf.data.Dataset` gives.
+    """
+    found = shapes(batch)
+    if len({shape[:1] for shape in found}) > 1 or not all(found):
+        raise DataError(
+            f"Received a batch with arrays of the shapes {', '.join(map(str, found))}.",
+            "arrays whose first axis is that of the samples, as many in each: the batch is cut into smaller ones.",
+            "give each sample one entry in each array: several of them belong on another axis, and what is not of a "
+            "sample (a table, an adjacency matrix) into the model, as a constant or a weight.",
+        )
 
 
 def part_of(batch: Any, part: slice, cut: Any = None) -> Any:

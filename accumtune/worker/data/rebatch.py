@@ -11,6 +11,7 @@ import keras
 import numpy as np
 
 from accumtune.accumulation.data.array_kinds import as_rows, joined, part
+from accumtune.accumulation.data.batches import check_samples, samples_of
 from accumtune.errors import DataError
 
 
@@ -151,9 +152,12 @@ class RebatchedDataset(keras.utils.PyDataset):
 
     def _batch(self, index: int) -> Any:
         batch = self._dataset[index]
-        if _rows(batch) != self._sizes[index]:
-            self.refusal = _unequal(_rows(batch), index, self._sizes[index])
-            raise self.refusal
+        try:
+            if _rows(batch) != self._sizes[index]:
+                raise _unequal(_rows(batch), index, self._sizes[index])
+        except DataError as refusal:
+            self.refusal = refusal
+            raise
         return batch
 
     def on_epoch_begin(self) -> None:
@@ -191,4 +195,5 @@ def _unequal(rows: int, index: int, expected: int) -> DataError:
 
 
 def _rows(batch: Any) -> int:
-    return int(keras.tree.flatten(batch)[0].shape[0])
+    check_samples(batch)
+    return samples_of(batch)
