@@ -76,6 +76,12 @@ class AccumulationHyperModel(keras_tuner.HyperModel):
         )
         self._profiles: dict[str, Any] = {}
 
+    def __getattr__(self, name: str) -> Any:
+        """What else the user's hypermodel has: its own attributes and methods."""
+        if name.startswith("__") or name == "hypermodel":  # asked for by copying, before there is one
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        return getattr(self.hypermodel, name)
+
     def declare_hyperparameters(self, hp: Any) -> None:
         self.builder.declare_hyperparameters(hp)
 

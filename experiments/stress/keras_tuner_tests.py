@@ -34,7 +34,7 @@ _NO_TRAINING = (
 )
 _UNCOMPILED = "the model is not compiled, and refused when the tuner is made: nothing could accumulate"
 _ONE_MORE = "effective_batch_size is one hyperparameter more than the test counts"
-_OTHER_CLASS = "tuner.hypermodel is accumtune's, around the user's"
+_OTHER_CLASS = "tuner.hypermodel is accumtune's, around the user's, whose attributes and methods it has"
 _OWN_TRAINING = (
     "a run_trial that trains without super().run_trial is refused: it would train in the search's process, outside the "
     "budget; here the model is not compiled either"
