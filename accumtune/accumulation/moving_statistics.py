@@ -8,6 +8,7 @@ combine as in Chan, Golub and LeVeque, "Updating formulae and a pairwise algorit
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 import threading
 from collections.abc import Iterator
@@ -88,20 +89,26 @@ def over_replicas(moments: Packed, summed: Any) -> Packed:
 
 def moved(layers: list[Any], moments: Packed) -> None:
     """Moves the layers' statistics towards the moments of the window, as Keras does for one batch."""
-    from keras import ops
-
-    if not moments:
-        return
-    number, mean, squares = moments
-    variance = ops.divide_no_nan(squares, number)
     start = 0
-    for layer in layers:
+    for layer in layers if moments else []:
         channels = slice(start, start + layer.moving_mean.shape[0])
         start = channels.stop
-        for variable, value in ((layer.moving_mean, mean[channels]), (layer.moving_variance, variance[channels])):
-            moving = ops.cast(variable.value, value.dtype)
-            # The class's assign: that of the variable does nothing where moments are still recorded.
-            type(variable).assign(variable, moving * layer.momentum + value * (1.0 - layer.momentum))
+        values = moved_values(layer, tuple(one[channels] for one in moments))
+        for variable, value in zip((layer.moving_mean, layer.moving_variance), values, strict=True):
+            # The class's assign: that of the variable may do nothing where moments are still recorded.
+            type(variable).assign(variable, value)
+
+
+def moved_values(layer: Any, moments: Packed) -> tuple[Any, Any]:
+    """A layer's moving mean and variance after a window with these moments."""
+    from keras import ops
+
+    number, mean, squares = moments  # type: ignore[misc]
+
+    def after(variable: Any, value: Any) -> Any:
+        return ops.cast(variable.value, value.dtype) * layer.momentum + value * (1.0 - layer.momentum)
+
+    return after(layer.moving_mean, mean), after(layer.moving_variance, ops.divide_no_nan(squares, number))
 
 
 class Notes:
@@ -124,16 +131,44 @@ def recorded(model: Any, may_be_empty: bool = False) -> Iterator[Notes]:
         may_be_empty: whether a micro-batch may have no samples, as that of a replica with fewer than the others.
     """
     layers = [layer for layer in model._flatten_layers() if keeps_statistics(layer)]
-    moving = [variable for layer in layers for variable in (layer.moving_mean, layer.moving_variance)]
     notes = Notes()
     with contextlib.ExitStack() as changed:
         for layer in layers:
-            noting = {"_moments": _noting(layer, notes, may_be_empty), "_accumtune_notes": notes}
-            changed.enter_context(replaced(layer, noting))
-        for variable in moving:
-            # Nothing takes what Keras would assign, so a graph does not even compute it.
-            changed.enter_context(replaced(variable, {"assign": _assign_nothing}))
+            changed.enter_context(left_as_they_are(layer, _noting(layer, notes, may_be_empty)))
+            changed.enter_context(replaced(layer, {"_accumtune_notes": notes}))
         yield notes
+
+
+@contextlib.contextmanager
+def left_as_they_are(layer: Any, moments: Any, instead: dict[int, Any] | None = None) -> Iterator[None]:
+    """While open, a normalization takes `moments(inputs, mask)`, and assigns nothing to its moving statistics.
+
+    Others may, such as an average of weights. Nothing takes what Keras would assign, so a graph does not compute it.
+
+    Args:
+        instead: by the id of each of the two variables, what it is assigned in that place.
+    """
+    expected: set[tuple[int, int]] = set()  # by thread and variable: replicas are traced in threads
+    variables = (layer.moving_mean, layer.moving_variance)
+
+    def followed_by_assignments(inputs: Any, mask: Any) -> Any:
+        found = moments(inputs, mask)
+        expected.update((threading.get_ident(), id(variable)) for variable in variables)
+        return found
+
+    def assign_unless_expected(variable: Any, value: Any) -> Any:
+        mine = threading.get_ident(), id(variable)
+        if mine not in expected:
+            return type(variable).assign(variable, value)
+        expected.remove(mine)
+        return value if instead is None else type(variable).assign(variable, instead[id(variable)])
+
+    with contextlib.ExitStack() as changed:
+        changed.enter_context(replaced(layer, {"_moments": followed_by_assignments}))
+        for variable in variables:
+            assign = functools.partial(assign_unless_expected, variable)
+            changed.enter_context(replaced(variable, {"assign": assign}))
+        yield
 
 
 def see(layer: Any, number: Any, mean: Any, variance: Any) -> None:
@@ -144,10 +179,6 @@ def see(layer: Any, number: Any, mean: Any, variance: Any) -> None:
         moved([layer], packed([moments]))
     else:
         notes.mine().append(moments)
-
-
-def _assign_nothing(value: Any) -> Any:
-    return value
 
 
 def keeps_statistics(layer: Any) -> bool:

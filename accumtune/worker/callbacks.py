@@ -16,6 +16,7 @@ from keras_tuner.src.engine import tuner_utils  # it has no public name
 from accumtune.accumulation.callbacks import GradientNoiseScale
 from accumtune.errors import UnsendableDataError
 from accumtune.tracking.journal import Journal
+from accumtune.worker.trial_weights import save_weights
 
 # The first update of a shape traces and compiles, the second still fills caches.
 _WARM_UP_UPDATES = 2
@@ -90,7 +91,7 @@ class SaveBestEpoch(tuner_utils.SaveBestEpoch):
     def _save_model(self) -> None:
         path = Path(self.filepath)
         temporary = path.with_name(f"new.{path.name}")  # Keras wants the name to end as it does
-        self.model.save_weights(temporary)
+        save_weights(self.model, temporary)
         os.replace(temporary, path)
 
 

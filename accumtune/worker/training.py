@@ -34,7 +34,7 @@ from accumtune.worker.checkpoint.trial_checkpoint import TrialCheckpoint
 from accumtune.worker.process_setup import open_payload
 from accumtune.worker.transport.hyperparameters import appeared, hyperparameters_from
 from accumtune.worker.transport.task_directory import TaskDirectory
-from accumtune.worker.trial_weights import build_as_trained, load_weights
+from accumtune.worker.trial_weights import build_as_trained, build_config_of, load_weights
 
 
 def train(
@@ -230,4 +230,4 @@ def _start_from(model: Any, weights_file: Path) -> None:
 
 def _save_build_config(model: Any, directory: TaskDirectory) -> None:
     """Keras Tuner reads it in `load_model`, to make the variables of a model that is built by its first call."""
-    write_atomically(directory.build_config_file, json.dumps(model.get_build_config()))
+    write_atomically(directory.build_config_file, json.dumps(build_config_of(model)))

@@ -233,3 +233,19 @@ def test_where_it_cannot_run_in_order_it_runs_in_any(graphs, monkeypatch):
     assert set(ordered.history["seen"]) == {12} and set(ordered.history["val_seen"]) == {10}
     monkeypatch.setattr(engine_tensorflow, "ordering", None)
     assert_same_training(ordered, train(build, data(), micro_batch_size=4, batch_size=12, **validation()), FLOAT32)
+
+
+def test_a_graph_that_makes_variables_is_left_as_it_is(graphs):
+    """As the first graph of a train_step of a model's own, whose optimizer makes its slots in it."""
+    made = []
+
+    def function(x):
+        if not made:
+            made.append(tf.Variable(lambda: tf.reshape(tf.ones([4]) * tf.ones([4]), [2, 2])))
+        return tf.linalg.matmul(x, x) + made[0]
+
+    operation_order.compiled(function, tf.function)(tf.ones([2, 2]))
+    first, second = graphs
+    assert any(op.type == "VarIsInitializedOp" for op in first.get_operations())
+    assert not any(op.control_inputs for op in first.get_operations() if op.type == "MatMul")
+    assert any(op.control_inputs for op in second.get_operations())

@@ -313,6 +313,34 @@ def test_batch_normalization_moves_once_per_update():
         np.testing.assert_allclose(other, one, rtol=1e-7, atol=1e-8)
 
 
+def test_an_average_of_weights_follows_the_moving_statistics():
+    """As in Keras's ddim: a copy of the network that only assignments change, its normalization too."""
+
+    class Averaged(OwnStep):
+        def __init__(self, net):
+            super().__init__(net)
+            self.average = keras.models.clone_model(net)
+            self.average.trainable = False
+            for layer in self.average.layers:
+                layer.trainable = isinstance(layer, keras.layers.BatchNormalization)
+
+        def after(self, data):
+            for weight, average in zip(self.net.weights, self.average.weights, strict=True):
+                average.assign(0.9 * average + 0.1 * weight)
+
+    how = {
+        "layers": [lambda: keras.layers.BatchNormalization(center=False, scale=False)],
+        "optimizer": lambda: keras.optimizers.SGD(0.0),
+    }
+    plain, model = make(Averaged, **how), accumulate(make(Averaged, **how), micro_batch_size=5)
+    trained(plain, *data(26))
+    trained(model, *data(26))
+    for one, other in zip(plain.average.weights, model.average.weights, strict=True):
+        one, other = ops.convert_to_numpy(one.value), ops.convert_to_numpy(other.value)
+        np.testing.assert_allclose(other, one, rtol=1e-7, atol=1e-8)
+    assert np.any(ops.convert_to_numpy(model.average.layers[1].moving_mean))
+
+
 def test_the_mean_of_means_is_another_training():
     """The negative control: micro-batches of 5, 5 and 2 that count the same."""
     weights, _ = trained(make(OwnStep), *data(26))

@@ -30,6 +30,36 @@ def build(hp, loss="mse", is_over_the_batch=False):
     return model
 
 
+def build_of_parts(hp):
+    """Never called itself, only its networks, as Keras's autoencoders and GANs: to Keras it is never built."""
+    import tensorflow as tf
+
+    class OfParts(keras.Model):
+        def __init__(self, *parts):
+            super().__init__()
+            self.first, self.second = parts
+            self.mean = keras.metrics.Mean()
+
+        def losses_of(self, data):
+            return tf.reduce_mean(tf.square(self.second(self.first(data[0])) - data[1]))
+
+        def train_step(self, data):
+            with tf.GradientTape() as tape:
+                loss = self.losses_of(data)
+            gradients = tape.gradient(loss, self.trainable_weights)
+            self.optimizer.apply_gradients(zip(gradients, self.trainable_weights, strict=True))
+            return {"loss": loss}
+
+        def test_step(self, data):
+            self.mean.update_state(self.losses_of(data))
+            return {"loss": self.mean.result()}
+
+    first = keras.Sequential([keras.layers.Dense(hp.Choice("units", [4, 8]))])
+    model = OfParts(first, keras.Sequential([keras.Input((hp.get("units"),)), keras.layers.Dense(1)]))
+    model.compile("sgd")
+    return model
+
+
 def make(tmp_path, build, objective="val_loss"):
     return accumtune.RandomSearch(
         build, objective=objective, max_trials=1, memory_budget="1GiB", micro_batch_sizes=(4, 8),
@@ -54,6 +84,20 @@ def test_a_step_that_is_certified_is_searched_over_effective_batches(tmp_path, c
     assert tuner.search_over == "effective_batch_size" and tuner.batch_coupled_layers == []
     config = tuner.get_best_config()
     assert config.trial["own_train_step"] == "mean"
+
+
+def test_a_model_that_is_never_called_itself_is_searched_and_comes_back_with_its_weights(tmp_path):
+    tuner = make(tmp_path, build_of_parts)
+    x, y = data()
+    tuner.search(x, y, validation_data=(x, y), epochs=1, verbose=0)
+    (trial,) = tuner.record().trials
+    assert trial.status == "completed", trial.reason
+    model = tuner.get_best_models()[0]
+    logs = model.evaluate(x, y, batch_size=48, verbose=0, return_dict=True)
+    assert logs["loss"] == pytest.approx(trial.objective_value, rel=1e-5)
+    config = tuner.get_best_config()
+    model = config.build(build_of_parts)
+    model.fit(x, y, **config.fit_arguments(epochs=1, verbose=0))
 
 
 def test_a_step_that_is_refused_ends_the_search_before_its_first_trial(tmp_path):

@@ -105,17 +105,8 @@ class OwnStepJax(JaxTraining):
         given, non_trainable = non_trainable, _with_seeds(self.model, non_trainable, seeds)
         state = (trainable, non_trainable, optimizer, metrics)
         own_apply = self.model.optimizer.stateless_apply
-        sums, leaves, moments, new = self._run(state, batch, share, so_far, own_apply)
-        variables = self.model.non_trainable_variables
-        mapping = list(zip(variables, non_trainable, strict=True))
-        with keras.StatelessScope(state_mapping=mapping) as scope:
-            statistics.moved(self._normalizations, moments)
-        moving = {id(one) for layer in self._normalizations for one in (layer.moving_mean, layer.moving_variance)}
-        non_trainable = [
-            scope.get_current_value(variable) if id(variable) in moving else value
-            for variable, value in zip(variables, new[1], strict=True)
-        ]
-        return leaves, sums, (new[0], changed(non_trainable, given), new[2], new[3])
+        sums, leaves, _, new = self._run(state, batch, share, so_far, own_apply)
+        return leaves, sums, (new[0], changed(new[1], given), new[2], new[3])
 
     def _run(self, state: Any, batch: Any, share: Any, so_far: Any, apply: Any) -> tuple[Any, Any, Any, Any]:
         model, known = self.model, self._known()
@@ -132,13 +123,12 @@ class OwnStepJax(JaxTraining):
         with (
             interception.weighed_scalars(model, share, known.scalars),
             replaced(model.optimizer, {"stateless_apply": handed}),
-            _moments_in_place(model) as counts,
+            _moments_in_place(model, None if apply is None else so_far[2]) as counts,
         ):
             logs, new = model.train_step(state, interception.packed(batch, self._form))
         self._structure = tree.map_structure(lambda _: None, logs)
         leaves = interception.joined_logs(None if so_far is None else so_far[1], logs, known.logs, share)
-        self._normalizations = [layer for layer, _ in counts]
-        moments = _packed_moments(model, counts, new[1])
+        moments = _packed_moments(model, counts, new[1]) if apply is None else ()
         return sums, leaves, moments if so_far is None else statistics.combined(so_far[2], moments), new
 
     def _sums(self, gradients: Any, so_far: Any, share: Any) -> list[Any]:
@@ -170,14 +160,18 @@ def _with_seeds(model: Any, values: Any, seeds: Any) -> list[Any]:
 
 
 @contextlib.contextmanager
-def _moments_in_place(model: Any) -> Iterator[list[tuple[Any, float]]]:
+def _moments_in_place(model: Any, so_far: Any) -> Iterator[list[tuple[Any, float]]]:
     """While open, moving statistics become the moments of a batch: a step returns them where it returns the others.
 
     The list gets each normalization and how many entries a channel has.
+
+    Args:
+        so_far: the moments of the window's other micro-batches, where this one is the last: then the statistics
+            become what they are after the window, which the step may go on with.
     """
     counts: list[tuple[Any, float]] = []
 
-    def noting(layer: Any, held: dict[str, Any]) -> Callable[..., Any]:
+    def noting(layer: Any, held: dict[int, Any]) -> Callable[..., Any]:
         own_moments = layer._moments
 
         def moments(inputs: Any, mask: Any) -> tuple[Any, Any]:
@@ -188,25 +182,24 @@ def _moments_in_place(model: Any) -> Iterator[list[tuple[Any, float]]]:
                     "call it once, on all views of the batch together; or use another backend.",
                 )
             mean, variance = own_moments(inputs, mask)
-            held["moving_mean"], held["moving_variance"] = mean, variance
-            counts.append((layer, math.prod(inputs.shape) / inputs.shape[layer.axis]))
+            number = math.prod(inputs.shape) / inputs.shape[layer.axis]
+            kept = mean, variance
+            if so_far is not None:
+                start = sum(known.moving_mean.shape[0] for known, _ in counts)
+                others = tuple(one[start : start + layer.moving_mean.shape[0]] for one in so_far)
+                mine = statistics.packed([statistics.Moments(layer, number, mean, variance)])
+                kept = statistics.moved_values(layer, statistics.combined(others, mine))
+            held[id(layer.moving_mean)], held[id(layer.moving_variance)] = kept
+            counts.append((layer, number))
             return mean, variance
 
         return moments
 
     with contextlib.ExitStack() as stack:
         for layer in model._flatten_layers():
-            if not statistics.keeps_statistics(layer):
-                continue
-            held: dict[str, Any] = {}
-            stack.enter_context(replaced(layer, {"_moments": noting(layer, held)}))
-            for name in ("moving_mean", "moving_variance"):
-                variable = getattr(layer, name)
-
-                def assign(value: Any, variable: Any = variable, name: str = name, held: Any = held) -> Any:
-                    return type(variable).assign(variable, held[name])
-
-                stack.enter_context(replaced(variable, {"assign": assign}))
+            if statistics.keeps_statistics(layer):
+                held: dict[int, Any] = {}
+                stack.enter_context(statistics.left_as_they_are(layer, noting(layer, held), held))
         yield counts
 
 

@@ -11,6 +11,7 @@ import keras
 import numpy as np
 from keras import ops, tree
 
+from accumtune.accumulation import moving_statistics
 from accumtune.accumulation.own_step import certificate as certificates
 from accumtune.accumulation.own_step import interception, trial_samples
 from accumtune.accumulation.own_step import own_train_step as own
@@ -166,9 +167,7 @@ def fixed_statistics(model: Any) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         for layer in model._flatten_layers():
             if isinstance(layer, keras.layers.BatchNormalization) and layer.built:
-                stack.enter_context(replaced(layer, {"_moments": fixed(layer)}))
-                for variable in (layer.moving_mean, layer.moving_variance):
-                    stack.enter_context(replaced(variable, {"assign": lambda value: value}))
+                stack.enter_context(moving_statistics.left_as_they_are(layer, fixed(layer)))
         yield
 
 

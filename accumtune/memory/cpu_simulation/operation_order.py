@@ -31,6 +31,8 @@ LARGE_ELEMENTS_PER_SAMPLE = 256
 _PERMANENT = frozenset({"Const", "Placeholder", "ReadVariableOp"})
 # What these give is what they were given, in other words. A convolution's bias comes this way.
 _VIEWS = frozenset({"ExpandDims", "Identity", "Reshape", "Squeeze", "StopGradient"})
+# In a graph that makes variables, as the slots of an optimizer, by values that are computed before the graph runs.
+_OF_NEW_VARIABLES = frozenset({"VarHandleOp", "VarIsInitializedOp"})
 
 
 def compiled(function: Any, compile: Callable[[Any], Any]) -> Any:
@@ -91,7 +93,7 @@ def put_in_order(graph: Any, results: Any) -> None:
         results: what the function returns.
     """
     operations = graph.get_operations()
-    if any(op._control_flow_context is not None or op.type == "VarHandleOp" for op in operations):
+    if any(op._control_flow_context is not None or op.type in _OF_NEW_VARIABLES for op in operations):
         return  # TensorFlow 1's loops, and variables that are not made yet
     waits_for = _dependencies(operations)
     wanted = [tensor.op for tensor in tree.flatten(results) if isinstance(tensor, tf.Tensor) and tensor.graph is graph]
