@@ -43,21 +43,29 @@ def build_huge(hp):
 
 
 @pytest.fixture
-def call(tmp_path):
-    """Runs `accumtune ...` in a folder that has train.py."""
+def call(tmp_path, monkeypatch, capfd, one_fork_server):
+    """`accumtune ...` in a folder that has train.py."""
     (tmp_path / "train.py").write_text(textwrap.dedent(MODULE))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
+    monkeypatch.delitem(sys.modules, "train", raising=False)
 
     def call(*arguments):
-        command = [sys.executable, "-c", "import sys; from accumtune.cli import main; sys.exit(main())", *arguments]
-        environment = {**os.environ, "TF_CPP_MIN_LOG_LEVEL": "2"}
-        return subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=200)
+        code = cli.main([*arguments])
+        return subprocess.CompletedProcess(arguments, code, *capfd.readouterr())
 
-    return call
+    yield call
+    sys.modules.pop("train", None)
 
 
-def test_probe_answers_how_large_a_micro_batch_fits(call, tmp_path):
-    arguments = ("probe", "train:build_model", "--data", "train:load", "--memory-budget", "16MiB")
-    done = call(*arguments, "--micro-batch-sizes", "4", "16", "--json", "--plot", "probe.png")
+def test_probe_answers_how_large_a_micro_batch_fits(tmp_path):
+    """As a pipeline calls it: in a process of its own."""
+    (tmp_path / "train.py").write_text(textwrap.dedent(MODULE))
+    command = [sys.executable, "-c", "import sys; from accumtune.cli import main; sys.exit(main())"]
+    command += ["probe", "train:build_model", "--data", "train:load", "--memory-budget", "16MiB"]
+    command += ["--micro-batch-sizes", "4", "16", "--json", "--plot", "probe.png"]
+    environment = {**os.environ, "TF_CPP_MIN_LOG_LEVEL": "2"}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=200)
     answer = json.loads(done.stdout)
     assert done.returncode == 0
     assert (tmp_path / "probe.png").read_bytes().startswith(b"\x89PNG")

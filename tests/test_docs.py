@@ -39,6 +39,30 @@ def test_the_documentation_builds_without_a_warning(tmp_path):
     assert "micro_batch_sizes" in (tmp_path / "api" / "search" / "index.html").read_text()
     command_line = (tmp_path / "api" / "command-line" / "index.html").read_text()
     assert "accumtune best" in command_line and "--tolerance" in command_line  # from the parser
+    gallery = (tmp_path / "gallery" / "index.html").read_text()  # from experiments/README.md
+    pictures = re.findall(r'src="\.\./(pictures/[^"]+)"', gallery)
+    assert len(pictures) >= 5 and all((tmp_path / picture).is_file() for picture in pictures)
+
+
+SMALLER = "epochs=8 → epochs=1; max_trials=8 → max_trials=2; epochs=20 → epochs=1"
+
+
+@pytest.mark.slow
+def test_the_tutorial_runs_from_top_to_bottom(tmp_path):
+    """Each block is a file or a script of its own where the text says so; the searches are small."""
+    text = (DOCS / "pages" / "tutorial.md").read_text()
+    for change in SMALLER.split("; "):
+        old, new = change.split(" → ")
+        assert old in text
+        text = text.replace(old, new)
+    module, *search, training = BLOCK.findall(text)
+    (tmp_path / "train.py").write_text(module)
+    (probe,) = re.findall(r"^```sh\n(.*?)\n```", text, re.MULTILINE | re.DOTALL)
+    first = f"import sys; from accumtune.cli import main; sys.exit(main({probe.split()[1:]}))"
+    for script in (first, "\n".join(search), training):
+        done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, timeout=400)
+        assert done.returncode == 0, done.stdout + done.stderr
+    assert (tmp_path / "best_config.json").exists() and (tmp_path / "digits.keras").exists()
 
 
 def accepted(function):

@@ -10,6 +10,7 @@ import pytest
 from running import DIGITS, EXPERIMENTS, run_experiment
 
 import accumtune
+from accumtune import cli
 from accumtune.errors import ConfigError
 from accumtune.tracking.journal import read_search
 
@@ -127,8 +128,9 @@ def test_the_registered_model_is_a_warm_start(digits, monkeypatch, tmp_path):
     assert loss_of(farther.load_weights(config.build(build_model))) == expected, "the store that MLflow is set to"
 
 
-def test_the_command_line_finds_the_search(digits):
+def test_the_command_line_finds_the_search(digits, monkeypatch, capfd):
     folder, _ = digits
+    monkeypatch.chdir(folder)
     for arguments, words in (
         (["best"], "Why:"),
         (["best", "--json"], '"effective_batch_size"'),
@@ -138,8 +140,5 @@ def test_the_command_line_finds_the_search(digits):
         (["ui", "--json"], '"address": "http'),
         (["sync"], "Everything is in MLflow"),
     ):
-        done = subprocess.run(
-            [sys.executable, "-c", "import sys; from accumtune.cli import main; sys.exit(main())", *arguments],
-            cwd=folder, capture_output=True, text=True,
-        )  # fmt: skip
-        assert done.returncode == 0 and words in done.stdout, done.stdout + done.stderr
+        assert cli.main(arguments) == 0, capfd.readouterr()
+        assert words in capfd.readouterr().out

@@ -100,6 +100,7 @@ def test_killed_and_resumed_is_as_if_nothing_had_happened(job):
     assert sorted(set(steps)) == list(range(EPOCHS))
 
 
+@pytest.mark.slow
 def test_without_seeds_for_each_epoch_it_would_be_another_training(job):
     """The negative control: order and dropout that go on from wherever the process stands."""
     script = job / "careless.py"

@@ -58,6 +58,7 @@ def with_language(language):
     return [block for block in BLOCKS if block.language == language]
 
 
+@pytest.mark.slow
 def test_the_python_blocks_run_one_after_the_other(tmp_path):
     script = tmp_path / "readme.py"
     script.write_text("\n".join([BEFORE, *(block.small() for block in with_language("python"))]))

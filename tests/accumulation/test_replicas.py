@@ -1,8 +1,5 @@
 """Several devices train as one: MirroredStrategy on two logical CPUs, DataParallel on two host devices of JAX."""
 
-import os
-import subprocess
-import sys
 import textwrap
 from pathlib import Path
 from types import SimpleNamespace
@@ -107,25 +104,35 @@ GHOST_BATCHES = """
 """
 
 
-def run(samples, hows, *parts):
-    check = "".join(textwrap.dedent(part) for part in parts or (CHECK,))
-    code = textwrap.dedent(PREPARE[BACKEND]) + check.format(samples=samples, hows=hows)
-    folder = Path(__file__).parent
-    path = os.pathsep.join([str(folder), str(folder.parents[1]), os.environ.get("PYTHONPATH", "")])
-    environment = os.environ | {"PYTHONPATH": path}
-    result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr[-3000:]
+@pytest.fixture
+def run(value_in_child):
+    """Each in a process of its own: devices are as many as there are before the first is used."""
+
+    def run(samples, hows, *parts):
+        check = "".join(textwrap.dedent(part) for part in parts or (CHECK,))
+        code = textwrap.dedent(PREPARE[BACKEND]) + check.format(samples=samples, hows=hows)
+        folder = Path(__file__).parent
+
+        def in_a_script(code, paths):
+            import sys
+
+            sys.path[:0] = paths
+            exec(compile(code, "<replicas>", "exec"), {"__name__": "__main__"})
+
+        value_in_child(in_a_script, code, [str(folder), str(folder.parents[1])])
+
+    return run
 
 
 @pytest.mark.skipif(BACKEND == "torch", reason="Keras on torch has no data parallelism")
 @holds("several devices (`MirroredStrategy`, `DataParallel`)")
-def test_two_devices_train_as_one():
+def test_two_devices_train_as_one(run):
     """Effective batches of 8: 4 on each device, in micro-batches of 3 and 1, of 2, or of 4."""
     run(32, [{"micro_batch_size": 3}, {"micro_batch_size": 8}, {"accumulation_steps": 2, "batch_size": 4}])
 
 
 @pytest.mark.skipif(BACKEND != "tensorflow", reason="DataParallel wants batches that divide by the devices")
-def test_a_last_batch_that_the_devices_do_not_share_evenly():
+def test_a_last_batch_that_the_devices_do_not_share_evenly(run):
     """21 samples: 8, 8 and 5, the 5 as 3 and 2. Plain Keras weighs the devices alike here and is off."""
     run(21, [{"micro_batch_size": 2}, {"micro_batch_size": 1}])
 
@@ -144,7 +151,7 @@ COMPILED_ONCE = """
 
 
 @pytest.mark.skipif(BACKEND != "jax", reason="TensorFlow's functions are compiled for their arguments' shapes alone")
-def test_each_function_is_compiled_once_for_several_devices():
+def test_each_function_is_compiled_once_for_several_devices(run):
     """Left to choose how its results are laid out, JAX compiles a function again for what it gave the first time."""
     run(16, [{"micro_batch_size": 2}, {"micro_batch_size": 4}], COMPILED_ONCE)
 
@@ -218,7 +225,7 @@ FAMILIES = """
 
 @pytest.mark.slow
 @pytest.mark.skipif(BACKEND != "tensorflow", reason="DataParallel wants batches that divide by the devices")
-def test_layers_and_losses_of_every_kind_on_two_devices():
+def test_layers_and_losses_of_every_kind_on_two_devices(run):
     run(21, [{"accumulation_steps": 2, "batch_size": 4}], FAMILIES)
 
 
@@ -229,29 +236,31 @@ HOWS = [{"micro_batch_size": 2}, {"micro_batch_size": 3}, {"micro_batch_size": 8
 
 @pytest.mark.skipif(BACKEND == "torch", reason="Keras on torch has no data parallelism")
 @holds("BatchNormalization's moving statistics: those of the effective batch")
-def test_moving_statistics_are_those_of_all_devices():
+def test_moving_statistics_are_those_of_all_devices(run):
     run(32, [*HOWS, {"accumulation_steps": 2, "batch_size": 4}], NORMALIZING, STATISTICS)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(BACKEND != "tensorflow", reason="DataParallel wants batches that divide by the devices")
-def test_moving_statistics_where_a_device_has_no_samples_left():
+def test_moving_statistics_where_a_device_has_no_samples_left(run):
     """The last 5 as 3 and 2: in micro-batches of 2 the second device has nothing for the last micro-step."""
     run(21, HOWS, NORMALIZING, STATISTICS)
 
 
 @pytest.mark.skipif(BACKEND == "torch", reason="Keras on torch has no data parallelism")
-def test_ghost_batches_are_groups_within_a_device():
+def test_ghost_batches_are_groups_within_a_device(run):
     """4 of a window of 8 are on each device, in one or two micro-batches: the groups of 2 are those of one device."""
     run(32, [], NORMALIZING, GHOST_BATCHES)
 
 
 @pytest.mark.skipif(BACKEND != "tensorflow", reason="negative control of MirroredStrategy")
-def test_keras_itself_keeps_the_statistics_of_one_device():
+def test_keras_itself_keeps_the_statistics_of_one_device(run):
     run(32, [], NORMALIZING, KERAS_ITSELF)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(BACKEND != "tensorflow", reason="Keras has synchronized normalization on TensorFlow alone")
-def test_synchronized_normalization():
+def test_synchronized_normalization(run):
     run(32, HOWS, NORMALIZING, SYNCHRONIZED)
 
 
@@ -297,12 +306,12 @@ TWO_OPTIMIZERS = """
 
 
 @pytest.mark.skipif(BACKEND != "tensorflow", reason="JAX puts what devices exchange where it likes")
-def test_gradients_are_reduced_once_per_update():
+def test_gradients_are_reduced_once_per_update(run):
     run(16, [], REDUCED_ONCE)
 
 
 @pytest.mark.skipif(BACKEND != "tensorflow", reason="TensorFlow's optimizers sum over replicas by themselves")
-def test_gradients_are_reduced_once_where_an_optimizer_hands_them_on():
+def test_gradients_are_reduced_once_where_an_optimizer_hands_them_on(run):
     run(16, [], TWO_OPTIMIZERS)
 
 
@@ -324,7 +333,7 @@ WHOLE_BATCH_LOSS = """
 
 
 @pytest.mark.skipif(BACKEND == "torch", reason="Keras on torch has no data parallelism")
-def test_losses_over_the_batch_are_refused():
+def test_losses_over_the_batch_are_refused(run):
     run(8, [{"micro_batch_size": 2}], WHOLE_BATCH_LOSS)
 
 

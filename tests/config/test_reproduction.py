@@ -107,6 +107,7 @@ def run(folder, script):
     return done.stdout
 
 
+@pytest.mark.slow
 def test_a_fresh_process_reproduces_the_best_trial(search, fresh):
     promised = accumtune.load_config(search / "best_config.json").objective["value"]
     value, peak, promised_peak, text = fresh["reproduced"]
@@ -116,6 +117,7 @@ def test_a_fresh_process_reproduces_the_best_trial(search, fresh):
     assert fresh["holds"] == [True, False] and "val_loss" in text and "peak memory" in text
 
 
+@pytest.mark.slow
 def test_it_is_the_seed_and_the_fit_options_that_do_it(search, fresh):
     """The negative control: without one of them, it is another training."""
     config = accumtune.load_config(search / "best_config.json")
@@ -124,6 +126,7 @@ def test_it_is_the_seed_and_the_fit_options_that_do_it(search, fresh):
         assert abs(fresh[broken] - config.objective["value"]) > 1e-4, broken
 
 
+@pytest.mark.slow
 def test_weights_of_the_best_trial_are_a_warm_start(search, fresh):
     config = accumtune.load_config(search / "best_config.json")
     assert fresh["warm"] == pytest.approx([config.objective["value"]] * 2, abs=1e-5)

@@ -233,6 +233,7 @@ def trained_twice(folder, seen, threads, storage=None):
     return directory, outcome, [int(epoch) for pid, epoch in begun if pid == begun[-1][0]]
 
 
+@pytest.mark.slow
 def test_with_a_storage_url_a_trial_goes_on_where_the_lost_machine_was(tmp_path, threads):
     whole, write = training_in(tmp_path / "whole", tmp_path / "seen_whole", 0)
     write(1)

@@ -101,7 +101,9 @@ def test_a_backend_without_limits_ends_as_one_with_them(probed):
 
 
 @pytest.mark.skipif(BACKEND != "tensorflow", reason="only TensorFlow limits a CPU's memory")
-@pytest.mark.parametrize(("kind", "budget_mib"), [("attention", 96), ("workspace", 120)])
+@pytest.mark.parametrize(
+    ("kind", "budget_mib"), [("attention", 96), pytest.param("workspace", 120, marks=pytest.mark.slow)]
+)
 def test_what_is_promised_runs_under_the_limit(probed, kind, budget_mib):
     budget = budget_mib * MIB
     profile = Profile((), "CPU:0", "tensorflow allocator", memory_budget_bytes=budget)

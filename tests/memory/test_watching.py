@@ -63,6 +63,7 @@ def test_a_process_that_works_does_not_sleep():
     assert len(set(seen)) > 1 or None in seen
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(BACKEND != "tensorflow", reason="TensorFlow's patience")
 def test_tensorflow_waiting_for_memory_is_noticed_before_its_own_patience_ends(value_in_child):
     def overdraw(is_watched):

@@ -181,6 +181,7 @@ def test_a_killed_search_goes_on_without_training_anything_twice(tmp_path):
             assert len(started) == 1
 
 
+@pytest.mark.slow
 def test_ctrl_c_ends_the_trials_at_once_and_the_search_can_go_on(tmp_path):
     script = tmp_path / "script.py"
     text = SCRIPT.format(tests=str(Path(__file__).parent), directory=str(tmp_path))

@@ -37,6 +37,7 @@ config.build(build_model).fit(x, y, verbose=0, **config.fit_arguments(epochs=1))
 )
 
 
+@pytest.mark.slow
 def test_a_notebook_searches_with_functions_of_its_own(tmp_path):
     import nbformat
 

@@ -93,6 +93,7 @@ def children_of(pid):
     return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
+@pytest.mark.slow
 def test_ctrl_c_saves_what_runs_ends_every_process_and_the_search_goes_on_from_there(tmp_path):
     process = start(tmp_path, 0.5)
     trials = training(tmp_path, epochs=2)
@@ -116,7 +117,7 @@ def test_ctrl_c_saves_what_runs_ends_every_process_and_the_search_goes_on_from_t
         assert not (trial.folder / "continue.npz").exists()
 
 
-@pytest.mark.parametrize("times", [1, 2])
+@pytest.mark.parametrize("times", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_trial_in_a_long_epoch_is_not_waited_for(tmp_path, times):
     """After Ctrl-C for a few seconds, after a second one not at all (this search would wait for an hour)."""
     process = start(tmp_path, 600, patience=2.0 if times == 1 else 3600.0)

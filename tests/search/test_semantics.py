@@ -116,6 +116,7 @@ def build_momentum(hp):
     return model
 
 
+@pytest.mark.slow
 def test_a_promoted_trial_goes_on_exactly_where_it_was_optimizer_and_all(tmp_path):
     arguments = {**COMMON, "micro_batch_sizes": (4,), "accumulation_steps": (2,)}
     tuner = accumtune.Hyperband(

@@ -130,6 +130,7 @@ def small_disk(tmp_path):
     subprocess.run(["umount", "--lazy", str(folder)], check=True)
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_said_and_what_has_completed_stays(small_disk):
     tuner = make(small_disk, tracking_uri=False, max_trials=1)
     tuner.search(X, Y, validation_data=(X, Y), epochs=1, verbose=0)

@@ -381,6 +381,7 @@ def build_text_classifier(hp):
     return model
 
 
+@pytest.mark.slow
 def test_a_task_of_keras_hub_prepares_its_texts_in_trials(tmp_path):
     """Its `fit` does; nothing of it couples samples, so one dimension is searched."""
     pytest.importorskip("keras_hub")

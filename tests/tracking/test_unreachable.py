@@ -39,6 +39,7 @@ def test_a_dead_server_harms_nothing(finished, uri):
     assert len(sync(finished, uri).by_id) == 6
 
 
+@pytest.mark.slow
 def test_a_server_that_answers_again_is_waited_for_though_a_request_was_silent(
     made, start_server, tmp_path, empty_store, monkeypatch
 ):
