@@ -1,5 +1,6 @@
 """Losses over the whole effective batch: two passes equal one gradient over all micro-batches called in order."""
 
+import contextlib
 import functools
 
 import keras
@@ -13,6 +14,7 @@ from promises import holds
 
 from accumtune.accumulation import accumulate, accumulation_of, batch_coupled_layers
 from accumtune.accumulation.losses import whole_batch_loss as whole_batch
+from accumtune.accumulation.losses.leftovers import Leftovers
 from accumtune.errors import AccumtuneError, DataError, ModelError
 
 MICRO = 3
@@ -443,3 +445,61 @@ def test_noise_that_cannot_be_drawn_again_is_refused(monkeypatch):
     reference = in_order(build, X | {"y": PAIRS})
     monkeypatch.setattr(whole_batch.Replay, "compare", lambda *arguments: None)
     assert difference(two_passes(build, X | {"y": PAIRS}), reference) > 1e-3
+
+
+class Leaves(layers.Layer):
+    """Leaves a tensor of its last call."""
+
+    def __init__(self):
+        super().__init__()
+        self.dense = layers.Dense(2)
+
+    def call(self, x):
+        self.z = self.dense(x)
+        return self.z * 1
+
+
+class ReadsLeftovers(keras.Model):
+    """Its loss takes what a layer has left, of the model's own call or of another one."""
+
+    def __init__(self, calls_again):
+        super().__init__()
+        self.leaves, self.calls_again = Leaves(), calls_again
+
+    def call(self, x):
+        return self.leaves(x)
+
+    def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, training=True):
+        if self.calls_again:
+            self.leaves(x)
+        return correlation(y, y_pred) + (ops.mean(self.leaves.z**2) if hasattr(self.leaves, "z") else 0.0)
+
+
+def reads_leftovers(calls_again=False, **compile):
+    def build():
+        model = ReadsLeftovers(calls_again)
+        model.build((None, 4))
+        return compiled(model, None, **compile)
+
+    return build
+
+
+def at_once(build, data):
+    keras.utils.set_random_seed(7)
+    model = build()
+    history = model.fit(**data, batch_size=EFFECTIVE, epochs=2, verbose=0, shuffle=False).history
+    return Trained(model, history)
+
+
+@pytest.mark.parametrize("options", [{}, {"run_eagerly": True}], ids=str)
+def test_a_loss_that_reads_what_a_forward_pass_left_is_refused(options, monkeypatch):
+    data, build = X | {"y": PAIRS}, reads_leftovers(**options)
+    fails(ModelError, ["'z'", "Leaves", "one micro-batch", "y_pred"], build)
+    if BACKEND == "torch" or options:  # the broken way: what the last micro-batch has left
+        monkeypatch.setattr(Leftovers, "hidden", lambda self: contextlib.nullcontext())
+        assert difference(two_passes(build, data), at_once(build, data)) > 1e-3
+
+
+def test_a_loss_may_run_a_layer_and_read_what_that_has_left():
+    data, build = X | {"y": PAIRS}, reads_leftovers(calls_again=True)
+    assert_same(two_passes(build, data), at_once(build, data))

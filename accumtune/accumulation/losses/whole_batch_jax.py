@@ -13,6 +13,7 @@ from accumtune.accumulation import moving_statistics
 from accumtune.accumulation.engines import carried_state as carrying
 from accumtune.accumulation.losses import loss_shares
 from accumtune.accumulation.losses import whole_batch_loss as whole
+from accumtune.accumulation.losses.leftovers import Leftovers
 from accumtune.accumulation.window import shares
 
 
@@ -29,6 +30,7 @@ class TwoPasses:
         self._replay = whole.Replay()
         self._states = whole.seed_states(self.model)
         self._outputs = whole.Outputs()
+        self._left = Leftovers(self.model)
         self._forward = engine._jitted(self._forward_step)
         self._combine = engine._jitted(moving_statistics.combined)
         self._loss = engine._jitted(self._loss_step, donate=(0,))
@@ -70,6 +72,7 @@ class TwoPasses:
             self._replay.compare(again, rows)
             del x, its_gradients, again
         self._replay.end()
+        self._left.end()
         return logs, sums, moments, non_trainable, metrics
 
     def test(self, state: Any, parts: list[Any]) -> tuple[Any, Any]:
@@ -123,9 +126,10 @@ class TwoPasses:
 
     def _called(self, trainable: Any, non_trainable: Any, x: Any, training: bool = True) -> tuple[Any, Any, Any]:
         arguments = {"training": training} if self.model._call_has_training_arg else {}
-        y_pred, non_trainable, added = self.model.stateless_call(
-            trainable, non_trainable, x, return_losses=True, **arguments
-        )
+        with self._left.noted():
+            y_pred, non_trainable, added = self.model.stateless_call(
+                trainable, non_trainable, x, return_losses=True, **arguments
+            )
         return y_pred, non_trainable, whole.losses_of_layers(self.model, added)
 
     def _loss_step(
@@ -172,7 +176,7 @@ class TwoPasses:
         mapping = [
             pair for names, values in zip(groups, state, strict=True) for pair in zip(names, values, strict=True)
         ]
-        with StatelessScope(state_mapping=mapping) as scope:
+        with StatelessScope(state_mapping=mapping) as scope, self._left.hidden():
             with whole.without_changes(model, self._states), whole.with_losses_of_layers(model, of_layers):
                 loss = model._compute_loss(x=x, y=y, y_pred=y_pred, sample_weight=sample_weight, training=training)
             new = [[scope.get_current_value(variable) for variable in names] for names in groups[1:]]
@@ -183,7 +187,8 @@ class TwoPasses:
         count = next(leaf for leaf in tree.flatten(y_pred) if leaf is not None).shape[0]
         # Of data that are not looked at, Keras wants the number of samples.
         x = jnp.zeros(count) if x is None else x
-        return self.model._update_metrics_variables(metrics, loss, x, y, y_pred, sample_weight)
+        with self._left.hidden():
+            return self.model._update_metrics_variables(metrics, loss, x, y, y_pred, sample_weight)
 
     def _loss_in_test_step(
         self,

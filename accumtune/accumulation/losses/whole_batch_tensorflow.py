@@ -14,6 +14,7 @@ from accumtune.accumulation import moving_statistics
 from accumtune.accumulation.engines import gradient_sums, tensor_slices
 from accumtune.accumulation.losses import batch_metrics, loss_shares
 from accumtune.accumulation.losses import whole_batch_loss as whole
+from accumtune.accumulation.losses.leftovers import Leftovers
 from accumtune.accumulation.window import shares
 
 
@@ -30,12 +31,13 @@ class TwoPasses:
         self._replay = whole.Replay()
         self._states = whole.seed_states(self.model)
         self._outputs = whole.Outputs()
+        self._left = Leftovers(self.model)
         self._has_gradient: dict[Any, list[bool]] = {}
         self._forward = engine._compiled(self._forward_step, around=engine._recording)
-        self._loss = engine._compiled(self._loss_step)
+        self._loss = engine._compiled(self._loss_step, around=self._left.hidden)
         self._backward = engine._compiled(self._backward_step, around=engine._recording)
-        self._forward_in_test = engine._compiled(self._forward_in_test_step)
-        self._loss_in_test = engine._compiled(self._loss_in_test_step)
+        self._forward_in_test = engine._compiled(self._forward_in_test_step, around=self._left.noted)
+        self._loss_in_test = engine._compiled(self._loss_in_test_step, around=self._left.hidden)
 
     def sum_up(self, window: list[Any], first: list[Any], is_sized: bool) -> tuple[Any, Any, list[bool]]:
         """Both passes of a window; empties the lists.
@@ -71,6 +73,7 @@ class TwoPasses:
                 has_gradient = [a or b for a, b in zip(has_gradient, known, strict=True)]
                 del again, its_gradients
         self._replay.end()
+        self._left.end()
         return logs, moments, has_gradient
 
     def test(self, parts: list[Any], is_sized: bool) -> Any:
@@ -117,7 +120,11 @@ class TwoPasses:
     def _forward_step(self, x: Any, share: Any) -> Any:
         self.engine._ghosts.see(x)
         seeds = [tf.identity(state.value) for state in self._states]
-        with batch_metrics.tracking(self.model, share), whole.without_state(self.model, self._states):
+        with (
+            self._left.noted(),
+            batch_metrics.tracking(self.model, share),
+            whole.without_state(self.model, self._states),
+        ):
             y_pred = self.engine._predict(x, training=True)
         return seeds, *self._flat(y_pred), self.engine._noted()
 

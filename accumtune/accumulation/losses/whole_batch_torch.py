@@ -16,6 +16,7 @@ from keras import tree
 from accumtune.accumulation import moving_statistics
 from accumtune.accumulation.losses import batch_metrics, loss_shares
 from accumtune.accumulation.losses import whole_batch_loss as whole
+from accumtune.accumulation.losses.leftovers import Leftovers
 from accumtune.accumulation.window import shares
 
 
@@ -32,6 +33,7 @@ class TwoPasses:
         self._replay = whole.Replay()
         self._states = whole.seed_states(self.model)
         self._outputs = whole.Outputs()
+        self._left = Leftovers(self.model)
 
     def sum_up(self, window: list[Any], first: list[Any]) -> tuple[Any, list[Any]]:
         """Both passes of a window; empties the lists. Gives the logs, and sums that `.grad` cannot hold.
@@ -78,6 +80,7 @@ class TwoPasses:
                 del pairs
                 sums = self.engine.collected(sums)
         self._replay.end()
+        self._left.end()
         return logs, sums
 
     def test(self, parts: list[Any]) -> Any:
@@ -90,7 +93,8 @@ class TwoPasses:
         losses_of_layers, given = [], []
         for part in parts:
             x, y, sample_weight = part.take()
-            leaves, masks, added = self._flat(self.engine._predict(x, training=False))
+            with self._left.noted():
+                leaves, masks, added = self._flat(self.engine._predict(x, training=False))
             losses_of_layers.append(added)
             given.append((leaves, masks, x if whole.reads_inputs(self.model) else None, y, sample_weight))
             del x, y, sample_weight, leaves, masks
@@ -98,8 +102,9 @@ class TwoPasses:
         del given
         of_layers = whole.mean_losses(losses_of_layers, shares(samples))
         y_pred = self._outputs.packed(leaves, masks)
-        self._value(x, y, y_pred, sample_weight, of_layers, sum(samples), training=False)
-        return self.model.compute_metrics(x, y, y_pred, sample_weight=sample_weight)
+        with self._left.hidden():
+            self._value(x, y, y_pred, sample_weight, of_layers, sum(samples), training=False)
+            return self.model.compute_metrics(x, y, y_pred, sample_weight=sample_weight)
 
     def _first_pass(self, window: list[Any], first: list[Any], of_window: list[float]) -> tuple[Any, ...]:
         """Random states, losses of layers, and what is to be joined, of each micro-batch."""
@@ -121,7 +126,7 @@ class TwoPasses:
         return randomness, of_layers, given
 
     def _forward_step(self, x: Any) -> tuple[Any, Any, Any]:
-        with whole.without_state(self.model, self._states):
+        with self._left.noted(), whole.without_state(self.model, self._states):
             y_pred = self.engine._predict(x, training=True)
         return self._flat(y_pred)
 
@@ -144,10 +149,11 @@ class TwoPasses:
         model = self.model
         leaves, of_layers = _leaves_of_a_graph(leaves), _leaves_of_a_graph(of_layers)
         y_pred = self._outputs.packed(leaves, masks)
-        loss = self._value(x, y, y_pred, sample_weight, of_layers, count, training=True)
-        if loss.requires_grad:
-            model.optimizer.scale_loss(loss).backward()
-        logs = model.compute_metrics(x, y, y_pred, sample_weight=sample_weight)
+        with self._left.hidden():
+            loss = self._value(x, y, y_pred, sample_weight, of_layers, count, training=True)
+            if loss.requires_grad:
+                model.optimizer.scale_loss(loss).backward()
+            logs = model.compute_metrics(x, y, y_pred, sample_weight=sample_weight)
         return logs, *([None if leaf is None else leaf.grad for leaf in group] for group in (leaves, of_layers))
 
     def _value(

@@ -10,7 +10,8 @@ Ways to train at the same effective batch, each in a process of its own, which t
 - floor: for each micro-batch a forward pass, and a forward and backward pass; one update; nothing else.
 
 The loss is the same everywhere, and couples no samples: what it takes itself would hide what the passes take. Times are
-medians over the rounds, ratios compare neighbours in time. Peaks are counted as in `accumulation.py`.
+medians over the rounds, of the CPU (`--clock`), windows are the batches of one epoch, and ratios compare neighbours in
+time. Peaks are counted as in `accumulation.py`.
 """
 
 from __future__ import annotations
@@ -21,7 +22,6 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -36,20 +36,20 @@ WORKLOADS = ("mlp", "cnn", "transformer", "mobilenet", "lstm")
 PEAK_WINDOWS = 3
 
 
-def run_child(way: str, workload: str, counts_memory: bool) -> None:
+def run_child(way: str, workload: str, clock: str) -> None:
     """Reads numbers of windows, and answers with seconds per window and the peak in bytes."""
     import counted_memory
+    import ways
 
-    counting = counted_memory.counting() if counts_memory else contextlib.nullcontext(lambda: 0)
+    counting = counted_memory.counting() if clock == "none" else contextlib.nullcontext(lambda: 0)
     with counting as peak:
-        train = floor(workload) if way == "floor" else fit(way, workload)
+        train = (floor if way == "floor" else fit)(way, workload, ways.CLOCKS[clock])
         for line in sys.stdin:
             times = train(int(line))
             print(json.dumps([(times[-1] - times[0]) / max(len(times) - 1, 1), peak()]), flush=True)
 
 
-def fit(way: str, workload: str) -> Callable[[int], list[float]]:
-    import keras
+def fit(way: str, workload: str, clock: Callable[[], float]) -> Callable[[int], list[float]]:
     import ways
 
     import accumtune
@@ -61,19 +61,15 @@ def fit(way: str, workload: str) -> Callable[[int], list[float]]:
         accumtune.accumulate(model, micro_batch_size=micro, whole_batch_loss=way == "two")
 
     def train(windows: int) -> list[float]:
-        clock = ways.WindowClock(1, time.perf_counter)
-        given: dict[str, Any] = {"x": x, "y": y, "batch_size": micro * steps, "epochs": windows}
-        if keras.backend.backend() == "tensorflow" and way == "full":  # it would put all arrays on the device
-            import tensorflow as tf
-
-            given = {"x": tf.data.Dataset.from_tensor_slices((x, y)).batch(micro * steps), "epochs": windows}
-        model.fit(**given, shuffle=False, verbose=0, callbacks=[clock])
-        return clock.times
+        ends = ways.WindowClock(1, clock)
+        given = ways.source(x, y, micro * steps, "keras" if way == "full" else "ours", windows)
+        model.fit(**given, shuffle=False, verbose=0, callbacks=[ends])
+        return ends.times
 
     return train
 
 
-def floor(workload: str) -> Callable[[int], list[float]]:
+def floor(way: str, workload: str, clock: Callable[[], float]) -> Callable[[int], list[float]]:
     import keras
     import ways
 
@@ -93,7 +89,7 @@ def floor(workload: str) -> Callable[[int], list[float]]:
             for _ in range(steps - 1):
                 forward_and_backward()
             update()
-            times.append(time.perf_counter())
+            times.append(clock())
         return times
 
     return train
@@ -141,10 +137,10 @@ def forward_pass(model: Any, x: Any) -> Callable[[], Any]:
 class Child:
     """A process that trains in one way whenever it is asked to."""
 
-    def __init__(self, backend: str, way: str, workload: str, counts_memory: bool) -> None:
+    def __init__(self, backend: str, way: str, workload: str, clock: str) -> None:
         self.log = tempfile.TemporaryFile("w+")
         self.process = subprocess.Popen(
-            [sys.executable, __file__, "--child", way, workload, str(int(counts_memory))],
+            [sys.executable, __file__, "--child", way, workload, clock],
             env=child_environment(KERAS_BACKEND=backend, TF_CPU_ALLOCATOR_USE_BFC="true"),
             text=True,
             stdin=subprocess.PIPE,
@@ -168,9 +164,9 @@ class Child:
         self.process.wait()
 
 
-def measured(backend: str, workload: str, rounds: int, windows: int) -> dict[str, Any]:
+def measured(backend: str, workload: str, rounds: int, windows: int, clock: str) -> dict[str, Any]:
     """One row of the table."""
-    children = {way: Child(backend, way, workload, False) for way in WAYS}
+    children = {way: Child(backend, way, workload, clock) for way in WAYS}
     try:
         for child in children.values():
             child.train(2)  # compiles
@@ -183,7 +179,7 @@ def measured(backend: str, workload: str, rounds: int, windows: int) -> dict[str
             child.end()
     peaks = {}
     for way in WAYS[:3]:
-        child = Child(backend, way, workload, True)
+        child = Child(backend, way, workload, "none")
         peaks[way] = child.train(PEAK_WINDOWS)[1]
         child.end()
     return {
@@ -201,13 +197,14 @@ def measured(backend: str, workload: str, rounds: int, windows: int) -> dict[str
 def main() -> None:
     if sys.argv[1:2] == ["--child"]:
         sys.path.insert(0, str(Path(__file__).parent))
-        run_child(sys.argv[2], sys.argv[3], bool(int(sys.argv[4])))
+        run_child(*sys.argv[2:])
         return
     options = parser(__doc__)
     options.add_argument("--backends", nargs="*", choices=BACKENDS, default=list(BACKENDS))
     options.add_argument("--workloads", nargs="*", choices=WORKLOADS, default=list(WORKLOADS))
     options.add_argument("--rounds", type=int, default=5)
     options.add_argument("--windows", type=int, default=4, help="windows per round; the first is not timed")
+    options.add_argument("--clock", choices=["cpu", "wall"], default="cpu", help="cpu: what other work does not change")
     arguments = options.parse_args()
     columns = {"backend": "<10", "workload": "<11"}
     columns |= {f"{way} ms": ">9.1f" for way in WAYS}
@@ -218,7 +215,7 @@ def main() -> None:
     rows = []
     for backend in arguments.backends:
         for workload in arguments.workloads:
-            row = measured(backend, workload, arguments.rounds, arguments.windows)
+            row = measured(backend, workload, arguments.rounds, arguments.windows, arguments.clock)
             rows.append(row)
             table.print_row(
                 backend,
