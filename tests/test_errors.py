@@ -19,9 +19,10 @@ ERRORS = {
     for name, value in vars(errors).items()
     if inspect.isclass(value) and issubclass(value, errors.AccumtuneError)
 }
-# What Python itself expects of a module, and what a JSON parser's hooks raise to the function around it.
+# What Python itself expects of modules and attributes, and what hooks of a JSON parser raise to the function around it.
 PROTOCOLS = {
     ("__init__.py", "AttributeError"),
+    ("accumulation/losses/leftovers.py", "AttributeError"),
     ("config/schema.py", "ValueError"),
     # What a store answers, and what a trial of a step shows: the function around it makes an error of it.
     ("config/sources.py", "LookupError"),
