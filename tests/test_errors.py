@@ -23,6 +23,7 @@ ERRORS = {
 PROTOCOLS = {
     ("__init__.py", "AttributeError"),
     ("accumulation/losses/leftovers.py", "AttributeError"),
+    ("hypermodel.py", "AttributeError"),
     ("config/schema.py", "ValueError"),
     # What a store answers, and what a trial of a step shows: the function around it makes an error of it.
     ("config/sources.py", "LookupError"),
