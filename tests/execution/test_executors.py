@@ -53,6 +53,17 @@ def test_result_comes_back_and_prints_go_to_the_log(run, tmp_path):
     assert "adding" in (tmp_path / "add" / "log.txt").read_text()
 
 
+def test_a_path_object_in_sys_path_is_passed_over_as_python_does(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "path", [tmp_path, *sys.path])
+
+    def look():
+        import sys
+
+        return [type(entry).__name__ for entry in sys.path]
+
+    assert set(run(look).result["value"]) == {"str"}
+
+
 def test_a_child_has_the_framework_already_and_the_parent_is_not_touched(run):
     def look():
         import sys

@@ -29,6 +29,7 @@ pytestmark = pytest.mark.usefixtures("one_fork_server")
 
 def test_a_search_trains_different_things_within_the_budget_and_resumes(tmp_path):
     tuner = search(make(tmp_path, max_trials=3))
+    assert tuner.directory == tmp_path  # a Path where one was given, as of a stock tuner
     record = tuner.record()
     trials = record.with_status("completed")
     assert len(trials) == 3 and record.status == "finished"

@@ -1,7 +1,9 @@
 """What can be sent to a trial, and what an error says about the rest."""
 
 import errno
+import os
 import pickle
+import stat
 import threading
 
 import keras
@@ -18,6 +20,17 @@ def test_an_array_is_written_once_however_often_it_is_given(tmp_path):
     dump_payload({"again": array.copy()}, tmp_path / "payload.pkl")
     assert len(list((tmp_path / "arrays").iterdir())) == 1
     assert np.array_equal(load_payload(tmp_path / "payload.pkl")["again"], array)
+
+
+def test_only_its_owner_may_write_where_it_lies_and_read_it(tmp_path):
+    """Whoever may replace it decides what trials run."""
+    before = os.umask(0)
+    try:
+        dump_payload({"a": np.zeros(40_000)}, tmp_path / "payload" / "payload.pkl")
+    finally:
+        os.umask(before)
+    for folder in (tmp_path / "payload", tmp_path / "payload" / "arrays"):
+        assert stat.S_IMODE(folder.stat().st_mode) == 0o700
 
 
 def test_arrays_keep_type_shape_and_order(tmp_path):
