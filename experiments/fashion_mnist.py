@@ -1,13 +1,15 @@
-"""With BatchNormalization in the model, does it matter which micro-batch an effective batch is made of?
+"""With BatchNormalization in the model, how many trainings does it take to find the best effective batch?
 
 BatchNormalization normalizes with the statistics of a micro-batch, so 2 x 16 and 32 x 1 are not the same training
-although both make one update per 32 pictures. accumtune finds that out and searches the pairs. This grid lays them
-side by side, on Fashion-MNIST.
+although both make one update per 32 pictures. In ghost batches, groups of one size whatever the micro-batch, they are:
+one training per effective batch is enough. This search of Fashion-MNIST can be made both ways.
 
-    python experiments/fashion_mnist.py [--trials 11] [--epochs 3] [--samples 4096] [--no-normalization]
+    python experiments/fashion_mnist.py [--epochs 3] [--samples 4096]
+    python experiments/fashion_mnist.py --ghost-batch-size none
+    python experiments/fashion_mnist.py --no-normalization
 
-`--no-normalization` leaves the layers out: then one micro-batch per effective batch is enough, the others are the
-same training.
+With `none` each micro-batch is normalized by itself, so the grid is that of all pairs. `--no-normalization` leaves the
+layers out.
 """
 
 import gallery  # first: it sets TensorFlow's log level
@@ -61,7 +63,11 @@ def print_grid(candidates, objective):
 def main():
     parser = gallery.parser(__doc__, trials=11, epochs=3, samples=4096, memory_budget="24MiB")
     parser.add_argument("--no-normalization", action="store_true", help="a model without BatchNormalization")
+    parser.add_argument("--ghost-batch-size", default="8", help='a number of pictures, "auto", or "none"')
     options = parser.parse_args()
+    asked = options.ghost_batch_size
+    ghost = int(asked) if asked.isdigit() else {"auto": "auto", "none": None}[asked]
+    name = "fashion_mnist_plain" if options.no_normalization else f"fashion_mnist_{asked}"
 
     x_train, y_train, x_val, y_val = load_data(options.samples)
     tuner = accumtune.GridSearch(
@@ -70,17 +76,19 @@ def main():
         seed=1,
         micro_batch_sizes=(2, 8, 32),
         accumulation_steps=(4, 16),  # effective batches 8, 32, 128, 512
-        ghost_batch_size=None,  # each micro-batch is normalized by itself: that is the question here
+        ghost_batch_size=ghost,
         learning_rate_scaling="sqrt",  # so that the effective batches can be compared at one learning rate
-        **gallery.arguments(options, "fashion_mnist_plain" if options.no_normalization else "fashion_mnist"),
+        **gallery.arguments(options, name),
     )
     tuner.search(x_train, y_train, validation_data=(x_val, y_val), epochs=options.epochs)
-    gallery.conclude(tuner, options)
+    config = gallery.conclude(tuner, options)
     print_grid(tuner.candidates(), "val_loss")
+    trials = {status: len(tuner.record().with_status(status)) for status in ("completed", "reused", "failed")}
+    print("Trainings: {completed}, reused: {reused}, failed: {failed}.".format(**trials))
     if tuner.batch_coupled_layers:
         print("Compare along a row: the same effective batch, normalized in smaller and larger groups.")
     else:
-        print("One entry per row: without batch-coupled layers the others would be the same training.")
+        print(f"Ghost batch: {config.ghost_batch_size}. One entry per row: other micro-batches are the same training.")
 
 
 if __name__ == "__main__":

@@ -15,8 +15,9 @@ SCRIPTS = {
     "tabular.py": "Effective batch",
     "language_model.py": "bits per byte",
     "segmentation.py": "Micro-batches that were run",
+    "autoencoder.py": "gradients of its train_step are, over samples, a mean",
     "fine_tuning.py": "largest micro-batch",
-    "fashion_mnist.py": "Compare along a row",
+    "fashion_mnist.py": "Ghost batch: ",
 }
 
 

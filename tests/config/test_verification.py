@@ -1,7 +1,9 @@
 """A configuration tried out on this machine, against what it promised."""
 
+from types import SimpleNamespace
+
 import pytest
-from made_config import MIB, build_model, config_of, data
+from made_config import MIB, build_model, config_of, data, hyperparameters
 
 from accumtune.config import verification
 from accumtune.errors import BuildError, VerificationError
@@ -43,6 +45,24 @@ def test_what_does_not_fit_is_an_error():
         verification.compared(tight, None, "tensorflow", 0.1)
     with pytest.raises(VerificationError, match="does not fit in its memory"):
         verification.compared(config_of(memory_budget_bytes=None), None, "tensorflow", 0.1)
+
+
+def test_the_ghost_batch_is_kept_where_a_configuration_is_tried(monkeypatch):
+    from accumtune.execution import standalone_training
+
+    tried = []
+
+    def train_isolated(hypermodel, *args, **kwargs):
+        model = hypermodel.build(hyperparameters(config))
+        tried.append(model._accumtune_accumulation.ghost_batch_size)
+        return SimpleNamespace(ran_out_of_memory=True)
+
+    monkeypatch.setattr(standalone_training, "train_isolated", train_isolated)
+    config = config_of(ghost_batch_size=4, seed=1)
+    for attempt in (config.verify, config.reproduce):
+        with pytest.raises(VerificationError):
+            attempt(build_model, *data())
+    assert tried == [4, 4]
 
 
 WIDE = {"width": 2048, "learning_rate": 0.01}

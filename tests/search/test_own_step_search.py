@@ -98,6 +98,9 @@ def test_a_model_that_is_never_called_itself_is_searched_and_comes_back_with_its
     config = tuner.get_best_config()
     model = config.build(build_of_parts)
     model.fit(x, y, **config.fit_arguments(epochs=1, verbose=0))
+    assert config.reproduce(build_of_parts, x, y, validation_data=(x, y)).difference < 1e-6
+    smaller = config.for_budget("64MiB", build_of_parts, x, y)  # by a profile
+    assert smaller.effective_batch_size == config.effective_batch_size and smaller.peak_memory_bytes < 64 * 2**20
 
 
 def test_a_step_that_is_refused_ends_the_search_before_its_first_trial(tmp_path):
