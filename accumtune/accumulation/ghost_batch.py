@@ -13,6 +13,7 @@ differentiation of mean and variance takes about twice as many.
 from __future__ import annotations
 
 import contextlib
+import importlib
 import math
 import threading
 from collections.abc import Iterator, Sequence
@@ -190,10 +191,9 @@ def _normalized(layer: Any, inputs: Any, mask: Any, size: int) -> Any:
     if mask is not None:
         mask = ops.cast(ops.broadcast_to(ops.expand_dims(mask, -1), ops.shape(inputs)), "bool")
     rows = ops.shape(inputs)[0]
-    if mask is None and backend.backend() == "torch":
-        from accumtune.accumulation import ghost_batch_torch
-
-        normalized, seen = ghost_batch_torch.normalized(inputs, gamma, beta, layer.axis, layer.epsilon, size)
+    if mask is None and backend.backend() in ("jax", "torch"):
+        module = importlib.import_module(f"accumtune.accumulation.ghost_batch_{backend.backend()}")
+        normalized, seen = module.normalized(inputs, gamma, beta, layer.axis, layer.epsilon, size)
         statistics.see(layer, *_together(*seen))
         return ops.cast(normalized, layer.compute_dtype)
     whole = rows // size * size
