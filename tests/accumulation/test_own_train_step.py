@@ -579,3 +579,22 @@ def test_a_condition_on_the_batch_is_refused():
             return ops.cond(loss > 1e6, lambda: 0.5 * loss, lambda: loss)
 
     check_refused(Conditional, "condition|decide")
+
+
+@pytest.mark.skipif(BACKEND != "torch", reason="torch's own tools")
+def test_torchs_clipping_and_gradients_that_are_never_cleared_are_refused():
+    """`clip_grad_norm_` changes a list of gradients in place, here by a factor of 1."""
+
+    class Clipped(OwnStep):
+        def gradients(self, gradients):
+            import torch
+
+            torch.nn.utils.clip_grad_norm_(self.parameters(), 1e6)
+            return gradients
+
+    class NeverCleared(OwnStep):
+        def zero_grad(self):
+            pass
+
+    check_refused(Clipped, "not linear")
+    check_refused(NeverCleared, "another gradient")

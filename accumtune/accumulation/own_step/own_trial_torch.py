@@ -32,14 +32,16 @@ class TorchTrial:
     def __init__(self, model: Any, form: int) -> None:
         self.model, self.form = model, form
         self.rules = RULES
+        self._runs = 0
 
     def run(self, batch: Any, draws: Any, share: float, change_of_weights: float = 0.0, **how: Any) -> certificates.Run:
         recorder = _Recorder(Recording(self.rules), draws)
         data = tree.map_structure(lambda leaf: None if leaf is None else ops.convert_to_tensor(leaf), batch)
         recorder.mark([leaf for leaf in tree.flatten(data) if leaf is not None])
+        self._runs += 1
         for variable in self.model.trainable_variables:
-            # A step that does not begin by zero_grad() shows.
-            variable.value.grad = torch.full_like(variable.value, 1e3)
+            # Another number in each run: a step that does not begin by zero_grad() shows.
+            variable.value.grad = torch.full_like(variable.value, 1e3 * self._runs)
         recorder.allow([variable.value.grad for variable in self.model.trainable_variables])
         one_hot = replaced(torch.nn.functional, {"one_hot": _one_hot})
         with trials.other_weights(self.model, change_of_weights), one_hot, recorder:
@@ -102,7 +104,9 @@ class _Recorder(TorchDispatchMode):
             result = self._drawn(function, args, result)
         inputs, outputs = _tensors((args, kwargs)), _tensors(result)
         name = function.overloadpacket.__name__
-        writes = [_key(inputs[0])] if inputs and name.endswith("_") and name != "detach_" else []
+        written = _tensors(args[0]) if inputs and name.endswith("_") and name != "detach_" else []
+        outputs = outputs or written  # an operation on a list of tensors in place returns nothing
+        writes = [_key(value) for value in written]
         self.wrote += [name for key in writes if key not in self._made]
         self._made.update(_key(value) for value in outputs)
         if not self._is_on:
