@@ -56,6 +56,8 @@ def test_a_search_trains_different_things_within_the_budget_and_resumes(tmp_path
     # The same script again: nothing is trained twice, and a larger search goes on where it was.
     again = search(make(tmp_path, max_trials=4))
     assert len(again.record().with_status("completed")) == 4
+    search(again)  # max_trials is that of the search, not of a call
+    assert len(again.record().trials) == 4
     for trial in again.record().trials[:3]:
         assert sum(event["event"] == "started" for event in Journal(trial.folder / "journal.jsonl").events()) == 1
 
