@@ -5,7 +5,8 @@
 
 It verifies the configuration here, trains, logs to the search's MLflow experiment, and ends with a plain Keras model.
 Killed and started again, it goes on after the last whole epoch and comes to the same weights: what an epoch sees
-depends on the seed and the epoch's number alone. `--module` names the file with `build_model(hp)` and `load_data()`.
+depends on the seed and the epoch's number alone. `--module` names the file with `build_model(hp)`, `load_data()` and,
+where the loss is over the batch, `VALIDATION_BATCH_SIZE`.
 """
 
 import argparse
