@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
-# Where each public name lives. They are imported when they are used: `import accumtune` loads no framework.
-_HOMES = {
+# The module of each public name, imported at its first use: `import accumtune` alone loads no framework.
+_MODULES = {
     "accumulate": "accumtune.accumulation",
     "batch_coupled_layers": "accumtune.accumulation",
     "GradientNoiseScale": "accumtune.accumulation.callbacks",
@@ -63,9 +63,9 @@ if TYPE_CHECKING:
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
+    if name not in _MODULES:
         raise AttributeError(f"module 'accumtune' has no attribute {name!r}")
-    module = importlib.import_module(_HOMES[name])
+    module = importlib.import_module(_MODULES[name])
     value = module if name == "errors" else getattr(module, name)
     globals()[name] = value
     return value

@@ -1,4 +1,4 @@
-"""`python -m accumtune`: the command line, where the folder of scripts is not on the PATH."""
+"""Runs the command line as `python -m accumtune`, where the folder of scripts is not on the PATH."""
 
 import sys
 

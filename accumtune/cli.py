@@ -1,8 +1,8 @@
 # PYTHON_ARGCOMPLETE_OK
 """The command line. Each command is a file of `accumtune/commands`.
 
-What was asked for is on the standard output, everything else on the standard error. Exit codes, for pipelines, are in
-`commands/options.py`.
+A command's result goes to the standard output, everything else to the standard error. `commands/options.py` lists the
+exit codes.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from accumtune.commands.answer import close_standard_output
 from accumtune.commands.options import EXIT_CODES
 from accumtune.errors import AccumtuneError, BudgetTooSmallError, NoResultError, TrackingError, VerificationError
 
-# In the order in which a person meets them.
+# In the order in which a user needs them.
 _COMMANDS = (demo, probe, candidates, best, ui, export, verify, sync)
 _THE_ANSWER_IS_NO = (VerificationError, NoResultError, BudgetTooSmallError, TrackingError)
 
@@ -33,7 +33,7 @@ for example:
   accumtune verify best_config.json train:build_model --data train:load && python production.py
 
 train:build_model is the function build_model in train.py of this folder. SEARCH is a search's project_name or its
-directory; left out, the newest in mlruns/searches. `accumtune COMMAND --help` has a command's options.
+directory; default: the newest in mlruns/searches. `accumtune COMMAND --help` lists a command's options.
 
 {EXIT_CODES}
 
@@ -44,7 +44,7 @@ tab completion, in bash and zsh (from now on: the same line in ~/.bashrc or ~/.z
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point of the `accumtune` command."""
     parser = make_parser()
-    if "_ARGCOMPLETE" in os.environ:  # the shell asks what could come next; nothing else pays for the import
+    if "_ARGCOMPLETE" in os.environ:  # the shell asks for completions; all other calls skip the import
         import argcomplete
 
         argcomplete.autocomplete(parser)
@@ -56,7 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return code
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
-    except BrokenPipeError:  # as in `accumtune candidates | head`; nothing more is to be written there
+    except BrokenPipeError:  # the reader has closed the pipe, as in `accumtune candidates | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return 128 + 13  # SIGPIPE, which Windows does not name
     except AccumtuneError as error:
@@ -69,7 +69,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         traceback.print_exc()
         return os.EX_SOFTWARE
     finally:
-        if arguments is None:  # not where a test or a program calls
+        if arguments is None:  # called by the shell, not by a test or a program
             with contextlib.suppress(OSError, ValueError):
                 close_standard_output()
 
@@ -79,8 +79,8 @@ def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="accumtune",
         usage="%(prog)s [-h] [--version] COMMAND [options]",
-        description="Find the micro-batch size and accumulation steps to train a Keras model with, given this much "
-        "memory.",
+        description="Find the micro-batch size and accumulation steps to train a Keras model with, under a memory "
+        "budget.",
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

@@ -3,11 +3,11 @@
     AccumtuneError
     ├── BudgetError             a memory budget that cannot be read, or that no device can give
     │   └── BudgetTooSmallError     not even micro-batch 1 fits in it
-    ├── BatchSizeError          micro-batch sizes and accumulation steps that make no window
+    ├── BatchSizeError          micro-batch sizes or accumulation steps that cannot be used
     ├── ModelError              a model that cannot be accumulated
     │   ├── UncompiledModelError
     │   ├── CustomTrainStepError
-    │   └── BuildError              the user's build function raised, or returned something else than a model
+    │   └── BuildError              the user's build function raised, or returned something other than a model
     ├── DataError               data that cannot be split into batches
     │   └── UnsendableDataError     ... or that cannot be sent to another process
     ├── SearchError             a search that cannot go on
@@ -16,9 +16,9 @@
     │   ├── NoResultError           nothing to choose from
     │   └── WorkerError             the process that starts trials does not work here
     ├── ConfigError             a training configuration that cannot be read
-    │   └── VerificationError       ... or that does not hold what it promised on this machine
+    │   └── VerificationError       ... or whose memory or results are not met on this machine
     ├── TrackingError           a tracking store that cannot be used
-    └── CompatibilityError      an installed Keras that lacks what accumulation takes hold of
+    └── CompatibilityError      an installed Keras without an internal name that accumulation needs
 
 Running out of memory and exceeding the budget are outcomes of a trial, never exceptions of a search.
 """
@@ -51,7 +51,7 @@ class AccumtuneError(Exception):
 
 
 def _sentence(text: str) -> str:
-    """With a full stop, unless it ends in one or in something that may be copied, such as code."""
+    """Adds a full stop after a letter or a digit; other endings are punctuation already, or code to copy."""
     return f"{text}." if text[-1].isalnum() else text
 
 
@@ -64,7 +64,7 @@ class BudgetTooSmallError(BudgetError):
 
 
 class BatchSizeError(AccumtuneError, ValueError):
-    """Micro-batch sizes and accumulation steps that make no window."""
+    """Micro-batch sizes or accumulation steps that cannot be used."""
 
 
 class ModelError(AccumtuneError, ValueError):
@@ -76,11 +76,11 @@ class UncompiledModelError(ModelError):
 
 
 class CustomTrainStepError(ModelError):
-    """The model trains in a way of its own that accumulation would bypass."""
+    """The model overrides how Keras trains it, in a way that cannot be accumulated exactly."""
 
 
 class BuildError(ModelError):
-    """The user's build function raised, or returned something else than a compiled model."""
+    """The user's build function raised, or returned something other than a compiled model."""
 
 
 class DataError(AccumtuneError, ValueError):
@@ -116,7 +116,7 @@ class ConfigError(AccumtuneError, ValueError):
 
 
 class VerificationError(ConfigError):
-    """A training configuration does not hold what it promised on this machine."""
+    """A training configuration's memory or results are not met on this machine."""
 
 
 class TrackingError(AccumtuneError):
@@ -124,4 +124,4 @@ class TrackingError(AccumtuneError):
 
 
 class CompatibilityError(AccumtuneError):
-    """The installed Keras lacks something inside that accumulation takes hold of."""
+    """The installed Keras, or its backend, lacks an internal name that accumulation needs."""

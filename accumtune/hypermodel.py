@@ -33,14 +33,14 @@ class AccumulationHyperModel(keras_tuner.HyperModel):
 
     Args:
         hypermodel: a Keras Tuner build function or `keras_tuner.HyperModel`.
-        memory_budget: `"2GiB"` or bytes. Before a model trains, a few probes in processes of their own tell whether
-            its micro-batch fits; where it does not, the fastest that fits is used with more steps: the same
+        memory_budget: `"2GiB"` or bytes. Before a model trains, a few probes, each in its own process, measure whether
+            its micro-batch fits. If it does not, the fastest micro-batch that fits is used with more steps: the same
             effective batch, the same training. None: no check.
         micro_batch_sizes: samples in one forward and backward pass.
         accumulation_steps: micro-batches per update.
         learning_rate_scaling: None, `"linear"` or `"sqrt"`: how the learning rate grows with the effective batch.
-        base_effective_batch_size: the effective batch for which the learning rate is meant as it is written; default
-            the smallest.
+        base_effective_batch_size: the effective batch at which the learning rate is used as the build function sets
+            it; default: the smallest.
 
     Example:
 
@@ -77,8 +77,8 @@ class AccumulationHyperModel(keras_tuner.HyperModel):
         self._profiles: dict[str, Any] = {}
 
     def __getattr__(self, name: str) -> Any:
-        """What else the user's hypermodel has: its own attributes and methods."""
-        if name.startswith("__") or name == "hypermodel":  # asked for by copying, before there is one
+        """Looks up all other attributes and methods on the user's hypermodel."""
+        if name.startswith("__") or name == "hypermodel":  # copying asks for these before `hypermodel` is set
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
         return getattr(self.hypermodel, name)
 
@@ -90,9 +90,9 @@ class AccumulationHyperModel(keras_tuner.HyperModel):
         return self.builder.build_plain(hp)
 
     def build(self, hp: Any) -> Any:
-        """Builds the user's model, accumulating; its `fit` takes the effective batch where told of no batch size."""
+        """Builds the user's model with accumulation; its `fit` uses the effective batch unless given a batch size."""
         pair = self._pair(hp)
-        # Chosen by accumtune's tuner, as the pair.
+        # Only accumtune's own tuners choose a ghost batch; they set the effective batch too.
         ghost = hp.values.get("ghost_batch_size") if "effective_batch_size" in hp.values else None
         model = accumulate(self.build_plain(hp), pair.micro_batch_size, ghost_batch_size=ghost)
         return fit_by_default(model, pair.effective_batch_size)
@@ -108,7 +108,7 @@ class AccumulationHyperModel(keras_tuner.HyperModel):
             pair = self._within_budget(hp, pair, *args, **kwargs)
             model = accumulate(model, pair.micro_batch_size)
             if pair.micro_batch_size in self.micro_batch_sizes and pair.accumulation_steps in self.accumulation_steps:
-                # The oracle learns from what has run. It cannot be told of values that are not in its lists.
+                # The oracle learns from the pair that runs, unless its lists do not have it.
                 hp.values.update(micro_batch_size=pair.micro_batch_size, accumulation_steps=pair.accumulation_steps)
         feed_by_batches(model, pair.effective_batch_size, pair.micro_batch_size)
         fit = getattr(self.hypermodel, "fit", None)

@@ -18,7 +18,7 @@ _ORACLE_ARGUMENTS = (
     "seed", "hyperparameters", "tune_new_entries", "allow_new_entries", "max_retries_per_trial",
     "max_consecutive_failed_trials",
 )  # fmt: skip
-# Keras Tuner takes 0 for "any", and draws one from 1 to 10,000: two searches with seed=0 would differ.
+# Replaces seed=0: Keras Tuner takes 0 for no seed and draws one from 1 to 10,000, so two searches would differ.
 _SEED_FOR_ZERO = 10_001
 
 
@@ -83,9 +83,9 @@ class OptunaSearch(Tuner):
     `pip install 'accumtune[optuna]'`. Conditional hyperparameters, several `workers`, resuming and everything else of
     `accumtune.Tuner` work as with Keras Tuner's own oracles.
 
-    A pruned trial counts as trained: it is completed, with the best epoch that it reached, and its reason
-    (`accumtune.reason` in MLflow) says after which epoch it was pruned; the sampler is told what it would have come to.
-    With several `executions_per_trial` the first one decides.
+    A pruned trial counts as trained: its status is completed, its result is the best epoch that it reached, and its
+    reason (`accumtune.reason` in MLflow) says after which epoch it was pruned. The sampler learns the objective that
+    was forecast for it. With several `executions_per_trial` the first one decides.
 
     Args:
         hypermodel: a Keras Tuner build function or `keras_tuner.HyperModel`.
@@ -93,13 +93,13 @@ class OptunaSearch(Tuner):
         max_trials: how many trials train.
         sampler: an `optuna.samplers.BaseSampler`; None for a few trials spread evenly over the space and then
             `GPSampler` where torch is installed, multivariate `TPESampler` otherwise.
-        pruner: who is told the objective after each epoch and may stop the trial: `"forecast"`, which tells from the
-            trials that ran to their end whether it can still be the best; an `optuna.pruners.BasePruner`; None trains
-            all trials to their end.
-        **kwargs: those of `accumtune.Tuner`, and of a `keras_tuner.Oracle`.
+        pruner: decides after each epoch, from the objective so far, whether to stop the trial. `"forecast"` estimates
+            from the trials that ran to their end whether this one can still become the best; an
+            `optuna.pruners.BasePruner` decides in its way; None trains all trials to their end.
+        **kwargs: arguments of `accumtune.Tuner` and of `keras_tuner.Oracle`.
 
     Raises:
-        SearchError: Optuna is not installed, or the pruner is none of its.
+        SearchError: Optuna is not installed, or `pruner` is something else.
     """
 
     def __init__(
@@ -148,11 +148,11 @@ def _oracle(
     """Makes a tuner's oracle.
 
     Args:
-        tuner: remembers the seed that was asked for.
+        tuner: keeps the seed that the user gave.
         make: the class of the oracle.
         objective: as in Keras Tuner.
-        kwargs: of the tuner; loses what is the oracle's.
-        **arguments: of this kind of oracle.
+        kwargs: the tuner's arguments; those of the oracle are removed from them.
+        **arguments: what only this class of oracle takes.
     """
     arguments |= {name: kwargs.pop(name) for name in _ORACLE_ARGUMENTS if name in kwargs}
     if arguments.get("seed") == 0:

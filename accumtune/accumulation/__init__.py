@@ -37,15 +37,17 @@ def accumulate(
 ) -> keras.Model:
     """Makes `model` train with exact gradient accumulation.
 
-    Give one of the two. With `micro_batch_size=m`, the batches of `fit` and `train_on_batch` are effective batches;
-    each is split into micro-batches of m samples (the last may be smaller) and makes one update. With
-    `accumulation_steps=k`, the batches of `fit` are the micro-batches and k of them make one update; an incomplete
-    window at the end of an epoch makes an update too, with its true weight. Either way one Keras step is one update:
-    `steps_per_epoch`, the progress bar, batch callbacks, schedules, EMA and `optimizer.iterations` count updates.
+    Give either `micro_batch_size` or `accumulation_steps`. With `micro_batch_size=m`, the batches of `fit` and
+    `train_on_batch` are effective batches; each is split into micro-batches of m samples (the last may be smaller) and
+    makes one update. With `accumulation_steps=k`, the batches of `fit` are the micro-batches and k of them make one
+    update; an incomplete window at the end of an epoch makes an update too, with its true weight. Either way one Keras
+    step is one update: `steps_per_epoch`, the progress bar, batch callbacks, schedules, EMA and `optimizer.iterations`
+    count updates.
 
-    Training then equals plain Keras at the effective batch (docs of `batch_coupled_layers` say where it cannot):
-    gradients are summed in float32 (float64 for float64 variables) and each micro-batch counts for what it holds,
-    with sample weights, class weights, masks and every loss reduction. Dropout draws a fresh mask per micro-batch.
+    Training then equals plain Keras at the effective batch (`batch_coupled_layers` lists a model's exceptions):
+    gradients are summed in float32 (float64 for float64 variables), and each micro-batch has the weight that it has in
+    the whole batch, with sample weights, class weights, masks and every loss reduction. Dropout draws a new mask per
+    micro-batch.
     BatchNormalization normalizes per micro-batch, or per ghost batch, but its moving statistics after an update are
     those of the effective batch, with the momentum applied once. Gradients of embeddings are dense.
 
@@ -69,39 +71,41 @@ def accumulate(
     statistics are those of all devices together. (`synchronized=True` also normalizes over the devices; plain
     Keras without it keeps what one device saw.)
     A strategy with replicas in other processes (`MultiWorkerMirroredStrategy` over several workers) is refused. A loss
-    that returns one number per batch counts as on one device; plain Keras adds it up over the replicas.
+    that returns one number per batch counts as it does on one device; plain Keras adds it up over the replicas.
 
-    A `fit` of the model's class (as KerasHub's tasks have, to preprocess their data), or one that an autologger has
-    wrapped, is called as it is: what it hands on to Keras is accumulated.
+    If the model's class overrides `fit` (KerasHub's tasks do, to preprocess their data), or an autologger has wrapped
+    it, that `fit` is called, and the data that it passes to Keras are accumulated.
 
-    Micro-batches whose shapes differ (sequences padded to different lengths) are weighted by what their loss values
-    number, so each token counts the same.
+    Micro-batches of different shapes (sequences padded to different lengths) are weighted by their number of loss
+    values, so each token counts the same.
 
     Args:
-        model: a compiled Functional, Sequential or subclassed `keras.Model`. A `train_step` of its own is tried on the
-            first batch (page "Models with a train_step of their own"). The
-            arguments of `compile` (run_eagerly, jit_compile, steps_per_execution) hold as before.
+        model: a compiled Functional, Sequential or subclassed `keras.Model`. If it has a `train_step` of its own,
+            whether that accumulates exactly is tested on the first batch (page "Models with a train_step of their
+            own"). The arguments of `compile` (run_eagerly, jit_compile, steps_per_execution) keep their meaning.
         micro_batch_size: samples in one forward and backward pass, at least 1.
         accumulation_steps: micro-batches per update, at least 1.
         ghost_batch_size: samples that BatchNormalization normalizes together in training, at least 1; each micro-batch
             but the last of a window is a multiple of it. Default: the micro-batch.
-        whole_batch_loss: "auto", two passes where a loss couples the samples of a batch, as `batch_coupled_layers`
-            finds it; True, always; False, never: the loss is then a mean of the losses of micro-batches, and listed
-            by `batch_coupled_layers`.
+        whole_batch_loss: "auto": two passes if a loss couples the samples of a batch, found as `batch_coupled_layers`
+            finds it. True: always two passes. False: never; the loss is then the mean of the micro-batches' losses,
+            and `batch_coupled_layers` lists it.
 
     Returns:
         The same model. It saves, loads and clones as a plain Keras model; a loaded copy does not accumulate.
-        Called again, the micro-batch changes; `stop_accumulating` leads back to plain Keras.
+        Call `accumulate` again to change the micro-batch, `accumtune.accumulation.stop_accumulating` to return to plain
+        Keras.
 
     Raises:
-        BatchSizeError: both or neither of the first two arguments given, one that is not a whole number of at least 1,
-            or a micro-batch that is no multiple of the ghost batch.
+        BatchSizeError: both or neither of `micro_batch_size` and `accumulation_steps` are given, a size is not a whole
+            number of at least 1, or the micro-batch is not a multiple of the ghost batch.
         UncompiledModelError: the model was not compiled.
-        CustomTrainStepError: the model's class has a `make_train_function` of its own; in `fit`, a `train_step` of its
-            own that cannot be accumulated exactly.
-        ModelError: not a `keras.Model`, the optimizer accumulates by itself, or another `whole_batch_loss`; with
-            `ghost_batch_size`, a trainable BatchNormalization with `renorm=True`, synchronized over several replicas,
-            or with a `call` of its own. While training: a model whose micro-batches cannot be run twice, see above.
+        CustomTrainStepError: the model's class overrides `make_train_function`; raised by `fit`: its `train_step`
+            cannot be accumulated exactly.
+        ModelError: `model` is not a `keras.Model`, its optimizer accumulates by itself, or `whole_batch_loss` has
+            another value; with `ghost_batch_size`, a trainable BatchNormalization has `renorm=True`, is synchronized
+            over several replicas, or overrides `call`. Raised by `fit`: two passes are needed and the model cannot run
+            a micro-batch twice, see above.
 
     Example:
 

@@ -1,4 +1,4 @@
-"""Resolves `MODULE:name` on a command line to the object, and takes the shapes in which functions return data."""
+"""Imports what `MODULE:name` on the command line means, and unpacks the training data that such a function returns."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from typing import Any
 from accumtune.errors import DataError
 from accumtune.worker.quiet_imports import without_notes
 
-# What matplotlib writes without a program beside it.
+# The formats that matplotlib writes without another program.
 _PICTURES = (".png", ".svg", ".pdf", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".eps", ".ps")
 
 
 def load_object(address: str) -> Any:
-    """What `MODULE:name` means; the working directory is searched for modules too.
+    """Imports the object that `MODULE:name` means; modules of the working directory are found too.
 
     Raises:
         DataError: there is no such module or name.
@@ -34,15 +34,15 @@ def load_object(address: str) -> Any:
         raise
     except BaseException as error:  # a module may raise anything, and a script that is imported may end the process
         raise DataError(
-            f"Received {address!r}: {told(error)}",
+            f"Received {address!r}: {exception_line(error)}",
             "MODULE:NAME, a name in a module that can be imported from here.",
             "for a file train.py with a function build_model: train:build_model.",
         ) from error
     return value
 
 
-def told(error: BaseException) -> str:
-    """An exception of the user's code in one line, with the line of code that it comes from."""
+def exception_line(error: BaseException) -> str:
+    """Returns an exception of the user's code in one line, with the file and line number that raised it."""
     text = f"{type(error).__name__}: {' '.join(str(error).split())}"
     if isinstance(error, SyntaxError):  # it names the line itself
         return text
@@ -52,20 +52,24 @@ def told(error: BaseException) -> str:
 
 
 def refuse_unwritable(path: str) -> None:
-    """Raises where a picture cannot be written, before minutes are spent on what it shows.
+    """Refuses a file that cannot be written, before probes take minutes.
 
     Raises:
-        DataError: no picture has such an ending, or the folder cannot be written to.
+        DataError: the ending is not that of a picture, or the folder cannot be written to.
     """
     folder, ending = Path(path).parent, Path(path).suffix.lower()
     if ending not in _PICTURES:
         raise DataError(f"Received {path!r}.", f"a name that ends with {', '.join(_PICTURES)}", "such as probe.png.")
     if not folder.is_dir() or not os.access(folder, os.W_OK):
-        raise DataError(f"The folder {str(folder)!r} cannot be written to.", "a folder that is there", "make it.")
+        raise DataError(
+            f"The folder {str(folder)!r} cannot be written to.", "an existing folder", "create it, or give another one."
+        )
 
 
 def load_data(address: str) -> tuple[Any, Any]:
-    """Training data, `(x, y)`; where it is a data set, the function itself and None: a data set cannot be sent.
+    """Returns training data as `(x, y)`.
+
+    For a data set that is the function itself and None, because a data set cannot be sent to another process.
 
     Raises:
         DataError: the function returned something else.
@@ -85,7 +89,7 @@ def load_data(address: str) -> tuple[Any, Any]:
 
 
 def load_validation_data(address: str) -> tuple[Any, Any] | None:
-    """The other half of what the function returned, None where it returned training data alone."""
+    """Returns the validation data that the function returned with the training data; None if there are none."""
     data = _loaded(address)
     if not isinstance(data, tuple):
         return None
@@ -95,16 +99,16 @@ def load_validation_data(address: str) -> tuple[Any, Any] | None:
 
 
 def is_keras_dataset(data: Any) -> bool:
-    """Whether data are `((x, y), (x_test, y_test))`, as `keras.datasets` has them.
+    """Returns whether data are `((x, y), (x_test, y_test))`, as `keras.datasets` returns them.
 
-    A model with two inputs and two outputs has a pair of pairs too, but all four are then equally long.
+    The data of a model with two inputs and two outputs are a pair of pairs too, but all four have the same length.
     """
     pairs = (tuple, list)
     if not (isinstance(data, pairs) and len(data) == 2 and all(isinstance(it, pairs) and len(it) == 2 for it in data)):
         return False
     try:
         (x, y), (x_test, y_test) = ((len(a), len(b)) for a, b in data)
-    except TypeError:  # numbers, tensors without a length: rows, no arrays
+    except TypeError:  # numbers, or tensors without a length: not arrays
         return False
     return x == y != x_test == y_test
 
@@ -117,7 +121,7 @@ def _loaded(address: str) -> Any:
         raise
     except BaseException as error:
         raise DataError(
-            f"{address} was called and raised {told(error)}",
+            f"{address} was called and raised {exception_line(error)}",
             "a function without arguments that returns training data",
             f'try it alone: python -c "import {address.partition(":")[0]} as it; it.{address.partition(":")[2]}()"',
         ) from error

@@ -1,4 +1,4 @@
-"""Keeps the standard output for what was asked for; what a user's own code writes there goes to the standard error."""
+"""Keeps the standard output for a command's result: what the user's own code prints goes to the standard error."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from typing import TextIO
 
 @contextlib.contextmanager
 def only_the_answer() -> Iterator[TextIO]:
-    """Yields the standard output; whatever else this process and its children write there meanwhile goes to the error.
+    """Yields the standard output; meanwhile everything else that this process and its children print goes to stderr.
 
-    By descriptors: a library in C and a process that is started know no `sys.stdout`.
+    It redirects the file descriptor, because C libraries and child processes do not use `sys.stdout`.
     """
     sys.stdout.flush()
     saved = os.dup(1)
@@ -27,6 +27,6 @@ def only_the_answer() -> Iterator[TextIO]:
 
 
 def close_standard_output() -> None:
-    """From now on nothing more is the answer: what is written when the interpreter ends goes to the standard error."""
+    """Sends to the standard error what is still printed while the interpreter exits."""
     sys.stdout.flush()
     os.dup2(2, 1)

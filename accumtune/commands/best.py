@@ -13,7 +13,7 @@ def add(commands: Any) -> None:
     command = add_command(commands, "best", "the best configuration of a search, and why it won", run)
     add_search(command)
     add_policy(command)
-    command.add_argument("--save", metavar="FILE", default=None, help="for accumtune.load_config")
+    command.add_argument("--save", metavar="FILE", default=None, help="write it to a file for accumtune.load_config")
     add_json(command, "print the configuration alone, as JSON")
 
 

@@ -13,8 +13,8 @@ from accumtune.commands.searches import find_search, read_candidates
 def add(commands: Any) -> None:
     command = add_command(
         commands, "candidates", "what a search has found, as a table", run,
-        "Every configuration with what it achieves and costs, the best first; * marks the Pareto front. It works while "
-        "the search runs. Exit code 1: there is nothing yet.",
+        "Every configuration with its objective, peak memory and throughput, the best first; * marks the Pareto front. "
+        "Works while the search runs, too. Exit code 1: no candidate yet.",
     )  # fmt: skip
     add_search(command)
     command.add_argument("--limit", type=count, default=None, metavar="N", help="rows to show; default: all")

@@ -1,4 +1,4 @@
-"""`accumtune demo`: the first search, with nothing to write."""
+"""`accumtune demo`: a first search, without a script to write."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ _PROJECT = "demo"
 def add(commands: Any) -> None:
     command = add_command(
         commands, "demo", "a search on scikit-learn's digits under 8 MiB, in about a minute", run,
-        "It trains a small network on this machine, prints what it found, and how to browse it in MLflow. "
-        "`accumtune best`, `candidates` and `ui` then have something to show.",
+        "Trains a small network on this machine, and prints what it found and how to browse it in MLflow. "
+        "Afterwards `accumtune best`, `candidates` and `ui` show this search.",
     )  # fmt: skip
     command.add_argument("--trials", metavar="N", type=count, default=5, help="default: 5; the README's example has 12")
     command.add_argument("--epochs", metavar="N", type=count, default=3, help="default: 3; the README's example has 6")
-    command.add_argument("--overwrite", action="store_true", help="begin anew instead of going on")
+    command.add_argument("--overwrite", action="store_true", help="delete the earlier demo instead of resuming it")
     add_json(command, "print the configuration alone, as JSON")
 
 
@@ -34,14 +34,14 @@ def run(options: argparse.Namespace) -> int:
     arguments = ["--project-name", _PROJECT, "--config", config]
     arguments += ["--trials", str(options.trials), "--epochs", str(options.epochs)]
     arguments += ["--overwrite"] if options.overwrite else []
-    # -P: beside the copy in the wheel lie modules that are to be imported as accumtune's alone.
+    # -P keeps the script's folder off sys.path: in the wheel that is accumtune's own, full of modules.
     command = [sys.executable, "-P", str(script()), *arguments]
     with without_notes():
-        # With --json what the search prints is not what was asked for.
+        # With --json only the configuration goes to the standard output.
         code = subprocess.call(command, stdout=sys.stderr if options.json else None)
     if code < 0:  # ended by a signal
         return 128 - code
-    if code == 1:  # Python's own, after an exception: no answer
+    if code == 1:  # Python's own, after an exception
         return os.EX_SOFTWARE
     if not options.json:
         return code
@@ -51,7 +51,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def script() -> Path:
-    """The digits search: of the repository, or the copy that pyproject.toml puts into the wheel."""
+    """Returns the path of the digits search: the repository's, or the copy that pyproject.toml puts into the wheel."""
     package = Path(accumtune.__file__).parent
     packaged = package / "demo.py"
     return packaged if packaged.exists() else package.parent / "experiments" / "digits.py"

@@ -18,10 +18,10 @@ def add(commands: Any) -> None:
         "an experiment's name",
     )  # fmt: skip
     source.completer = lambda **_: [*map(str, all_searches()), *map(str, Path().glob("*.json"))]
-    command.add_argument("--output", "-o", metavar="FILE", default=None, help="default: print it")
+    command.add_argument("--output", "-o", metavar="FILE", default=None, help="default: the standard output")
     command.add_argument(
         "--format", default="json", choices=("json", "keras"),
-        help="keras: arguments for Keras's own gradient_accumulation_steps, and where that differs",
+        help="keras: arguments for Keras's own gradient_accumulation_steps, and how that training differs",
     )  # fmt: skip
     add_policy(command)
     add_tracking_uri(command)

@@ -1,4 +1,4 @@
-"""Declares what several commands share: a command, options that mean the same everywhere, and their completion."""
+"""Declares what commands share: their form, the options that mean the same everywhere, and tab completion."""
 
 from __future__ import annotations
 
@@ -15,12 +15,13 @@ from accumtune.commands.searches import all_searches
 
 EXIT_CODES = """\
 exit codes:
-  0  fine
-  1  the answer is no: nothing fits, a search without a result, a configuration that does not hold here, values that
-     MLflow did not take
+  0  success
+  1  the answer is no: nothing fits, a search has no result, a configuration does not hold on this machine, MLflow did
+     not accept all values
   2  wrong usage or input, with the reason on the standard error
-  70  an error of accumtune's own, with its traceback
-  130, 141  Ctrl-C; whoever reads the output has read enough, such as `head`"""
+  70  an internal error of accumtune, with its traceback
+  130  ended by Ctrl-C
+  141  the reader of the output, such as `head`, has closed it"""
 
 
 def add_command(
@@ -31,8 +32,8 @@ def add_command(
     Args:
         commands: what `add_subparsers` returned.
         summary: one line, for the list of commands.
-        run: does it and returns the exit code.
-        more: what else its own help says.
+        run: runs the command and returns its exit code.
+        more: the rest of the command's help.
     """
     command: argparse.ArgumentParser = commands.add_parser(
         name,
@@ -57,11 +58,11 @@ def add_policy(command: argparse.ArgumentParser) -> None:
     command.add_argument("--policy", default="quality", choices=("quality", "memory", "throughput", "balanced"))
     command.add_argument(
         "--tolerance", metavar="SHARE", type=share, default=0.01,
-        help="share of the objective that counts as noise; default: 0.01",
+        help="relative difference of objectives that counts as noise; default: 0.01",
     )  # fmt: skip
 
 
-_TRACKING_URI = "MLflow's; default: MLFLOW_TRACKING_URI, else sqlite:///mlruns/mlflow.db"
+_TRACKING_URI = "MLflow's tracking URI; default: MLFLOW_TRACKING_URI, else sqlite:///mlruns/mlflow.db"
 
 
 def add_tracking_uri(command: argparse.ArgumentParser) -> None:
@@ -85,7 +86,7 @@ def add_model_and_data(command: argparse.ArgumentParser) -> None:
 
 
 def share(text: str) -> float:
-    """A finite number of at least 0: with NaN every comparison would be false."""
+    """Reads a finite number of at least 0. NaN is refused because every comparison with it is false."""
     value = float(text)
     if not 0 <= value < math.inf:
         raise ValueError
@@ -93,14 +94,14 @@ def share(text: str) -> float:
 
 
 def count(text: str) -> int:
-    """A whole number of at least 1."""
+    """Reads a whole number of at least 1."""
     value = int(text)
     if value < 1:
         raise ValueError
     return value
 
 
-# argparse calls a type by its name: "invalid count value: '0'".
+# argparse's message has the function's name: "invalid positive whole number value: '0'".
 share.__name__, count.__name__ = "non-negative number", "positive whole number"
 
 
@@ -109,7 +110,7 @@ def print_json(values: Any, file: TextIO | None = None) -> None:
 
 
 def _finite(values: Any) -> Any:
-    """JSON knows no NaN and no infinity."""
+    """Replaces NaN and infinity, which JSON does not have, by None."""
     if isinstance(values, dict):
         return {name: _finite(value) for name, value in values.items()}
     if isinstance(values, (list, tuple)):
@@ -118,7 +119,7 @@ def _finite(values: Any) -> Any:
 
 
 def functions_here(prefix: str = "", **_: Any) -> Iterator[str]:
-    """`MODULE:name` of the functions in this folder's files, which are read and not run."""
+    """Yields `MODULE:name` for each function in this folder's files, which are parsed and not run."""
     for file in sorted(Path().glob("*.py")):
         if not file.stem.startswith(prefix.partition(":")[0][: len(file.stem)]):
             continue

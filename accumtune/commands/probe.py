@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 def add(commands: Any) -> None:
     command = add_command(
         commands, "probe", "which micro-batch sizes of a model fit in a memory budget", run,
-        "A few updates run at a few sizes, each in a process of its own; the rest is predicted. "
+        "Measures a few updates at a few sizes, each in a process of its own, and predicts the other sizes. "
         "Exit code 1: nothing fits.",
     )  # fmt: skip
     add_model_and_data(command)
@@ -29,7 +29,7 @@ def add(commands: Any) -> None:
         "--micro-batch-sizes", metavar="N", type=count, nargs="+", default=None, help="default: powers of two"
     )
     command.add_argument(
-        "--accumulation-steps", metavar="N", type=count, default=2, help="of the updates in the table; default: 2"
+        "--accumulation-steps", metavar="N", type=count, default=2, help="in all rows of the table; default: 2"
     )
     add_json(command, "print JSON instead of a table")
     command.add_argument("--plot", metavar="FILE", default=None, help="draw the table, for example into probe.png")
@@ -71,8 +71,8 @@ def _probe(options: argparse.Namespace, answer: TextIO) -> int:
 
         draw_profile(rows, budget, options.accumulation_steps, options.plot)
     if options.json:
-        told = {"largest_micro_batch_size": largest, "memory_budget_bytes": budget, "device": vars(device)}
-        print_json({**told, "sizes": rows}, answer)
+        summary = {"largest_micro_batch_size": largest, "memory_budget_bytes": budget, "device": vars(device)}
+        print_json({**summary, "sizes": rows}, answer)
     else:
         if rows:
             print(_table(rows), file=answer)

@@ -26,10 +26,10 @@ def all_searches(folder: str = SEARCHES) -> list[Path]:
 
 
 def find_search(search: str | None, searches: str = SEARCHES) -> Path:
-    """The directory of a search: of the given directory or project's name, or the newest in the default place.
+    """Returns the directory of a search, given that directory or its project's name; None: the newest in `searches`.
 
     Raises:
-        SearchDirectoryError: there is none.
+        SearchDirectoryError: there is no such search.
     """
     known = all_searches(searches)
     if search is None:
@@ -51,7 +51,7 @@ def is_search(path: str) -> bool:
 
 
 def read_candidates(folder: Path) -> tuple[SearchRecord, list[Candidate]]:
-    """A search as its journals tell it, and its candidates."""
+    """Reads a search's record and its candidates from its directory."""
     from accumtune.search.results import search_results as results
     from accumtune.tracking.journal import read_search
     from accumtune.worker.transport.task_directory import SearchDirectory
@@ -62,7 +62,7 @@ def read_candidates(folder: Path) -> tuple[SearchRecord, list[Candidate]]:
 
 
 def choose(folder: Path, options: argparse.Namespace) -> tuple[SearchRecord, list[Candidate], TrainingConfig]:
-    """A search, its candidates, and the configuration of the one that `--policy` chooses.
+    """Returns a search, its candidates, and the configuration of the candidate that `--policy` chooses.
 
     Raises:
         NoResultError: there is no candidate.
@@ -79,11 +79,11 @@ def choose(folder: Path, options: argparse.Namespace) -> tuple[SearchRecord, lis
 
 
 def tracker_of(options: argparse.Namespace) -> Tracker:
-    """MLflow at `--tracking-uri`, else at the caller's own address, where the search was tracked there.
+    """Returns the tracker of a search, for `--tracking-uri` or the caller's default tracking URI.
 
     Raises:
-        SearchDirectoryError: it was tracked elsewhere. Whoever wrote the folder may name any address, and MLflow would
-            send the caller's token there.
+        SearchDirectoryError: without `--tracking-uri`, the search was tracked elsewhere. The address in its folder is
+            not used: anybody could have written it there, and MLflow would send the caller's token to it.
     """
     from accumtune.tracking.mlflow.tracker import Tracker, read_cache
     from accumtune.tracking.tracking_uri import absolute_uri, default_tracking_uri, sqlite_path, without_credentials
@@ -91,24 +91,25 @@ def tracker_of(options: argparse.Namespace) -> Tracker:
     folder = find_search(options.search)
     named = str(read_cache(folder).get("tracking_uri") or "")
     database = sqlite_path(named)
-    is_gone = database is not None and not database.exists()  # the project was moved, say
+    is_gone = database is not None and not database.exists()  # for example, the project was moved
     own = absolute_uri(default_tracking_uri())
     if options.tracking_uri is None and named not in ("", without_credentials(own)) and not is_gone:
         raise SearchDirectoryError(
             f"The search in {folder} was tracked in {named}, and yours is {without_credentials(own)}.",
-            "an address that you name: the one in the folder is not contacted, as your token would go there.",
-            f"if it is right: --tracking-uri {shlex.quote(named)} (with user and password, where it needs them); "
+            "a tracking URI given by you: the one in the folder is not contacted, because MLflow would send it your "
+            "token.",
+            f"if you trust it: --tracking-uri {shlex.quote(named)} (with user and password, where it needs them); "
             "or set MLFLOW_TRACKING_URI.",
         )
     return Tracker(folder, options.tracking_uri or own)
 
 
 def end_abandoned(folder: Path) -> None:
-    """Writes down that a search which was killed has ended; run again, it goes on all the same."""
+    """Journals the end of a search whose process was killed. The same script can still resume it."""
     from accumtune.tracking.journal import SEARCH_JOURNAL, Journal, read_search_journal
     from accumtune.tracking.lock import abandoned
 
     with abandoned(folder) as was_killed:
         if was_killed and not read_search_journal(folder).is_ended:
-            reason = "its process was killed; the same script, run again, goes on"
+            reason = "its process was killed; run the same script again to resume it"
             Journal(folder / SEARCH_JOURNAL).append("search_ended", status="interrupted", reason=reason)

@@ -1,4 +1,4 @@
-"""`accumtune sync`: brings a search's journals into MLflow."""
+"""`accumtune sync`: copies a search's journals to MLflow."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from accumtune.commands.searches import end_abandoned, tracker_of
 
 def add(commands: Any) -> None:
     command = add_command(
-        commands, "sync", "bring a search's journals into MLflow, after it was unreachable", run,
-        "Each value comes once, however often this runs; a search that was killed is said to have ended. "
-        "Exit code 1: MLflow did not take them.",
+        commands, "sync", "copy a search's journals to MLflow, after it was unreachable", run,
+        "Running it again copies nothing twice. A search whose process was killed is marked as ended. "
+        "Exit code 1: MLflow did not accept all values.",
     )  # fmt: skip
     add_search(command)
     add_tracking_uri(command)

@@ -16,7 +16,7 @@ from accumtune.commands.searches import tracker_of
 
 
 def add(commands: Any) -> None:
-    command = add_command(commands, "ui", "open a search in the MLflow UI", run, "Ctrl-C ends it.")
+    command = add_command(commands, "ui", "open a search in the MLflow UI", run, "Ctrl-C stops the UI.")
     add_search(command)
     add_tracking_uri(command)
     command.add_argument(
@@ -39,20 +39,20 @@ def run(options: argparse.Namespace) -> int:
     print(f"{command}\nthen open {address}" if command else f"Open {address}", flush=True)
     if options.print or not command:
         return 0
-    # The address, which may hold a password, by the environment: everyone can read a command line.
+    # The store's address may hold a password: other users can read a command line, but not the environment.
     environment = {**os.environ, "MLFLOW_BACKEND_STORE_URI": str(tracker.tracking_uri)}
     ui = [sys.executable, "-m", "mlflow", "ui", "--port", str(port)]
     return serve(ui, environment)
 
 
 def serve(command: list[str], environment: Mapping[str, str]) -> int:
-    """Runs a server until it ends, Ctrl-C or SIGTERM, with all that it has started."""
-    # A group of its own: MLflow does not end the server that it starts when it is ended itself.
+    """Runs a server until it ends by itself or by Ctrl-C or SIGTERM; its children end with it."""
+    # A process group of its own: `mlflow ui` leaves the server that it has started running.
     with subprocess.Popen(command, env=environment, start_new_session=True) as server:
         signal.signal(signal.SIGTERM, lambda *_: _end_group(server))
         try:
             return server.wait()
-        except KeyboardInterrupt:  # the user's way to end it
+        except KeyboardInterrupt:
             _end_group(server)
             return 0
 

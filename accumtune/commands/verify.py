@@ -17,7 +17,8 @@ if TYPE_CHECKING:
 def add(commands: Any) -> None:
     command = add_command(
         commands, "verify", "whether a configuration holds on this machine", run,
-        "It trains for two epochs and 200 updates, or five seconds, under its budget, and compares its peak. "
+        "Trains under the configuration's budget for two epochs and 200 updates, or five seconds, and compares the "
+        "peak memory. "
         "Exit code 1: it does not hold.",
     )  # fmt: skip
     command.add_argument(
@@ -26,11 +27,11 @@ def add(commands: Any) -> None:
     add_model_and_data(command)
     command.add_argument(
         "--peak-tolerance", metavar="SHARE", type=share, default=0.1,
-        help="share by which peak memory may differ; default: 0.1",
+        help="relative difference that peak memory may have; default: 0.1",
     )  # fmt: skip
     command.add_argument(
         "--whole", action="store_true",
-        help="train the winning trial again, and compare its objective too; load returns validation data then",
+        help="train the winning trial again and compare its objective too; MODULE:load must return validation data",
     )  # fmt: skip
     command.add_argument(
         "--objective-tolerance", metavar="DIFFERENCE", type=share, default=1e-6, help="with --whole; default: 1e-6"

@@ -12,10 +12,10 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
 
 
 def helps() -> str:
-    """A section per command."""
+    """Returns Markdown with a section per command."""
     from accumtune.cli import make_parser
 
-    os.environ["COLUMNS"] = "100"  # argparse's width; where it is built decides nothing
+    os.environ["COLUMNS"] = "100"  # argparse's width, whatever the terminal's is
     (commands,) = [it for it in make_parser()._actions if isinstance(it, argparse._SubParsersAction)]
     return "\n\n".join(f"## accumtune {name}\n\n{_help(command)}" for name, command in commands.choices.items())
 

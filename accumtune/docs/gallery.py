@@ -24,7 +24,7 @@ def gallery() -> str:
 
 
 def _link(found: re.Match[str]) -> str:
-    """To a page as before; a file of the repository is named, since the site does not have it."""
+    """Rewrites a link for the site: pages stay links, files that only the repository has become names."""
     text, target = found.groups()
     if target.startswith(PAGES):
         return f"[{text}]({target.removeprefix(PAGES)})"
