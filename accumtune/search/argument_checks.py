@@ -17,7 +17,7 @@ from accumtune.worker.data.hypermodel_fit_data import own_fit
 def check_tuner_arguments(
     kwargs: Mapping[str, Any], known: Callable[..., Any], tuner: type, oracle: Any, hypermodel: Any
 ) -> None:
-    """Refuses what `Tuner` and its subclasses cannot be made with.
+    """Refuses arguments with which no tuner can be made.
 
     Args:
         kwargs: the arguments that `Tuner` does not name itself.
@@ -26,7 +26,7 @@ def check_tuner_arguments(
         oracle, hypermodel: as given.
 
     Raises:
-        SearchError: an argument that no tuner takes, or a subclass whose methods would be passed over.
+        SearchError: an argument that no tuner takes, or a subclass with methods that nothing would call.
     """
     _refuse_unknown_arguments(kwargs, known)
     _refuse_strategy(kwargs.get("distribution_strategy"))
@@ -44,7 +44,7 @@ def check_search_arguments(
         fit_args, fit_kwargs: as given.
         hypermodel: the user's.
         objective: Keras Tuner's.
-        has_own_run_trial: a subclass's `run_trial` may bring data of its own.
+        has_own_run_trial: whether a subclass overrides `run_trial`, which may bring its own data.
 
     Raises:
         SearchError: a batch size, or data that are missing.
@@ -57,10 +57,10 @@ def check_search_arguments(
 
 
 def check_choice(name: str, value: Any, known: Sequence[Any]) -> None:
-    """Refuses what is none of the known values.
+    """Refuses a value that is not one of the known values.
 
     Raises:
-        BatchSizeError: the value is another one.
+        BatchSizeError: the value is not known.
     """
     if value not in known:
         listed = ", ".join(repr(choice) for choice in known)
@@ -69,9 +69,9 @@ def check_choice(name: str, value: Any, known: Sequence[Any]) -> None:
 
 def _refuse_unknown_arguments(names: Iterable[str], tuner: Callable[..., Any]) -> None:
     """Refuses arguments that neither this tuner nor Keras Tuner's own has."""
-    kerass = set(inspect.signature(keras_tuner.Tuner.__init__).parameters) - {"self", "kwargs"}
-    known = kerass | (set(inspect.signature(tuner).parameters) - {"self", "kwargs"})
-    for name in sorted(set(names) - kerass):
+    keras_tuners = set(inspect.signature(keras_tuner.Tuner.__init__).parameters) - {"self", "kwargs"}
+    known = keras_tuners | (set(inspect.signature(tuner).parameters) - {"self", "kwargs"})
+    for name in sorted(set(names) - keras_tuners):
         similar = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
         raise SearchError(
             f"Received {name}=..., which no tuner takes.",
@@ -81,24 +81,24 @@ def _refuse_unknown_arguments(names: Iterable[str], tuner: Callable[..., Any]) -
 
 
 def _refuse_strategy(distribution_strategy: Any) -> None:
-    """Refuses Keras Tuner's way to several devices."""
+    """Refuses Keras Tuner's argument for several devices."""
     if distribution_strategy is not None:
         raise SearchError(
             f"Received distribution_strategy={distribution_strategy!r}.",
-            "none: each trial is a process of its own, to which a strategy of this one cannot be sent.",
-            "leave it out; trials run on several GPUs at once with workers=2. A configuration trains under a strategy: "
-            "config.for_replicas(...).",
+            "None: each trial runs in a process of its own, and this process's strategy cannot be sent there.",
+            "leave it out; workers=2 runs two trials at once, each on a GPU of its own. To train the best "
+            "configuration on several GPUs: config.for_replicas(...).",
         )
 
 
 def _refuse_no_oracle(oracle: Any) -> None:
-    """Refuses what is no oracle."""
+    """Refuses an oracle that is none of Keras Tuner's."""
     if not isinstance(oracle, keras_tuner.Oracle):
         raise SearchError(
             f"Received oracle={oracle!r} of type {type(oracle).__name__}.",
             "a keras_tuner.Oracle.",
-            "keras_tuner.oracles.RandomSearchOracle(objective='val_loss', max_trials=10), or accumtune.RandomSearch, "
-            "which has one.",
+            "give keras_tuner.oracles.RandomSearchOracle(objective='val_loss', max_trials=10), or use "
+            "accumtune.RandomSearch, which makes its own.",
         )
 
 
@@ -107,10 +107,10 @@ def _refuse_missing_hypermodel(hypermodel: Any) -> None:
     if hypermodel is None:
         raise SearchError(
             "Received hypermodel=None.",
-            "a build function or a keras_tuner.HyperModel, which trials call in processes of their own, within the "
-            "budget; a run_trial that does everything itself would run in this one, without.",
+            "a build function or a keras_tuner.HyperModel, which each trial calls in a process of its own, under the "
+            "budget; a run_trial that does everything itself would run in this process, without a budget.",
             "move what run_trial builds into a build function, and how it trains into the `fit` of a "
-            "keras_tuner.HyperModel; what needs no model is searched with keras_tuner's own tuners.",
+            "keras_tuner.HyperModel; to search without a model, use keras_tuner's own tuners.",
         )
 
 
@@ -129,12 +129,12 @@ def refuse_batch_size(fit_kwargs: Mapping[str, Any]) -> None:
 
 
 def _refuse_third_argument(hypermodel: Any, fit_args: Sequence[Any]) -> None:
-    """Refuses what `model.fit` would take for its batch size, where no `fit` of the user's gives it another meaning."""
+    """Refuses a third positional argument, which is `model.fit`'s batch size, unless the user's own `fit` gets it."""
     if len(fit_args) > 2 and own_fit(hypermodel) is None:
         raise SearchError(
-            f"Received {len(fit_args)} arguments without a name. The third, of type {type(fit_args[2]).__name__}, is "
+            f"Received {len(fit_args)} positional arguments. The third, of type {type(fit_args[2]).__name__}, is "
             "the batch_size of model.fit.",
-            "x and y without a name, and everything else with one; no batch_size.",
+            "x and y by position, everything else by name, and no batch_size.",
             "tuner.search(x, y, sample_weight=..., validation_data=..., epochs=...).",
         )
 
@@ -144,18 +144,18 @@ def _refuse_missing_data(hypermodel: Any, fit_args: Sequence[Any], fit_kwargs: M
     if not fit_args and fit_kwargs.get("x") is None and own_fit(hypermodel) is None:
         raise SearchError(
             "Received search() without data.",
-            "what model.fit takes, or a keras_tuner.HyperModel whose `fit` brings its own data.",
+            "the data that model.fit takes, or a keras_tuner.HyperModel whose `fit` brings its own data.",
             "tuner.search(x, y, validation_data=(x_val, y_val), ...).",
         )
 
 
 def _refuse_missing_validation(objective_name: str, hypermodel: Any, fit_kwargs: Mapping[str, Any]) -> None:
-    """Refuses an objective that nothing will measure."""
+    """Refuses an objective on validation data without validation data."""
     has_validation = bool(fit_kwargs.get("validation_split")) or fit_kwargs.get("validation_data") is not None
     # A HyperModel with a fit of its own may validate in its own way.
     if objective_name.startswith("val_") and not has_validation and own_fit(hypermodel) is None:
         raise SearchError(
-            f"Received the objective {objective_name!r}, and search() without validation_data.",
-            "validation data, for an objective that is measured on them.",
+            f"Received the objective {objective_name!r}, and search() without validation data.",
+            "validation data, on which this objective is measured.",
             "tuner.search(x, y, validation_data=(x_val, y_val), ...), or validation_split=0.2.",
         )

@@ -1,4 +1,4 @@
-"""Decides when a search has failed: nothing fits the budget, or trial after trial fails."""
+"""Ends a search that has failed: nothing fits the budget, or too many trials in a row fail."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from accumtune.worker.transport.task_directory import SearchDirectory
 
 
 class FailureLimits:
-    """Counts what does not come to a result.
+    """Counts infeasible and failed trials, and raises once there are too many.
 
     Args:
         oracle: Keras Tuner's.
@@ -32,21 +32,21 @@ class FailureLimits:
         self.infeasible_in_a_row = 0
 
     def may_replace_infeasible(self) -> bool:
-        """Returns whether a trial that does not fit gets other values, instead of ending."""
+        """Returns whether a trial that does not fit gets other values, instead of ending as infeasible."""
         return self._draws() and self.infeasible_in_a_row < keras_tuner_adapter.MAX_DRAWS
 
     def nothing_else_fits(self) -> bool:
-        """Returns whether what is left of the space is taken not to fit."""
+        """Returns whether the rest of the space is assumed not to fit."""
         return self._draws() and self.infeasible_in_a_row >= 2 * keras_tuner_adapter.MAX_DRAWS
 
     def check(self) -> None:
-        """Ends a search that comes to nothing, after a trial.
+        """Checks, after each trial, whether the search has failed.
 
         Raises:
             SearchFailedError: `max_consecutive_failed_trials` trials failed one after another.
             BudgetTooSmallError: none of many proposals fits in the budget at any micro-batch size.
         """
-        # A grid begins in one corner, which says nothing of the others: it is walked through to its end.
+        # A grid starts in one corner, which says nothing about the others, so it runs to its end.
         if self._draws() and self.infeasible_in_a_row >= keras_tuner_adapter.MAX_DRAWS:
             self._refuse_where_nothing_fits()
         failed = keras_tuner_adapter.consecutive_failures(self._oracle)
@@ -56,7 +56,7 @@ class FailureLimits:
             raise _too_many_failures(counted, f"{len(counted)} trials in a row")
 
     def check_end(self) -> None:
-        """Raises the errors of `check` for a search that has ended without any result, however few its trials."""
+        """Raises the errors of `check` for a search that has ended without a result, however few trials it had."""
         self._refuse_where_nothing_fits()
         ended = [self._oracle.trials[trial_id] for trial_id in self._oracle.end_order]
         failed = [trial for trial in ended if self._status(trial) == "failed"]
@@ -98,6 +98,6 @@ def _too_many_failures(trials: list[Any], which: str) -> SearchFailedError:
     return SearchFailedError(
         f"{which} failed:\n{reasons}\n\nThe last one in full:\n{trials[-1].message}",
         "a build function whose models train.",
-        "mend what the reasons say and run the same script again: completed trials are kept, where the mended script "
-        "still makes their models. More patience: max_consecutive_failed_trials=.",
+        "correct what the reasons name and run the same script again: completed trials are kept if the script still "
+        "builds their models. To allow more failures in a row, raise max_consecutive_failed_trials.",
     )

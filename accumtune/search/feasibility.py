@@ -1,4 +1,4 @@
-"""From a proposal to the pair that is run: the fastest of its effective batch that fits. Pure functions."""
+"""Chooses the pair that a proposal is run with: the fastest of its effective batch that fits. Pure functions."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from typing import Any, Protocol
 
 from accumtune.accumulation.batch_pair import BatchPair
 
-# Without a budget only what has run out of memory does not fit.
+# The budget of a search without one: only pairs that have run out of memory do not fit.
 _NO_LIMIT = 2**62
 
-# Predicted throughputs closer than this are the same to anyone: then the smaller micro-batch, which needs less memory.
+# Predicted throughputs within this share count as equal; of equal pairs the smaller micro-batch needs less memory.
 _SAME_SPEED = 0.02
 
 
 class CostModel(Protocol):
-    """What is asked of a profile."""
+    """The part of a profile that is needed here."""
 
     def fits(self, micro_batch_size: int, accumulation_steps: int, budget_bytes: int) -> bool: ...
 
@@ -24,7 +24,7 @@ class CostModel(Protocol):
 
 
 def effective_batch_sizes(micro_batch_sizes: Iterable[int], accumulation_steps: Iterable[int]) -> tuple[int, ...]:
-    """Returns every product of the two lists, in order: the one dimension that quality depends on."""
+    """Returns every product of the two lists, in ascending order."""
     steps = tuple(accumulation_steps)
     return tuple(sorted({micro * count for micro in micro_batch_sizes for count in steps}))
 
@@ -38,9 +38,8 @@ def feasible_pairs(
 ) -> list[BatchPair]:
     """Returns the pairs of one effective batch that fit the budget, smallest micro-batch first.
 
-    With a ghost batch, micro-batches are multiples of it.
-
-    Listed sizes come first; only where none of them fits (or divides the effective batch) are other divisors used.
+    Other divisors of the effective batch are used only if none of the listed sizes fits. With a ghost batch,
+    micro-batches are multiples of it.
     """
     step = ghost_batch_size or 1
     divisors = [size for size in range(step, effective_batch_size + 1, step) if effective_batch_size % size == 0]
@@ -54,7 +53,7 @@ def feasible_pairs(
 
 
 def fastest(profile: CostModel, pairs: Sequence[BatchPair]) -> BatchPair | None:
-    """Returns the pair with the highest predicted throughput, among equals the smallest; None without pairs."""
+    """Returns the pair with the highest predicted throughput, of equal ones the smallest; None without pairs."""
     if not pairs:
         return None
     speed = {pair: profile.predict_throughput(pair.micro_batch_size, pair.accumulation_steps) for pair in pairs}
@@ -70,16 +69,16 @@ def pair_for_proposal(
     proposed_micro_batch_size: int | None = None,
     ghost_batch_size: int | None = None,
 ) -> BatchPair | None:
-    """Chooses the fastest pair within the budget for a proposal; None where not even micro-batch 1 fits.
+    """Chooses the fastest pair within the budget for a proposal; None if none fits.
 
     Args:
         profile: predicts peak memory and throughput.
         effective_batch_size: micro_batch_size × accumulation_steps of the result.
         micro_batch_sizes: the listed sizes.
         budget_bytes: None for no limit.
-        proposed_micro_batch_size: where the micro-batch is searched too. It is taken, or where it does not fit the
-            largest listed one that does.
-        ghost_batch_size: of which micro-batches are multiples; None where there is none.
+        proposed_micro_batch_size: given if the micro-batch is searched too. The result has this size, or if it does
+            not fit the largest listed one that does.
+        ghost_batch_size: micro-batches are multiples of it; None for no ghost batch.
     """
     pairs = feasible_pairs(profile, effective_batch_size, micro_batch_sizes, budget_bytes, ghost_batch_size)
     if proposed_micro_batch_size is None:
@@ -95,7 +94,7 @@ def next_smaller_pair(
     only_listed: bool = False,
     ghost_batch_size: int | None = None,
 ) -> BatchPair | None:
-    """Returns the same effective batch with the next smaller micro-batch, or None where there is none."""
+    """Returns the pair of the same effective batch with the next smaller micro-batch; None if there is none."""
     effective, step = pair.effective_batch_size, ghost_batch_size or 1
     divisors = [size for size in range(step, pair.micro_batch_size, step) if effective % size == 0]
     listed = [size for size in divisors if size in set(micro_batch_sizes)]
@@ -104,13 +103,13 @@ def next_smaller_pair(
 
 
 def training_key(values: Mapping[str, Any], is_batch_coupled: bool) -> str:
-    """Returns one key for all hyperparameters that train the same model to the same weights.
+    """Returns a key that is equal for all hyperparameters that train a model to the same weights.
 
-    With exact accumulation the pair does not matter, only its product; where layers couple the samples of a
-    micro-batch, the micro-batch size matters too.
+    With exact accumulation only the pair's product matters; if the model couples the samples of a micro-batch, the
+    micro-batch size matters too.
     """
     ignored = {"accumulation_steps"} | (set() if is_batch_coupled else {"micro_batch_size"})
-    # Hyperband's bookkeeping: the bracket and round change nothing, the epochs and the weights to start from do.
+    # Of Hyperband's entries, the bracket and the round do not change a training.
     ignored |= {"tuner/bracket", "tuner/round"}
     kept = {name: value for name, value in values.items() if name not in ignored}
     return json.dumps(kept, sort_keys=True, default=repr)

@@ -1,4 +1,4 @@
-"""Knows what in a search's folder belongs to the search, which writes, replaces and deletes nothing else."""
+"""Protects the other files in a search's folder: a search replaces and deletes only what searches make."""
 
 from __future__ import annotations
 
@@ -22,25 +22,25 @@ _OWN = (
 
 
 def check_project_name(name: object) -> None:
-    """Refuses what is not the name of a folder.
+    """Refuses a project name that is not the name of a folder.
 
     Raises:
-        SearchDirectoryError: it is none.
+        SearchDirectoryError: it is not.
     """
     if isinstance(name, str) and name.strip() not in ("", ".", "..") and not set(name) & set("/\\\0"):
         return
     raise SearchDirectoryError(
         f"Received project_name={name!r}.",
-        "the name of a folder of the search's own inside directory=.",
-        'a name such as project_name="digits"; the folders above it go into directory=.',
+        "the name of a folder inside directory=, without separators.",
+        'give a name such as project_name="digits", and the folders above it as directory=.',
     )
 
 
 def claim(folder: Path) -> None:
-    """Marks a folder as a search's own. Other files may be there already, but none under a name that searches use.
+    """Marks a folder as a search's. Other files may be in it, but none with a name that searches use.
 
     Raises:
-        SearchDirectoryError: such a file is there, and no search has made it.
+        SearchDirectoryError: there is such a file, and no search has made it.
     """
     if (folder / MARKER).exists():
         return
@@ -49,25 +49,25 @@ def claim(folder: Path) -> None:
         raise SearchDirectoryError(
             f"Received the search directory {folder}, which holds {theirs[0].name}, and no search of accumtune made "
             "it.",
-            "a new folder, a search's own, or one without files that are named as a search's are.",
+            "a new folder, that of an earlier search, or one without files whose names a search uses.",
             "give another project_name, or move these files away.",
         )
     write_atomically(folder / MARKER, json.dumps({"kind": "search", "format": 1}))
 
 
 def prepare(folder: Path, *, is_held: bool, overwrite: bool) -> list[str]:
-    """Deletes or repairs the state of an earlier search; one that runs is only looked at.
+    """Deletes or repairs the state of an earlier search; that of a running one is only read.
 
     Args:
         folder: the search's.
-        is_held: no other process searches there.
-        overwrite: begin anew.
+        is_held: whether this process holds the lock, so no search runs there.
+        overwrite: whether to delete.
 
     Returns:
-        What was repaired, a line each.
+        A line for each repair.
 
     Raises:
-        SearchDirectoryError: a search runs there, and there is nothing to look at or it would be deleted.
+        SearchDirectoryError: a search runs there, and it has no state to read yet or `overwrite` would delete it.
     """
     if not is_held:
         if overwrite or not (folder / "tuner0.json").exists():
@@ -80,7 +80,7 @@ def prepare(folder: Path, *, is_held: bool, overwrite: bool) -> list[str]:
 
 
 def clear(folder: Path) -> None:
-    """Deletes what the search has made in its folder; its mark and its lock stay."""
+    """Deletes what the search has made in its folder, except for its marker and its lock."""
     for entry in _own_entries(folder):
         if entry.name == LOCK_FILE:
             continue
@@ -99,5 +99,5 @@ def _own_entries(folder: Path) -> list[Path]:
 
 
 def _is_unmarked_search(folder: Path) -> bool:
-    """Returns whether accumtune searched here before it marked folders."""
+    """Returns whether an older accumtune, which did not mark folders, has searched here."""
     return bool(read_search_journal(folder).search_id) or (folder / "data" / "payload.pkl").exists()

@@ -1,4 +1,4 @@
-"""Decides which trials run where: the `workers`, `devices` and `executor` arguments of a search."""
+"""Decides where trials run, from the `workers`, `devices` and `executor` arguments of a search."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ def places_for_workers(
 
     Raises:
         BudgetError: several workers share a device that cannot hold their budgets.
-        SearchError: a device that is not there; or devices for an executor, which has its own.
+        SearchError: there is no such device, or devices are given with an executor, which has its own.
     """
     if executor is not None:
         if devices != "auto":
             raise SearchError(
                 f"Received devices={devices!r} with an executor.",
-                "one of them: an executor's machines have devices of their own.",
-                "leave devices out; how many GPUs a trial gets on Ray: executor=RayPool(num_gpus=1).",
+                "one of the two: an executor's machines have their own devices.",
+                "leave devices out. On Ray, executor=RayPool(num_gpus=1) sets the GPUs of a trial.",
             )
         return getattr(executor, "places", _alike)(workers)
     gpus = [] if devices == "cpu" else resolve_gpus(devices, visible_gpus())
     if workers == 1 and devices == "auto":
-        return [Place()]  # whatever the framework does by itself; it may use several GPUs
+        return [Place()]  # the framework's default, which may use several GPUs
     return plan_places(
         workers,
         gpus,
@@ -49,7 +49,7 @@ def _alike(workers: int) -> list[Place]:
 
 
 def open_executor(executor: Any, backend: str) -> Executor:
-    """Opens what `executor=` names.
+    """Opens the executor for a resolved `executor=`.
 
     Raises:
         SearchError: neither an address nor an object with `submit`, or Ray is not installed.
@@ -62,7 +62,7 @@ def open_executor(executor: Any, backend: str) -> Executor:
 
 
 def resolve_pool(executor: Any) -> Any:
-    """Returns the pool that `executor=` names: an address becomes a connection to Ray.
+    """Returns the pool for `executor=`: an address becomes a connection to Ray.
 
     Raises:
         SearchError: neither an address nor an object with `submit`, or Ray is not installed.

@@ -1,4 +1,4 @@
-"""Starts the processes of a search that are no trials: they discover its space, probe its models, run its winner."""
+"""Starts a search's processes other than trials: they discover its space, probe its models and run its winner."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ from accumtune.worker.transport.task_directory import SearchDirectory, TaskDirec
 
 
 class SearchProcesses:
-    """Starts processes; the executor is opened when it is first needed, and trials start from it too.
+    """Starts processes. It opens the executor when that is first needed; trials use the same one.
 
     Args:
-        files: the search's.
-        pool: where they run; None for this machine.
+        files: the search's directory.
+        pool: where processes run; None for this machine.
         backend: Keras's.
-        memory_budget_bytes: what probes run under.
-        micro_batch_sizes: those that matter to the search.
-        timeout_seconds: after which a process that builds or probes is ended.
+        memory_budget_bytes: of the probes.
+        micro_batch_sizes: those that the search uses.
+        timeout_seconds: the time limit of a process that builds or probes.
     """
 
     def __init__(
@@ -55,7 +55,7 @@ class SearchProcesses:
     def executor(self) -> Executor:
         if self._executor is None:
             self._executor = open_executor(self._pool, self.backend)
-            # A tuner that was only looked at is closed by nobody.
+            # A tuner that never searches is not closed otherwise.
             self._close_executor = weakref.finalize(self, self._executor.close)
             self._close_executor.atexit = False
         return self._executor
@@ -66,12 +66,12 @@ class SearchProcesses:
             self._executor = None
 
     def discover(self, hypermodel: Any, space: Any) -> dict[str, Any]:
-        """Builds the model once: which hyperparameters it asks for, and what couples its samples.
+        """Builds the model once, to find its hyperparameters and what couples its samples.
 
-        Within `sharing`, the model's own code is tried with the data.
+        Within `sharing`, the model's own code is also tested on the data.
 
         Raises:
-            BuildError: the build function raised or returned something else than a compiled model.
+            BuildError: the build function raised or returned something other than a compiled model.
         """
         directory = TaskDirectory(self._files.scratch_folder / "discover")
         arguments: dict[str, Any] = {"payload": str(self._files.payload_file.resolve())}
@@ -90,7 +90,7 @@ class SearchProcesses:
 
     @contextlib.contextmanager
     def sharing(self, payload: Mapping[str, Any]) -> Iterator[None]:
-        """Keeps the hypermodel and the data on the disk for processes, while this lasts."""
+        """Keeps the hypermodel and the data on disk, for the processes, until the context ends."""
         try:
             dump_payload(payload, self._files.payload_file)
             self._is_sharing = True
@@ -116,13 +116,13 @@ class SearchProcesses:
     ) -> bool:
         """Runs an untrained configuration for a few updates, and returns whether that stays within the budget.
 
-        The profile of its model learns what that took.
+        The measurement is added to the profile of its model.
 
         Args:
             candidate: the configuration.
-            space: of its trial, as Keras Tuner has it.
+            space: Keras Tuner's configuration of its trial's hyperparameters.
             signature: of its trial's model.
-            payload: what trials get, for when the search is over and its data are off the disk.
+            payload: what trials are sent, for when the search has ended and has deleted its data from disk.
         """
         was_open = self._executor is not None
         with contextlib.ExitStack() as stack:
@@ -137,7 +137,7 @@ class SearchProcesses:
                     candidate.micro_batch_size,
                     candidate.accumulation_steps,
                 )
-            except BuildError:  # it did not train, for whatever reason: the next best may
+            except BuildError:  # it did not train; the next best may
                 return False
         return self._is_within_budget(measurement)
 

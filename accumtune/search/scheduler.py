@@ -1,4 +1,4 @@
-"""Runs the trials of one call of `tuner.search`: takes proposals, starts trials, and tells how they ended."""
+"""Runs the trials of one call of `tuner.search`: asks the oracle, starts trials, and reports how they ended."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ from accumtune.search.trial.trial_runner import TrialRunner
 from accumtune.tracking.journal import read_search
 from accumtune.worker.transport.task_directory import SearchDirectory, TaskDirectory
 
-# An oracle that keeps proposing what was trained already is given other values after so many in a row.
+# After so many reused proposals in a row, random values replace the oracle's.
 _MAX_REUSED_IN_A_ROW = 3
-# From Ctrl-C to the end of all trials; a person waits 10 s at most, and ending processes takes a moment.
+# From Ctrl-C until trials are killed. A user should not wait for more than 10 s, and ending processes takes time.
 _STOPPING_SECONDS = 7.0
 
 
 class StoppedAtOnce(KeyboardInterrupt):
-    """Ctrl-C came twice: nobody wants to wait."""
+    """Ctrl-C came twice: the search ends without waiting for its trials."""
 
 
 class Scheduler:
@@ -39,11 +39,11 @@ class Scheduler:
         oracle: Keras Tuner's.
         runner: runs one trial.
         directory: of the search.
-        console: what the user sees.
+        console: prints for the user.
         workers: trials at once.
         memory_budget_bytes: for messages.
-        advise: tells the user, once in a search, what may help.
-        hooks: what a subclass of the tuner has of its own.
+        advise: prints advice, once in a search.
+        hooks: the methods that a subclass of the tuner overrides.
     """
 
     def __init__(
@@ -71,13 +71,13 @@ class Scheduler:
         self._is_exhausted = False
 
     def run(self) -> None:
-        """Returns when the search has finished.
+        """Runs trials until the search has finished.
 
         Raises:
             SearchFailedError: `max_consecutive_failed_trials` trials failed one after another.
             BudgetTooSmallError: no proposal fits in the budget at any micro-batch size.
-            KeyboardInterrupt: Ctrl-C, after the trials have saved their state and ended; `StoppedAtOnce` where it
-                came twice.
+            KeyboardInterrupt: Ctrl-C, after the trials have saved their state and ended; `StoppedAtOnce` after a
+                second one.
         """
         self._recover()
         running: dict[Future[TrialResult], tuple[str, Any]] = {}
@@ -109,7 +109,7 @@ class Scheduler:
             self._hooks.after_trial()
 
     def _next_trial(self, tuner_id: str) -> Any:
-        """Returns the oracle's proposal, or random values instead of one more reused; None without any left."""
+        """Returns the oracle's proposal, or random values after too many reused ones; None if nothing new is left."""
         self._hooks.pre_create_trial()
         if self._reused_in_a_row < _MAX_REUSED_IN_A_ROW or not keras_tuner_adapter.can_redraw(self._oracle):
             return self._oracle.create_trial(tuner_id)
@@ -123,7 +123,7 @@ class Scheduler:
 
     @contextlib.contextmanager
     def _stopping(self, running: Mapping[Future[TrialResult], tuple[str, Any]]) -> Iterator[None]:
-        """Ends the trials with the search, whatever ends it: nobody would wait for them."""
+        """Ends the running trials if an exception ends the search."""
         try:
             yield
         except KeyboardInterrupt:
@@ -138,8 +138,8 @@ class Scheduler:
             raise
 
     def _stop_politely(self, running: Mapping[Future[TrialResult], tuple[str, Any]]) -> None:
-        """Lets trials end with their epoch and their state saved, or kills them; one that completes counts."""
-        self._console.line("Stopping: trials that run save their state and end. Ctrl-C once more stops them at once.")
+        """Lets trials save their state and end, and kills those that take too long; one that completes counts."""
+        self._console.line("Stopping: running trials save their state and end. Ctrl-C again stops them at once.")
         self._runner.processes.ask_to_stop(_STOPPING_SECONDS)
         self._runner.processes.stop()
         done, _ = wait(running, timeout=_STOPPING_SECONDS)
@@ -157,7 +157,7 @@ class Scheduler:
         return self._hooks.run_trial(trial, overrides, self._train)
 
     def _train(self, trial: Any, fit_overrides: Mapping[str, Any], payload_file: Path | None) -> TrialResult:
-        """Trains a trial in a process of its own; `payload_file` is given for one that has data of its own."""
+        """Trains a trial in a process of its own; `payload_file` holds its data if they are not the search's."""
         space = trial.hyperparameters.get_config()
         if payload_file is not None:
             space["payload"] = str(payload_file.resolve())
@@ -167,7 +167,7 @@ class Scheduler:
         return int(self._oracle.start_order.index(trial.trial_id)) + 1
 
     def _end_trial(self, trial: Any, result: TrialResult) -> bool:
-        """Tells journal, oracle and user; False where the trial is to run again with other values."""
+        """Reports a trial's end to journal, oracle and user; returns False if it must run again with other values."""
         number = self._number(trial)
         if result.space or self._hooks.run_trial is not None:
             keras_tuner_adapter.learn_space(self._oracle, trial, result.space, result.values)
@@ -186,11 +186,11 @@ class Scheduler:
         return True
 
     def _replace_infeasible(self, trial: Any, result: TrialResult) -> bool:
-        """Gives a trial that does not fit other values, where there are any; the proposal stays on record."""
+        """Gives an infeasible trial other values and journals its proposal; returns False if there are none."""
         limits = self._limits
         limits.infeasible_in_a_row += 1
         if limits.infeasible_in_a_row == 1 and self._memory_budget_bytes is not None:
-            # With the first that does not fit: nobody waits for twenty to hear of a setting.
+            # At the first infeasible trial, not after twenty of them.
             self._advise([hint] if (hint := budget_hint(keras.config.backend()).strip()) else [])
         if not limits.may_replace_infeasible() or keras_tuner_adapter.replace_infeasible(self._oracle, trial) is None:
             return False
@@ -202,7 +202,7 @@ class Scheduler:
     def _write_end(self, trial: Any, number: int, result: TrialResult) -> None:
         directory = self._directory.trial(trial.trial_id)
         write_result(directory, trial.trial_id, number, result, self._oracle.objective.name)
-        directory.checkpoint_file.unlink(missing_ok=True)  # after its end is written: killed in between, it goes on
+        directory.checkpoint_file.unlink(missing_ok=True)  # last, so that a killed search can resume the trial
 
     def _tell_oracle(self, trial: Any, result: TrialResult) -> None:
         oracle = self._oracle
@@ -225,13 +225,13 @@ class Scheduler:
             self._reused_in_a_row = 0
 
     def _recover(self) -> None:
-        """Takes up an earlier session: its trainings are known, its trials that never trained do not count."""
+        """Reads an earlier session's trials: completed ones may be reused, untrained ones do not count."""
         record = read_search(self._directory.path)
         keras_tuner_adapter.take_back_grants(self._oracle)
         ended = set(self._oracle.end_order)
         for trial in record.trials:
             if trial.status == "completed":
-                # Also where the search was gone before its oracle was told.
+                # Also one whose search was killed before the oracle had its result.
                 self._runner.remember(trial.trial_id, completed_result(trial))
             if trial.trial_id not in ended:
                 continue

@@ -1,4 +1,4 @@
-"""Finds the hyperparameters that the build function asks for, and declares those of the batch beside them."""
+"""Finds the hyperparameters that the build function declares, and declares those of the batch beside them."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ class SearchSpace:
 
     Args:
         oracle: Keras Tuner's, with the hyperparameters that the user gave it.
-        hypermodel: what processes build.
+        hypermodel: builds the models.
         processes: builds the model once in a process of its own.
-        search_over: as the user asked; `"auto"` becomes one of the others.
-        micro_batch_sizes, accumulation_steps: the two lists.
-        ghost_batch_size: as the user asked, see `ghost_batches.check`.
+        search_over: as the user gave it; `"auto"` becomes one of the others.
+        micro_batch_sizes, accumulation_steps: the values to search.
+        ghost_batch_size: as the user gave it, see `ghost_batches.check`.
         memory_budget_bytes: in which a ghost batch must fit; None for no limit.
     """
 
@@ -61,7 +61,7 @@ class SearchSpace:
 
     @property
     def micro_batch_sizes(self) -> tuple[int, ...]:
-        """The listed ones, with a ghost batch those that are multiples of it."""
+        """The user's sizes; with a ghost batch, those that are multiples of it."""
         return ghost_batches.multiples(self.listed_micro_batch_sizes, self.ghost_batch_size)
 
     @property
@@ -69,7 +69,7 @@ class SearchSpace:
         return effective_batch_sizes(self.micro_batch_sizes, self._accumulation_steps)
 
     def discover(self) -> None:
-        """Builds the model once: which hyperparameters it asks for, and what couples its samples."""
+        """Builds the model once, to find its hyperparameters and what couples its samples."""
         self._is_discovered = True
         discovered = self._discover(self._oracle.get_space())
         ghost_batches.refuse_own(entry["config"]["name"] for entry in discovered["hyperparameters"]["space"])
@@ -81,9 +81,9 @@ class SearchSpace:
         self._oracle.update_space(found)
 
     def discover_with_data(self) -> None:
-        """Tries a model's own code with the data, which decides what is searched over.
+        """Tests the model's own code on the data, and decides what to search over.
 
-        A search that goes on keeps what was decided.
+        A resumed search keeps its earlier decision.
         """
         if self._wants_data and not self._oracle.trials:
             self._discover(self._oracle.hyperparameters.copy())
@@ -97,15 +97,15 @@ class SearchSpace:
             self._declare_batch(self._oracle.hyperparameters)
 
     def renew(self, *, keeps_trials: bool) -> list[str]:
-        """Searches the hyperparameters as they are declared now.
+        """Replaces the space of an earlier session by the one that is declared now.
 
         Args:
-            keeps_trials: trials have trained, so the space may only have grown.
+            keeps_trials: whether trials have trained; then the space may only have grown.
 
         Returns:
-            What has changed otherwise; then the space stays as it was.
+            A line for each change that is not allowed; if there is one, the space is not replaced.
         """
-        if self._is_discovered:  # by this tuner: nothing can have changed
+        if self._is_discovered:  # by this tuner, so nothing has changed since
             return []
         self._is_discovered = True
         before = self._oracle.hyperparameters.get_config()["space"]
@@ -145,7 +145,7 @@ class SearchSpace:
         return discovered
 
     def _fit_ghost_batch(self) -> None:
-        """Takes a smaller ghost batch for the whole search where one of them does not fit with the first values."""
+        """Chooses a smaller ghost batch for the search if one does not fit with the initial hyperparameters."""
         if self._asked_ghost_batch_size != "auto" or self.ghost_batch_size is None or self._memory_budget_bytes is None:
             return
         profiler, budget_bytes = self._processes.profiler(), self._memory_budget_bytes
@@ -157,14 +157,14 @@ class SearchSpace:
 
         try:
             chosen = ghost_batches.chosen(self.listed_micro_batch_sizes, fits)
-        except BuildError:  # the trials say it better
+        except BuildError:  # the trials will fail with a better message
             return
         if chosen != self.ghost_batch_size:
             self.ghost_batch_size = chosen
             self._replace_batch()
 
     def _replace_batch(self) -> None:
-        """Declares the batch anew in a search without trials: before, its ghost batch was not known."""
+        """Declares the batch sizes again once the ghost batch is known, in a search without trials."""
         space = keras_tuner.HyperParameters()
         self._declare_batch(space)
         names = {ghost_batches.NAME, *BATCH_HYPERPARAMETERS}
@@ -178,7 +178,7 @@ class SearchSpace:
         self.search_over = "pairs" if self.batch_coupled_layers else "effective_batch_size"
 
     def _declare_batch(self, space: Any) -> None:
-        """Declares ordered choices: Bayesian optimisation sees their rank, for powers of two the logarithm."""
+        """Declares ordered choices: Bayesian optimization sees their rank, which for powers of two is the logarithm."""
         space.Choice("effective_batch_size", list(self.effective_batch_sizes), ordered=True)
         if self.search_over == "pairs":
             space.Choice("micro_batch_size", list(self.micro_batch_sizes), ordered=True)
@@ -187,10 +187,10 @@ class SearchSpace:
 
 
 def grown_space(before: Sequence[Mapping[str, Any]], now: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Returns what of a space was not only added to, a line each.
+    """Returns a line for each hyperparameter that has changed in another way than gaining values.
 
     Args:
-        before, now: Keras Tuner's configurations of hyperparameters, which are looked at where both have them.
+        before, now: Keras Tuner's configurations of hyperparameters. Those that only one of the two has are ignored.
     """
     known = {_key_of(entry): entry["config"] for entry in before}
     lines = []
@@ -205,7 +205,7 @@ def grown_space(before: Sequence[Mapping[str, Any]], now: Sequence[Mapping[str, 
 
 
 def with_space(before: Sequence[Mapping[str, Any]], now: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """Returns a space as it is now; what only some models have asked for stays."""
+    """Returns the present space, and those hyperparameters of the earlier one that only some models declare."""
     new = {_key_of(entry): entry for entry in now}
     kept = [new.pop(_key_of(entry), entry) for entry in before]
     return [*kept, *new.values()]

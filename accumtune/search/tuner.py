@@ -42,9 +42,9 @@ from accumtune.worker.trial_weights import build_as_trained, load_weights
 class Tuner(keras_tuner.Tuner):
     """Searches for effective batch and hyperparameters under a memory budget, with any Keras Tuner oracle.
 
-    The oracle searches the effective batch (every product of the two lists) beside the user's own hyperparameters;
-    the pair that realises it is the fastest whose micro-batch fits the budget. Each trial trains in a process of
-    its own whose allocator is limited to the budget.
+    The oracle searches the effective batch (every product of a micro-batch size and a number of accumulation steps)
+    beside the user's own hyperparameters. A trial trains it with the fastest pair whose micro-batch fits the budget, in
+    a process of its own whose allocator is limited to the budget.
 
     Args:
         oracle: a `keras_tuner.Oracle`.
@@ -54,39 +54,41 @@ class Tuner(keras_tuner.Tuner):
         accumulation_steps: micro-batches per update. More are used where memory demands it.
         search_over: `"effective_batch_size"`, `"pairs"` (the micro-batch size too), or `"auto"`: pairs where the
             model has layers whose result depends on which samples share a micro-batch.
-        ghost_batch_size: samples that BatchNormalization normalizes together in all trials, so that every micro-batch
-            that is a multiple of it is the same training; others are left out of `micro_batch_sizes`. `"auto"`: where
-            nothing else couples samples, 32 or the largest listed micro-batch below it that fits. None: none, each
-            micro-batch is normalized by itself.
+        ghost_batch_size: the samples that BatchNormalization normalizes together, the same number in all trials.
+            Training is then the same in every micro-batch that is a multiple of it; other sizes are left out of
+            `micro_batch_sizes`. `"auto"`: if nothing else couples samples, 32, or the largest listed micro-batch below
+            32 that fits. None: each micro-batch is normalized by itself.
         learning_rate_scaling: None, `"linear"` or `"sqrt"`: how the learning rate grows with the effective batch.
-        base_effective_batch_size: the effective batch for which the learning rate is meant as it is written; default
-            the smallest.
-        trial_timeout_seconds: a trial that takes longer is stopped and counts as failed; so is building or probing
-            its model, for which there is a minute at least. None: 30 minutes for those, any time for training.
+        base_effective_batch_size: the effective batch at which the learning rate is used as the build function sets
+            it; default: the smallest.
+        trial_timeout_seconds: a trial that trains longer is stopped and counts as failed. Building and probing its
+            model have the same limit, but at least a minute. None: no limit on training, 30 minutes for the others.
         workers: trials at once.
-        devices: what they run on, on this machine. `"auto"`: each worker gets a GPU of its own; more workers than
+        devices: where trials run on this machine. `"auto"`: each worker gets a GPU of its own; more workers than
             GPUs share them, if the device holds `memory_budget` for each; without GPUs workers divide the cores.
             `"cpu"`, or a list of GPUs such as `[0, 1]`.
         executor: where trials run: None for this machine, `"ray"` or the address of a Ray cluster, or any object
             with `submit(function, *arguments) -> Future`, such as Dask's `client.get_executor()`.
-        tracking_uri: MLflow's; None for `MLFLOW_TRACKING_URI`, else `sqlite:///mlruns/mlflow.db`; False for none.
+        tracking_uri: MLflow's tracking URI. None: `MLFLOW_TRACKING_URI`, else `sqlite:///mlruns/mlflow.db`. False: no
+            tracking.
         register_as: a name in MLflow's model registry for the best model, under the alias `best`.
-        directory, project_name: where the search keeps its state; the same script run again goes on.
-        overwrite: begin anew.
-        executions_per_trial: trainings per trial, whose objectives are averaged.
+        directory, project_name: where the search keeps its state; the same script, run again, resumes it.
+        overwrite: delete an earlier search in this directory and start over.
+        executions_per_trial: how often each trial trains; its objective is the mean.
         optimizer, loss, metrics: override what the build function compiles with.
         **kwargs: other arguments of `keras_tuner.Tuner`; a model with more parameters than `max_model_size` is
             infeasible.
 
     A subclass may override `run_trial` (called in this process, around `super().run_trial`, which trains in a process
     of its own), `on_trial_begin`, `on_trial_end`, `on_search_begin`, `on_search_end`, `load_model`, `get_state`,
-    `set_state` and what answers; other methods of Keras Tuner's are refused, because nothing would call them.
+    `set_state` and the methods that return results. Other overridden methods are refused, because nothing would call
+    them.
 
     Raises:
         BudgetError: the budget cannot be read.
-        BatchSizeError: sizes below 1, an unknown `search_over`, or a ghost batch that divides no micro-batch size.
-        SearchError: an argument that no tuner takes, or a subclass whose methods would be passed over.
-        BuildError: the build function raised or returned something else than a compiled model.
+        BatchSizeError: a size below 1, an unknown `search_over`, or a ghost batch that divides no micro-batch size.
+        SearchError: an argument that no tuner takes, or a subclass with methods that nothing would call.
+        BuildError: the build function raised or returned something other than a compiled model.
         SearchDirectoryError: the directory holds a search that cannot be read.
     """
 
@@ -141,7 +143,7 @@ class Tuner(keras_tuner.Tuner):
         refuse_chief_and_workers()
         backend, pool = current_backend(), resolve_pool(executor)
         places = places_for_workers(self.workers, devices, pool, self.memory_budget_bytes)
-        memory_limit_environment(backend, self.memory_budget_bytes)  # refuses what no allocator can keep to
+        memory_limit_environment(backend, self.memory_budget_bytes)  # refuses a budget that no allocator can enforce
         ownership.check_project_name(project_name)
         self._files = SearchDirectory(Path(directory) / project_name)
         self._processes = SearchProcesses(
@@ -171,7 +173,7 @@ class Tuner(keras_tuner.Tuner):
         )  # fmt: skip
         self._results = SearchResults(self._files, oracle.objective)
         self._reporter = Reporter(self._files, self._results, tracking_uri)
-        # As they are asked for now: Keras Tuner reads those of the session before with its state.
+        # This session's settings: with the saved state, Keras Tuner reads those of the session before.
         self._sampler_settings = keras_tuner_adapter.sampler_settings(oracle)
         asked = {name: vars(oracle)[name] for name in ("max_epochs", "factor") if name in vars(oracle)}
         if self._asked_seed is not None:
@@ -195,9 +197,9 @@ class Tuner(keras_tuner.Tuner):
                     executions_per_trial=executions_per_trial,
                     **kwargs,
                 )
-                # Not by Keras Tuner's constructor: it would compile with them again what the hypermodel has built.
+                # Not through Keras Tuner's constructor, which would compile the hypermodel's models again with them.
                 self.optimizer, self.loss, self.metrics = optimizer, loss, metrics
-                # How far the journal had come when the state was read or written last.
+                # The journal's size when the state was last read or written.
                 self._position = self._reporter.position()
         except BaseException:
             self._processes.close()
@@ -205,12 +207,12 @@ class Tuner(keras_tuner.Tuner):
 
     @property
     def search_over(self) -> SearchOver:
-        """What the oracle proposes: `"effective_batch_size"` or `"pairs"`; `"auto"` before that is decided."""
+        """What the oracle proposes: `"effective_batch_size"` or `"pairs"`; `"auto"` until a model was inspected."""
         return self._space.search_over
 
     @property
     def micro_batch_sizes(self) -> tuple[int, ...]:
-        """Those that are searched: with a ghost batch, multiples of it."""
+        """The sizes that are searched; with a ghost batch, only multiples of it."""
         return self._space.micro_batch_sizes
 
     @property
@@ -220,7 +222,7 @@ class Tuner(keras_tuner.Tuner):
 
     @property
     def ghost_batch_size(self) -> int | None:
-        """The samples that BatchNormalization normalizes together in all trials; None: those of a micro-batch."""
+        """The samples that BatchNormalization normalizes together, in all trials; None: each micro-batch by itself."""
         return self._space.ghost_batch_size
 
     @property
@@ -230,13 +232,13 @@ class Tuner(keras_tuner.Tuner):
 
     @property
     def whole_batch_loss(self) -> bool:
-        """Whether the loss is that of the whole effective batch, in two passes."""
+        """Whether the loss is computed over the whole effective batch, in two passes."""
         return self._space.whole_batch_loss
 
     def search(self, *fit_args: Any, **fit_kwargs: Any) -> None:
         """Runs trials until `max_trials` have trained, each in a process of its own.
 
-        The same script run again after an interruption goes on where it was: completed trials are kept.
+        After an interruption, the same script run again resumes the search: completed trials are kept.
 
         Args:
             *fit_args, **fit_kwargs: what `model.fit` takes, without `batch_size`: `x`, `y`, `validation_data`,
@@ -269,7 +271,7 @@ class Tuner(keras_tuner.Tuner):
                 self._position = self._reporter.position()
 
     def _pruning(self) -> PruningMonitor | None:
-        """Returns what stops hopeless trials; `OptunaSearch` has it."""
+        """Returns what prunes trials; only `OptunaSearch` has it."""
         return None
 
     # What a subclass may override
@@ -277,8 +279,8 @@ class Tuner(keras_tuner.Tuner):
     def run_trial(self, trial: Any, *fit_args: Any, **fit_kwargs: Any) -> list[Any]:
         """Trains a trial in a process of its own, within the budget.
 
-        A subclass may override it, ask `trial.hyperparameters` for more, and call this with other arguments of `fit`;
-        it runs in the process of the search.
+        A subclass may override it, declare more hyperparameters on `trial.hyperparameters`, and call this method with
+        other arguments of `fit`. The override itself runs in the search's process.
 
         Returns:
             A `keras.callbacks.History` of each execution, with its curves.
@@ -287,13 +289,13 @@ class Tuner(keras_tuner.Tuner):
         if own is None:
             raise SearchError(
                 "Received run_trial outside of a search.",
-                "run_trial overridden in a subclass, and called by search().",
-                "train the best with get_best_config().build(build_model) and model.fit.",
+                "a call by search(), in a subclass that overrides run_trial.",
+                "to train the best configuration: get_best_config().build(build_model), then model.fit.",
             )
         return own.train(trial, fit_args, fit_kwargs)
 
     def on_trial_end(self, trial: Any) -> None:
-        """Called when a trial has ended; the oracle knows it by then."""
+        """Called when a trial has ended, after the oracle has its result."""
 
     # The state of an earlier session, and this one's
 
@@ -316,16 +318,16 @@ class Tuner(keras_tuner.Tuner):
         except RuntimeError as error:
             other = self.record().tuner or "another tuner"
             raise SearchDirectoryError(
-                f"Received {type(self).__name__} for the search in {self._files.path}, which {other} has begun.",
-                "a tuner that can go on with its proposals.",
-                f"go on with {other}, give another project_name, or overwrite=True to begin anew.",
+                f"Received {type(self).__name__} for the search in {self._files.path}, which {other} has started.",
+                "a tuner that can resume it.",
+                f"resume it with {other}, give another project_name, or overwrite=True to start over.",
             ) from error
         vars(self.oracle).update(self._sampler_settings)
         # A subclass's set_state need not call this one.
         Tuner.set_state(self, json.loads(Path(self._get_tuner_fname()).read_text()))
 
     def save(self) -> None:
-        """Saves as Keras Tuner does, but whole; a subclass's `get_state` need not know of the search's."""
+        """Saves Keras Tuner's state atomically; accumtune's is saved even if a subclass's `get_state` leaves it out."""
         self.oracle.save()
         state_files.write_state(Path(self._get_tuner_fname()), {**Tuner.get_state(self), **self.get_state()})
 
@@ -341,18 +343,18 @@ class Tuner(keras_tuner.Tuner):
     # Results: while the search runs, when it has ended, and on another day
 
     def record(self) -> SearchRecord:
-        """Returns the search as its journals tell it, trials included."""
+        """Returns what the search's journals hold, trials included."""
         return self._results.record()
 
     def candidates(self) -> list[Candidate]:
         """Returns every trained configuration within the budget, and the other micro-batches of its effective batch.
 
-        Those are marked `is_trained=False`: same training, with predicted memory and speed.
+        The latter are marked `is_trained=False`: their training is the same; memory and throughput are predicted.
         """
         return self._results.candidates()
 
     def pareto_front(self) -> list[Candidate]:
-        """Returns the candidates that no other beats in objective, peak memory and throughput, best objective first."""
+        """Returns the candidates that no other beats in objective, peak memory and throughput; best objective first."""
         return self._results.pareto_front()
 
     def get_best_config(self, policy: Policy = "quality", tolerance: float = 0.01) -> TrainingConfig:
@@ -364,7 +366,7 @@ class Tuner(keras_tuner.Tuner):
         Args:
             policy: `"quality"` (best objective within the tolerance, then fastest, then smallest), `"memory"`,
                 `"throughput"`, `"balanced"`, or a function from candidates to one of them.
-            tolerance: differences of the objective below this share are taken for noise.
+            tolerance: relative difference of objectives that counts as noise.
 
         Returns:
             A `TrainingConfig`; its `reason` says in one sentence why it won.
@@ -380,7 +382,7 @@ class Tuner(keras_tuner.Tuner):
         print(self._results.summary(num_trials))
 
     def get_best_hyperparameters(self, num_trials: int = 1) -> list[Any]:
-        """Returns Keras Tuner's hyperparameters, without its padding by failed trials."""
+        """Returns the hyperparameters of the best trials; unlike Keras Tuner, never those of failed ones."""
         return [trial.hyperparameters for trial in self._best_trials(num_trials)]
 
     def get_best_models(self, num_models: int = 1) -> list[Any]:
@@ -413,5 +415,5 @@ class Tuner(keras_tuner.Tuner):
 
     @property
     def ui_address(self) -> str:
-        """Where the UI shows this search, once the command runs."""
+        """The search's address in the MLflow UI; where there is a `ui_command`, it answers once that runs."""
         return self._reporter.ui_address

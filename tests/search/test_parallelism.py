@@ -102,7 +102,7 @@ def test_ctrl_c_saves_what_runs_ends_every_process_and_the_search_goes_on_from_t
     process.send_signal(signal.SIGINT)
     output, _ = process.communicate(timeout=60)
     assert process.returncode not in (0, -9)
-    assert f"to go on: {Path(sys.executable).name} {tmp_path / 'script.py'}" in output
+    assert f"to resume, run the same script again: {Path(sys.executable).name} {tmp_path / 'script.py'}" in output
     assert not any(map(is_alive, pids))
     assert read_search(tmp_path / "search").status == "interrupted"
     assert all((trial.folder / "continue.npz").exists() for trial in trials)
@@ -130,7 +130,7 @@ def test_a_trial_in_a_long_epoch_is_not_waited_for(tmp_path, times):
         process.send_signal(signal.SIGINT)
     output, _ = process.communicate(timeout=60)
     assert process.returncode not in (0, -9), output
-    assert "to go on: " in output
+    assert "to resume, run the same script again: " in output
     assert not any(map(is_alive, pids))
     assert read_search(tmp_path / "search").status == "interrupted"
 

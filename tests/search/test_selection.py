@@ -199,7 +199,7 @@ def test_unknown_words_are_refused(arguments):
 def test_the_reason_is_one_sentence_with_figures(policy):
     found = [candidate(0.1 + 0.0001 * index, peak=2**20 * (index + 1), throughput=10.0 * index) for index in range(5)]
     choice = select(found, policy, objective_name="val_loss")
-    assert "candidates, among 5, within" in choice.reason and "val_loss" in choice.reason
+    assert "candidates, out of 5, within" in choice.reason and "val_loss" in choice.reason
     assert choice.reason.endswith(".") and "\n" not in choice.reason
     assert "only candidate" in select(found[:1], policy).reason
 

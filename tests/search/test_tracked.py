@@ -148,7 +148,7 @@ def test_a_full_disk_is_said_and_what_has_completed_stays(small_disk):
 
 def test_a_folder_that_cannot_be_written_to_is_said_before_anything_runs(small_disk):
     subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
-    with pytest.raises(SearchDirectoryError, match="Read-only.*\n.*\nFix: mend its permissions"):
+    with pytest.raises(SearchDirectoryError, match="Read-only.*\n.*\nFix: correct its permissions"):
         make(small_disk, tracking_uri=False)
 
 

@@ -37,7 +37,7 @@ def test_what_cannot_be_carried_is_named():
         "search() was given callbacks: EarlyStopping",
         "search() was given sample_weight",
         "Own.fit, which may do more than model.fit",
-        "the tuner compiled the models anew with its own loss",
+        "the tuner compiled the models with its own loss",
     ]
 
 
@@ -50,7 +50,7 @@ def test_a_trial_that_went_on_from_another_says_so(tmp_path):
         "seed": 3,
         "trial": {
             "micro_batch_size": 4, "peak_memory_bytes": 9, "executions": 2, "best_epoch": 5, "weights": None,
-            "not_carried": ["callbacks", "it began at epoch 2 with the weights of trial 0007"],
+            "not_carried": ["callbacks", "the trial started at epoch 2 with the weights of trial 0007"],
         },
     }  # fmt: skip
     (tmp_path / "task.json").unlink()

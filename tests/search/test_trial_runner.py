@@ -108,7 +108,7 @@ def test_a_search_that_was_gone_again_and_again_while_a_trial_ran_lets_it_be(tmp
         journal.append("started", attempt=attempt + 1, pid=1)
     executor = Outcomes(COMPLETED)
     result = run(tmp_path, executor)[1]()
-    assert result.status == "failed" and "may take the machine down" in result.reason and not executor.micro_batches
+    assert result.status == "failed" and "may crash the machine" in result.reason and not executor.micro_batches
 
 
 def test_the_same_training_is_reused_unless_run_trial_may_train_otherwise(tmp_path):

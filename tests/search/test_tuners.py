@@ -229,7 +229,7 @@ def test_batch_normalization_is_searched_in_ghost_batches(tmp_path):
     assert {trial.effective_batch_size for trial in record.with_status("completed")} == {8, 16}
     assert all(trial.hyperparameters["ghost_batch_size"] == 8 for trial in record.trials)
     (said,) = [text for text in record.advice if "ghost batches of 8 samples" in text]
-    assert "4, 6 are no multiples" in said
+    assert "4, 6 are not multiples" in said
     config = tuner.get_best_config()
     assert config.ghost_batch_size == record.ghost_batch_size == 8
     assert "ghost_batch_size" not in config.own_hyperparameters

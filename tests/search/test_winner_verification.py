@@ -62,7 +62,7 @@ def test_commands_say_of_a_choice_what_the_tuner_says(monkeypatch):
     monkeypatch.setattr("accumtune.search.results.search_results.training_config", lambda record, choice: choice)
     options = argparse.Namespace(policy="quality", tolerance=0.01)
     _, _, before = searches.choose(Path(), options)
-    assert before.reason.endswith("; its memory and speed are predicted, as it has not run in this micro-batch.")
+    assert before.reason.endswith("; its memory and speed are predicted: it has not run in this micro-batch.")
     said = world.choose().reason
     _, _, after = searches.choose(Path(), options)
     assert after.reason == said and said.endswith("; a few updates under the budget confirmed its memory and speed.")

@@ -1,18 +1,18 @@
-"""What a training that has run for some epochs will end with, from those that ran to their end. Pure functions.
+"""Forecasts the final objective of a running training, from trainings that ran to their end. Pure functions.
 
-Trainings begin at different heights, and slow ones (small learning rates, large batches) have more to gain than quick
-ones, so neither the value at an epoch nor a rank at it says who wins. What trainings of one search share is the shape:
-which share of the gain after the first epoch is still to come after the second, the third, … Of the best value so far
-after n epochs this makes
+Trainings start at different values, and slow ones (small learning rates, large batches) have more to gain than quick
+ones, so neither the value at an epoch nor the rank at it predicts the winner. What the trainings of one search share is
+the shape of the curve: which share of the gain after the first epoch is still to come after the second, the third, …
+The best value so far after n epochs is modelled as
 
-    value(n) = end + share(n) · gain + noise,
+    value(n) = end + share(n) · gain + noise.
 
-with `share` the finished trainings' (1 after the first epoch, 0 at the end), `gain` as large as theirs were, give or
-take, and nothing known of `end`. That is linear in `end` and `gain`: two unknowns whose posterior is a 2 × 2 system.
-Values that are all positive are taken as logarithms, as a loss that halves says the same at any height.
+`share` is that of the finished trainings (1 after the first epoch, 0 at the end). `gain` has a normal prior from
+theirs, `end` a flat one. The model is linear in `end` and `gain`, so their posterior is a 2 × 2 system. If all values
+are positive, their logarithms are used: halving a loss then counts the same at any value.
 
-The constants were chosen on made tasks that are not those of the benchmark (`experiments/DECISIONS.md`), such that of
-the three best points of each none was stopped in 12 draws of 1, 2, 3, 5 and 8 finished trainings.
+The constants were chosen on synthetic tasks, not on those of the benchmark (`experiments/DECISIONS.md`), such that none
+of the three best points of a task was stopped in 12 draws of 1, 2, 3, 5 and 8 finished trainings.
 """
 
 from __future__ import annotations
@@ -23,24 +23,24 @@ from dataclasses import dataclass
 
 import numpy as np
 
-# How far a gain may be from the finished trainings', over their mean gain, for one of them (for more: less).
+# Standard deviation of a gain, over the mean gain of the finished trainings; with n of them, divided by sqrt(n).
 _VARIATION = 1.0
-# How far a training's shape may be from theirs, over what is still to come.
+# Standard deviation of a training's shape from theirs, over the gain that is still to come.
 _MISFIT = 0.5
-# Of the mean gain, and of the scale: what values move by without meaning.
+# Noise of a value, and the least standard deviation of a gain: shares of the mean gain and of the scale.
 _NOISE = (0.03, 0.01)
-_LEAST_DOUBT = (0.05, 0.02)
-# A training is hopeless where even this many standard deviations better than expected is worse than the best.
+_LEAST_DEVIATION = (0.05, 0.02)
+# A training is hopeless if a result so many standard deviations better than expected would still not be the best.
 _DOUBT = 2.5
 
 
 @dataclass(frozen=True)
 class Forecast:
-    """The value that a training will end with.
+    """The forecast final objective of a training.
 
     Args:
         expected: in the objective's own units.
-        is_hopeless: whether it will be worse than the best finished training, beyond doubt.
+        is_hopeless: whether it will almost certainly be worse than the best finished training.
     """
 
     expected: float
@@ -48,16 +48,15 @@ class Forecast:
 
 
 def forecast(values: Sequence[float], finished: Sequence[Sequence[float]], direction: str = "min") -> Forecast | None:
-    """Forecasts what a training will end with.
+    """Forecasts the final objective of a training.
 
     Args:
-        values: its objective after each epoch so far. NaN is passed over.
-        finished: the same of trainings that ran to their end.
+        values: its objective after each epoch so far. NaN is skipped.
+        finished: the objectives of trainings that ran to their end.
         direction: `"min"` or `"max"`.
 
     Returns:
-        None where nothing can be said: no finished training, no value that is a number, no epoch left, or no value
-        that differs from another.
+        None without a basis: no finished training, no finite value, no epoch left, or all values equal.
     """
     curves = [curve for curve in finished if any(map(math.isfinite, curve))]
     epochs = max(map(len, curves), default=0)
@@ -85,15 +84,15 @@ def _end(values: np.ndarray, gains: np.ndarray, scale: float) -> tuple[float, fl
     """Returns the expected end of a training and its standard deviation, smaller values being better.
 
     Args:
-        values: its best so far after each epoch.
-        gains: of each finished training, what was still to be gained after each epoch.
+        values: its best value so far after each epoch.
+        gains: how much each finished training still gained after each epoch.
         scale: of the values.
     """
     first = gains[:, 0]
     mean = max(float(first.mean()), 1e-9 * scale)
     share = gains.sum(axis=0)[: len(values)] / (len(gains) * mean)
     variance = (_VARIATION * mean) ** 2 / len(gains) + float(first.var())
-    deviation = math.sqrt(variance) + _LEAST_DOUBT[0] * mean + _LEAST_DOUBT[1] * scale
+    deviation = math.sqrt(variance) + _LEAST_DEVIATION[0] * mean + _LEAST_DEVIATION[1] * scale
     noise = _MISFIT * share * max(mean, deviation) + _NOISE[0] * mean + _NOISE[1] * scale
     # The posterior of (end, gain): a flat prior for the end, a normal one for the gain.
     design = np.stack([np.ones_like(share), share], axis=1)

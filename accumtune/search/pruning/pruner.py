@@ -1,7 +1,7 @@
-"""Stops hopeless trials: by what is forecast from their epochs, or by one of Optuna's pruners.
+"""Stops hopeless trials, by a forecast from their epochs or by one of Optuna's pruners.
 
-The pruner sits in the search's process, where it sees all trials; a trial's process looks after each epoch whether
-it was asked to stop. An epoch may end before the word arrives, so a trial trains at most one epoch too many.
+The pruner runs in the search's process, where it sees all trials. A trial's process checks after each epoch whether it
+was asked to stop. The next epoch may start before that, so a trial trains at most one epoch too many.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _INTERVAL_SECONDS = 0.1
 
 
 class Pruner(Protocol):
-    """Is told of epochs and of ends, and says who is hopeless."""
+    """Receives the epochs and ends of trials, and decides which trials are hopeless."""
 
     def report(self, trial_id: str, epoch: int, value: float) -> None: ...
 
@@ -78,32 +78,32 @@ class PruningMonitor:
 
     Args:
         pruner: an `optuna.pruners.BasePruner`; `"forecast"` to stop a trial whose forecast is hopeless.
-        objective: Keras Tuner's; its value after each epoch is what is compared.
+        objective: Keras Tuner's; trials are compared by its value after each epoch.
     """
 
     def __init__(self, pruner: Any, objective: Any) -> None:
         self._objective = objective
         direction = objective.direction
         self._pruner: Pruner = ForecastPruner(direction) if pruner == "forecast" else OptunaPruner(pruner, direction)
-        # By epoch: a trial that is started anew, or goes on, reports some of them once more.
+        # By epoch, because a trial that is restarted or resumed reports some epochs again.
         self._curves: dict[str, dict[int, float]] = {}
         self._finished: list[list[float]] = []
         self._forecasts: dict[str, float] = {}
         self._lock = threading.Lock()
 
     def is_hopeless(self, trial_id: str, epoch: int, logs: Mapping[str, float]) -> bool:
-        """Reports an epoch of a trial and asks whether the next one is worth its time."""
+        """Reports an epoch of a trial and returns whether to stop the trial."""
         with self._lock:
             if not self._report(trial_id, epoch, logs):
                 return False
             return self._pruner.is_hopeless(trial_id, self._curve(trial_id), self._finished)
 
     def forecast(self, trial_id: str) -> float | None:
-        """Returns what a trial that was pruned would have come to, as far as can be told."""
+        """Returns the objective that was forecast for a pruned trial, or None."""
         return self._forecasts.get(trial_id)
 
     def end(self, trial_id: str, status: str) -> None:
-        """Notes that a trial has `"completed"`, was `"pruned"`, or gave nothing to compare others with."""
+        """Notes that a trial `"completed"`, was `"pruned"`, or ended in another way and is not compared with."""
         with self._lock:
             if trial_id not in self._curves:
                 return
@@ -112,12 +112,12 @@ class PruningMonitor:
             self._pruner.end(trial_id, curve, status)
             if status == "pruned" and (found := forecast(curve, self._finished, self._objective.direction)):
                 self._forecasts[trial_id] = found.expected
-            # Only completed trials are what others are measured against: pruned ones would lower the bar.
+            # Others are compared with completed trials alone: pruned ones would lower the bar.
             elif status == "completed":
                 self._finished.append(curve)
 
     def remember(self, records: Iterable[TrialRecord]) -> None:
-        """Adds what trials of an earlier session reported."""
+        """Adds the epochs of an earlier session's trials."""
         for record in records:
             if record.status != "completed":
                 continue
@@ -140,7 +140,7 @@ class PruningMonitor:
 
 
 def watch_epochs(future: Future[Outcome], directory: TaskDirectory, monitor: PruningMonitor) -> Outcome:
-    """Waits for a trial; passes on its epochs as they end, and the word that it is to stop."""
+    """Waits for a trial, passes its epochs to the monitor as they end, and asks it to stop if it is hopeless."""
     seen = size = 0
     trial_id = directory.path.name.removeprefix("trial_")
     is_done = False
@@ -171,8 +171,8 @@ _PRUNED = "pruned after epoch "
 
 
 def pruned_reason(epochs: int) -> str:
-    """Returns the reason on record of a trial that was stopped after so many epochs."""
-    return f"{_PRUNED}{epochs}: its objective was hopeless beside that of other trials at this epoch"
+    """Returns the journaled reason of a trial that was stopped after so many epochs."""
+    return f"{_PRUNED}{epochs}: compared with other trials at this epoch, it could not become the best"
 
 
 def is_pruned(reason: str) -> bool:

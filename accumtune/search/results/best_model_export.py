@@ -1,4 +1,4 @@
-"""Saves the best model of a search for MLflow's registry, in a process of its own: the search builds no model."""
+"""Saves the best model of a search for MLflow's registry, in a process of its own."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ def export_best_model(
     """Saves the model of a trial, with the weights of its best epoch, where the tracker finds it.
 
     Args:
-        files: the search's.
+        files: the search's directory.
         executor: where the process starts.
-        payload: what the search gave its trials: hypermodel and data.
+        payload: what the search sends to its trials: hypermodel and data.
         trial_id: the trial.
         name: of the registered model.
 
@@ -63,7 +63,7 @@ def export_best_model(
 def save_with_signature(
     hypermodel: Any, hyperparameters: dict[str, Any], weights: str, fit_args: Any, fit_kwargs: Any, folder: str
 ) -> None:
-    """Runs in the process: builds, loads the weights, and saves as MLflow does, without any store."""
+    """Builds the model, loads the weights, and saves both in MLflow's format; runs in the process of its own."""
     import keras
     import mlflow.keras
     import numpy as np
@@ -83,7 +83,7 @@ def save_with_signature(
     packages[backend] = __import__(backend).__version__.split("+")[0]
     mlflow.keras.save_model(
         model, folder, signature=_signature(sample, output),
-        # Named here: MLflow would start a process that imports the model to find them.
+        # Given, because MLflow would otherwise start a process that imports the model to find them.
         pip_requirements=[f"{name}=={version}" for name, version in packages.items()],
     )  # fmt: skip
 
@@ -95,5 +95,5 @@ def _signature(sample: Any, output: Any) -> Any:
 
 
 def _named(tree: Any, name: str) -> Any:
-    """MLflow's signatures know arrays and dicts of arrays."""
+    """Turns lists and tuples into dicts: MLflow's signatures have arrays and dicts of arrays alone."""
     return {f"{name}_{index}": item for index, item in enumerate(tree)} if isinstance(tree, (list, tuple)) else tree

@@ -34,7 +34,7 @@ class SearchResults:
     """Reads the results of one search.
 
     Args:
-        files: the search's.
+        files: the search's directory.
         objective: Keras Tuner's.
     """
 
@@ -59,7 +59,8 @@ class SearchResults:
 
         Args:
             policy, tolerance: as in `Tuner.get_best_config`.
-            runs: trains a candidate for a few updates under the budget; None where nothing can be run.
+            runs: trains a candidate for a few updates and returns whether it fits the budget; None if there are no
+                data to train with.
 
         Raises:
             NoResultError: no trial has completed within the budget.
@@ -76,7 +77,7 @@ class SearchResults:
         return training_config(self.record(), choice)
 
     def try_best(self, runs: Callable[[Candidate], bool] | None) -> Best | None:
-        """Returns the best and its configuration, None where there is nothing to choose from."""
+        """Returns the best candidate and its configuration, or None if there is no candidate."""
         try:
             choice = self.choose("quality", 0.01, runs)
         except NoResultError:
@@ -84,17 +85,17 @@ class SearchResults:
         return choice, self.config(choice)
 
     def write_report(self, best: Best | None, status: str, reason: str) -> None:
-        """Writes pictures, table and note into the search's folder; `best` is None to look for it."""
+        """Writes pictures, table and note into the search's folder; if `best` is None, chooses it first."""
         record = replace(self.record(), status=status, reason=reason)
         write_report(self._files, record, best or self.try_best(None))
 
 
 def candidates(record: SearchRecord, profiles_folder: Path) -> list[Candidate]:
-    """Returns the trained configurations within the budget, and with exact accumulation their other micro-batches.
+    """Returns the trained configurations within the budget; with exact accumulation, in their other micro-batches too.
 
     Args:
         record: the search.
-        profiles_folder: what the models cost.
+        profiles_folder: where the models' profiles are.
     """
     completed = record.with_status("completed")
     trained = [_trained(trial) for trial in completed if _is_within(trial, record)]
@@ -102,7 +103,7 @@ def candidates(record: SearchRecord, profiles_folder: Path) -> list[Candidate]:
         return trained
     signatures = {trial.trial_id: trial.signature for trial in record.trials}
     others: list[Candidate] = []
-    # Also of one that was trained under a larger budget: in another micro-batch it may fit this one.
+    # All that completed, also under a larger budget: in a smaller micro-batch they may fit this one.
     for candidate in map(_trained, completed):
         profile = load_profile(profiles_folder, signatures.get(candidate.trial_id))
         if profile is not None:
@@ -111,7 +112,7 @@ def candidates(record: SearchRecord, profiles_folder: Path) -> list[Candidate]:
 
 
 def load_profile(profiles_folder: Path, signature: str | None) -> Profile | None:
-    """Reads the profile of a model signature; None where it was not kept."""
+    """Reads the profile of a model signature; None if there is none."""
     try:
         return Profile.from_dict(json.loads((profiles_folder / f"{signature}.json").read_text()))
     except (OSError, ValueError, KeyError, TypeError):
@@ -119,7 +120,7 @@ def load_profile(profiles_folder: Path, signature: str | None) -> Profile | None
 
 
 def training_config(record: SearchRecord, choice: Choice) -> TrainingConfig:
-    """Makes what production imports from the candidate that was chosen."""
+    """Makes the configuration that production loads, from the chosen candidate."""
     candidate, tracked = choice.candidate, read_cache(record.folder)
     trial = next(trial for trial in record.trials if trial.trial_id == candidate.trial_id)
     return TrainingConfig(
@@ -178,11 +179,11 @@ def write_report(files: SearchDirectory, record: SearchRecord, best: tuple[Choic
 
 
 def summary(record: SearchRecord, found: Sequence[Candidate], limit: int, most_rows: int | None = None) -> str:
-    """Returns the table of candidates for the terminal, best first, and what became of the other trials.
+    """Returns the table of candidates for the terminal, best first, and the number of trials by status.
 
     Args:
-        limit: how many trained candidates are shown; those of the Pareto front that were not trained come on top.
-        most_rows: how many rows there are in all; None for no limit.
+        limit: the number of trained candidates to show. Untrained ones are shown if they are on the Pareto front.
+        most_rows: the largest number of rows in all; None for no limit.
     """
     direction = record.objective_direction
     front = pareto_front(found, direction)
@@ -205,7 +206,7 @@ def summary(record: SearchRecord, found: Sequence[Candidate], limit: int, most_r
 
 
 def _data_shapes(record: SearchRecord, trial: TrialRecord) -> Any:
-    """Returns the shapes of the search's arrays; where a function loads them, of a sample, without their number."""
+    """Returns the shapes of the search's arrays; for data from a function, those of a sample after a None."""
     known = record.data.get("shapes") or {}
     if known.get("x") is not None or not trial.sample_shapes:
         return record.data.get("shapes")
@@ -222,7 +223,7 @@ def _batch_shape(sample: Any) -> Any:
 
 
 def _is_exact(record: SearchRecord) -> bool:
-    """Returns whether pairs of one effective batch are the same training."""
+    """Returns whether all pairs of one effective batch train the same."""
     return not record.batch_coupled_layers
 
 
@@ -247,7 +248,7 @@ def _trained(trial: TrialRecord) -> Candidate:
 
 
 def _untrained(candidate: Candidate, profile: Profile, record: SearchRecord) -> list[Candidate]:
-    """Returns the same training in other micro-batches, with what the profile predicts for them."""
+    """Returns a candidate's other pairs of the same effective batch, with memory and speed from the profile."""
     pairs = feasible_pairs(
         profile,
         candidate.effective_batch_size,
@@ -258,12 +259,12 @@ def _untrained(candidate: Candidate, profile: Profile, record: SearchRecord) -> 
     untrained = [pair for pair in pairs if pair.micro_batch_size != candidate.micro_batch_size]
     budget = record.memory_budget_bytes
     others = [_in_pair(candidate, profile, pair, budget) for pair in untrained]
-    # Where the backend has no allocator limit, a run may have taken more than was predicted.
+    # Without an allocator limit, a measured run may have taken more than the budget.
     return [other for other in others if budget is None or (other.peak_memory_bytes or 0) <= budget]
 
 
 def _in_pair(candidate: Candidate, profile: Profile, pair: BatchPair, budget_bytes: int | None) -> Candidate:
-    """Returns the same training in another micro-batch: measured, where it has run for a few updates, or predicted."""
+    """Returns a candidate in another pair, with memory and speed as measured if that pair has run, or as predicted."""
     micro, steps = pair.micro_batch_size, pair.accumulation_steps
     same = [it for it in profile.measurements if (it.micro_batch_size, it.accumulation_steps) == (micro, steps)]
     other = replace(
@@ -288,7 +289,7 @@ def _in_pair(candidate: Candidate, profile: Profile, pair: BatchPair, budget_byt
 
 
 def _profile_points(record: SearchRecord, profiles_folder: Path, best: Candidate | None) -> list[dict[str, Any]]:
-    """Returns the predicted peak over micro-batch size of the model that won, for the memory picture."""
+    """Returns the winning model's predicted peak memory at each micro-batch size, for the picture."""
     if best is None:
         return []
     trial = next(trial for trial in record.trials if trial.trial_id == best.trial_id)

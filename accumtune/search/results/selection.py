@@ -1,4 +1,4 @@
-"""Decides which candidate is the best to train with: the Pareto front, and the policies that choose from it.
+"""Computes the Pareto front of candidates, and chooses one of them by a policy.
 
 Pure functions. A candidate whose objective is NaN, infinite or missing is never chosen and never on the front. An
 unknown peak counts as the largest, an unknown throughput as the slowest.
@@ -16,8 +16,8 @@ from typing import Any
 from accumtune.errors import NoResultError, SearchError
 from accumtune.memory.budget import format_bytes
 
-# How far from the best objective a policy may go, in tolerances. "memory" and "throughput" are asked for by people
-# who give something up for them, but not everything: 5 % at the default tolerance of 1 %.
+# How far from the best objective a policy may choose, in tolerances. Whoever asks for "memory" or "throughput" accepts
+# a worse objective for it, but not any: 5 % at the default tolerance of 1 %.
 _REACH = {"quality": 1.0, "memory": 5.0, "throughput": 5.0, "balanced": 10.0}
 
 
@@ -34,9 +34,10 @@ class Candidate:
         effective_batch_size: samples per update.
         hyperparameters: all of them, these three included.
         trial_id: the trial that trained it, or that trained the same effective batch.
-        is_trained: whether this very pair was trained; false where only its memory and speed are profiled.
-        memory_source: who measured the peak.
-        is_measured: whether memory and speed are those of a real run under the budget, be it a whole training or a few
+        is_trained: whether this pair was trained. If not, its objective is that of the same effective batch in another
+            pair.
+        memory_source: what measured the peak.
+        is_measured: whether memory and speed were measured in a run under the budget, a whole training or a few
             updates; otherwise they are predicted.
     """
 
@@ -70,7 +71,7 @@ def pareto_front(candidates: Iterable[Candidate], direction: str = "min") -> lis
 
     Args:
         candidates: any number of them.
-        direction: `"min"` or `"max"`, whether a small or a large objective is good.
+        direction: of the objective, `"min"` or `"max"`.
 
     Returns:
         The front, best objective first. Candidates that are equal in all three criteria are all on it, or none.
@@ -107,24 +108,24 @@ def select(
 ) -> Choice:
     """Chooses the candidate to train with.
 
-    The first three policies look only at candidates near the best objective, `tolerance` being a share of its
-    value, and break ties by the other criteria. Throughputs within `tolerance` of each other count as equal (they
-    are measured), so that nobody pays twice the memory for 0.1 % more speed.
+    The first three policies consider only candidates near the best objective and break ties by the other criteria.
+    Throughputs within `tolerance` of each other count as equal, because they are measured: otherwise 0.1 % more speed
+    could cost twice the memory.
 
     - `"quality"`: within `tolerance` of the best objective, the fastest, then the smallest peak.
     - `"memory"`: within five times `tolerance`, the smallest peak, then the fastest.
     - `"throughput"`: within five times `tolerance`, the fastest, then the smallest peak.
-    - `"balanced"`: the knee of the front within ten times `tolerance`, that is the candidate nearest to a made one
-      that has the best of all three criteria (objective linear, memory and throughput as logarithms).
+    - `"balanced"`: the knee of the front within ten times `tolerance`: the candidate nearest to the ideal point, which
+      has the best value of each criterion (objective linear, memory and throughput as logarithms).
     - a callable gets all usable candidates, best objective first, and returns one of them.
 
     Args:
-        candidates: trained ones, and profiled ones with the quality of the trial they belong to.
+        candidates: trained ones, and untrained ones with the objective of the trial that they belong to.
         policy: one of the above.
-        tolerance: as a share of the best objective's value; 0 accepts only the best. Where the best is (near) zero,
-            it is a share of a hundredth of the candidates' median instead, as a share of nothing would be nothing.
-        direction: `"min"` or `"max"`.
-        objective_name: what the reason calls it.
+        tolerance: as a share of the best objective's value; 0 accepts only the best. If the best is near zero, as a
+            share of a hundredth of the candidates' median.
+        direction: of the objective, `"min"` or `"max"`.
+        objective_name: its name in the reason.
 
     Raises:
         NoResultError: no candidate has an objective.
@@ -136,7 +137,7 @@ def select(
         raise NoResultError(
             "There is no candidate with a finite objective.",
             "at least one completed trial whose objective is a number",
-            "read the reasons of the failed trials (tuner.results_summary(), or the MLflow page), then search on.",
+            "read the reasons of the failed trials (tuner.results_summary(), or the MLflow page), then search again.",
         )
     if callable(policy):
         return _choose_by(policy, usable)
@@ -200,8 +201,8 @@ def _reason(
     }[policy]
     rank = "which is the best" if chosen.objective == best.objective else f"the best being {best.objective:.4g}"
     return (
-        f"It is {merit} of the {len(near)} candidates, among {total}, within {percent} of the best {name}; "
-        f"its own is {chosen.objective:.4g}, {rank}."
+        f"It is {merit} of the {len(near)} candidates, out of {total}, within {percent} of the best {name}; "
+        f"its {name} is {chosen.objective:.4g}, {rank}."
     )
 
 
@@ -257,7 +258,7 @@ def _check(policy: Policy, tolerance: float, direction: str) -> None:
     if not callable(policy) and policy not in _REACH:
         names = ", ".join(f'"{name}"' for name in _REACH)
         raise SearchError(
-            f"Received policy={policy!r}.", f"{names}, or a callable", 'take "quality" for the best objective.'
+            f"Received policy={policy!r}.", f"{names}, or a callable", 'use "quality" for the best objective.'
         )
     if isinstance(tolerance, bool) or not isinstance(tolerance, (int, float)) or not 0 <= tolerance < math.inf:
         raise SearchError(

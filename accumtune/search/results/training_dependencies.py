@@ -1,6 +1,6 @@
-"""What a training depends on beside its hyperparameters: the data, and the arguments of `fit` and `compile`.
+"""Describes what a training depends on beside its hyperparameters: the data, and the arguments of `fit` and `compile`.
 
-A configuration holds some of it; what it cannot hold is named in it.
+A configuration holds some of these; the others it lists by name, as not carried.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _DATA = ("x", "y", "validation_data", "epochs", "verbose", "batch_size")
 
 
 def describe_fit(fit_kwargs: Mapping[str, Any], hypermodel: Any, compiled_with: Mapping[str, Any]) -> dict[str, Any]:
-    """Describes what `fit` and `compile` are given, for the search's journal.
+    """Describes the arguments of `fit` and `compile`, for the search's journal.
 
     Args:
         fit_kwargs: of `tuner.search`.
@@ -33,7 +33,7 @@ def describe_fit(fit_kwargs: Mapping[str, Any], hypermodel: Any, compiled_with: 
         compiled_with: the tuner's `optimizer`, `loss` and `metrics`.
 
     Returns:
-        `options`, as a configuration's `fit_options`, and `not_carried`, sentences.
+        `options`: a configuration's `fit_options`. `not_carried`: a text for each argument that it cannot hold.
     """
     options = {name: fit_kwargs[name] for name, usual in _FIT_OPTIONS.items() if fit_kwargs.get(name, usual) != usual}
     if "class_weight" in options:
@@ -49,18 +49,18 @@ def describe_fit(fit_kwargs: Mapping[str, Any], hypermodel: Any, compiled_with: 
         not_carried.append(f"{type(hypermodel).__name__}.fit, which may do more than model.fit")
     given = [name for name, value in compiled_with.items() if value is not None]
     if given:
-        not_carried.append(f"the tuner compiled the models anew with its own {', '.join(given)}")
+        not_carried.append(f"the tuner compiled the models with its own {', '.join(given)}")
     return {"options": options, "not_carried": not_carried}
 
 
 def describe_data(fit_args: Sequence[Any], fit_kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns shapes and digest of the training data, where they come as arrays."""
+    """Returns shapes and digest of the training data; None for data that are not arrays."""
     x, y, _ = input_arguments(fit_args, fit_kwargs)
     return {"shapes": {"x": _shape(x), "y": _shape(y)}, "digest": data_digest(x, y)}
 
 
 def count_samples(fit_args: Sequence[Any], fit_kwargs: Mapping[str, Any]) -> int | None:
-    """Counts the training samples, where the data come as arrays and no share of them is for validation."""
+    """Counts the training samples; None unless the data are arrays and none of them are split off for validation."""
     x, _, _ = input_arguments(fit_args, fit_kwargs)
     shape = _shape(x)
     while isinstance(shape, dict) or (isinstance(shape, list) and shape and isinstance(shape[0], list)):
@@ -80,7 +80,7 @@ def _shape(tree: Any) -> Any:
 
 
 def dependencies_of_trial(trial: TrialRecord, not_carried: list[str]) -> dict[str, Any]:
-    """Returns `seed` and `trial` of a configuration, from the task that the trial's process was given."""
+    """Returns `seed` and `trial` of a configuration, from the task of the trial's process."""
     directory = TaskDirectory(Path(trial.folder))
     try:
         _, task = directory.read_task()
@@ -92,7 +92,7 @@ def dependencies_of_trial(trial: TrialRecord, not_carried: list[str]) -> dict[st
     if weights:
         source = Path(weights).parent.name.removeprefix("trial_")
         epoch = (task.get("fit_overrides") or {}).get("initial_epoch", 0)
-        not_carried = [*not_carried, f"it began at epoch {epoch} with the weights of trial {source}"]
+        not_carried = [*not_carried, f"the trial started at epoch {epoch} with the weights of trial {source}"]
     return {
         "seed": task.get("seed"),
         "trial": {

@@ -1,4 +1,4 @@
-"""Runs the best candidate before anybody relies on it, and chooses again where it does not hold."""
+"""Runs the best candidate for a few updates if its memory is only predicted, and chooses again if it does not fit."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from accumtune.search.results.selection import Candidate, Choice
 
-# Each is a process of a second or more. After so many surprises only what has run is trusted.
+# Each run takes a second or more. After so many that do not fit, only measured candidates are considered.
 _MAX_RUNS = 5
 
 
@@ -16,12 +16,12 @@ def verified_choice(
     select: Callable[[Sequence[Candidate]], Choice],
     run: Callable[[Candidate], bool],
 ) -> Choice:
-    """Chooses among candidates whose memory and speed hold in a real run under the budget.
+    """Chooses a candidate that was measured in a run under the budget.
 
     Args:
-        candidates: what is known now; after a run it knows what that measured, and leaves out what did not fit.
+        candidates: returns the candidates known now, with the measurements of earlier runs.
         select: the policy.
-        run: trains a candidate for a few updates; whether it fitted.
+        run: trains a candidate for a few updates and returns whether it fits.
     """
     runs = 0
     while True:
@@ -33,7 +33,6 @@ def verified_choice(
             return _confirmed(select([candidate for candidate in found if candidate.is_measured]))
         runs += 1
         if not run(choice.candidate):
-            # Whatever the candidates say next, this one is out.
             candidates = _without(candidates, choice.candidate)
 
 
@@ -47,14 +46,13 @@ def _without(candidates: Callable[[], Sequence[Candidate]], failed: Candidate) -
 
 
 def predicted_choice(choice: Choice) -> Choice:
-    """Completes a choice where nothing can be run; its reason says so, if that is needed."""
+    """Completes a choice that cannot be run; for an unmeasured candidate the reason says so."""
     if choice.candidate.is_measured:
         return _confirmed(choice)
-    return _with_clause(choice, "its memory and speed are predicted, as it has not run in this micro-batch")
+    return _with_clause(choice, "its memory and speed are predicted: it has not run in this micro-batch")
 
 
 def _confirmed(choice: Choice) -> Choice:
-    # A whole training in this very micro-batch needs no words.
     if choice.candidate.is_trained:
         return choice
     return _with_clause(choice, "a few updates under the budget confirmed its memory and speed")

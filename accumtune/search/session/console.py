@@ -1,4 +1,4 @@
-"""What a person sees in the terminal while a search runs: a line per event, and below them how far it has come."""
+"""Prints a search to the terminal: a line per event, and below the lines how far the search has come."""
 
 from __future__ import annotations
 
@@ -115,8 +115,8 @@ class Console:
     Args:
         objective_name: for example `"val_loss"`.
         max_trials: how many trials will train, if that is known.
-        verbose: 0 prints nothing, 2 lines only, also in a terminal.
-        stream: where to; default the standard output of the moment.
+        verbose: 0 prints nothing; 1 prints lines, with a live view in a terminal; 2 prints lines alone.
+        stream: default: `sys.stdout` at the time of each line.
         direction: of the objective.
         workers: trials at once.
     """
@@ -201,7 +201,7 @@ class Console:
             self.line(f"[{self._count(number)}]   → {result.status}: {result.reason}")
 
     def _count(self, number: int) -> str:
-        # Proposals that were reused or do not fit have numbers too: the last of them may be above what counts.
+        # Reused and infeasible trials have numbers too but do not count, so a number may exceed max_trials.
         return f"{number}/{self.progress.max_trials}" if number <= (self.progress.max_trials or 0) else str(number)
 
     def _view(self) -> Any:

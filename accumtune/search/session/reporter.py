@@ -1,4 +1,4 @@
-"""Reports a search while it runs and when it ends: to its journal, its report, MLflow and the terminal."""
+"""Reports a search, while it runs and when it ends, to its journal, its report, MLflow and the terminal."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ class Reporter:
     """Reports the sessions of one search.
 
     Args:
-        files: the search's.
-        results: what it has found.
-        tracking_uri: MLflow's; None for the default, False for no tracking.
+        files: the search's directory.
+        results: what the search has found.
+        tracking_uri: MLflow's tracking URI; None: the default; False: no tracking.
     """
 
     def __init__(
@@ -43,13 +43,13 @@ class Reporter:
         advice: Sequence[str],
         print_line: Callable[[str], None],
     ) -> None:
-        """Writes down and tells what begins.
+        """Journals that a session begins, prints its first lines and starts tracking.
 
         Args:
             description: of the search, for its journal.
-            lines: what the user sees of every session.
-            advice: what the user sees once.
-            print_line: shows a line to the user, in this session.
+            lines: printed in every session.
+            advice: printed once in a search.
+            print_line: prints a line for the user, in this session.
         """
         self._print_line = print_line
         if any(event["event"] == "search_started" for event in self._journal.events()):
@@ -64,27 +64,28 @@ class Reporter:
             self._tracker.start()
 
     def advise(self, texts: Sequence[str]) -> None:
-        """Tells the user what matters, once: a resumed search does not say it again."""
+        """Prints the advice that this search has not given yet, in this session or an earlier one."""
         given = read_search_journal(self._files.path).advice
         for text in (text for text in texts if text not in given):
             self._journal.append("advice", text=text)
             self._print_line(text)
 
     def end(self, status: str, reason: str, best: Best | None, save: Callable[[], None], *, is_hurried: bool) -> None:
-        """Writes the end down, the report and MLflow's, and says where to look.
+        """Writes the report, journals the end, completes MLflow's runs, and prints how to browse the search.
 
         Args:
-            status, reason: how it ended.
-            best: what was found; None to look for it.
+            status, reason: how the search ended.
+            best: the best candidate; None: the report looks for it.
             save: saves Keras Tuner's state.
-            is_hurried: somebody waits for the end: what MLflow lacks comes with the next session, or `accumtune sync`.
+            is_hurried: skips the report and MLflow, after a second Ctrl-C. The next session or `accumtune sync` brings
+                MLflow up to date.
         """
         try:
             save()
             if not is_hurried:
                 self._results.write_report(best, status, reason)
         finally:
-            # After the report: MLflow gets it before the search's run is said to have ended.
+            # After the report, so that MLflow has it before the search's run ends.
             self._journal.append("search_ended", status=status, reason=reason)
             if is_hurried:
                 self._tracker = None
@@ -96,7 +97,7 @@ class Reporter:
             self._print_line(f"Browse it: {command}\n  then open {address}" if command else f"Browse it: {address}")
 
     def position(self) -> int:
-        """Returns how far the journal has come: it grows with every session."""
+        """Returns the journal's size in bytes. It grows with every session."""
         try:
             return self._files.journal_file.stat().st_size
         except FileNotFoundError:
@@ -109,7 +110,7 @@ class Reporter:
 
     @property
     def ui_address(self) -> str:
-        """Where the UI shows it, once the command runs."""
+        """The search's address in the MLflow UI; where there is a `ui_command`, it answers once that runs."""
         return "" if self._tracker is None else self._tracker.ui_address()
 
 
@@ -120,7 +121,7 @@ def greeting(
     effective_batch_sizes: Sequence[int],
     places: Sequence[Place],
 ) -> list[str]:
-    """Returns the first lines of a session: what is searched, within what, on what."""
+    """Returns the first lines of a session: the tuner, the budget, the effective batches and the devices."""
     budget = "no memory budget" if memory_budget_bytes is None else format_bytes(memory_budget_bytes)
     sizes = ", ".join(map(str, effective_batch_sizes))
     lines = [f'Search "{project_name}": {tuner_name}, {budget}, effective batches {sizes}']
@@ -141,48 +142,49 @@ def setup_advice(
     own_train_step: str | None = None,
     samples: int | None = None,
 ) -> list[str]:
-    """Returns one sentence for each thing in the set-up that changes what the results mean.
+    """Returns one text for each part of the set-up that changes what the results mean.
 
     Args:
-        hyperparameters: the names of all that are tuned.
+        hyperparameters: the names of all hyperparameters.
         effective_batch_sizes: those that are searched.
         learning_rate_scaling: as given to the tuner.
         batch_coupled_layers: of the models that the build function makes.
         searches_pairs: whether the micro-batch size is searched too.
-        whole_batch_loss: whether the loss is that of the whole effective batch, in two passes.
-        own_train_step: how gradients of a `train_step` of the models' own add up, as it was certified.
-        samples: in the training data; None where that is not known.
+        whole_batch_loss: whether the loss is computed over the whole effective batch, in two passes.
+        own_train_step: `"mean"` or `"sum"`, over samples: what the gradients of the models' own `train_step` are;
+            None without one.
+        samples: in the training data; None if unknown.
     """
     texts = []
     if batch_coupled_layers:
         consequence = (
             "so micro-batch sizes are searched too"
             if searches_pairs
-            else "so two pairs of one effective batch are not the same training (search_over='pairs' tells them apart)"
+            else "so two pairs of one effective batch train differently (search_over='pairs' compares them)"
         )
         layers = "; ".join(batch_coupled_layers[:5])
-        texts.append(f"Not every layer is independent of which samples share a micro-batch, {consequence}: {layers}")
+        texts.append(f"The model's results depend on which samples share a micro-batch, {consequence}: {layers}")
     if own_train_step:
         texts.append(
-            "The models' own train_step was tried with the training data, and accumulates: its gradients are "
+            "The models' own train_step was tried on the training data and can be accumulated: its gradients are "
             f"{own_train_step.replace('mean', 'means').replace('sum', 'sums')} over samples."
         )
     if whole_batch_loss:
         texts.append(
-            "The loss couples the samples of a batch, so it is that of the whole effective batch, in two passes: every "
-            "micro-batch size trains the same. Losses of different batch sizes do not compare; val_loss is that of "
-            "validation_batch_size samples, 32 by default, in all trials."
+            "The loss couples the samples of a batch, so it is computed over the whole effective batch, in two passes: "
+            "every micro-batch size trains the same. Training losses of different effective batches cannot be "
+            "compared; val_loss can, since all trials compute it over validation_batch_size samples, 32 by default."
         )
     if len(effective_batch_sizes) > 1 and learning_rate_scaling is None and not any(map(_is_rate, hyperparameters)):
         texts.append(
             "The effective batch varies, but the learning rate is neither tuned nor scaled with it: large batches "
-            "will look worse than they are (learning_rate_scaling='sqrt', or hp.Float('learning_rate', ...))."
+            "will look worse than they are. Give learning_rate_scaling='sqrt', or tune hp.Float('learning_rate', ...)."
         )
     whole = [size for size in effective_batch_sizes if samples is not None and size >= samples]
     if len(whole) > 1:
         texts.append(
             f"The training data have {samples} samples, so effective batches {', '.join(map(str, whole))} are all the "
-            "same: one update per epoch with all of them (fewer accumulation_steps leave these out)."
+            "same: one update per epoch, with all samples. Give fewer accumulation_steps to leave them out."
         )
     return texts
 
@@ -193,7 +195,7 @@ def _is_rate(name: str) -> bool:
 
 
 def command_to_resume() -> str:
-    """Returns what a person types to go on."""
+    """Returns the command that resumes this search."""
     if "ipykernel" in sys.modules or not getattr(sys, "orig_argv", None):
         return "the same cells"
     return shlex.join([os.path.basename(sys.orig_argv[0]), *sys.orig_argv[1:]])

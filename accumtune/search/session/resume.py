@@ -1,4 +1,4 @@
-"""Goes on with the search of an earlier session, where what decides its results is as it was."""
+"""Resumes the search of an earlier session, if everything that decides its results is unchanged."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from accumtune.search.session.search_identity import NOTED, differences, known_i
 from accumtune.tracking.records import SearchRecord, TrialRecord
 
 _SEEDS = (
-    " Data that are split or drawn without a seed are other data in each run: "
+    " Data that are split or drawn without a seed differ from run to run; give one: "
     "train_test_split(..., random_state=1), numpy.random.default_rng(1)."
 )
 
@@ -29,7 +29,7 @@ def resume_search(
     processes: SearchProcesses,
     memory_budget_bytes: int | None,
 ) -> list[str]:
-    """Compares this session with those before; takes up a space that has grown, and a budget that has.
+    """Compares this session with the earlier ones, and takes over new values of the space and a larger budget.
 
     Args:
         record: the search before this session.
@@ -40,10 +40,10 @@ def resume_search(
         memory_budget_bytes: of this session.
 
     Returns:
-        What the user is told of it.
+        Lines for the user about what has changed.
 
     Raises:
-        SearchDirectoryError: what decides the results of trained trials has changed.
+        SearchDirectoryError: something that decides the results of trained trials has changed.
     """
     before = known_identity(record)
     trained = [trial for trial in record.trials if trial.status in ("completed", "reused")]
@@ -71,12 +71,15 @@ def _is_larger(budget_bytes: int | None, before_bytes: int | None) -> bool:
 
 
 def changed_notes(before: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
-    """Returns what a resumed session says of changes that leave its trials comparable."""
+    """Returns lines for the user about changes that leave trials comparable."""
     changed = [f"{name}: {before[name]} → {now[name]}" for name in NOTED if name in before and name in now
                and before[name] != now[name]]  # fmt: skip
     if not changed:
         return []
-    return [f"This session has changed ({'; '.join(changed)}). Peaks and speeds of earlier trials are those of then."]
+    return [
+        f"Changed since the earlier session: {'; '.join(changed)}. Peak memory and throughput of earlier trials were "
+        "measured before."
+    ]
 
 
 def changed_model(
@@ -86,17 +89,17 @@ def changed_model(
     inspect_anew: Callable[[Mapping[str, Any]], ModelFacts],
     note: Callable[[Sequence[str]], None] = lambda lines: None,
 ) -> list[str]:
-    """Builds the newest and the best trained trial's model anew, and returns how it differs.
+    """Rebuilds the models of the newest and the best trained trial, and returns how they differ from then.
 
-    A build function is code: whether an edit matters is found out by building. A value that is added to a
-    hyperparameter, or a line that prints, changes no model.
+    Only building shows whether an edit of the build function matters: a new value of a hyperparameter, or a line that
+    prints, changes no model.
 
     Args:
-        trials: of the sessions before.
+        trials: of earlier sessions.
         direction: of the objective.
         space_of: Keras Tuner's configuration of a trial's hyperparameters.
         inspect_anew: builds a model in a process of its own and describes it.
-        note: is told of what has changed and leaves trials comparable.
+        note: receives lines about changes that leave trials comparable.
     """
     trained = [trial for trial in trials if trial.status == "completed" and trial.identity]
     if not trained:
@@ -111,7 +114,7 @@ def changed_model(
             lines = differences(trial.identity, now)
             note(changed_notes(trial.identity, now))
             if lines and inspect_anew(space).identity != now:
-                continue  # it is another model every time
+                continue  # the build function makes a different model every time
         except BuildError as error:
             return [f"the model of trial {trial.trial_id} can no longer be built ({str(error).splitlines()[0]})"]
         if lines:
@@ -125,16 +128,16 @@ def _space_as_inspected(trial: TrialRecord, space: Mapping[str, Any]) -> dict[st
 
 
 def refuse_changes(folder: Any, changed: Sequence[str], trained: int) -> None:
-    """Refuses to compare what cannot be compared.
+    """Refuses changes that make new results incomparable with those of trained trials.
 
     Raises:
-        SearchDirectoryError: something has changed.
+        SearchDirectoryError: `changed` is not empty.
     """
     if changed:
         raise SearchDirectoryError(
-            f"Received another search than the one in {folder}, of which {trained} trials have trained:\n  "
+            f"Received another search than the one in {folder}, which has {trained} trained trials:\n  "
             + "\n  ".join(changed),
-            "what these trials were trained with: their results and new ones could not be compared.",
-            "give another project_name to search beside it, overwrite=True to begin anew, or undo the change."
+            "what these trials were trained with; otherwise their results and new ones cannot be compared.",
+            "undo the change, give another project_name to search beside it, or overwrite=True to start over."
             + (_SEEDS if any(line.startswith(("data: ", "validation data: ")) for line in changed) else ""),
         )

@@ -1,4 +1,4 @@
-"""Describes what decides the results of a search: its identity, which is written down with each session."""
+"""Describes everything that decides the results of a search: its identity, which each session journals."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from accumtune.worker.identity.training_identity import is_code, text_of
 from accumtune.worker.transport.payload import is_data_function
 
 _FORMAT = 1
-# Of `fit`, with Keras's defaults: left out and given as the default are one thing.
+# Keras's defaults of `fit`: an argument that is given its default counts as left out.
 _FIT_DEFAULTS = {
     "epochs": 1, "shuffle": True, "class_weight": None, "validation_split": 0.0, "steps_per_epoch": None,
     "validation_steps": None, "validation_freq": 1, "initial_epoch": 0,
 }  # fmt: skip
 _NOT_DECISIVE = ("x", "y", "sample_weight", "validation_data", "callbacks", "verbose", "batch_size",
                  "validation_batch_size")  # fmt: skip
-# They write down what happens, and decide nothing of it.
+# Callbacks that only record training.
 _LOGGERS = {
     "BackupAndRestore", "CSVLogger", "History", "ModelCheckpoint", "ProgbarLogger", "RemoteMonitor", "TensorBoard",
 }  # fmt: skip
-# Other devices and versions are no other training, but other speeds and peaks.
+# These change peak memory and throughput, but not the results of training.
 NOTED = ("device", "versions", "tuner")
 
 
@@ -38,14 +38,14 @@ def identify_session(
     before: Mapping[str, str],
     open_profiler: Callable[[], Profiler],
 ) -> dict[str, str]:
-    """Describes what decides the results of a session, by the name that a person knows it by.
+    """Describes everything that decides the results of a session, under names that the user knows.
 
     Args:
-        settings: of the tuner; None is left out.
+        settings: of the tuner; those that are None are left out.
         fit_args, fit_kwargs: of `search`.
         hypermodel: the user's.
         before: the identity of the session before.
-        open_profiler: for processes that call functions which return data.
+        open_profiler: returns the profiler, whose processes call functions that return data.
     """
     identity = _known_here(settings, fit_args, fit_kwargs, hypermodel)
     if not _has_data_functions(fit_args, fit_kwargs):
@@ -56,7 +56,7 @@ def identify_session(
 def _known_here(
     settings: Mapping[str, Any], fit_args: Sequence[Any], fit_kwargs: Mapping[str, Any], hypermodel: Any
 ) -> dict[str, str]:
-    """Describes all but what functions return as data."""
+    """Describes everything but the data that functions return."""
     import keras
     import keras_tuner
 
@@ -100,7 +100,7 @@ def _has_data_functions(fit_args: Sequence[Any], fit_kwargs: Mapping[str, Any]) 
 def _described(name: str, tree: Any, is_ordered: bool) -> dict[str, str]:
     parts = tree if isinstance(tree, (tuple, list)) else (tree,)
     if any(map(is_data_function, parts)) or all(part is None for part in parts):
-        return {}  # a process that calls it tells
+        return {}  # `_data_of_functions` describes data functions
     return {f"{name}: {part}": text for part, text in describe_arrays(tree, is_ordered=is_ordered).items()}
 
 
@@ -114,7 +114,7 @@ def _is_logger(callback: Any) -> bool:
 
 
 def differences(before: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
-    """Returns what is not as it was, a line each."""
+    """Returns one line for each difference."""
     is_comparable = before.get("format") == now.get("format")
     names = before.keys() | now.keys() if is_comparable else before.keys() & now.keys()
     lines = []
@@ -123,12 +123,12 @@ def differences(before: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
         if old == new or (is_code(old) and is_code(new) and before.get("python") != now.get("python")):
             continue
         is_digest = is_code(old or new) or name.endswith("content")
-        lines.append(f"{name}: edited or other values" if is_digest and old and new else f"{name}: {old} → {new}")
+        lines.append(f"{name}: code or values have changed" if is_digest and old and new else f"{name}: {old} → {new}")
     return lines
 
 
 def known_identity(record: SearchRecord) -> dict[str, str]:
-    """Returns the identity of the latest session, or what the journal of an older accumtune says of it."""
+    """Returns the identity of the latest session, or as much of it as an older accumtune has journaled."""
     if record.identity:
         return {str(name): str(value) for name, value in record.identity.items()}
     return {
@@ -139,13 +139,13 @@ def known_identity(record: SearchRecord) -> dict[str, str]:
 
 
 def _data_of_functions(before: Mapping[str, str], profiler: Profiler, is_ordered: bool) -> dict[str, str]:
-    """Describes what functions return as data; what they draw anew each time counts as what it was before."""
+    """Describes the data that functions return. Data that differ from call to call count as unchanged."""
     try:
         described = profiler.describe_data(1, is_ordered)
         if any(before.get(name, text) != text for name, text in described.items()):
             again = profiler.describe_data(2, is_ordered)
             described = {name: before.get(name, text) if again.get(name) != text else text
                          for name, text in described.items()}  # fmt: skip
-    except AccumtuneError:  # the trials say it better
+    except AccumtuneError:  # the trials will fail with a better message
         return {}
     return described

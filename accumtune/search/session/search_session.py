@@ -1,4 +1,4 @@
-"""One call of `tuner.search`, from its first line to its last: the trials between, and an end that is reported."""
+"""Runs one call of `tuner.search`: resumes an earlier session, runs the trials and reports the end."""
 
 from __future__ import annotations
 
@@ -35,12 +35,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class SearchParts:
-    """What a tuner has for all its sessions.
+    """The parts that a tuner shares among its sessions.
 
     Args:
-        places: where trials run, as many as run at once.
+        places: where trials run, one for each trial at once.
         compiled_with: the `optimizer`, `loss` and `metrics` that override those of the build function.
-        asked: settings as the user asks for them now, where the state of the session before has others.
+        asked: settings that the user gives in this session; the saved state may have others.
     """
 
     files: SearchDirectory
@@ -54,10 +54,10 @@ class SearchParts:
 
 
 class SearchSession:
-    """Runs one search, with everything written down.
+    """Runs one session of a search, and journals it.
 
     Args:
-        tuner: who searches; its hooks are called.
+        tuner: its hooks are called.
         parts: of the tuner.
         fit_args, fit_kwargs: of `search`.
     """
@@ -81,7 +81,7 @@ class SearchSession:
             self.own_run_trial = OwnRunTrial(tuner.run_trial, self.payload(), objective, parts.files)
 
     def payload(self) -> dict[str, Any]:
-        """Returns what the processes of trials and probes get."""
+        """Returns what is sent to the processes of trials and probes."""
         return {
             "hypermodel": self._tuner.hypermodel,
             "objective": self._tuner.oracle.objective,
@@ -92,13 +92,13 @@ class SearchSession:
         }
 
     def resume(self) -> list[str]:
-        """Goes on with an earlier session's search, where there is one and it is the same.
+        """Resumes the search of an earlier session, if there is one.
 
         Returns:
-            What the user is told of it.
+            Lines for the user about what has changed.
 
         Raises:
-            SearchDirectoryError: what decides its trials' results has changed.
+            SearchDirectoryError: something that decides the results of its trials has changed.
         """
         parts, tuner = self._parts, self._tuner
         parts.space.discover_with_data()
@@ -117,8 +117,8 @@ class SearchSession:
         """Runs all trials; the end is reported whatever happens.
 
         Args:
-            repairs: of files of an earlier session, which the user sees.
-            notes: what the user sees once.
+            repairs: lines for the user about repaired files of an earlier session.
+            notes: lines for the user, printed once in a search.
         """
         tuner, reporter, console = self._tuner, self._parts.reporter, self._console
         lines = greeting(
@@ -138,7 +138,7 @@ class SearchSession:
         except KeyboardInterrupt as error:
             is_hurried = isinstance(error, StoppedAtOnce)
             status, reason = "interrupted", "stopped by the user (Ctrl-C)"
-            console.line(f"Interrupted; nothing is lost, run the same script again to go on: {command_to_resume()}")
+            console.line(f"Interrupted. Nothing is lost; to resume, run the same script again: {command_to_resume()}")
             raise
         except Exception as error:
             reason = str(error)
@@ -196,13 +196,13 @@ class SearchSession:
             return
         try:
             export_best_model(parts.files, parts.processes.executor(), self.payload(), best[0].candidate.trial_id, name)
-        except AccumtuneError as error:  # what the search has found does not depend on it
+        except AccumtuneError as error:  # the search's results stand without it
             self._console.line(f"The best model is not registered as {name!r}: {error}")
 
-    # What is written down of the session
+    # What the journal gets, and what the user reads
 
     def _decisive_settings(self) -> dict[str, Any]:
-        """Returns the settings that decide what a trial comes to; None is left out."""
+        """Returns the settings that decide the results of trials; None stands for "not set"."""
         tuner = self._tuner
         objective = tuner.oracle.objective
         return {

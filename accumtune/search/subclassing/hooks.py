@@ -1,4 +1,4 @@
-"""The methods that a subclass of a tuner may override, as a search calls them around its trials."""
+"""Holds the methods of a tuner that a subclass may override and a search calls around its trials."""
 
 from __future__ import annotations
 
@@ -9,21 +9,22 @@ from typing import Any
 
 from accumtune.search.trial.trial_result import TrialResult
 
-# Trains a trial: trial, what of `fit` differs as plain values, and the file of its data where it has data of its own.
+# Trains a trial, given the trial, the plain arguments of `fit` that differ from the search's, and the file of its data
+# if they are not the search's.
 Train = Callable[[Any, Mapping[str, Any], Path | None], TrialResult]
 
 
 @dataclass(frozen=True)
 class Hooks:
-    """Keras Tuner's, by their names there.
+    """Keras Tuner's methods, under their names there.
 
     Args:
-        pre_create_trial: before a proposal.
-        on_trial_begin: with the proposal, before it runs.
-        on_trial_end: with a trial that has ended, its score and status known.
-        run_trial: runs a trial, given what Hyperband overrides and what trains it in a process of its own; None where
-            no subclass has one.
-        after_trial: when the trials that have ended are told.
+        pre_create_trial: called before the oracle is asked for a trial.
+        on_trial_begin: called with the trial before it runs.
+        on_trial_end: called with a trial that has ended, its score and status set.
+        run_trial: runs a trial, given Hyperband's arguments of `fit` and the function that trains it in a process of
+            its own; None if no subclass overrides it.
+        after_trial: called after the ends of trials have been reported.
     """
 
     pre_create_trial: Callable[[], None] = lambda: None

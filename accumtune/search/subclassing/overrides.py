@@ -1,4 +1,4 @@
-"""Honours the methods of Keras Tuner that a subclass overrides, or refuses them where nothing would call them."""
+"""Refuses a subclass of a tuner or an oracle that overrides methods which nothing would call."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import keras_tuner
 
 from accumtune.errors import SearchError
 
-# Called by a search, around its trials, or by whoever has the tuner.
+# Called by a search or by the user.
 HONOURED_OF_TUNER = frozenset({
     "get_best_hyperparameters", "get_best_models", "get_state", "load_model", "on_search_begin", "on_search_end",
     "on_trial_begin", "on_trial_end", "pre_create_trial", "reload", "remaining_trials", "results_summary", "run_trial",
@@ -19,7 +19,9 @@ HONOURED_OF_ORACLE = frozenset({
     "set_state", "update_space", "update_trial", "verbose",
 })  # fmt: skip
 
-_CALLBACK = "give search() a keras.callbacks.Callback: it has these methods, the model as self.model, and runs there."
+_CALLBACK = (
+    "give search() a keras.callbacks.Callback with these methods: it runs in the trial's process, with self.model."
+)
 _IN_FIT = "do it in the build function, or in the `fit` of a keras_tuner.HyperModel: trials call both."
 _FOLDER = "give directory= and project_name=."
 _FIXES = {
@@ -31,12 +33,12 @@ _FIXES = {
 
 
 def is_overridden(method: str, kind: type) -> bool:
-    """Returns whether a subclass of a tuner has a method of its own."""
+    """Returns whether a tuner's class overrides a method."""
     return method in _overridden(kind, keras_tuner.Tuner)
 
 
 def refuse_overridden(tuner: type, oracle: type) -> None:
-    """Refuses methods of subclasses that would be passed over.
+    """Refuses subclasses with methods that nothing would call.
 
     Raises:
         SearchError: there is one.
@@ -45,25 +47,25 @@ def refuse_overridden(tuner: type, oracle: type) -> None:
         (tuner, keras_tuner.Tuner, HONOURED_OF_TUNER),
         (oracle, keras_tuner.Oracle, HONOURED_OF_ORACLE),
     ):
-        names = sorted(_passed_over(kind, base, honoured))
+        names = sorted(_never_called(kind, base, honoured))
         if names:
             raise SearchError(
                 f"Received {kind.__name__}, which overrides {', '.join(names)}: a search would not call it, because "
                 "models are built and trained in processes of their own.",
-                f"a subclass that overrides {', '.join(sorted(honoured))}.",
+                f"a subclass that overrides only {', '.join(sorted(honoured))}.",
                 next((_FIXES[name] for name in names if name in _FIXES), _IN_FIT),
             )
 
 
-def _passed_over(kind: type, base: type, honoured: Collection[str]) -> Iterator[str]:
+def _never_called(kind: type, base: type, honoured: Collection[str]) -> Iterator[str]:
     for name in _overridden(kind, base):
-        # Keras Tuner's private methods are AutoKeras's to override; an oracle's are called as ever.
+        # An oracle's private methods are still called; those of a tuner, which AutoKeras overrides, are not.
         if name not in honoured and (not name.startswith("_") or base is keras_tuner.Tuner):
             yield name
 
 
 def _overridden(kind: type, base: type) -> Iterator[str]:
-    """Yields what a user's class has of its own, of all that the base has."""
+    """Yields the base class's names that a user's class overrides."""
     for name in dir(base):
         owner = next((cls for cls in kind.__mro__ if name in vars(cls)), base)
         if not name.startswith("__") and owner.__module__.partition(".")[0] not in ("accumtune", "keras_tuner"):

@@ -1,4 +1,4 @@
-"""Calls a subclass's `run_trial`, around the training in a process of its own."""
+"""Calls a subclass's `run_trial` in the search's process, and trains its trial in a process of its own."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ FitArguments = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 class NotCompleted(Exception):
-    """To a `run_trial`: its trial has failed, does not fit the budget, or is stopped. Nothing is left to do."""
+    """Raised through a `run_trial` whose trial has failed, does not fit the budget or was stopped."""
 
 
 @dataclass
@@ -36,9 +36,9 @@ class OwnRunTrial:
 
     Args:
         run_trial: the subclass's, whose `super().run_trial(...)` calls `train`.
-        payload: what `search` gives the processes of its trials, the arguments of `fit` included.
+        payload: what `search` sends to the processes of its trials, the arguments of `fit` included.
         objective: Keras Tuner's.
-        files: the search's.
+        files: the search's directory.
     """
 
     def __init__(
@@ -60,11 +60,11 @@ class OwnRunTrial:
 
         Args:
             trial: Keras Tuner's.
-            overrides: arguments of `fit` that Hyperband gives it.
+            overrides: Hyperband's arguments of `fit`.
             train: trains it in a process of its own.
 
         Raises:
-            SearchError: `run_trial` trains nothing, or returns what is no result.
+            SearchError: `run_trial` trains nothing, or does not return a result.
         """
         run = self._runs[trial.trial_id] = _Run(overrides, train)
         args, kwargs = self._fit_arguments
@@ -83,9 +83,10 @@ class OwnRunTrial:
         if run.result is None:
             raise SearchError(
                 "Received a run_trial that returned without training the trial.",
-                "`super().run_trial(trial, *args, **kwargs)` in it: that trains in a process of its own, within the "
-                "budget.",
-                "move how the model is trained into the `fit` of a keras_tuner.HyperModel, and leave run_trial out.",
+                "a run_trial that calls `super().run_trial(trial, *args, **kwargs)`, which trains in a process of its "
+                "own, under the budget.",
+                "call it; or move how the model is trained into the `fit` of a keras_tuner.HyperModel, and leave "
+                "run_trial out.",
             )
         result = replace(run.result, values={**trial.hyperparameters.values, **run.result.values})
         if result.status != "completed":
@@ -113,8 +114,8 @@ class OwnRunTrial:
             raise SearchError(
                 f"Received {'a second call of run_trial for one trial' if run else 'run_trial outside of search'}.",
                 "one training for each trial.",
-                "several trainings whose objectives are averaged: executions_per_trial=, or the `fit` of a "
-                "keras_tuner.HyperModel that trains them.",
+                "to train several times and average the objectives, use executions_per_trial=, or the `fit` of a "
+                "keras_tuner.HyperModel.",
             )
         refuse_batch_size(kwargs)
         plain, other = self._differences(tuple(args), {k: v for k, v in kwargs.items() if k != "verbose"})
@@ -126,7 +127,7 @@ class OwnRunTrial:
         return run.histories
 
     def _write_payload(self, trial_id: str, other: FitArguments) -> Path:
-        # Beside the search's own: they share what arrays they have in common.
+        # Beside the search's own payload: the two share the arrays that they have in common.
         payload_file = self._files.payload_file.with_name(f"trial_{trial_id}.pkl")
         dump_payload({**self._payload, "fit_args": other[0], "fit_kwargs": other[1]}, payload_file)
         return payload_file
@@ -134,7 +135,7 @@ class OwnRunTrial:
     def _differences(
         self, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[dict[str, Any], FitArguments | None]:
-        """Returns what is not as `search` was given it: plain values by name, or everything where more differs."""
+        """Returns the arguments that differ from those of `search`: plain values by name, or all if others differ."""
         given_args, given = self._fit_arguments
         changed = {name: value for name, value in kwargs.items() if name not in given or given[name] is not value}
         same_data = len(args) == len(given_args) and all(map(_is, args, given_args))
@@ -165,7 +166,7 @@ def _is(one: Any, other: Any) -> bool:
 
 
 def _histories(folder: Path) -> list[Any]:
-    """Returns a trial's curves, as Keras has them."""
+    """Returns a trial's curves as Keras's History objects, one for each execution."""
     import keras
 
     histories: dict[int, Any] = {}

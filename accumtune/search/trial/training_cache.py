@@ -1,4 +1,4 @@
-"""Each training of a search is done once, also where several trials ask for it at the same time."""
+"""Runs each training of a search once, also if several trials need it at the same time."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ class TrainingCache:
         self._trainings[key].set_result((trial_id, result))
 
     def get_or_train(self, key: str, trial_id: str, train: Callable[[], TrialResult]) -> Trained:
-        """Returns the completed training of this key: waits where another trial is at it, trains where none is.
+        """Returns the completed training of this key; waits if another trial is running it, and trains if none is.
 
-        Only completed trainings are kept: where another trial's fails, one of those who wait trains.
+        Only completed trainings are kept: if another trial's training fails, one of the waiting trials trains.
         """
         while True:
             with self._lock:

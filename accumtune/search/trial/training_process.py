@@ -1,4 +1,4 @@
-"""Starts the processes that train trials, within the budget and the time, and asks them to stop."""
+"""Starts the processes that train trials, within the budget and the time limit, and stops them."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ STOPPED = "the search was stopped"
 
 
 class TrainingProcesses:
-    """Starts trials' processes and knows which run; may be used from several threads at once.
+    """Starts trials' processes and stops those that run; may be used from several threads at once.
 
     Args:
-        settings: what is the same for all trials.
+        settings: the same for all trials.
         directory: of the search.
         executor: where processes start.
-        pruning: is told of each epoch and may say that the trial is hopeless; None trains all to their end.
+        pruning: decides after each epoch whether to stop a trial; None trains all to their end.
     """
 
     def __init__(
@@ -49,9 +49,9 @@ class TrainingProcesses:
         return self._is_stopping
 
     def ask_to_stop(self, wait_seconds: float) -> None:
-        """Asks trials that train to end with their epoch and to save their state; waits until they have.
+        """Asks running trials to end after their epoch and save their state, and waits for that.
 
-        No other trial begins to train. Those that have not come to an end in time are left to `stop`.
+        No other trial starts to train. Trials that take longer are left to `stop`.
         """
         with self._lock:
             self._is_stopping = True
@@ -62,7 +62,7 @@ class TrainingProcesses:
             time.sleep(0.05)
 
     def stop(self) -> None:
-        """Ends all trials that run, at once; they go on from their last epoch's checkpoint in a resumed search."""
+        """Kills all running trials; a resumed search continues them from their last checkpoint."""
         self._is_stopping = True
         self._executor.close()
 
@@ -74,7 +74,7 @@ class TrainingProcesses:
         fit_overrides: Mapping[str, Any],
         identity: str = "",
     ) -> Outcome:
-        """Trains a trial as often as the search asks, within the time that a trial has.
+        """Trains a trial `executions_per_trial` times, within its time limit.
 
         `identity` is that of the training: a checkpoint that was saved under another one is not used.
         """

@@ -1,4 +1,4 @@
-"""How a trial ended, for the oracle, the journal and the terminal."""
+"""Describes how a trial ended, for the oracle, the journal and the terminal."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from accumtune.tracking.journal import Journal
 from accumtune.tracking.records import TrialRecord
 from accumtune.worker.transport.task_directory import TaskDirectory
 
-# What the journal keeps of the report of a trial's process.
+# The part of the report of a trial's process that the journal keeps.
 _REPORTED = (
     "peak_memory_bytes", "memory_source", "device", "throughput_samples_per_second", "updates", "training_seconds",
     "precision_policy",
@@ -25,13 +25,13 @@ class TrialResult:
     """How a trial ended.
 
     Args:
-        status: `"completed"`, `"reused"`, `"infeasible"`, `"failed"`, or `"stopped"`: with the search, which will
-            go on with it.
-        reason: one line for a person; of a completed trial only where it was pruned.
-        values: the hyperparameters that really ran, the three batch sizes included.
-        metrics: the best epoch's, by name.
-        space: of the hyperparameters that appeared when the model was built or trained, as in Keras Tuner's
-            configuration.
+        status: `"completed"`, `"reused"`, `"infeasible"`, `"failed"`, or `"stopped"` together with the search, which
+            can resume it.
+        reason: one line for the user; empty for a completed trial, unless it was pruned.
+        values: the hyperparameters that ran, the three batch sizes included.
+        metrics: of the best epoch, by name.
+        space: Keras Tuner's configuration of the hyperparameters that were first declared while this trial's model was
+            built or trained.
     """
 
     status: str
@@ -53,7 +53,7 @@ def trained_result(
     objective_name: str,
     memory_budget_bytes: int | None,
 ) -> TrialResult:
-    """Decides what a training that came to its end counts as, from what its process reported."""
+    """Decides the status of a training that ran to its end, from the report of its process."""
     pruned_after = report.get("pruned_after_epochs")
     result = TrialResult(
         "completed", values, metrics=report["metrics"], best_epoch=report["best_epoch"],
@@ -66,7 +66,7 @@ def trained_result(
         reason = f"{objective_name} {was}: the training diverged (a smaller learning rate may help)"
         return replace(result, status="failed", reason=reason)
     if memory_budget_bytes is not None and peak > memory_budget_bytes:
-        # Where the backend has no allocator limit on this device, the process is measured instead.
+        # Possible where the backend cannot limit its allocator and the process's memory was measured.
         reason = f"it took {format_bytes(peak)}, more than the budget of {format_bytes(memory_budget_bytes)}"
         return replace(result, status="infeasible", reason=reason)
     return result
@@ -89,7 +89,7 @@ def completed_result(record: TrialRecord) -> TrialResult:
 def write_result(
     directory: TaskDirectory, trial_id: str, number: int, result: TrialResult, objective_name: str
 ) -> None:
-    """Appends the end of a trial to its journal, and its proposal where it never came to training."""
+    """Appends a trial's end to its journal, after its proposal if it never trained."""
     journal = Journal(directory.journal_file)
     if not any(event["event"] == "proposed" for event in journal.events()):
         journal.append(

@@ -1,14 +1,14 @@
-"""Runs one trial: chooses the pair that fits, and starts its training until an attempt ends it.
+"""Runs one trial: chooses a pair that fits, and trains with it, in several attempts if need be.
 
 A trial passes through these states; each arrow is a method of `TrialRunner`:
 
     Proposal ── run ──> Attempt ── _next_state ──> TrialResult     completed, failed, infeasible, stopped
                            ^            │
                            └────────────┘  out of memory: the same effective batch with a smaller micro-batch
-                                           lost with its machine: the same once more
+                                           lost with its machine: the same again
 
 A proposal can also end at once: as `reused` (the same training as an earlier trial), `infeasible` (no pair fits), or
-`completed` in a session that was killed before its oracle was told.
+`completed` (in an earlier session that was killed before the oracle had the result).
 """
 
 from __future__ import annotations
@@ -37,22 +37,22 @@ from accumtune.tracking.journal import Journal, read_trial
 from accumtune.worker.transport.outcome import Outcome
 from accumtune.worker.transport.task_directory import SearchDirectory, TaskDirectory
 
-# A trial that takes the whole machine down with it would be run for ever, once after each resume.
+# Limits a trial that crashes the machine: otherwise each resumed search would run it again.
 _MAX_CRASHES = 5
-# So may one that takes every machine of a cluster down.
+# Limits a trial that crashes the machines of a cluster.
 _MAX_LOSSES = 10
 
 
 @dataclass(frozen=True)
 class Proposal:
-    """What the oracle asks for.
+    """A trial that the oracle proposes.
 
     Args:
         trial_id: Keras Tuner's.
         number: counts trials from 1.
         directory: of the trial.
         space: Keras Tuner's configuration of the hyperparameters: the space and the values.
-        fit_overrides: arguments of `fit` that this trial alone has (Hyperband's epochs).
+        fit_overrides: arguments of `fit` for this trial alone (Hyperband's epochs).
     """
 
     trial_id: str
@@ -72,7 +72,7 @@ class Attempt:
 
     Args:
         pair: what it trains with.
-        losses: how many attempts before it were lost with their machines.
+        losses: how many earlier attempts were lost with their machines.
     """
 
     pair: BatchPair
@@ -83,13 +83,13 @@ class TrialRunner:
     """Runs trials; `run` may be called from several threads at once.
 
     Args:
-        settings: what is the same for all trials.
+        settings: the same for all trials.
         directory: of the search.
         executor: where processes start.
-        profiler: knows what models cost, and learns what they took.
-        on_start: called with the trial's number, values and predicted peak when an attempt begins to train.
-        places: which devices trials run on, one trial at a time on each.
-        pruning: is told of each epoch and may say that the trial is hopeless; None trains all to their end.
+        profiler: predicts memory and throughput, and learns from what trials took.
+        on_start: called with the trial's number, values and predicted peak when an attempt starts to train.
+        places: the devices that trials run on, one trial at a time on each.
+        pruning: decides after each epoch whether to stop a trial; None trains all to their end.
     """
 
     def __init__(
@@ -111,7 +111,7 @@ class TrialRunner:
         self.processes = TrainingProcesses(settings, directory, executor, pruning)
 
     def remember(self, trial_id: str, result: TrialResult) -> None:
-        """Adds a training of an earlier session, which need not be done again."""
+        """Adds a training of an earlier session, which is not repeated."""
         self._cache.add(training_key(result.values, self._settings.is_batch_coupled), trial_id, result)
 
     def run(
@@ -127,7 +127,7 @@ class TrialRunner:
         except AccumtuneError as error:
             if self.processes.is_stopping:  # a probe that was ended with the search
                 return TrialResult("stopped", proposal.values, reason=STOPPED)
-            if isinstance(error, SearchError):  # says nothing of this trial, and the next one would fare no better
+            if isinstance(error, SearchError):  # not this trial's fault: every other trial would raise it too
                 raise
             reason = str(error).splitlines()[0]
             return TrialResult("failed", proposal.values, reason=reason, traceback=str(error))
@@ -162,7 +162,7 @@ class TrialRunner:
     def _train_once(
         self, proposal: Proposal, facts: ModelFacts, pair: BatchPair, values: dict[str, Any]
     ) -> TrialResult:
-        """Trains, or takes the result of the same training by another trial."""
+        """Trains, or reuses the result of another trial with the same training."""
         key = training_key(values, self._settings.is_batch_coupled)
         source, result = self._cache.get_or_train(
             key, proposal.trial_id, lambda: self._train(proposal, facts, pair)
@@ -172,7 +172,7 @@ class TrialRunner:
             ran = BatchPair.of_values(result.values) or pair
             values = {**result.values, **values, **ran.as_hyperparameters()}
             return replace(result, status="reused", values=values, reason=reason, reused_from=source)
-        if result.status == "completed" and result.space:  # the next proposal of the same training names them
+        if result.status == "completed" and result.space:  # training has declared hyperparameters: the key has them now
             self.remember(proposal.trial_id, result)
         return result
 
@@ -185,7 +185,7 @@ class TrialRunner:
         return state
 
     def _next_state(self, proposal: Proposal, facts: ModelFacts, attempt: Attempt) -> Attempt | TrialResult:
-        """Trains once; returns how the trial ended, or the attempt that follows."""
+        """Trains once; returns the trial's result, or the next attempt."""
         directory, pair = proposal.directory, attempt.pair
         journal = Journal(directory.journal_file)
         profile = self._profiler.profile(proposal.space)
@@ -198,7 +198,7 @@ class TrialRunner:
         outcome = self._finished_before(directory, number, values, identity)
         if outcome is None:
             if _crashes(journal) >= _MAX_CRASHES:
-                reason = f"the search was gone {_MAX_CRASHES} times while it ran: it may take the machine down"
+                reason = f"the search was killed {_MAX_CRASHES} times while it ran: it may crash the machine"
                 return TrialResult("failed", values, reason=reason, traceback=directory.log_tail())
             self._on_start(proposal.number, values, peak)
             outcome = self.processes.train(
@@ -208,7 +208,7 @@ class TrialRunner:
                 journal.append("stopped", attempt=number, why=STOPPED)
                 return TrialResult("stopped", values, reason=STOPPED)
             if outcome.status == "lost":
-                # Started anew by the search rather than by Ray: each start is an attempt, with epochs of its own.
+                # Restarted by the search and not by Ray, so that each start is an attempt with its own epochs.
                 journal.append("stopped", attempt=number, why=outcome.reason)
                 return _repeat_after_lost_machine(attempt, values, outcome)
             if outcome.status == "out_of_memory":
@@ -238,11 +238,11 @@ class TrialRunner:
     def _finished_before(
         self, directory: TaskDirectory, number: int, values: Mapping[str, Any], identity: str
     ) -> Outcome | None:
-        """Returns what a child had written when the search was killed, before it could read it."""
+        """Returns the outcome of a process that completed after the search was killed, if it is still valid."""
         if number == 1 or (written := directory.read_outcome()) is None or written["status"] != "completed":
             return None
         if self._settings.executions_per_trial > 1:
-            return None  # it is one of several, and the reports of the others went with the search
+            return None  # one of several, and the reports of the others are lost
         _, arguments = directory.read_task()
         same = arguments["hyperparameters"]["values"] == values and arguments.get("identity", "") == identity
         return Outcome(**written) if same else None
@@ -250,7 +250,7 @@ class TrialRunner:
     def _repeat_with_smaller_micro_batch(
         self, attempt: Attempt, values: Mapping[str, Any], profile: Profile
     ) -> Attempt | TrialResult:
-        """Lets the profile learn that the pair ran out of memory, and goes on with the next smaller micro-batch."""
+        """Records in the profile that the pair ran out of memory, and returns the next smaller micro-batch."""
         pair, settings = attempt.pair, self._settings
         self._profiler.learn(
             profile.signature,
@@ -293,9 +293,9 @@ def _repeat_after_lost_machine(attempt: Attempt, values: Mapping[str, Any], outc
 
 
 def _ended_before(proposal: Proposal) -> TrialResult | None:
-    """Returns the result of a trial that had completed when the search was killed, before the oracle was told."""
+    """Returns the result of a trial that completed in a session that was killed before the oracle had it."""
     record = read_trial(proposal.directory.path)
-    # The pair that ran may be a smaller one than was proposed.
+    # The pair that ran may be smaller than the proposed one.
     pair = {"micro_batch_size", "accumulation_steps"}
     proposed = {name: value for name, value in proposal.values.items() if name not in pair}
     same = all(record.hyperparameters.get(name) == value for name, value in proposed.items())
@@ -303,21 +303,21 @@ def _ended_before(proposal: Proposal) -> TrialResult | None:
 
 
 def _training_digest(session: Mapping[str, str], model: Mapping[str, str]) -> str:
-    """Returns one text for all trainings that may share a checkpoint, whichever batch the model was inspected with."""
+    """Returns a digest that is equal for trainings that may share a checkpoint."""
     ignored = {"batch", "device"} | ({"optimizer's learning_rate"} if "learning_rate_scaling" in session else set())
     text = json.dumps([dict(session), {k: v for k, v in model.items() if k not in ignored}], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def _with_appeared(result: TrialResult, directory: TaskDirectory) -> TrialResult:
-    """Adds the hyperparameters that were asked for only while the model trained."""
+    """Adds the hyperparameters that were declared only while the model trained."""
     record = read_trial(directory.path)
     values = {**record.hyperparameters, **result.values}
     return replace(result, values=values, space=record.appeared_space)
 
 
 def _crashes(journal: Journal) -> int:
-    """Counts how often the trial was started and neither ended nor was stopped: then the search was killed with it."""
+    """Counts the starts of a trial that neither ended nor were stopped: the search was killed during them."""
     names = [event["event"] for event in journal.events()]
     return names.count("started") - names.count("stopped") - names.count("ended")
 
@@ -332,8 +332,8 @@ def _why_infeasible(profile: Profile, values: Mapping[str, Any], budget: int | N
         why = f"predicted {format_bytes(predicted)}"
         if kept > predicted / 2:
             why += (
-                f", of which {format_bytes(kept)} are what the effective batch keeps at once: its data, or the outputs "
-                "for a loss over all of it; a smaller effective batch needs less"
+                f", of which {format_bytes(kept)} hold the effective batch's data, or its outputs for a loss over the "
+                "whole batch; a smaller effective batch needs less"
             )
     else:
         why = "every probe ran out of memory"

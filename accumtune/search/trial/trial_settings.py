@@ -1,4 +1,4 @@
-"""What is the same for all trials of a search."""
+"""Holds the settings that all trials of a search share."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True)
 class TrialSettings:
-    """What is the same for all trials of a search.
+    """The settings that all trials of a search share.
 
     Args:
-        identity: what decides the results of the search's session (`search_identity`).
-        has_own_run_trial: a subclass's `run_trial` may train each trial in another way, whatever its hyperparameters.
+        identity: of the session, see `search_identity`.
+        has_own_run_trial: whether a subclass overrides `run_trial`; equal hyperparameters may then train differently.
     """
 
     memory_budget_bytes: int | None
