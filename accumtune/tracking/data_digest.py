@@ -9,25 +9,25 @@ from typing import Any
 
 import numpy as np
 
-# More than this is read in evenly spaced pieces: a digest must not take longer than the first trial.
+# Larger arrays are sampled in evenly spaced pieces, so that a digest takes less time than a trial.
 _WHOLE_BYTES = 2**26
 _PIECES = 1024
 _WHOLE_OBJECTS = 2**20
-# Parts that have all of the content, of SciPy's sparse arrays in rows, and of TensorFlow's ragged and sparse tensors.
+# The attributes that hold the content of SciPy's sparse arrays in rows, and of TensorFlow's ragged and sparse tensors.
 _ROWS = ("data", "indices", "indptr")
 _PARTS = (("flat_values", "nested_row_splits"), ("indices", "values", "dense_shape"))
 
 
 class _Unknown(Exception):
-    """Something whose content cannot be told."""
+    """A value whose content has no digest."""
 
 
 def data_digest(*trees: Any) -> str | None:
-    """The digest of arrays (also dicts and tuples of them): 16 hexadecimal digits.
+    """Returns the digest of arrays (also dicts and tuples of them): 16 hexadecimal digits.
 
-    Shapes, types and values count, those of objects in an array too. Of an array above 64 MiB, 1024 evenly spaced
-    pieces of 64 KiB stand for the values, of one above a million objects as many. None where there is no array, or an
-    object whose content cannot be told: that of a function or a pipeline is only known by running it.
+    It depends on shapes, types and values, also on those of objects in an array. Arrays above 64 MiB are sampled in
+    1024 evenly spaced pieces of 64 KiB, arrays above a million objects at a million of them. None if there is no array,
+    or an array holds an object of unknown content, such as a function.
     """
     digest = hashlib.sha256()
     try:
@@ -73,7 +73,7 @@ def _add(digest: Any, tree: Any) -> int:
 
 def _add_array(digest: Any, array: Any) -> None:
     digest.update(f"{array.shape}{array.dtype.str}".encode())
-    if array.dtype.hasobject or array.dtype.kind == "T":  # what lies in memory are addresses
+    if array.dtype.hasobject or array.dtype.kind == "T":  # their memory holds addresses
         flat = array.reshape(-1)
         for index in np.unique(np.linspace(0, max(0, len(flat) - 1), min(len(flat), _WHOLE_OBJECTS)).astype(int)):
             _add_object(digest, flat[index])
@@ -87,10 +87,10 @@ def _add_array(digest: Any, array: Any) -> None:
 
 
 def _add_object(digest: Any, value: Any) -> None:
-    """An element of an array of objects.
+    """Adds an element of an array of objects.
 
     Raises:
-        _Unknown: neither a plain value nor something made of them.
+        _Unknown: the element is neither a plain value nor made of plain values.
     """
     if value is None or isinstance(value, (str, bytes, bool, int, float, complex)):
         text = repr(value)
@@ -109,6 +109,6 @@ def _add_object(digest: Any, value: Any) -> None:
 
 
 def file_digest(path: Path) -> str:
-    """The SHA-256 of a file's content, in hexadecimal."""
+    """Returns the SHA-256 of a file's content, in hexadecimal."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,13 +1,13 @@
-"""Writes down at once and for good what happens in a search: append-only files of JSON lines.
+"""Records the events of a search, as they happen, in append-only files of JSON lines.
 
-Everything else (MLflow, pictures, the terminal) is made from these files, so what is in them is never lost:
+MLflow's runs, the pictures and the tables are made from these files and can be made again:
 
     <search folder>/search.jsonl                    the search itself
     <search folder>/trial_<id>/journal.jsonl        one trial
     <search folder>/infeasible_<n>/journal.jsonl    a proposal that fits at no micro-batch size
 
-A line is written by one `write`, so a process killed at any moment leaves at most one torn line, the last. Readers
-ignore it, and the next append ends it with a line break, so that it never swallows the line that follows.
+Each line is written by one `write`, so a killed process leaves at most one incomplete line, the last. Readers ignore
+it, and the next append ends it with a line break first.
 """
 
 from __future__ import annotations
@@ -47,24 +47,24 @@ class Journal:
     def append(self, event: str, **fields: Any) -> None:
         """Adds one event with the present time (`"time"`, in Unix seconds).
 
-        NaN, infinities and NumPy scalars and arrays are kept; what JSON has no word for is kept as text.
+        NaN, infinities and NumPy scalars and arrays keep their values; other types that JSON lacks are stored as text.
 
         Raises:
-            OSError: the line could not be written (a full disk, a read-only folder). What was there stays readable.
+            OSError: the line could not be written (a full disk, a read-only folder). Earlier events stay readable.
         """
         entry = {"event": event, "time": time.time(), **fields}
         line = json.dumps(entry, default=_to_json, skipkeys=True).encode() + b"\n"
         self.path.parent.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
         try:
-            if _is_torn(descriptor):
+            if _ends_incomplete(descriptor):
                 line = b"\n" + line
             _write(descriptor, line)
         finally:
             os.close(descriptor)
 
     def events(self) -> list[dict[str, Any]]:
-        """All events that were written completely, oldest first; `[]` where there is no file."""
+        """Returns all complete events, oldest first; `[]` if there is no file."""
         try:
             content = self.path.read_bytes()
         except FileNotFoundError:
@@ -76,13 +76,13 @@ class Journal:
         return f"Journal({str(self.path)!r})"
 
 
-def _is_torn(descriptor: int) -> bool:
+def _ends_incomplete(descriptor: int) -> bool:
     size = os.fstat(descriptor).st_size
     return size > 0 and os.pread(descriptor, 1, size - 1) != b"\n"
 
 
 def _write(descriptor: int, line: bytes) -> None:
-    # One call in all but the rarest cases; a full disk may take a part and refuses the rest with an OSError.
+    # Almost always one call; a full disk may write a part, and then raises OSError for the rest.
     while line:
         line = line[os.write(descriptor, line) :]
 
@@ -96,7 +96,7 @@ def _parse(line: bytes) -> dict[str, Any] | None:
 
 
 def _to_json(value: Any) -> Any:
-    """NumPy and framework scalars and arrays as numbers and lists; anything else as its text."""
+    """Turns scalars and arrays of NumPy and the frameworks into numbers and lists, anything else into text."""
     for method in ("tolist", "item"):
         convert = getattr(value, method, None)
         if callable(convert):
@@ -109,7 +109,7 @@ def _to_json(value: Any) -> Any:
 
 
 def read_trial(folder: Path) -> TrialRecord:
-    """Reads one trial's folder. A missing or empty journal gives a running trial about which nothing is known."""
+    """Reads one trial's folder. Without a journal, the result is a running trial with default values."""
     folder = Path(folder)
     values: dict[str, Any] = {"trial_id": folder.name.removeprefix("trial_")}
     epochs: dict[tuple[int, int], EpochRecord] = {}
@@ -127,12 +127,12 @@ def read_trial(folder: Path) -> TrialRecord:
             late, late_space = {}, []
         elif kind == "appeared":
             space, found = event.get("space"), event.get("values")
-            if isinstance(space, list) and isinstance(found, Mapping):  # each execution of a trial tells the same
+            if isinstance(space, list) and isinstance(found, Mapping):  # each execution journals them
                 late_space += [item for item in space if item not in late_space]
                 late |= found
         elif kind == "epoch":
             record = _epoch(event)
-            # A process that was given up may still write an epoch of its own attempt.
+            # A process of an earlier attempt that is no longer waited for may still write epochs.
             if record is not None and event.get("attempt", values.get("attempt")) == values.get("attempt"):
                 epochs[record.execution, record.epoch] = record
         elif kind == "ended":
@@ -144,13 +144,13 @@ def read_trial(folder: Path) -> TrialRecord:
 
 
 def read_search(folder: Path) -> SearchRecord:
-    """Reads a search's folder with all its trials. What is missing or unknown is left at its default."""
+    """Reads a search's folder with all its trials. Missing values keep their defaults."""
     trials = sorted(map(read_trial, trial_folders(folder)), key=lambda trial: (trial.number, trial.trial_id))
     return replace(read_search_journal(folder), trials=tuple(trials))
 
 
 def read_search_journal(folder: Path) -> SearchRecord:
-    """Reads what is known of a search itself, without its trials."""
+    """Reads a search's own journal, without its trials."""
     folder = Path(folder)
     values: dict[str, Any] = {}
     advice: list[str] = []
@@ -176,7 +176,7 @@ def read_search_journal(folder: Path) -> SearchRecord:
 
 
 def trial_folders(folder: Path) -> list[Path]:
-    """The folders of a search that have, or will have, a trial's journal."""
+    """Returns the folders of a search's trials and infeasible proposals, in order."""
     try:
         entries = list(Path(folder).iterdir())
     except (FileNotFoundError, NotADirectoryError):
@@ -191,13 +191,13 @@ _OUTCOME = (
 
 
 def _forget_outcome(values: dict[str, Any]) -> None:
-    """Whatever an earlier attempt came to is void."""
+    """Removes the outcome of an earlier attempt."""
     for name in _OUTCOME:
         values.pop(name, None)
 
 
 def _known(record: type, event: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields of an event that a record has; a later version's other fields are passed over."""
+    """Returns the fields of an event that a record has; others, of a later version, are ignored."""
     names = {item.name for item in fields(record)} - {"folder", "epochs", "trials", "status", "advice"}
     known = {name: value for name, value in event.items() if name in names}
     for name in ("reason", "traceback", "description"):

@@ -14,17 +14,17 @@ from typing import IO
 from accumtune.errors import SearchDirectoryError
 
 LOCK_FILE = "search.lock"
-# A disk without locks says so; NFS has them, but only for files that are open for writing (EBADF for others).
+# Errors of a file system without locks. (NFS has locks, but only for files that are open for writing.)
 _NO_LOCKS = {errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.ENOLCK}
 _TAKEN = {errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES}
 
 
 @contextlib.contextmanager
 def only_search(folder: Path) -> Iterator[None]:
-    """Holds a search's directory, which exists.
+    """Locks a search's directory, which exists.
 
     Raises:
-        SearchDirectoryError: another search holds it.
+        SearchDirectoryError: another search has locked it.
     """
     with held(folder) as is_held:
         if not is_held:
@@ -34,7 +34,7 @@ def only_search(folder: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def held(folder: Path) -> Iterator[bool]:
-    """Holds a search's directory, which exists, unless another search does; yields whether it is held."""
+    """Locks a search's directory, which exists, unless another search has; yields whether it is locked by this one."""
     with open(folder / LOCK_FILE, "a+") as file:
         if not _take(file, folder):
             yield False
@@ -50,9 +50,9 @@ def held(folder: Path) -> Iterator[bool]:
 
 @contextlib.contextmanager
 def abandoned(folder: Path) -> Iterator[bool]:
-    """Whether the search was killed: nobody holds its directory, and nobody gave it back. Nobody takes it meanwhile.
+    """Yields whether a search was killed: its directory is not locked, but was never released. Locks it meanwhile.
 
-    Of a search on another machine no one can tell: not every shared disk has locks.
+    False for a search on another machine, because not every shared disk has locks.
     """
     try:
         file = open(folder / LOCK_FILE, "r+")
@@ -64,16 +64,16 @@ def abandoned(folder: Path) -> Iterator[bool]:
 
 
 def _take(file: IO[str], folder: Path) -> bool:
-    """Locks the open lock file; without locks, what it says decides."""
+    """Locks the open lock file; on a disk without locks, its content decides whether that succeeds."""
     taken = try_lock(file.fileno())
-    return _is_given_back(_holder(folder)) if taken is None else taken
+    return _is_released(_holder(folder)) if taken is None else taken
 
 
 def try_lock(descriptor: int) -> bool | None:
-    """Whether a file that is open for writing is this process's alone now, until it is closed.
+    """Locks a file that is open for writing, until it is closed; returns whether that succeeded.
 
     Returns:
-        None where the disk has no locks.
+        None if the disk has no locks.
     """
     try:
         import fcntl
@@ -90,8 +90,8 @@ def try_lock(descriptor: int) -> bool | None:
     return True
 
 
-def _is_given_back(holder: dict[str, object]) -> bool:
-    """Whether the process that a lock file names is known to be gone."""
+def _is_released(holder: dict[str, object]) -> bool:
+    """Returns whether the process in a lock file's content is known to have ended."""
     pid = holder.get("pid")
     if not isinstance(pid, int):
         return True
@@ -115,12 +115,12 @@ def _holder(folder: Path) -> dict[str, object]:
 
 
 def running_already(folder: Path) -> SearchDirectoryError:
-    """The error for a directory that another search holds."""
+    """Makes the error for a directory that another search has locked."""
     holder = _holder(folder)
     who = f"process {holder['pid']} on {holder['host']}" if {"pid", "host"} <= set(holder) else "another process"
     return SearchDirectoryError(
         f"The search in {folder} is running already, in {who}.",
         "one search at a time in a directory.",
-        "wait for it, stop it with Ctrl-C, or give this one a project_name= of its own. Where that process is gone and "
-        f"the disk has no locks, delete {folder / LOCK_FILE}.",
+        "wait for it, stop it with Ctrl-C, or give this one another project_name. If that process has ended and the "
+        f"disk has no locks, delete {folder / LOCK_FILE}.",
     )

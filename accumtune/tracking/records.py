@@ -1,4 +1,4 @@
-"""A search and its trials as their journals tell them: plain, frozen values."""
+"""Holds what the journals say about a search and its trials, as plain, frozen values."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class EpochRecord:
-    """What one epoch reported."""
+    """The logs of one epoch."""
 
     epoch: int
     logs: Mapping[str, float]
@@ -20,10 +20,10 @@ class EpochRecord:
 
 @dataclass(frozen=True)
 class TrialRecord:
-    """One trial, as far as it has come; `status` is `"running"` until it has ended.
+    """One trial so far; `status` is `"running"` until it has ended.
 
-    Only the epochs of the latest attempt are here: an attempt that is started anew (after running out of memory,
-    or after the search was killed) supersedes the one before.
+    `epochs` are those of the latest attempt: a new attempt (after running out of memory, or after the search was
+    killed) replaces the one before.
     """
 
     folder: Path
@@ -34,7 +34,7 @@ class TrialRecord:
     traceback: str = ""
     description: str = ""
     hyperparameters: Mapping[str, Any] = field(default_factory=dict)
-    # Of those hyperparameters that were asked for only while the model trained, as in Keras Tuner's configuration.
+    # Keras Tuner's configuration of the hyperparameters that were first declared while the model trained.
     appeared_space: tuple[Mapping[str, Any], ...] = ()
     predicted_peak_memory_bytes: float | None = None
     predicted_throughput_samples_per_second: float | None = None
@@ -125,5 +125,5 @@ class SearchRecord:
         return self.objective.get("direction", "min")
 
     def with_status(self, status: str) -> tuple[TrialRecord, ...]:
-        """The trials that ended so (`"completed"`, `"reused"`, `"infeasible"`, `"failed"`) or are `"running"`."""
+        """Returns the trials of a status: `"completed"`, `"reused"`, `"infeasible"`, `"failed"` or `"running"`."""
         return tuple(trial for trial in self.trials if trial.status == status)

@@ -1,4 +1,4 @@
-"""Reads small files that others may have written, without trust, and replaces files in one move."""
+"""Reads small files that others may have written, and replaces files atomically."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from typing import BinaryIO
 
 
 def read_small(path: str | os.PathLike[str], most_bytes: int) -> bytes:
-    """The content of a regular file, of which no more than `most_bytes` + 1 bytes are read.
+    """Reads a regular file, at most `most_bytes` + 1 bytes of it.
 
     Raises:
-        OSError: it cannot be read, or is a pipe, a device or a folder, which may never end.
-        ValueError: the name is none.
+        OSError: it cannot be read, or is not a regular file: reading a pipe or a device may never end.
+        ValueError: the path is not a valid file name.
     """
-    # Without O_NONBLOCK, opening a pipe waits for someone who writes into it.
+    # Without O_NONBLOCK, opening a pipe waits for a writer.
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     with open(descriptor, "rb") as file:
         if not stat.S_ISREG(os.fstat(descriptor).st_mode):
@@ -28,7 +28,7 @@ def read_small(path: str | os.PathLike[str], most_bytes: int) -> bytes:
 
 @contextlib.contextmanager
 def atomic_file(path: Path, *, outlives_a_power_cut: bool = True) -> Iterator[BinaryIO]:
-    """A file to write, of which a reader, or the next process after a kill, sees all or nothing."""
+    """Yields a file to write that replaces `path` when it is complete: a reader never sees a part of it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name[:100]}.{secrets.token_hex(4)}.tmp")
     try:
@@ -39,21 +39,21 @@ def atomic_file(path: Path, *, outlives_a_power_cut: bool = True) -> Iterator[Bi
                 os.fsync(file.fileno())
         os.replace(temporary, path)
     except BaseException:
-        temporary.unlink(missing_ok=True)  # of a disk that is full, the space is wanted
+        temporary.unlink(missing_ok=True)  # the disk may be full
         raise
 
 
 def write_atomically(path: Path, content: bytes | str) -> None:
-    """Writes a file so that a reader, or the next process after a kill, sees all of it or none of it."""
+    """Writes a file so that a reader, or the next process after a kill, never sees a part of it."""
     with atomic_file(path) as file:
         file.write(content.encode() if isinstance(content, str) else content)
 
 
 def write_whole(path: str | os.PathLike[str], text: str) -> None:
-    """Writes a text file of the user's in one move: a reader sees the old file or the new one, never half of it.
+    """Writes a text file at a path that the user gave, atomically.
 
-    A new file has the permissions that the umask leaves, an existing one keeps its own; what a link leads to is
-    written, and not the link; a device or a pipe is written into.
+    A new file has the umask's permissions, an existing one keeps its own. A link is followed. A device or a pipe is
+    written to as it is.
 
     Raises:
         OSError: it cannot be written.

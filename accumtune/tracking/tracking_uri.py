@@ -1,4 +1,4 @@
-"""Finds where runs are tracked, and writes such an address without its password."""
+"""Finds the tracking URI, and removes credentials from it."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from urllib.parse import unquote, urlsplit
 
 from accumtune.tracking.redaction import redacted
 
-# Named explicitly: MLflow's own default still resolves to an old ./mlruns/<n>/meta.yaml where there is one, and a
-# file store is refused since MLflow 3.13.
+# Not MLflow's own default: if there is an old ./mlruns/<n>/meta.yaml, that is a file store, which MLflow refuses since
+# 3.13.
 DEFAULT_TRACKING_URI = "sqlite:///mlruns/mlflow.db"
 
 _SECRET_PARAMETER = re.compile(
@@ -20,18 +20,18 @@ _DATABASES = ("postgresql", "mysql", "mariadb", "mssql", "oracle", "cockroachdb"
 
 
 def default_tracking_uri() -> str:
-    """The caller's store: `MLFLOW_TRACKING_URI`, which `mlflow.set_tracking_uri` sets too, or accumtune's own."""
+    """Returns `MLFLOW_TRACKING_URI`, which `mlflow.set_tracking_uri` sets too, or else accumtune's default."""
     return os.environ.get("MLFLOW_TRACKING_URI") or DEFAULT_TRACKING_URI
 
 
 def absolute_uri(uri: str) -> str:
-    """The same store, also after the process has changed its working directory."""
+    """Makes an SQLite URI independent of the working directory."""
     path = sqlite_path(uri)
     return uri if path is None else f"sqlite:///{path.resolve()}"
 
 
 def sqlite_path(uri: str) -> Path | None:
-    """The database file of an SQLite URI; None for any other store, and for a database in memory."""
+    """Returns the database file of an SQLite URI; None for any other store, and for a database in memory."""
     prefix = "sqlite:///"
     if not uri.startswith(prefix) or uri == prefix or "?" in uri or uri == prefix + ":memory:":
         return None
@@ -39,7 +39,7 @@ def sqlite_path(uri: str) -> Path | None:
 
 
 def server_of(uri: str) -> tuple[str, str, int | None] | None:
-    """Scheme (without a driver), host and port as whoever connects reads them; None where no host is named.
+    """Returns scheme (without a driver), host and port, as the library that connects reads them; None without a host.
 
     Raises:
         ValueError: the address cannot be read.
@@ -59,10 +59,9 @@ def server_of(uri: str) -> tuple[str, str, int | None] | None:
 
 
 def without_credentials(uri: str) -> str:
-    """The address without user, password and secret query parameters.
+    """Returns the address without user, password and secret query parameters.
 
-    Everything before the last `@` goes: whoever connects may end a password elsewhere where it holds `/`, `?`, `#` or
-    `@`, but no part of it is left.
+    It removes everything before the last `@`: libraries disagree on where a password with `/`, `?`, `#` or `@` ends.
 
     >>> without_credentials("postgresql://me:secret@db:5432/mlflow?sslmode=require&password=x")
     'postgresql://db:5432/mlflow?sslmode=require'
@@ -71,7 +70,7 @@ def without_credentials(uri: str) -> str:
     if not mark:
         return redacted(uri)
     if any("@" in item and _is_secret(item) for item in rest.partition("?")[2].split("&")):
-        return f"{scheme}{mark}..."  # the end of a password, or of a parameter: nobody can tell
+        return f"{scheme}{mark}..."  # either the end of a password, or a parameter
     address, _, query = (rest if rest.startswith("/") else rest.rpartition("@")[2]).partition("?")
     kept = [item for item in query.split("&") if item and not _is_secret(item)]
     return redacted(f"{scheme}{mark}{address}{'?' if kept else ''}{'&'.join(kept)}")

@@ -127,7 +127,7 @@ def test_artifacts_on_a_server_that_the_store_names_are_not_fetched(serve, schem
     """Whoever may make an experiment decides where its artifacts lie."""
     other = serve()
     own = serve(store_with_artifacts_at(other.address.replace("http", scheme, 1)))
-    with pytest.raises(ConfigError, match="artifacts are at"):
+    with pytest.raises(ConfigError, match="keeps its artifacts at"):
         if source == "weights":
             hostile(own.address).load_weights(None, tracking_uri=own.address)
         else:

@@ -52,16 +52,17 @@ def test_without_any_there_is_no_advice(tmp_path):
 def test_note_and_summary_say_it_and_the_picture_can_be_drawn(tmp_path, samples):
     record = searched(tmp_path / "made", a=[samples], b=[5.0])
     advice = f"The gradient noise scale was about {samples:,.0f} samples (trial a, median of its epochs)"
-    advice += ": beyond" if samples == 64.0 else ", but the best effective batch was 64. Believe the search"
+    but = ", but the best effective batch was 64. Trust the search"
+    advice += ". Larger effective batches" if samples == 64.0 else but
     assert advice in write(record, tmp_path / "report")
     assert advice in results.summary(record, candidates_of(record), 10)
     assert (tmp_path / "report" / "effective_batch.png").stat().st_size > 10_000
 
 
 @pytest.mark.parametrize(
-    "samples, why", [(929.0, "small batches make more updates"), (16.0, "buys little"), (2.0, "the learning rate")]
+    "samples, why", [(929.0, "small batches make more updates"), (16.0, "gain little"), (2.0, "the learning rate")]
 )
 def test_where_it_contradicts_the_best_effective_batch_it_says_which_to_believe(samples, why):
     advice = NoiseScale(samples, "08").advice(SimpleNamespace(effective_batch_size=16))
-    assert why in advice and ("Believe the search" in advice) == (samples != 16.0)
-    assert "buys little" in NoiseScale(samples, "08").advice()
+    assert why in advice and ("Trust the search" in advice) == (samples != 16.0)
+    assert "gain little" in NoiseScale(samples, "08").advice()

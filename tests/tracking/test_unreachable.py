@@ -103,8 +103,8 @@ def test_a_server_that_was_silent_for_long_is_not_waited_for(finished, monkeypat
 def test_who_is_heard_is_not_silent(monkeypatch):
     now = iter([0.0, 5.0, 7.0, 9.0, 11.0])
     monkeypatch.setattr(reaching.time, "monotonic", lambda: next(now))
-    pulse = reaching.Pulse(is_local=False)  # 0 s
-    assert pulse.silent_seconds() == 5.0
+    heartbeat = reaching.Heartbeat(is_local=False)  # 0 s
+    assert heartbeat.silent_seconds() == 5.0
 
     class Client:
         number = 3
@@ -114,12 +114,12 @@ def test_who_is_heard_is_not_silent(monkeypatch):
                 raise OSError
             return value
 
-    listening = reaching.Listening(Client(), pulse)
+    client = reaching.MonitoredClient(Client(), heartbeat)
     with pytest.raises(OSError):
-        listening.answer(1, fails=True)
-    assert listening.answer(1) == 1 and listening.number == 3  # 7 s
-    assert pulse.silent_seconds() == 2.0
-    assert reaching.Pulse(is_local=True).silent_seconds() == 0.0, "a file is slow at worst"
+        client.answer(1, fails=True)
+    assert client.answer(1) == 1 and client.number == 3  # 7 s
+    assert heartbeat.silent_seconds() == 2.0
+    assert reaching.Heartbeat(is_local=True).silent_seconds() == 0.0, "a file is slow at worst"
 
 
 @pytest.mark.parametrize("scheme", ["http", "postgresql+psycopg", "mysql+pymysql"])

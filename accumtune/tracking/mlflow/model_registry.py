@@ -1,10 +1,10 @@
-"""Registers the best model in MLflow, from what the search has left in its folder.
+"""Registers the best model in MLflow, from the search's folder.
 
-    <search folder>/model/                  the model as MLflow saves it, with its signature
-    <search folder>/model.json              under which name, of which trial; written last
+    <search folder>/model/                  the model in MLflow's format, with its signature
+    <search folder>/model.json              its registered name and its trial; written last
 
-The version's run is the search's; the version's tag `accumtune.config` says which of its artifacts is the configuration
-of that model.
+The model version belongs to the search's run. Its tag `accumtune.config` names the artifact of that run that is the
+model's configuration.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _KEY_TAG = "accumtune.model_key"
 
 
 def wanted(folder: Path) -> dict[str, str] | None:
-    """What is to be registered: `name`, `trial_id` and a `key` of the content; None where nothing is."""
+    """Returns the model to register: `name`, `trial_id` and a `key` of the content; None if there is none."""
     try:
         content = json.loads((folder / MODEL_FILE).read_text())
     except (OSError, ValueError):
@@ -34,16 +34,16 @@ def wanted(folder: Path) -> dict[str, str] | None:
     return content if is_complete and (folder / MODEL_FOLDER / "MLmodel").exists() else None
 
 
-def bring_model(client: Any, run_id: str, folder: Path) -> str | None:
-    """Logs the model and registers it under its name, once; the alias `best` moves to it.
+def register_model(client: Any, run_id: str, folder: Path) -> str | None:
+    """Logs the model, registers it under its name, once, and moves the alias `best` to it.
 
     Args:
         client: MLflow's.
-        run_id: the search's.
+        run_id: of the search's run.
         folder: the search's.
 
     Returns:
-        `name/version`, or None where there is no model to register.
+        `name/version`, or None if there is no model to register.
     """
     model = wanted(folder)
     if model is None:
@@ -57,7 +57,7 @@ def bring_model(client: Any, run_id: str, folder: Path) -> str | None:
         config = folder / REPORT_FOLDER / CONFIG_FILE
         config_artifact = CONFIG_FILE
         if source_of(config.parent).get("trial_id") == model["trial_id"]:
-            # Beside the model: the search's own is that of another trial as soon as one is better.
+            # A copy beside the model, because the search's own file is replaced when another trial is better.
             client.log_artifact(run_id, str(config), path)
             config_artifact = f"{path}/{CONFIG_FILE}"
         tags = {CONFIG_TAG: config_artifact, TRIAL_TAG: model["trial_id"], _KEY_TAG: model["key"]}
@@ -67,7 +67,7 @@ def bring_model(client: Any, run_id: str, folder: Path) -> str | None:
 
 
 def _version(client: Any, name: str, run_id: str, model: Mapping[str, str]) -> str | None:
-    """The version that an earlier attempt has made; the registered model is made where there is none."""
+    """Returns the version that an earlier attempt made, or None; creates the registered model if there is none."""
     from mlflow.exceptions import MlflowException
 
     try:
@@ -77,7 +77,7 @@ def _version(client: Any, name: str, run_id: str, model: Mapping[str, str]) -> s
     quoted = name.replace("'", "''")
     for version in client.search_model_versions(f"name = '{quoted}'"):
         if version.run_id == run_id and version.tags.get(_KEY_TAG) == model["key"]:
-            # Between the version and its alias, a kill may have come.
+            # The earlier attempt may have been killed before it set the alias.
             if int(client.get_registered_model(name).aliases.get(ALIAS, 0)) < int(version.version):
                 client.set_registered_model_alias(name, ALIAS, version.version)
             return str(version.version)

@@ -1,6 +1,6 @@
-"""Translates records of a search and its trials to the content of MLflow runs. Pure functions.
+"""Translates the records of a search and its trials to the content of MLflow runs. Pure functions.
 
-Names are those of the design: flat, and the same for every trial, so that tables and charts work. Memory is in MiB.
+Names are flat and the same for every trial, so that MLflow's tables and charts work. Memory is in MiB.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class Point:
 
 @dataclass(frozen=True)
 class RunContent:
-    """Everything that one MLflow run should hold, artifacts apart."""
+    """Everything that one MLflow run should hold, except for its artifacts."""
 
     name: str
     tags: Mapping[str, str]
@@ -62,10 +62,10 @@ class RunContent:
 
 
 def trial_run(trial: TrialRecord, search: SearchRecord) -> RunContent:
-    """The run of one trial."""
+    """Returns the content of one trial's run."""
     params = {clean_name(name): _param(name, value) for name, value in trial.hyperparameters.items()}
     scalars = _scalars(trial, search)
-    # A metric of the user's with such a name must not be mixed with ours, whichever comes first.
+    # A user's metric with one of these names is renamed, so that the two are not mixed.
     taken = set(_scalar_values(trial, search))
     started = trial.proposed_at or trial.started_at or trial.ended_at or search.started_at or 0.0
     texts = {"traceback.txt": redacted(trial.traceback)} if trial.traceback else {}
@@ -84,12 +84,12 @@ def trial_run(trial: TrialRecord, search: SearchRecord) -> RunContent:
 
 
 def search_run(search: SearchRecord, statuses: Mapping[str, int], note: str | None) -> RunContent:
-    """The parent run.
+    """Returns the content of the search's run, the parent of its trials' runs.
 
     Args:
-        search: the search; its trials are not looked at.
-        statuses: how many trials ended in each status, or are running.
-        note: the report's Markdown; None while there is none, then a line of progress takes its place.
+        search: the search; its trials are not used.
+        statuses: the number of trials by status.
+        note: the report's Markdown; None before there is one: then a line of progress replaces it.
     """
     budget = search.memory_budget_bytes
     params = {
@@ -114,7 +114,7 @@ def search_run(search: SearchRecord, statuses: Mapping[str, int], note: str | No
         **{f"accumtune.trials_{status}": str(statuses.get(status, 0)) for status in STATUSES},
         **{f"accumtune.version.{name}": str(version) for name, version in search.versions.items()},
     }
-    if len(search.resumed_at):  # MLflow keeps a parameter as it was in the first session
+    if len(search.resumed_at):  # MLflow's parameters cannot change: they are those of the first session
         tags |= {f"accumtune.{name}": str(params[name]) for name in _CHANGEABLE if params[name] is not None}
     if search.reason:
         tags[REASON_TAG] = redacted(search.reason)
@@ -129,12 +129,12 @@ def search_run(search: SearchRecord, statuses: Mapping[str, int], note: str | No
     )
 
 
-# What a later session may have changed.
+# The parameters that a later session may change.
 _CHANGEABLE = ("memory_budget", "max_trials", "micro_batch_sizes", "accumulation_steps_searched")
 
 
 def progress_note(search: SearchRecord, statuses: Mapping[str, int]) -> str:
-    """What stands on the parent's page until the report is written."""
+    """Returns the description of the search's run until there is a report."""
     counts = ", ".join(f"{count} {status}" for status, count in sorted(statuses.items())) or "none yet"
     budget = search.memory_budget_bytes
     within = "no memory budget" if budget is None else f"a memory budget of {format_bytes(budget)}"
@@ -142,17 +142,17 @@ def progress_note(search: SearchRecord, statuses: Mapping[str, int]) -> str:
 
 
 def count_statuses(trials: Mapping[Any, TrialRecord]) -> Counter[str]:
-    """How many trials are in each status."""
+    """Returns the number of trials by status."""
     return Counter(trial.status for trial in trials.values())
 
 
 def dataset(search: SearchRecord) -> dict[str, str] | None:
-    """The training data as an MLflow dataset: name, digest and shapes; None where nothing is known of it."""
+    """Returns the training data as an MLflow dataset: name, digest and shapes; None if nothing is known."""
     shapes = search.data.get("shapes")
     if not search.data.get("name") and not shapes:
         return None
     text = json.dumps(shapes, sort_keys=True, default=str)
-    # MLflow wants a digest; without one of the content, the shapes tell at least other data apart.
+    # MLflow requires a digest; without one of the content, it is one of the shapes.
     digest = search.data.get("digest") or f"shapes-{_crc(text)}"
     return {
         "name": str(search.data.get("name") or search.name)[:500],
@@ -161,11 +161,11 @@ def dataset(search: SearchRecord) -> dict[str, str] | None:
     }
 
 
-@functools.lru_cache(maxsize=4096)  # one name of a metric comes back with every epoch
+@functools.lru_cache(maxsize=4096)  # the same names recur in every epoch
 def clean_name(name: str) -> str:
-    """A name that MLflow takes: letters, digits and `_ - . : / space`, and no path that could climb.
+    """Returns a name that MLflow accepts: letters, digits and `_ - . : / space`, without `.` and `..` as parts.
 
-    One that had to be changed ends with a digest of what it was: `a|b` and `a*b` are not the same.
+    A changed name ends with a digest of the original, so that `a|b` and `a*b` stay different.
     """
     cleaned = re.sub(r"[^\w\-.: /]", "_", name)[:_MAXIMUM_KEY]
     # MLflow refuses what os.path.normpath would change.
@@ -178,7 +178,7 @@ def _param(name: str, value: Any) -> str:
 
 
 def _trial_name(trial: TrialRecord) -> str:
-    """As the search's table calls it."""
+    """Returns the run's name: the trial as the search's table names it, and its batch sizes."""
     label = f"infeasible {trial.number}" if trial.status == "infeasible" else f"trial {trial.trial_id}"
     if not trial.effective_batch_size:
         return label
@@ -208,7 +208,7 @@ def _clean_tags(tags: Mapping[str, str | None]) -> dict[str, str]:
 
 
 def _trial_note(trial: TrialRecord, search: SearchRecord) -> str:
-    """One line: it is the run's description in the table, too."""
+    """Returns the run's description: one line, because MLflow's table shows it too."""
     parts = []
     if trial.objective_value is not None:
         parts.append(f"{search.objective_name} {trial.objective_value:.4g}")
@@ -227,7 +227,7 @@ def _trial_note(trial: TrialRecord, search: SearchRecord) -> str:
 
 
 def _trial_status(trial: TrialRecord, search: SearchRecord) -> str:
-    """MLflow has no word for "infeasible": KILLED says that nothing went wrong and that there is no result."""
+    """Returns MLflow's status. It has none for "infeasible"; KILLED means: no result, and no error."""
     if trial.is_ended:
         return {"completed": "FINISHED", "reused": "FINISHED", "infeasible": "KILLED"}.get(trial.status, "FAILED")
     return "KILLED" if search.is_ended else "RUNNING"
@@ -266,7 +266,7 @@ def _scalars(trial: TrialRecord, search: SearchRecord) -> tuple[Point, ...]:
 def _curves(trial: TrialRecord, taken: set[str]) -> tuple[Point, ...]:
     points = []
     for epoch in trial.epochs:
-        # The first execution of a trial is the one that every other trial has, too.
+        # The first execution has no prefix: all trials have one, so their curves compare.
         prefix = f"execution_{epoch.execution}/" if epoch.execution else ""
         for name, value in epoch.logs.items():
             name = clean_name(prefix + (f"epoch_{name}" if name in taken else name))
@@ -278,7 +278,7 @@ def _curves(trial: TrialRecord, taken: set[str]) -> tuple[Point, ...]:
 
 
 def _storable(value: float) -> float:
-    """MLflow's databases hold NaN, and infinity as the largest number; said here, so that both sides compare."""
+    """Replaces infinities by the largest number, as MLflow's databases do, so that stored values compare as equal."""
     value = float(value)
     return value if math.isnan(value) else max(-_LARGEST, min(_LARGEST, value))
 

@@ -1,7 +1,7 @@
-"""Makes the saved view that MLflow's UI opens a search with: columns that matter, children visible, charts set up.
+"""Makes the saved view with which MLflow's UI opens a search: its columns, its order and its charts.
 
-MLflow 3 keeps a shared view in a tag of the experiment (verified on 3.17.2). It is not a documented interface, so
-nothing depends on it: where it is refused, the plain list of runs is opened instead.
+MLflow 3 keeps a shared view in a tag of the experiment (verified on 3.17.2). This is not a documented interface: if a
+store refuses it, the UI opens the plain list of runs.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ _OURS_TAG = "accumtune.viewDigest."
 _MAXIMUM_TAG = 20_000
 _METRICS = ("peak_memory_mib", "throughput_samples_per_second")
 _KIND_TAG = "mlflow.experimentKind"
-# Pixels, at which a name of the table's header can be read; long ones are cut, so that a window holds what matters.
+# Widths of the table's columns in pixels; long headers are cut, so that a window holds the important columns.
 _PIXELS_PER_LETTER, _MARGIN_PIXELS, _LEAST_PIXELS, _MOST_PIXELS, _DESCRIPTION_PIXELS = 7, 28, 90, 132, 420
 
 
-def bring_view(client: Any, experiment_id: str, search: SearchRecord, value: str) -> str | None:
-    """Saves the search's view in its experiment, unless a person has edited or deleted it.
+def save_view(client: Any, experiment_id: str, search: SearchRecord, value: str) -> str | None:
+    """Saves the search's view in its experiment, unless the user has edited or deleted it.
 
     Args:
         client: MLflow's.
@@ -37,7 +37,7 @@ def bring_view(client: Any, experiment_id: str, search: SearchRecord, value: str
         value: of `encoded_view`.
 
     Returns:
-        The key that opens it (`?viewStateShareKey=<key>`), or None where there is none.
+        The key that opens the view (`?viewStateShareKey=<key>`), or None if there is no view.
     """
     from mlflow.exceptions import MlflowException
 
@@ -46,7 +46,7 @@ def bring_view(client: Any, experiment_id: str, search: SearchRecord, value: str
     try:
         tags = client.get_experiment(experiment_id).tags
         if _KIND_TAG not in tags:
-            # Otherwise the UI takes the experiment for one of prompts and traces, and hides half of what matters.
+            # Without it, the UI assumes an experiment of prompts and traces, and hides columns and charts.
             client.set_experiment_tag(experiment_id, _KIND_TAG, "custom_model_development")
         ours, present = tags.get(_OURS_TAG + key), tags.get(_TAG + key)
         is_untouched = ours is None or (present is not None and _digest(present) == ours)
@@ -55,7 +55,7 @@ def bring_view(client: Any, experiment_id: str, search: SearchRecord, value: str
             client.set_experiment_tag(experiment_id, _OURS_TAG + key, digest)
             present = value
     except MlflowException as error:
-        logging.getLogger(__name__).info("MLflow took no saved view: %s", error)
+        logging.getLogger(__name__).info("MLflow refused the saved view: %s", error)
         return None
     return key if present is not None else None
 
@@ -65,7 +65,7 @@ def _digest(value: str) -> str:
 
 
 def encoded_view(search: SearchRecord, trials: Sequence[TrialRecord]) -> str | None:
-    """The tag's value; None where it would be longer than MLflow allows."""
+    """Returns the tag's value; None if it would be longer than MLflow allows."""
     when = int((search.started_at or 0.0) * 1000)
     state = json.dumps(view_state(search, trials), separators=(",", ":"))
     packed = "deflate;" + base64.b64encode(zlib.compress(state.encode(), 9)).decode()
@@ -75,15 +75,15 @@ def encoded_view(search: SearchRecord, trials: Sequence[TrialRecord]) -> str | N
 
 
 def view_state(search: SearchRecord, trials: Sequence[TrialRecord]) -> dict[str, Any]:
-    """The state of MLflow's run list for one search.
+    """Returns the state of MLflow's run list for one search.
 
     Args:
         search: the search.
-        trials: its trials; the hyperparameters that they have become columns and axes.
+        trials: its trials, whose hyperparameters become columns and axes.
     """
     best = clean_name(f"best_{search.objective_name}")
     own = _hyperparameters(trials)
-    # The pair is in each run's name, too: first what it is judged by, which must not lie beyond the window's edge.
+    # The metrics come first: the pair is in each run's name already.
     columns = [
         *(f"metrics.`{name}`" for name in (best, *_METRICS)),
         *(f"params.`{name}`" for name in BATCH_HYPERPARAMETERS),
@@ -93,7 +93,7 @@ def view_state(search: SearchRecord, trials: Sequence[TrialRecord]) -> dict[str,
         "attributes.`Description`",
     ]
     order = ["attributes.`Run Name`", *columns]
-    # Parallel coordinates leave out every run that lacks one of the axes: only what all have may be one.
+    # Parallel coordinates omit runs that lack an axis, so only hyperparameters of all trials become axes.
     shared = [name for name in own if all(_has(trial, name) for trial in trials if trial.status == "completed")]
     sections, charts = _charts(search, best, shared)
     return {
@@ -122,7 +122,7 @@ def view_state(search: SearchRecord, trials: Sequence[TrialRecord]) -> dict[str,
 
 
 def _hyperparameters(trials: Sequence[TrialRecord]) -> list[str]:
-    """The user's own, in the order of their first use; Keras Tuner's bookkeeping is left out."""
+    """Returns the names of the user's hyperparameters, in the order of their first use."""
     names = {clean_name(name): None for trial in trials for name in trial.hyperparameters}
     return [name for name in names if name not in BATCH_HYPERPARAMETERS and not name.startswith("tuner/")]
 
@@ -142,7 +142,7 @@ def _charts(search: SearchRecord, best: str, own: list[str]) -> tuple[list[dict[
         return hashlib.sha256(f"{search.search_id} {name}".encode()).hexdigest()[:24]
 
     def section(name: str) -> dict[str, Any]:
-        # Two in a row: MLflow's three cut their titles and press the parallel axes together.
+        # Two in a row: with MLflow's three, titles are cut and parallel axes are too close.
         common = {"isReordered": True, "deleted": False, "isGenerated": False, "columns": 2, "cardHeight": 380}
         return {"uuid": identity(name), "name": name, "display": True, **common}
 
@@ -164,7 +164,7 @@ def _charts(search: SearchRecord, best: str, own: list[str]) -> tuple[list[dict[
         scatter("throughput against peak memory (MiB)", "peak_memory_mib", "throughput_samples_per_second"),
         chart(
             _TRADE_OFF, "PARALLEL", "parameters to memory and objective",
-            # Six axes are what a card of the page can label.
+            # A card has room for the labels of six axes.
             selectedParams=[*BATCH_HYPERPARAMETERS[:2], *own[:2]], selectedMetrics=["peak_memory_mib", best],
             showAllRuns=False,
         ),

@@ -1,4 +1,4 @@
-"""Checks that a tracking server answers, before MLflow's own retries take minutes, and listens to it afterwards."""
+"""Checks that a tracking server answers, because MLflow's own retries take minutes, and notes when it last did."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ from accumtune.tracking.tracking_uri import server_of, without_credentials
 
 _CONNECT_SECONDS = 3.0
 _PORTS = {"http": 80, "https": 443, "postgresql": 5432, "mysql": 3306, "mssql": 1433}
-# Hosts, separated by commas, that the caller keeps artifacts on beside the tracking server.
+# An environment variable: the hosts, separated by commas, that may hold artifacts beside the tracking server.
 _ALLOWED_HOSTS = "ACCUMTUNE_ARTIFACT_HOSTS"
-# Schemes of artifacts with which MLflow contacts the host that is named, as the user who calls.
+# Schemes of artifacts for which MLflow sends the user's credentials to the host in the address.
 _WITH_CREDENTIALS = ("http", "https", "mlflow-artifacts", "ftp", "sftp")
 
 
 def check_reachable(uri: str) -> None:
-    """Asks a server for a connection.
+    """Connects to a tracking server and closes the connection.
 
     Raises:
-        TrackingError: there is no answer.
+        TrackingError: the server does not answer, or its address cannot be read.
     """
     try:
         server = server_of(uri)
@@ -36,13 +36,13 @@ def check_reachable(uri: str) -> None:
         raise TrackingError(
             f"The tracking store's address {without_credentials(uri)} cannot be read: {redacted(str(error), uri)}.",
             "scheme://user:password@host:port/path",
-            "write what is special in user and password percent-encoded, such as %23 for #, %2F for / and %3F for ?.",
+            "percent-encode special characters of user and password, such as %23 for #, %2F for / and %3F for ?.",
         ) from None
     if server is None or server[0] not in _PORTS:
         return
     scheme, host, port = server
     with contextlib.suppress(KeyError):
-        # Behind a proxy only the proxy knows.
+        # Only the proxy can reach the server.
         if urllib.request.getproxies()[scheme] and not urllib.request.proxy_bypass(host):
             return
     try:
@@ -51,18 +51,18 @@ def check_reachable(uri: str) -> None:
         raise TrackingError(
             f"The tracking server {without_credentials(uri)} does not answer: {redacted(str(error), uri)}.",
             "a running MLflow server",
-            "start it, or check the address. What was searched is in the search's directory, nothing is lost.",
+            "start it, or check the address. Nothing is lost: the search's directory has all results.",
         ) from None
 
 
 def refuse_other_server(tracking_uri: str, artifact_uri: str) -> None:
-    """Refuses artifacts on a server that the tracking store names and the caller does not.
+    """Refuses artifacts on a server that the user has not named.
 
-    MLflow sends the caller's token to whatever host stands there, which anyone who may make an experiment decides.
-    Storage of a cloud, which has credentials of its own, and folders are left to MLflow.
+    MLflow sends the user's token to the host of an experiment's artifacts, and anybody who may create an experiment
+    can choose that host. Folders, and cloud storage with its own credentials, are allowed.
 
     Raises:
-        TrackingError: they are on such a server.
+        TrackingError: the artifacts are on such a server.
     """
     try:
         there, ours = server_of(artifact_uri), server_of(tracking_uri)
@@ -78,19 +78,17 @@ def refuse_other_server(tracking_uri: str, artifact_uri: str) -> None:
         if there[1] == ours[1] and (there[2] or _PORTS.get(scheme)) == (ours[2] or _PORTS[ours[0]]):
             return
     raise TrackingError(
-        f"The tracking store {without_credentials(tracking_uri)} says that the artifacts are at "
+        f"The tracking store {without_credentials(tracking_uri)} keeps its artifacts at "
         f"{without_credentials(artifact_uri)}.",
-        "artifacts behind the tracking server itself, in a folder or in a cloud's storage; your token is not sent "
-        "elsewhere",
-        f"if you trust that server: {_ALLOWED_HOSTS}={there[1] or '<host>'} in the environment.",
+        "artifacts on the tracking server, in a folder or in cloud storage; your token is not sent to another server",
+        f"if you trust that server, set {_ALLOWED_HOSTS}={there[1] or '<host>'} in the environment.",
     )
 
 
 def is_answering(uri: str) -> bool:
-    """Whether an MLflow server answers a request now, whatever it says; False of stores that are no servers.
+    """Returns whether an MLflow server answers a request now; False for stores that are not servers.
 
-    A call that was on its way when a server went down waits in MLflow's own retries for up to minutes, long after the
-    server is back.
+    A call during which a server goes down may wait in MLflow's retries for minutes, long after the server is back.
     """
     address = without_credentials(uri)
     if not address.startswith(("http:", "https:")):
@@ -104,11 +102,11 @@ def is_answering(uri: str) -> bool:
     return True
 
 
-class Pulse:
-    """When a store was last heard.
+class Heartbeat:
+    """Notes when a store last answered.
 
     Args:
-        is_local: a file on this machine, which is slow at worst and never silent.
+        is_local: whether the store is a file on this machine, which may be slow but is never silent.
     """
 
     def __init__(self, is_local: bool) -> None:
@@ -118,16 +116,16 @@ class Pulse:
         self._heard_at = max(self._heard_at, time.monotonic())
 
     def silent_seconds(self) -> float:
-        """How long nothing was heard; 0 of a file."""
+        """Returns the seconds since the last answer; 0 for a file."""
         return max(0.0, time.monotonic() - self._heard_at)
 
 
-class Listening:
-    """MLflow's client; each call that returns is a beat of its store's pulse."""
+class MonitoredClient:
+    """Wraps MLflow's client; each call that returns is a beat of the store's heartbeat."""
 
-    def __init__(self, client: Any, pulse: Pulse) -> None:
+    def __init__(self, client: Any, heartbeat: Heartbeat) -> None:
         self._client = client
-        self._pulse = pulse
+        self._heartbeat = heartbeat
 
     def __getattr__(self, name: str) -> Any:
         value = getattr(self._client, name)
@@ -136,7 +134,7 @@ class Listening:
 
         def call(*arguments: Any, **keywords: Any) -> Any:
             answer = value(*arguments, **keywords)
-            self._pulse.beat()
+            self._heartbeat.beat()
             return answer
 
         return call

@@ -1,7 +1,7 @@
-"""Wraps an MLflow store: one experiment, runs found by tag, and differences written once.
+"""Wraps an MLflow store: finds the runs of one experiment by their tags, and writes what they lack.
 
-Everything goes through an explicit `MlflowClient`: no global state, no active run, no autologging. Nothing here
-depends on what an earlier process remembers, so a run is found again after a kill, and made again after a wipe.
+Everything goes through an explicit `MlflowClient`: no global state, no active run, no autologging. Runs are found by
+tags, so that a new process finds them after a kill, and creates them again if they were deleted.
 """
 
 from __future__ import annotations
@@ -26,18 +26,18 @@ from accumtune.tracking.mlflow.run_content import (
     Point,
     RunContent,
 )
-from accumtune.tracking.mlflow.server_health import Listening, Pulse, check_reachable, refuse_other_server
+from accumtune.tracking.mlflow.server_health import Heartbeat, MonitoredClient, check_reachable, refuse_other_server
 from accumtune.tracking.tracking_uri import absolute_uri, sqlite_path
 
-# A parent is found under this key, its trials under their ids.
+# The key of the search's run, the parent; trials' runs have their ids as keys.
 PARENT = ""
-# MLflow takes 1000 values in one call, of which at most 100 parameters and 100 tags.
+# MLflow accepts 1000 values in one call, of which at most 100 parameters and 100 tags.
 _METRICS_PER_BATCH = 900
 _ITEMS_PER_BATCH = 100
 
 
 class RunState:
-    """What is known to be in one MLflow run."""
+    """The known content of one MLflow run."""
 
     def __init__(self, run: Any) -> None:
         self.run_id: str = run.info.run_id
@@ -47,7 +47,7 @@ class RunState:
         self.params: dict[str, str] = dict(run.data.params)
         self.metrics: dict[str, float] = dict(run.data.metrics)
         self.has_dataset = bool(run.inputs and run.inputs.dataset_inputs)
-        # (name, step) of every point of a curve; None until the store was asked.
+        # (name, step) of every point of a curve; None until they were read from the store.
         self.points: set[tuple[str, int]] | None = None if self.metrics else set()
 
 
@@ -55,15 +55,15 @@ class Store:
     """The experiment of one search.
 
     Args:
-        tracking_uri: MLflow's.
-        experiment_name: made where it does not exist; restored where it was deleted.
-        pulse: beats with each answer of the store.
+        tracking_uri: of the store.
+        experiment_name: the experiment is created if it does not exist, and restored if it was deleted.
+        heartbeat: beats with each answer of the store.
 
     Raises:
         TrackingError: the server does not answer.
     """
 
-    def __init__(self, tracking_uri: str, experiment_name: str, pulse: Pulse) -> None:
+    def __init__(self, tracking_uri: str, experiment_name: str, heartbeat: Heartbeat) -> None:
         self.uri = absolute_uri(tracking_uri)
         self._database = sqlite_path(self.uri)
         check_reachable(self.uri)
@@ -73,22 +73,22 @@ class Store:
                 _make_database(self._database)
         from mlflow import MlflowClient
 
-        self.client: Any = Listening(MlflowClient(tracking_uri=self.uri, registry_uri=self.uri), pulse)
-        pulse.beat()
+        self.client: Any = MonitoredClient(MlflowClient(tracking_uri=self.uri, registry_uri=self.uri), heartbeat)
+        heartbeat.beat()
         self.experiment_id = self._experiment(experiment_name)
 
     def check(self) -> None:
-        """Raises where writing would go nowhere.
+        """Checks that the store can still be written to.
 
         Raises:
-            TrackingError: the server does not answer, or the database's file is gone. (SQLite would go on writing
-                into the deleted file without a word.)
+            TrackingError: the server does not answer, or the database's file was deleted, into which SQLite would
+                write without an error.
         """
         if self._database is not None and not self._database.exists():
             raise TrackingError(
                 f"The tracking database {self._database} was removed while it was in use.",
                 "a database that stays where it is.",
-                "run the search again, or `accumtune sync`: a new one is made and gets everything.",
+                "run the search again, or `accumtune sync`: it creates a new database with all results.",
             )
         check_reachable(self.uri)
 
@@ -100,7 +100,7 @@ class Store:
             try:
                 return str(self.client.create_experiment(name, artifact_location=self._artifact_location()))
             except MlflowException:
-                # Another search was faster.
+                # Another search has just created it.
                 found = self.client.get_experiment_by_name(name)
                 if found is None:
                     raise
@@ -112,15 +112,15 @@ class Store:
     def _artifact_location(self) -> str | None:
         if self._database is not None:
             return (self._database.parent / "artifacts").resolve().as_uri()
-        # A server decides itself. A database without one would otherwise get MLflow's "./mlruns", which a UI that is
-        # started in another folder does not find.
+        # A server chooses its own. For a database MLflow's default is "./mlruns", which a UI that was started in
+        # another folder does not find.
         is_served = self.uri.startswith(("http:", "https:", "databricks", "uc:"))
         return None if is_served else (Path("mlruns") / "artifacts").resolve().as_uri()
 
     def runs(self, search_id: str) -> dict[str, RunState]:
-        """The runs of a search by trial id, the parent under `PARENT`.
+        """Returns the runs of a search by trial id, the parent under `PARENT`.
 
-        Should two processes have made the same run, the one that holds more is kept and the other deleted.
+        If two processes have created the same run, the one that holds less is deleted.
         """
         found: dict[str, RunState] = {}
         for run in self._search(f"tags.`{SEARCH_TAG}` = '{search_id}'"):
@@ -128,8 +128,8 @@ class Store:
             key = state.tags.get(TRIAL_TAG, PARENT)
             other = found.get(key)
             if other is not None:
-                state, double = sorted((other, state), key=lambda it: (-len(it.tags), -len(it.metrics), it.run_id))
-                self.client.delete_run(double.run_id)
+                state, duplicate = sorted((other, state), key=lambda it: (-len(it.tags), -len(it.metrics), it.run_id))
+                self.client.delete_run(duplicate.run_id)
             found[key] = state
         return found
 
@@ -143,7 +143,7 @@ class Store:
                 return
 
     def create(self, content: RunContent, parent_run_id: str | None = None) -> RunState:
-        """A new run with its tags, by which it is found again."""
+        """Creates a run with its tags, by which it is found again."""
         tags = dict(content.tags)
         if content.curves:
             tags[ATTEMPT_TAG] = str(content.attempt)
@@ -155,7 +155,7 @@ class Store:
         return RunState(run)
 
     def conflicts(self, state: RunState, content: RunContent) -> bool:
-        """Whether a run holds what cannot be changed any more: a parameter, or the epochs of an earlier attempt."""
+        """Returns whether a run differs in what MLflow cannot change: parameters, or epochs of an earlier attempt."""
         if any(state.params.get(name, value) != value for name, value in content.params.items()):
             return True
         if any(not _same(state.metrics.get(point.name, point.value), point.value) for point in content.scalars):
@@ -163,25 +163,22 @@ class Store:
         return state.tags.get(ATTEMPT_TAG, str(content.attempt)) != str(content.attempt)
 
     def replace(self, state: RunState, content: RunContent, parent_run_id: str | None) -> RunState:
-        """Another run in the place of one that a new attempt has made wrong."""
+        """Deletes a run that conflicts with the present attempt, and creates another."""
         self.client.delete_run(state.run_id)
         return self.create(content, parent_run_id)
 
-    def bring(self, state: RunState, content: RunContent) -> None:
-        """Writes what is missing in a run or is different; nothing where all is there.
-
-        That it has ended is for `end` to say, when its files are there too.
-        """
+    def log_missing(self, state: RunState, content: RunContent) -> None:
+        """Writes what a run lacks or has differently. Its end is left to `end`, after its files are uploaded."""
         from mlflow.entities import Metric, Param, RunTag
 
         points = self._missing_points(state, content)
         tags = {name: value for name, value in content.tags.items() if state.tags.get(name) != value}
         if content.curves:
-            # Before the first point, so that these epochs are known to belong to this attempt.
+            # Before the first point, so that the epochs' attempt is known.
             self.set_tags(state, {ATTEMPT_TAG: str(content.attempt)})
         params = {name: value for name, value in content.params.items() if name not in state.params}
         heads = [*(Param(*item) for item in params.items()), *(RunTag(*item) for item in tags.items())]
-        # Each call is a transaction, which waits for the disk: as few as MLflow's limits allow.
+        # Each call is a transaction that waits for the disk, so there are as few as MLflow's limits allow.
         chunks = _chunks(heads, _ITEMS_PER_BATCH), _chunks(points, _METRICS_PER_BATCH)
         parts: Iterator[tuple[list[Any], list[Point]]] = itertools.zip_longest(*chunks, fillvalue=[])
         for some, part in parts:
@@ -193,7 +190,7 @@ class Store:
             )
             self._remember(state, part)
         for name in (REASON_TAG, REUSED_TAG):
-            # What was said of an earlier attempt, or of the session before.
+            # Left from an earlier attempt or session.
             if name in state.tags and name not in content.tags:
                 self.client.delete_tag(state.run_id, name)
                 del state.tags[name]
@@ -219,7 +216,7 @@ class Store:
         state.points |= {(point.name, point.step) for point in points}
 
     def end(self, state: RunState, content: RunContent) -> None:
-        """Brings the status: what looks for finished runs finds everything in them."""
+        """Sets the status, after everything else, so that a run is complete once it is finished."""
         if state.status == content.status:
             return
         if content.status == "RUNNING":
@@ -231,7 +228,7 @@ class Store:
     def _terminate(self, run_id: str, status: str, ended_milliseconds: int | None) -> None:
         from mlflow.entities import RunStatus
 
-        # `set_terminated` prints the address of each run on a server, which would bury the search's own lines.
+        # `set_terminated` prints the address of each run, among the search's own lines.
         store = getattr(getattr(self.client, "_tracking_client", None), "store", None)
         if store is None:
             self.client.set_terminated(run_id, status, ended_milliseconds)
@@ -239,13 +236,13 @@ class Store:
             store.update_run_info(run_id, RunStatus.from_string(status), ended_milliseconds, None)
 
     def set_tags(self, state: RunState, tags: Mapping[str, str]) -> None:
-        """Sets the tags that are different."""
+        """Sets the tags that differ."""
         for name, value in tags.items():
             if state.tags.get(name) != value:
                 self.client.set_tag(state.run_id, name, value)
                 state.tags[name] = value
 
-    def bring_dataset(self, state: RunState, dataset: Mapping[str, str] | None) -> None:
+    def log_dataset(self, state: RunState, dataset: Mapping[str, str] | None) -> None:
         """Logs the training data as the run's input, once."""
         if dataset is None or state.has_dataset:
             return
@@ -260,19 +257,19 @@ class Store:
 
 
 def _make_database(path: Path) -> None:
-    """Makes an SQLite store beside its place and puts it there whole.
+    """Creates an SQLite store in a temporary folder and moves it to its place when it is complete.
 
-    MLflow makes some forty tables one after the other: a process that is killed in between leaves a database that no
-    MLflow opens again ("table ... already exists"), and two that do it at once meet in the same way.
+    MLflow creates some forty tables one by one. If the process is killed in between, or two processes do it at once,
+    no MLflow opens the database again ("table ... already exists").
     """
     from mlflow import MlflowClient
 
     with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
         made, whole = Path(folder) / "made.db", Path(folder) / "whole.db"
         MlflowClient(tracking_uri=f"sqlite:///{made}", registry_uri=f"sqlite:///{made}").search_experiments()
-        # A copy: MLflow keeps a connection to the one that it has made.
+        # A copy, because MLflow keeps a connection to the file that it has created.
         shutil.copyfile(made, whole)
-        with contextlib.suppress(FileExistsError):  # another process was faster
+        with contextlib.suppress(FileExistsError):  # another process has created it
             os.link(whole, path)
 
 

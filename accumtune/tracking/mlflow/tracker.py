@@ -1,4 +1,4 @@
-"""Replays a search's journals into MLflow in the background, and says how to look at the result."""
+"""Replays a search's journals into MLflow in the background, and returns the command that shows them."""
 
 from __future__ import annotations
 
@@ -32,37 +32,37 @@ __all__ = ["DEFAULT_TRACKING_URI", "Tracker"]
 CACHE_FILE = "tracking.json"
 _INTERVAL_SECONDS = 2.0
 _STOP_SECONDS = 60.0
-# A server that has answered to nothing for so long is given up ...
+# `stop` does not wait for a server that has not answered for so long ...
 _SILENCE_SECONDS = 20.0
-# ... so soon after the search has ended; it will not hold up anyone who waits for the result.
+# ... beyond this time after the search has ended.
 _SILENT_STOP_SECONDS = 1.0
 _JOIN_SECONDS = 0.1
 _MOST_CACHE_BYTES = 2**16
 _LAST_ATTEMPTS = 3
 _RETRY_SECONDS = 0.2
-# How long `sync` lets another process finish.
+# How long `sync` waits for another process that replays the same search.
 _WAIT_SECONDS = 60.0
 
 
 class Tracker:
     """Keeps the MLflow runs of one search equal to its journals.
 
-    Nothing that happens to the tracking store reaches the search: the journals have it all, and a replay brings it
-    later, each value once.
+    A failing store does not affect the search: the journals hold everything, and a later replay writes each missing
+    value once.
 
     Args:
         search_folder: the search's folder, with `search.jsonl`.
-        tracking_uri: MLflow's; None for `MLFLOW_TRACKING_URI`, else `sqlite:///mlruns/mlflow.db` with artifacts in
-            `mlruns/artifacts`; False for no tracking.
-        interval_seconds: how often the background looks for news.
-        stop_seconds: how long `stop` waits for what is still to be sent, as long as the store answers.
+        tracking_uri: of the store. None: `MLFLOW_TRACKING_URI`, else `sqlite:///mlruns/mlflow.db` with artifacts in
+            `mlruns/artifacts`. False: no tracking.
+        interval_seconds: the time between two replays in the background.
+        stop_seconds: how long `stop` waits for the last replay, as long as the store answers.
 
     Example:
 
     >>> tracker = Tracker(folder)
     >>> tracker.start()
     >>> ...
-    >>> message = tracker.stop()  # "" where everything has arrived
+    >>> message = tracker.stop()  # "" if MLflow has everything
     """
 
     def __init__(
@@ -87,12 +87,12 @@ class Tracker:
     def _resolve(tracking_uri: str | Literal[False] | None) -> str | None:
         if tracking_uri is False:
             return None
-        # Absolute now: the user's code may change the working directory later.
+        # Absolute, because the user's code may change the working directory.
         return absolute_uri(tracking_uri or default_tracking_uri())
 
     @property
     def parent_run_id(self) -> str | None:
-        """The search's run; None as long as the store has not given it one."""
+        """The id of the search's run; None before the store has created it."""
         return self._known("parent_run_id")
 
     @property
@@ -100,10 +100,10 @@ class Tracker:
         return self._known("experiment_id")
 
     def sync(self) -> None:
-        """Brings everything that the journals hold into MLflow, now. A second call changes nothing.
+        """Copies everything that the journals hold to MLflow. A second call changes nothing.
 
         Raises:
-            TrackingError: the store cannot be reached or refuses; nothing is lost.
+            TrackingError: the store cannot be reached, or refuses a value; nothing is lost.
         """
         if self._replay is None:
             return
@@ -118,16 +118,16 @@ class Tracker:
                     raise TrackingError(
                         f"MLflow at {without_credentials(uri)} refused: {error_line(error, uri)}",
                         "a store that can be written to",
-                        f"mend it, then `{self._sync_command()}`: nothing is lost.",
+                        f"repair it, then run `{self._sync_command()}`: nothing is lost.",
                     ) from error
-            # Two searches that write into one database at the same moment: the next attempt finds it free.
+            # Another search may have locked the database for a moment.
             time.sleep(_RETRY_SECONDS)
 
     def start(self) -> None:
-        """Begins to replay in the background; returns at once and never fails because of the store."""
+        """Starts to replay in the background; returns at once, and never raises because of the store."""
         if self._replay is None or self._thread is not None:
             return
-        # `accumtune sync` must know the store, also where it never answers.
+        # So that `accumtune sync` knows the store even if it never answers.
         with contextlib.suppress(OSError):
             self._remember()
         self._stopping.clear()
@@ -135,10 +135,10 @@ class Tracker:
         self._thread.start()
 
     def stop(self) -> str:
-        """Sends the rest and ends the background; waits at most `stop_seconds`.
+        """Replays once more and ends the background; waits at most `stop_seconds`.
 
         Returns:
-            "" where everything has arrived, otherwise what to tell the user.
+            "" if MLflow has everything, otherwise a message for the user.
         """
         if self._thread is None or self._replay is None:
             return ""
@@ -150,27 +150,27 @@ class Tracker:
             return ""
         return (
             f"MLflow at {without_credentials(self._replay.tracking_uri)} does not have everything yet ({fault}). "
-            f"Nothing is lost: `{self._sync_command()}` brings it later."
+            f"Nothing is lost: `{self._sync_command()}` copies the rest later."
         )
 
     def _await_end(self, thread: threading.Thread, replay: Replay) -> None:
-        """Waits for the last run of the background, but not for a server that says nothing, even if it is asked."""
+        """Waits for the last replay of the background, unless the server does not answer."""
         began = time.monotonic()
         while thread.is_alive() and (waited := time.monotonic() - began) < self._stop_seconds:
-            if waited > _SILENT_STOP_SECONDS and replay.pulse.silent_seconds() > _SILENCE_SECONDS:
+            if waited > _SILENT_STOP_SECONDS and replay.heartbeat.silent_seconds() > _SILENCE_SECONDS:
                 if not is_answering(replay.tracking_uri):
                     return
-                replay.pulse.beat()
+                replay.heartbeat.beat()
             thread.join(min(_JOIN_SECONDS, self._stop_seconds - waited))
 
     def ui_command(self, port: int = UI_PORT) -> str:
-        """The command that starts the MLflow UI; "" where a server has it already, or without tracking."""
+        """Returns the command that starts the MLflow UI; "" if a server serves it already, or without tracking."""
         return "" if self.tracking_uri is None else ui.ui_command(self.tracking_uri, port)
 
     def ui_address(self, port: int = UI_PORT) -> str:
-        """Where the UI shows this search: a table of its trials with the columns that matter; charts are beside it.
+        """Returns the address of this search in the UI, with its saved view.
 
-        "" as long as the store has no experiment for it, or without tracking.
+        "" before the store has an experiment for it, or without tracking.
         """
         if self.tracking_uri is None or self.experiment_id is None:
             return ""
@@ -181,7 +181,7 @@ class Tracker:
         command = ["accumtune", "sync", str(folder)]
         uri = self.tracking_uri or ""
         if uri != absolute_uri(default_tracking_uri()):
-            # What a journal or a terminal keeps has no password: the next sync is told it anew.
+            # Passwords are not printed: the user adds the address with its credentials.
             command += ["--tracking-uri", uri if uri == without_credentials(uri) else "ADDRESS"]
         return shlex.join(command)
 
@@ -198,7 +198,7 @@ class Tracker:
     def _try(self, is_fresh: bool) -> bool:
         try:
             self._run(is_fresh)
-        except Exception as error:  # the search goes on whatever the store does; `stop` tells
+        except Exception as error:  # the search goes on; `stop` returns the message
             self._fault = error_line(error, str(self.tracking_uri))
             return False
         self._fault = ""
@@ -211,7 +211,7 @@ class Tracker:
             self._remember()
 
     def _remember(self) -> None:
-        """Writes down where the runs are, for commands that must not wait for the store."""
+        """Saves where the runs are, for commands that do not ask the store."""
         assert self.tracking_uri is not None
         content: dict[str, str | None] = {"tracking_uri": without_credentials(self.tracking_uri)}
         content |= {name: self._known(name) for name in ("experiment_id", "parent_run_id", "view_key")}
@@ -219,7 +219,7 @@ class Tracker:
             write_atomically(self.folder / CACHE_FILE, json.dumps(content, indent=2))
 
     def _known(self, name: Literal["parent_run_id", "experiment_id", "view_key"]) -> str | None:
-        """From the store, or as long as it has not been asked, from the last time that it was."""
+        """Returns what the store said, or before it was asked, what it said to an earlier process."""
         if self._replay is None:
             return None
         if self._replay.parent_run_id is not None:
@@ -233,7 +233,7 @@ class Tracker:
 
 
 def read_cache(folder: Path) -> dict[str, str | None]:
-    """Where a search's runs were last seen: `tracking_uri` (without credentials), `experiment_id`, `parent_run_id`."""
+    """Reads where a search's runs are: `tracking_uri` (without credentials), `experiment_id`, `parent_run_id`."""
     try:
         content = json.loads(read_small(Path(folder) / CACHE_FILE, _MOST_CACHE_BYTES))
     except (OSError, ValueError):
@@ -243,10 +243,7 @@ def read_cache(folder: Path) -> dict[str, str | None]:
 
 @contextlib.contextmanager
 def _quiet_thread() -> Iterator[None]:
-    """Making a database tells of forty migrations, a slow server of each retry: nothing to someone who searches.
-
-    Only this thread is quiet; what the user's own MLflow says is heard as before.
-    """
+    """Silences, in this thread alone, what MLflow logs about migrations of a new database and about retries."""
     thread = threading.get_ident()
 
     def is_elsewhere(record: logging.LogRecord) -> bool:

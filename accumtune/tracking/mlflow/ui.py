@@ -1,4 +1,4 @@
-"""Says how to look at a search in MLflow's UI: the command that starts it, and the address that opens the search."""
+"""Makes the command that starts MLflow's UI, and the address at which it shows a search."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ UI_PORT = 5000
 
 
 def ui_command(tracking_uri: str, port: int = UI_PORT) -> str:
-    """The command that starts the UI from the working directory; "" where a server has it already."""
+    """Returns the command that starts the UI from the working directory; "" if a server serves it already."""
     if server_address(tracking_uri):
         return ""
     uri = without_credentials(tracking_uri)
@@ -28,28 +28,28 @@ def ui_command(tracking_uri: str, port: int = UI_PORT) -> str:
 
 
 def ui_address(tracking_uri: str, experiment_id: str, view_key: str | None, port: int = UI_PORT) -> str:
-    """Where the UI shows a search.
+    """Returns the address at which the UI shows a search.
 
     Args:
-        tracking_uri: MLflow's.
+        tracking_uri: of the store.
         experiment_id: the search's.
         view_key: of its saved view; None for the plain list of runs.
-        port: of the UI, where no server has it.
+        port: of the UI on this machine, unless a server serves it.
     """
     server = server_address(tracking_uri) or f"http://127.0.0.1:{port}"
-    # Without the workflow's name MLflow 3 shows its pages for prompts and traces.
+    # Without `workflowType`, MLflow 3 shows its pages for prompts and traces.
     address = f"{server}/#/experiments/{experiment_id}/runs?workflowType=machine_learning"
     return f"{address}&viewStateShareKey={view_key}" if view_key else address
 
 
 def server_address(tracking_uri: str) -> str:
-    """The address of an MLflow server, without credentials; "" for a database."""
+    """Returns the address of an MLflow server, without credentials; "" for a database."""
     uri = without_credentials(tracking_uri)
     return uri.rstrip("/") if urlsplit(uri).scheme in ("http", "https") else ""
 
 
 def free_port(preferred: int = UI_PORT) -> int:
-    """The preferred port of the loopback, or another one where that is taken."""
+    """Returns the preferred port on 127.0.0.1, or a free one if that is taken."""
     for port in (preferred, 0):
         with contextlib.suppress(OSError), socket.socket() as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -59,7 +59,7 @@ def free_port(preferred: int = UI_PORT) -> int:
 
 
 def _mlflow() -> str:
-    """The program as it can be called from here: in a virtual environment that is not active, by its path."""
+    """Returns how to call `mlflow` from here: by its path, if its virtual environment is not active."""
     beside = Path(sys.executable).parent / "mlflow"
     if shutil.which("mlflow") is not None or not beside.exists():
         return "mlflow"

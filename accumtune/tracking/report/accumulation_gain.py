@@ -1,4 +1,4 @@
-"""Says in one line what accumulation has won: the best configuration that needs none beside the best one."""
+"""Compares, in one line, the best configuration with the best one that needs no accumulation."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from accumtune.tracking.report.candidate_tables import CandidateLike, number, or
 
 
 def accumulation_gain(candidates: Iterable[CandidateLike], best: CandidateLike, name: str, direction: str) -> str:
-    """Compares both in the objective, memory and speed.
+    """Returns a line that compares both in objective, memory and speed.
 
     Args:
-        candidates: all within the budget, trained and in other micro-batches.
+        candidates: all within the budget, trained and untrained.
         best: the one to train with.
         name, direction: of the objective.
     """

@@ -1,4 +1,4 @@
-"""Writes candidates as tables for programs (CSV) and the terminal, and their figures as they are written everywhere."""
+"""Writes candidates as a CSV file and as a table for the terminal, and formats their numbers."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from accumtune.tracking.redaction import redacted_value
 
 
 class CandidateLike(Protocol):
-    """What is written about a candidate (`accumtune.search.results.selection.Candidate`)."""
+    """The part of a candidate (`accumtune.search.results.selection.Candidate`) that is written."""
 
     @property
     def objective(self) -> float | None: ...
@@ -40,7 +40,7 @@ class CandidateLike(Protocol):
 def candidates_csv(
     record: SearchRecord, candidates: Iterable[CandidateLike], front: Sequence[CandidateLike]
 ) -> str:
-    """All candidates, best objective first."""
+    """Returns all candidates as CSV, best objective first."""
     items = ordered(candidates, record.objective_direction)
     names = dict.fromkeys(name for item in items for name in item.hyperparameters if name not in BATCH_HYPERPARAMETERS)
     text = io.StringIO()
@@ -59,9 +59,9 @@ def candidates_csv(
 
 
 def candidates_table(candidates: Iterable[CandidateLike], front: Sequence[CandidateLike], direction: str) -> str:
-    """The candidates as a table for the terminal, best objective first, `*` marking the Pareto front.
+    """Returns the candidates as a table for the terminal, best objective first; `*` marks the Pareto front.
 
-    Peaks and speeds of candidates whose pair was not itself trained are predictions, marked `~`.
+    `~` marks the peak memory and throughput of candidates whose pair was not trained.
     """
     header = ["", "objective", "effective", "micro × steps", "peak", "samples/s", "hyperparameters", "trial"]
     rows = [header]
@@ -79,7 +79,7 @@ def candidates_table(candidates: Iterable[CandidateLike], front: Sequence[Candid
 
 
 def candidate_cells(item: CandidateLike) -> list[str]:
-    """Objective, effective batch, pair, peak, speed and own hyperparameters of a candidate, for a table."""
+    """Returns a candidate's objective, effective batch, pair, peak, speed and own hyperparameters, for a table."""
     mark = "" if item.is_trained else "~"
     return [
         number(item.objective),
@@ -92,7 +92,7 @@ def candidate_cells(item: CandidateLike) -> list[str]:
 
 
 def ordered(candidates: Iterable[CandidateLike], direction: str) -> list[CandidateLike]:
-    """Best objective first; among equals trained before profiled, then the fastest."""
+    """Sorts candidates: best objective first, of equal ones the trained first, then the fastest."""
     sign = -1 if direction == "max" else 1
 
     def key(item: CandidateLike) -> tuple[float, bool, float]:
@@ -103,7 +103,7 @@ def ordered(candidates: Iterable[CandidateLike], direction: str) -> list[Candida
 
 
 def is_among(item: CandidateLike, others: Sequence[CandidateLike]) -> bool:
-    """Whether a candidate is one of the others."""
+    """Returns whether a candidate is one of the others."""
     return any(item is other or item == other for other in others)
 
 
@@ -112,7 +112,7 @@ def _own(hyperparameters: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def own_hyperparameters(hyperparameters: Mapping[str, Any], quote: str = "") -> str:
-    """The user's own hyperparameters in one line, without the batch's and Keras Tuner's."""
+    """Returns the user's own hyperparameters in one line, without the batch sizes and Keras Tuner's entries."""
     own = _own(hyperparameters)
     return ", ".join(f"{quote}{name}={_value(redacted_value(name, value))}{quote}" for name, value in own.items())
 
@@ -134,5 +134,5 @@ def speed(value: float | None) -> str:
 
 
 def escaped(text: str) -> str:
-    """Without what Markdown would take for a table or a tag."""
+    """Escapes what Markdown would read as a table or a tag."""
     return text.replace("|", "\\|").replace("<", "&lt;").replace("\n", " ")

@@ -1,4 +1,4 @@
-"""Says in one line what the measured gradient noise scale means for the effective batch."""
+"""Explains, in one line, what the measured gradient noise scale means for the effective batch."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from accumtune.tracking.records import SearchRecord, TrialRecord
 
 # What `accumtune.accumulation.callbacks.GradientNoiseScale` logs.
 NOISE_SCALE = "gradient_noise_scale"
-# The scale is an order of magnitude: only what is further off contradicts it.
+# The scale is an order of magnitude: only a best batch that differs by more than this factor contradicts it.
 _AGREEMENT = 4.0
 
 
@@ -32,30 +32,29 @@ class NoiseScale:
         return f"{self.samples:,.0f}" if self.samples >= 10 else f"{self.samples:.2g}"
 
     def advice(self, best: Any | None = None) -> str:
-        """What it says about the effective batch; where the best candidate contradicts it, which of both to believe.
+        """Returns what the noise scale means for the effective batch, or why the best candidate contradicts it.
 
-        Training at an effective batch B takes 1 + noise scale / B times the fewest updates (McCandlish 2018).
+        Training at an effective batch B takes 1 + noise scale / B times the fewest updates (McCandlish et al. 2018).
         """
         measured = f"The gradient noise scale was about {self} samples (trial {self.trial_id}, median of its epochs)"
         effective = getattr(best, "effective_batch_size", None)
         if effective and effective < self.samples / _AGREEMENT:
             return (
-                f"{measured}, but the best effective batch was {effective}. Believe the search: the number of epochs "
-                "is fixed, and small batches make more updates in it."
+                f"{measured}, but the best effective batch was {effective}. Trust the search: with the number of "
+                "epochs fixed, small batches make more updates."
             )
         if effective and effective > self.samples * _AGREEMENT:
             return (
-                f"{measured}, but the best effective batch was {effective}. Believe the search: the scale is an "
-                "estimate from one training, and knows nothing of the learning rate."
+                f"{measured}, but the best effective batch was {effective}. Trust the search: the noise scale is an "
+                "estimate from one training, and does not take the learning rate into account."
             )
         return (
-            f"{measured}: beyond an effective batch of that size more accumulation buys little, twice the batch saving "
-            "less than a quarter of the updates."
+            f"{measured}. Larger effective batches gain little: doubling them saves at most a quarter of the updates."
         )
 
 
 def noise_scale_of(record: SearchRecord, best: Any | None) -> NoiseScale | None:
-    """That of the best candidate's trial, or of the best trial that could measure it; None without any."""
+    """Returns the noise scale of the best candidate's trial, or else of the best trial that has one; or None."""
     sign = -1 if record.objective_direction == "max" else 1
 
     def order(trial: TrialRecord) -> tuple[bool, float]:

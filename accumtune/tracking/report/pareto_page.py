@@ -1,6 +1,6 @@
-"""Writes the Pareto front as one HTML file that answers to the mouse and needs no network: SVG and a little script.
+"""Writes the Pareto front as an interactive HTML file of some twenty kilobytes, with SVG and a script, for use offline.
 
-A plotting library's bundle would add 4 MB to each search's run; this is some twenty kilobytes.
+A plotting library's bundle would add 4 MB to each search's run.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ _TEMPLATE = "pareto.html"
 
 
 def pareto_html(record: SearchRecord, candidates: Sequence[Any], front: Sequence[Any], best: Any | None) -> str | None:
-    """The page; None where there is nothing to show.
+    """Returns the page; None if there is no candidate to show.
 
     Args:
         record: the search.
-        candidates: what could be chosen; those without objective or peak memory are left out.
-        front: those that no other beats.
-        best: the winner.
+        candidates: all; those without objective or peak memory are left out.
+        front: those on the Pareto front.
+        best: the chosen one.
     """
     points = [
         _point(item, front, best)
@@ -42,7 +42,7 @@ def pareto_html(record: SearchRecord, candidates: Sequence[Any], front: Sequence
         "budgetText": None if record.memory_budget_bytes is None else format_bytes(record.memory_budget_bytes),
         "points": points,
     }
-    # "</" would end the script that holds it, wherever a hyperparameter has it.
+    # A "</" in a hyperparameter would end the script element.
     data = json.dumps(content, ensure_ascii=False).replace("</", "<\\/").replace("<!--", "<\\!--")
     template = files("accumtune.tracking.report").joinpath(_TEMPLATE).read_text(encoding="utf-8")
     title = html.escape(f"{record.name}: quality, memory and speed")

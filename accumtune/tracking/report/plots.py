@@ -1,6 +1,6 @@
-"""Draws the pictures of a search as PNG files. Matplotlib's figures without pyplot: no global state, no display.
+"""Draws the pictures of a search as PNG files, with Matplotlib but without pyplot: no global state, no display.
 
-Colours are Okabe and Ito's (2008) and viridis: told apart by colour-blind readers; shapes say it again.
+Colours are Okabe and Ito's (2008) and viridis, which colour-blind readers can tell apart; shapes differ too.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ def draw_all(
     best: Any | None,
     profile_points: Sequence[Mapping[str, Any]],
 ) -> dict[str, bytes]:
-    """The pictures by file name; only those for which there is something to show.
+    """Returns the pictures by file name; those without data are left out.
 
     Args:
         record: the search.
         candidates, front, best: as in `accumtune.tracking.report.writer.write_report`.
-        profile_points: what is predicted for the winner's model.
+        profile_points: the profile's predictions for the chosen candidate's model.
     """
     drawn: dict[str, bytes] = {}
     shown = [item for item in candidates if _is_number(item.objective) and _is_number(item.peak_memory_bytes)]
@@ -53,7 +53,7 @@ def draw_all(
 def _pareto(record: SearchRecord, shown: Sequence[Any], front: Sequence[Any], best: Any | None) -> bytes:
     figure, axes = _figure()
     trained = [item for item in shown if item.is_trained]
-    # The other micro-batches of each trial are many; those that nothing beats are what one would switch to.
+    # Of the many untrained candidates, only those on the front are of interest.
     profiled = [item for item in front if not item.is_trained]
     speeds = [item.throughput_samples_per_second for item in shown if item.throughput_samples_per_second]
     scale = _speed_scale(speeds)
@@ -90,7 +90,7 @@ def _pareto(record: SearchRecord, shown: Sequence[Any], front: Sequence[Any], be
 
 
 def _staircase(axes: Any, outline: Sequence[tuple[float, float]], direction: str) -> None:
-    """The best objective that any amount of memory buys."""
+    """Draws the best objective that each amount of memory allows."""
     sign = -1 if direction == "max" else 1
     steps: list[tuple[float, float]] = []
     for memory, objective in outline:
@@ -114,7 +114,7 @@ def _effective_batch(record: SearchRecord, trained: Sequence[Any], best: Any | N
     _noise_line(axes, record, best, sizes)
     _objective_axis(axes, record, [item.objective for item in trained])
     _power_axis(axes, sizes, "effective batch (samples per update)")
-    axes.set_title(f"{record.name}: what the effective batch does to quality")
+    axes.set_title(f"{record.name}: quality against effective batch")
     _legend(figure, axes)
     return _png(figure)
 
@@ -128,7 +128,7 @@ def _against_micro_batch(
     label: str,
     factor: float,
 ) -> bytes:
-    """A cost against the micro-batch: predicted as a line, measured as dots."""
+    """Draws memory or throughput against the micro-batch: predictions as a line, measurements as dots."""
     figure, axes = _figure()
     predicted = sorted(
         (point["micro_batch_size"], point[f"predicted_{name}"] * factor)
@@ -180,7 +180,7 @@ def _figure() -> tuple[Any, Any]:
 
 def _png(figure: Any) -> bytes:
     content = io.BytesIO()
-    # Without the version in the file, the same search gives the same bytes.
+    # Without Matplotlib's version in the file, the same search gives the same bytes.
     figure.savefig(content, format="png", metadata={"Software": None})
     return content.getvalue()
 
@@ -198,7 +198,7 @@ def _objective_axis(axes: Any, record: SearchRecord, values: Sequence[float]) ->
     if values and min(values) > 0 and max(values) > 10 * min(values):
         from matplotlib.ticker import LogLocator, NullFormatter
 
-        # One diverged trial must not press all others into a line.
+        # Otherwise one diverged trial would flatten all others into a line.
         axes.set_yscale("log")
         axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
         axes.yaxis.set_major_formatter("{x:g}")
@@ -215,7 +215,7 @@ def _power_axis(axes: Any, sizes: Sequence[int], label: str) -> None:
 
 
 def _noise_line(axes: Any, record: SearchRecord, best: Any | None, sizes: Sequence[int]) -> None:
-    """Where more accumulation stops to pay; in words alone where that is far from what was searched."""
+    """Draws the noise scale; if it is far from the effective batches that were searched, only in the legend."""
     noise = noise_scale_of(record, best)
     if noise is None or not sizes:
         return
@@ -237,7 +237,7 @@ def _budget_line(axes: Any, record: SearchRecord, vertical: bool) -> None:
 def _legend(figure: Any, axes: Any) -> None:
     handles, labels = axes.get_legend_handles_labels()
     if handles:
-        # Below the picture, where it hides no point.
+        # Below the axes, where it hides no point.
         legend = figure.legend(
             handles, labels, loc="outside lower center", ncols=min(len(handles), 5), frameon=False,
             fontsize=9, columnspacing=1.4, handletextpad=0.5,

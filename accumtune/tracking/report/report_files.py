@@ -1,4 +1,4 @@
-"""Names the files of a search's report, and brings the MLflow run that its configuration is loaded from into them."""
+"""Names the files of a search's report, and updates the MLflow run in them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ CONFIG_FILE = "best_config.json"
 
 
 def import_line(source: Mapping[str, Any], report: Path) -> str:
-    """The line of code that loads a report's configuration: from its run, or from its file where it has none."""
+    """Returns the line of code that loads a report's configuration, from its run or, without one, from its file."""
     if not source.get("run_id"):
         return f"config = accumtune.load_config({json.dumps(str(report / CONFIG_FILE), ensure_ascii=False)})"
     place = json.dumps(f"runs:/{source['run_id']}/{CONFIG_FILE}")
@@ -26,7 +26,7 @@ def import_line(source: Mapping[str, Any], report: Path) -> str:
 
 
 def source_of(report: Path) -> dict[str, Any]:
-    """What the report's configuration says of where it is from; {} where there is none."""
+    """Returns the `source` of the report's configuration; {} if there is none."""
     try:
         source = json.loads((report / CONFIG_FILE).read_text(encoding="utf-8"))["source"]
     except (OSError, ValueError, KeyError, TypeError):
@@ -35,9 +35,9 @@ def source_of(report: Path) -> dict[str, Any]:
 
 
 def name_run(report: Path, run_id: str, tracking_uri: str) -> None:
-    """Brings the run that a search has now into its report.
+    """Writes the search's present run into its report.
 
-    When the report was written, the store may have been out of reach, or it has lost its runs since.
+    When the report was written, the store may not have answered; or the run was deleted since.
     """
     before = source_of(report)
     now = before | {"run_id": run_id, "tracking_uri": without_credentials(tracking_uri)}
@@ -47,6 +47,6 @@ def name_run(report: Path, run_id: str, tracking_uri: str) -> None:
     if note.exists():
         text = note.read_text(encoding="utf-8")
         write_atomically(note, text.replace(import_line(before, report), import_line(now, report)))
-    # Last: as long as it has the old run, this is done again.
+    # Last: after a kill before this, the next call repeats all of it.
     values = json.loads(config.read_text(encoding="utf-8"))
     write_atomically(config, json.dumps({**values, "source": now}, indent=2) + "\n")

@@ -1,6 +1,6 @@
-"""Writes what a person reads first, a note in Markdown, a table and pictures, into a folder of the search.
+"""Writes a search's report into a folder: a note in Markdown, a table and pictures.
 
-Nothing here knows MLflow; the tracker uploads whatever is in the folder.
+The tracker uploads the folder's files to MLflow.
 """
 
 from __future__ import annotations
@@ -62,16 +62,16 @@ def write_report(
     config_json: str | None,
     profile_points: Sequence[Mapping[str, Any]] | None = None,
 ) -> None:
-    """Writes `note.md`, `candidates.csv`, the pictures and, where there is a winner, `best_config.json`.
+    """Writes `note.md`, `candidates.csv`, the pictures and, if there is a best candidate, `best_config.json`.
 
     Args:
-        folder: made where it does not exist; files of an earlier report are replaced.
+        folder: created if it does not exist; files of an earlier report are replaced.
         record: the search.
-        candidates: what could be chosen, trained and profiled.
-        front: those that no other beats.
-        best: the winner and why; None where nothing has completed.
-        config_json: the winner's configuration.
-        profile_points: what the profile predicts for the winner's model: dicts with `micro_batch_size`,
+        candidates: all, trained and untrained.
+        front: those on the Pareto front.
+        best: the chosen candidate and why; None if no trial has completed.
+        config_json: its configuration.
+        profile_points: the profile's predictions for its model: dicts with `micro_batch_size`,
             `predicted_peak_memory_bytes` and `predicted_throughput_samples_per_second`.
     """
     folder.mkdir(parents=True, exist_ok=True)
@@ -96,7 +96,7 @@ def note(
     config_json: str | None,
     folder: Path,
 ) -> str:
-    """The report's text: the answer first."""
+    """Returns the report's text, with the chosen configuration first."""
     parts = [_answer(record, best, candidates)]
     if best is not None:
         parts.append(_import_lines(config_json, folder))
@@ -123,7 +123,7 @@ def _answer(record: SearchRecord, best: ChoiceLike | None, candidates: Sequence[
         facts.append(f"**{speed(item.throughput_samples_per_second)} samples/s**")
     own = own_hyperparameters(item.hyperparameters, "`")
     lines = [
-        # MLflow folds a note after a few lines: the whole answer is in them.
+        # MLflow shows only the first lines of a note until it is unfolded.
         f"### Train with micro-batch {item.micro_batch_size} × {item.accumulation_steps} accumulation "
         f"step{'s' if item.accumulation_steps > 1 else ''} = effective batch {item.effective_batch_size}",
         f"{', '.join(facts)}{', with ' + own if own else ''}.",
@@ -147,7 +147,7 @@ def _runners_up(
     record: SearchRecord, candidates: Sequence[CandidateLike], front: Sequence[CandidateLike], winner: CandidateLike
 ) -> str:
     others = [item for item in ordered(candidates, record.objective_direction) if not is_among(item, [winner])]
-    # Trained ones first: a profiled one is the same training as a trained one, in another micro-batch.
+    # Trained ones first: an untrained one is the same training in another micro-batch.
     shown = [item for item in others if item.is_trained][:_RUNNERS_UP]
     shown += [item for item in others if not item.is_trained and is_among(item, front)][: _RUNNERS_UP // 2]
     if not shown:
@@ -162,7 +162,7 @@ def _runners_up(
     for item in shown:
         cells = ["●" if is_among(item, front) else "", *candidate_cells(item)]
         lines.append("| " + " | ".join(cells) + " |")
-    legend = "● on the Pareto front: nothing else is at least as good in all of quality, memory and speed."
+    legend = "● on the Pareto front: no other is at least as good in quality, memory and speed and better in one."
     if any(not item.is_trained for item in shown):
         legend += " ~ predicted: the same training in another micro-batch."
     return "\n".join([*lines, "", legend])
@@ -178,7 +178,7 @@ def _what_happened(record: SearchRecord, winner: CandidateLike | None) -> str:
         "failed": "failed",
         "running": "not ended",
     }
-    told = ", ".join(f"{len(trials)} {words[status]}" for status, trials in counts.items() if trials) or "none"
+    proposals = ", ".join(f"{len(trials)} {words[status]}" for status, trials in counts.items() if trials) or "none"
     lines = [
         "### The search",
         "",
@@ -186,7 +186,7 @@ def _what_happened(record: SearchRecord, winner: CandidateLike | None) -> str:
         f"- **Searched:** {record.tuner or 'a tuner'} over micro-batches {_sizes(record.micro_batch_sizes)} "
         f"and accumulation steps {_sizes(record.accumulation_steps)}"
         + (f", as {record.search_over.replace('_', ' ')}" if record.search_over else ""),
-        f"- **Proposals:** {told}",
+        f"- **Proposals:** {proposals}",
     ]
     for status in ("infeasible", "failed"):
         reasons = Counter(_first_line(trial.reason) for trial in counts[status])
@@ -206,9 +206,9 @@ def _pictures_line(candidates: Sequence[CandidateLike]) -> str:
     if not candidates:
         return ""
     return (
-        "Pictures are among this run's artifacts: `pareto.html` (quality, memory, speed; point at the dots; also "
-        "`pareto.png`), `memory.png` and `throughput.png` (against the micro-batch), `effective_batch.png`; all "
-        "candidates: `candidates.csv`."
+        "This run's artifacts have pictures: `pareto.html` (quality, memory and speed, interactive; also "
+        "`pareto.png`), `memory.png` and `throughput.png` (against the micro-batch) and `effective_batch.png`. "
+        "`candidates.csv` has all candidates."
     )
 
 
