@@ -10,8 +10,7 @@ from accumtune.memory.units import format_bytes, mib
 
 __all__ = ["format_bytes", "mib", "parse_budget", "parse_share"]
 
-# GiB = 2**30 and GB = 10**9, as IEC 80000-13 has it; a bare "G" is read as the larger of the two, as
-# `docker run --memory` and Slurm do.
+# GiB = 2**30 and GB = 10**9 (IEC 80000-13). A bare "G" means GiB, as in `docker run --memory` and Slurm.
 _UNITS = {
     "": 1, "b": 1,
     "k": 2**10, "kib": 2**10, "kb": 10**3,
@@ -61,10 +60,10 @@ def parse_budget(budget: int | float | str) -> int:
 
 
 def parse_share(budget: int | float | str) -> float | None:
-    """`"80%"` -> 0.8; None for what is no share of the device.
+    """Turns a share of the device, `"80%"`, into a number, 0.8; returns None for other budgets.
 
     Raises:
-        BudgetError: no device gives more than 100 %, or nothing.
+        BudgetError: the share is 0 % or above 100 %.
 
     >>> parse_share("80%")
     0.8

@@ -1,4 +1,4 @@
-"""Keeps apart what a device holds only while programs are compiled and algorithms chosen."""
+"""Separates the peak memory of training from what is needed only to compile programs and choose algorithms."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from accumtune.memory.device import Device
 
 @dataclass
 class PeakWithoutCompiling:
-    """The peak of a training, its first update and its first validation left out where these compile.
+    """Measures the peak of a training, without its first update and its first validation if the device compiles then.
 
     Args:
         device: opened, its peak reset.
 
     Attributes:
-        compile_peak_bytes: the peak while programs were compiled; None on a device whose figure has nothing of that.
+        compile_peak_bytes: the peak while programs were compiled; None on a device whose peak does not include that.
     """
 
     device: Device
@@ -26,11 +26,11 @@ class PeakWithoutCompiling:
     _validations: int = 0
 
     def callbacks(self) -> list[Any]:
-        """For `fit`; none on a device whose figure has nothing of compiling."""
+        """Returns callbacks for `fit`; none on a device whose peak does not include compiling."""
         return [_callback(self)] if self.device.compiles_in_its_memory else []
 
     def peak_bytes(self) -> int:
-        """The most held so far. Where nothing has run a second time, that of the first: an upper bound."""
+        """Returns the peak so far; after a single update that of compiling, which is an upper bound."""
         if self._updates == 1 and self.compile_peak_bytes is not None:
             return max(self.compile_peak_bytes, self.device.peak_memory_bytes())
         return max(self._training_bytes or 0, self.device.peak_memory_bytes())

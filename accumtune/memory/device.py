@@ -1,16 +1,15 @@
-"""Opens a device, counts what a framework holds on it, and limits that.
+"""Opens a device, measures the memory that a framework holds on it, and limits that memory.
 
-The classes of each backend are in `device_tensorflow.py`, `device_jax.py` and `device_torch.py`.
+The classes of each backend are in `device_tensorflow.py`, `device_jax.py` and `device_torch.py`; a framework is
+imported when its device is opened. `memory_limit_environment` goes into the environment of a child process before its
+framework runs anything; the child then calls `open_device`. Each measurement names its source
+(`Device.memory_source`), because the sources count different things:
 
-Nothing here imports a framework until a device is opened. `memory_limit_environment` goes into the environment of
-a child process before its framework runs anything, `open_device` does the rest from inside. Where the figure
-comes from is part of the figure (`Device.memory_source`), because the sources do not count the same things:
-
-    tensorflow allocator         every tensor TensorFlow holds on that device, exact; on a GPU without the CUDA
+    tensorflow allocator         every tensor that TensorFlow holds on that device, exact; on a GPU without the CUDA
                                  context (300 to 600 MB)
     cuda allocator               the same for torch
-    jax compile-time analysis    arrays that are held, and what XLA's plan of each function of training adds to them
-    process high-water mark      the process's resident memory above what it had when the device was opened
+    jax compile-time analysis    the arrays that are held, and what XLA plans to add in each function of training
+    process high-water mark      the process's resident memory beyond what it had when the device was opened
 """
 
 from __future__ import annotations
@@ -28,22 +27,22 @@ from accumtune.memory.out_of_memory import died_of_memory, is_out_of_memory
 __all__ = ["Device", "died_of_memory", "is_out_of_memory", "memory_limit_environment", "open_device"]
 
 MIB = 2**20
-# Below this TensorFlow's allocator cannot even take its first region (2 MiB) and leave room for a second.
+# TensorFlow's allocator needs a first region of 2 MiB, and room for a second.
 SMALLEST_TENSORFLOW_LIMIT_BYTES = 4 * MIB
 
 
 def memory_limit_environment(backend: str, budget_bytes: int | None) -> dict[str, str]:
-    """What a child process sets before its framework first runs: measurement on, and the limit where that is one.
+    """Returns the environment variables that a child process needs to measure its memory and to limit it.
 
     Args:
         backend: `"tensorflow"`, `"jax"` or `"torch"`.
         budget_bytes: what the process may hold on the device; `None` measures without a limit.
 
     Returns:
-        Environment variables. TensorFlow's are read at its first operation, JAX's at its first use of a device.
+        Environment variables. TensorFlow reads them at its first operation, JAX at its first use of a device.
 
     Raises:
-        BudgetError: TensorFlow's allocator counts in whole MiB and needs a few of them.
+        BudgetError: the budget is less than TensorFlow's allocator needs, 4 MiB.
     """
     if backend == "tensorflow":
         environment = {"TF_CPU_ALLOCATOR_USE_BFC": "true"}
@@ -52,7 +51,7 @@ def memory_limit_environment(backend: str, budget_bytes: int | None) -> dict[str
             environment["TF_CPU_BFC_MEM_LIMIT_IN_MB"] = str(budget_bytes // MIB)
         return environment
     if backend == "jax":
-        # The only one of JAX's allocators that both counts and has a limit, whatever the user's environment says.
+        # The only one of JAX's allocators that both counts and has a limit; it overrides the user's environment.
         environment = {"XLA_PYTHON_CLIENT_ALLOCATOR": "bfc", "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
         total = None if budget_bytes is None else gpu_total_bytes()
         if budget_bytes is None or total is None:
@@ -65,26 +64,26 @@ def memory_limit_environment(backend: str, budget_bytes: int | None) -> dict[str
 
 
 def check_limit(budget_bytes: int) -> None:
-    """Refuses a limit that TensorFlow's allocator cannot work with."""
+    """Raises BudgetError for a limit below what TensorFlow's allocator needs."""
     if budget_bytes < SMALLEST_TENSORFLOW_LIMIT_BYTES:
         raise BudgetError(
             f"Received a memory budget of {format_bytes(budget_bytes)}.",
-            f"at least {format_bytes(SMALLEST_TENSORFLOW_LIMIT_BYTES)}, the least TensorFlow's allocator works with",
+            f"at least {format_bytes(SMALLEST_TENSORFLOW_LIMIT_BYTES)}, which TensorFlow's allocator needs",
             "raise memory_budget.",
         )
 
 
 class Device(ABC):
-    """One device, as far as its memory goes.
+    """The memory of one device.
 
     Attributes:
         name: `"CPU:0"`, or `"GPU:0 NVIDIA H100 80GB HBM3"`.
         backend: `"tensorflow"`, `"jax"` or `"torch"`.
-        memory_source: who counts the bytes.
+        memory_source: what measures the bytes.
         budget_bytes: what the process may hold; `None` for no limit.
-        has_limits: whether the framework can enforce a budget. Where it cannot (JAX and torch on a CPU), compare
-            `peak_memory_bytes` with the budget, and see `accumtune.memory.memory_watch`.
-        compiles_in_its_memory: whether its peak has what a framework takes only while it compiles or chooses
+        has_limits: whether the framework can enforce a budget. If not (JAX and torch on a CPU),
+            `accumtune.memory.memory_watch` compares the peak with the budget.
+        compiles_in_its_memory: whether its peak includes what a framework needs only to compile or to choose
             algorithms (see `accumtune.memory.compilation`).
     """
 
@@ -113,32 +112,32 @@ class Device(ABC):
         """Starts the next peak from what is held now."""
 
     def recorder(self) -> Recorder | None:
-        """Begins to record what is asked of the allocator, where that can be known. Call it with nothing else run."""
+        """Starts to record the requests to the allocator, before anything else runs; None if that is impossible."""
         return None
 
 
 class Recorder(Protocol):
-    """Records what a process asks of its device's allocator."""
+    """Records a process's requests to its device's allocator."""
 
     def phase(self, accumulation_steps: int) -> None:
-        """Says that what follows belongs to updates of so many micro-steps; 0: to none."""
+        """Marks that the following requests belong to updates of so many micro-steps; 0: to no update."""
 
     def finished(self, micro_batch_size: int) -> Trace | None:
-        """Ends the recording; None where it was lost."""
+        """Ends the recording and returns it; None if it was lost."""
 
 
 def open_device(backend: str | None = None, budget_bytes: int | None = None) -> Device:
-    """Opens the device that this process trains on, and limits it to the budget where the framework can.
+    """Opens the device that this process trains on, and limits its memory to the budget if the framework can.
 
-    Call it in the child, after `memory_limit_environment` went into the environment and before anything else runs
-    on the framework.
+    Call it in the child process, with `memory_limit_environment` in its environment, before the framework runs
+    anything.
 
     Args:
-        backend: as in `keras.backend.backend()`, which is the default.
+        backend: default: `keras.backend.backend()`.
         budget_bytes: the limit; `None` for none.
 
     Raises:
-        BudgetError: the framework ran an operation before, so that it can be neither measured nor limited.
+        BudgetError: the framework has run an operation already, so its memory can be neither measured nor limited.
     """
     if backend is None:
         import keras

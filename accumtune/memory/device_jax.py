@@ -1,4 +1,4 @@
-"""Counts what JAX holds on a device, and what XLA plans to hold."""
+"""Measures what JAX holds on a device, with what XLA plans to hold."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from accumtune.accumulation.engines import engine_jax
 from accumtune.errors import BudgetError
 from accumtune.memory.device import Device
 
-# The driver and CUDA do not call quite the same the whole of a device.
+# The driver and CUDA report slightly different sizes of a device's memory.
 _LIMIT_TOLERANCE = 0.01
-# Of the time between two looks at all that JAX holds, what one look may take.
+# The share of time that may be spent on adding up all that JAX holds.
 _LOOKING = 0.01
 
 
 class JaxDevice(Device):
-    """A device under JAX: the most that it held while a compiled function of training ran.
+    """A device under JAX: its peak is the most that it held while a compiled function of training ran.
 
-    Looked at are the functions of the engine and of Keras's trainer (validation, prediction). What else was compiled,
-    such as a weight's initializer, takes its memory when training has not begun, and gives it back.
+    These are the functions of the engine and of Keras's trainer (validation, prediction). Other compiled functions,
+    such as a weight's initializer, run before training and free their memory.
     """
 
     backend = "jax"
@@ -43,7 +43,7 @@ class JaxDevice(Device):
         self.resets += 1
 
     def note(self, held_bytes: int) -> None:
-        """Takes what is held while a function runs."""
+        """Records what is held while a function runs."""
         self._peak = max(self._peak, held_bytes)
 
     def _compiled(self, function: Any, **options: Any) -> WatchedFunction:
@@ -51,10 +51,10 @@ class JaxDevice(Device):
 
 
 class WatchedFunction:
-    """A compiled function that tells a device what is held while it runs.
+    """A compiled function that reports to a device what is held while it runs.
 
-    That is all that was held when it was called, the arrays that still were the host's, and on top of it XLA's plan:
-    the function's temporaries, and those of its outputs that do not reuse an argument's memory.
+    This is all that is held when it is called, with arguments that are still on the host, and what XLA plans in
+    addition: the function's temporaries, and those of its outputs that do not reuse an argument's memory.
     """
 
     def __init__(self, compiled: Any, device: JaxDevice) -> None:
@@ -70,7 +70,7 @@ class WatchedFunction:
         self._look(args)
         result = self._compiled(*args)
         if self._added is None or self._compiled._cache_size() != known:
-            # JAX finds what it has just compiled; nothing is compiled again.
+            # JAX finds the compiled function in its cache and does not compile again.
             stats = self._compiled.lower(*args).compile().memory_analysis()
             added = stats.temp_size_in_bytes + stats.output_size_in_bytes - stats.alias_size_in_bytes
             self._added = max(self._added or 0, added)
@@ -94,12 +94,11 @@ class WatchedFunction:
 class JaxGpu(JaxDevice):
     """A GPU under JAX.
 
-    The most that its allocator has handed out is no figure of training: XLA tries convolutions out when it compiles
-    them, in as much memory as it finds (700 MiB for a step of 50, H200, JAX 0.11), and that peak cannot be reset. It is
-    an upper bound.
+    The allocator's own peak is only an upper bound of the training's: when XLA compiles convolutions, it tries them out
+    in as much memory as there is (700 MiB for a step of 50, H200, JAX 0.11), and that peak cannot be reset.
 
     Raises:
-        BudgetError: the allocator was chosen in the environment, and is one that does not count.
+        BudgetError: the environment has chosen an allocator that does not count.
     """
 
     def __init__(self, name: str, budget_bytes: int | None = None) -> None:
@@ -107,12 +106,12 @@ class JaxGpu(JaxDevice):
         stats = self._stats()
         if "peak_bytes_in_use" not in stats:
             raise BudgetError(
-                f"JAX's allocator on {name} does not count what it hands out.",
-                "its default allocator.",
-                "leave XLA_PYTHON_CLIENT_ALLOCATOR out of the environment.",
+                f"JAX's allocator on {name} does not count the memory that it hands out.",
+                "JAX's default allocator.",
+                "remove XLA_PYTHON_CLIENT_ALLOCATOR from the environment.",
             )
-        # JAX takes its limit from the environment, as a share of a device that the driver may not have named: then the
-        # peak is compared with the budget.
+        # JAX's limit is a share of the device, given in the environment. If the device's size was unknown, there is
+        # none, and the peak is compared with the budget.
         limit = stats.get("bytes_limit")
         if budget_bytes is not None:
             self.has_limits = limit is not None and limit <= budget_bytes * (1 + _LIMIT_TOLERANCE)
@@ -142,7 +141,7 @@ class JaxCpu(JaxDevice):
 
 
 def open_device(budget_bytes: int | None) -> Device:
-    """The first device of this process: a CPU, a GPU, or another kind that is called by its own name, such as TPU:0."""
+    """Opens the first device of this process: a CPU, a GPU, or another kind under its own name, such as TPU:0."""
     device = jax.local_devices()[0]
     if device.platform == "cpu":
         return JaxCpu("CPU:0", budget_bytes)

@@ -1,6 +1,6 @@
-"""TensorFlow's device: what its own allocator (BFC) holds, and its limit. A CPU gets the allocator of a GPU.
+"""Measures and limits what TensorFlow's allocator (BFC) holds. A CPU gets the allocator of a GPU.
 
-How that one is laid out is in `cpu_simulation.tensorflow_setup`.
+`cpu_simulation.tensorflow_setup` lays out that allocator.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from accumtune.memory.device import (
 
 
 class TensorFlowDevice(Device):
-    """A device whose memory TensorFlow's own allocator (BFC) hands out."""
+    """A device whose memory is managed by TensorFlow's allocator (BFC)."""
 
     backend = "tensorflow"
     memory_source = "tensorflow allocator"
@@ -31,13 +31,13 @@ class TensorFlowDevice(Device):
     def __init__(self, name: str, budget_bytes: int | None = None) -> None:
         super().__init__(name, budget_bytes)
         self._key = name.split()[0]
-        # XLA and cuDNN try algorithms out in memory of the GPU; on a CPU nothing is tried.
+        # XLA and cuDNN try algorithms out in the GPU's memory; on a CPU there is no such trial.
         self.compiles_in_its_memory = name.startswith("GPU")
         self._set_aside: list[tf.Tensor] = []
         self._set_aside_bytes = 0
 
     def set_aside(self, tensors: list[tf.Tensor]) -> None:
-        """Holds tensors that are no part of any figure."""
+        """Keeps tensors alive without counting them."""
         self._set_aside = tensors
         self._set_aside_bytes = self.current_memory_bytes() if tensors else 0
 
@@ -55,17 +55,17 @@ class TensorFlowDevice(Device):
 
     def recorder(self) -> Recorder | None:
         if not self.name.startswith("CPU"):
-            return None  # the allocator is the same, but how its memory lies has not been looked at
+            return None  # the allocator is the same, but its layout on a GPU is not simulated
         from accumtune.memory.cpu_simulation import trace_recorder
 
         return trace_recorder.TraceRecorder()
 
 
 def open_device(budget_bytes: int | None) -> Device:
-    """The first GPU, else the CPU with the GPU's allocator."""
+    """Opens the first GPU, or else the CPU with a GPU's allocator."""
     gpus = tf.config.get_visible_devices("GPU")
     if gpus:
-        # The host is not what is measured: in the GPU's budget a data pipeline has no room.
+        # The limit is the GPU's alone: on the host, a data pipeline may need more than the GPU's budget.
         for variable in memory_limit_environment("tensorflow", SMALLEST_TENSORFLOW_LIMIT_BYTES):
             os.environ.pop(variable, None)
         _limit_gpu(gpus[0], budget_bytes)
@@ -79,8 +79,8 @@ def open_device(budget_bytes: int | None) -> Device:
         raise _too_late() from None
     tensorflow_setup.reserve_region(budget_bytes)
     trace = tf.zeros([3])
-    # The variables are read once, at the first operation. BFC hands out multiples of 256 bytes, the plain allocator
-    # counts bytes as they come.
+    # TensorFlow reads the environment once, at its first operation. BFC hands out multiples of 256 bytes; less than
+    # that means another allocator.
     if device.current_memory_bytes() < 256:
         raise _too_late()
     del trace
@@ -91,7 +91,7 @@ def open_device(budget_bytes: int | None) -> Device:
 
 def _limit_gpu(gpu: Any, budget_bytes: int | None) -> None:
     try:
-        tf.config.set_visible_devices([gpu], "GPU")  # growth must be the same on all that are visible
+        tf.config.set_visible_devices([gpu], "GPU")  # memory growth must be the same on all visible ones
         if budget_bytes is None:
             tf.config.experimental.set_memory_growth(gpu, True)
         else:
@@ -105,6 +105,6 @@ def _limit_gpu(gpu: Any, budget_bytes: int | None) -> None:
 def _too_late() -> BudgetError:
     return BudgetError(
         "TensorFlow has run an operation in this process before its memory was set up.",
-        "a process in which TensorFlow is imported at most.",
+        "a process in which TensorFlow has run nothing yet.",
         "put memory_limit_environment(...) into the environment and call open_device before any operation.",
     )

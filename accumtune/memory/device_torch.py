@@ -1,4 +1,4 @@
-"""Counts what torch holds on a GPU, and limits it; on a CPU, what the process holds."""
+"""Measures and limits what torch holds on a GPU; on a CPU, measures what the process holds."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class TorchCuda(Device):
 
 
 class TorchCpu(Device):
-    """A CPU under torch, which keeps no count of its own: the process's resident memory stands in for it."""
+    """A CPU under torch, which does not count its memory: the process's resident memory is measured instead."""
 
     backend = "torch"
     memory_source = "process high-water mark"
@@ -57,7 +57,7 @@ def _process_status_bytes(field: str) -> int:
 
 
 def open_device(budget_bytes: int | None) -> Device:
-    """The first GPU, else the CPU; Keras's own variable can say that it is the CPU all the same."""
+    """Opens the first GPU, or else the CPU; Keras's variable `KERAS_TORCH_DEVICE=cpu` chooses the CPU too."""
     if not torch.cuda.is_available() or os.environ.get("KERAS_TORCH_DEVICE") == "cpu":
         return TorchCpu("CPU:0", budget_bytes)
     if budget_bytes is not None:

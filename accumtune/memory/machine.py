@@ -1,6 +1,6 @@
-"""Reads the memory of the machine (/proc, control groups) and of its NVIDIA GPUs (NVML). No framework is started.
+"""Reads the memory of the machine (/proc, control groups) and of its NVIDIA GPUs (NVML), without any framework.
 
-NVML only answers questions: it makes no context on a GPU, so that a process may fork after it.
+NVML creates no context on a GPU, so the process may still fork.
 """
 
 from __future__ import annotations
@@ -16,22 +16,22 @@ from typing import Any
 from accumtune.errors import BudgetError
 from accumtune.memory.units import format_bytes
 
-# Where a container's limit is written: version 2 of control groups, version 1.
+# The files with a container's limit and use: version 2 of control groups, version 1.
 _CGROUP_FILES = ("memory.max", "memory.current"), ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes")
 
-# With one of these TensorFlow turns oneDNN on by itself.
+# With one of these instruction sets TensorFlow enables oneDNN by default.
 _ONEDNN_BY_DEFAULT = frozenset({"avx512_vnni", "avx512_bf16", "avx_vnni", "amx_tile", "amx_int8", "amx_bf16"})
 
 
 @dataclass(frozen=True)
 class DeviceMemory:
-    """What there is, and who else uses it.
+    """The memory of a device, and the processes that use it.
 
     Args:
         name: `"CPU"`, or the GPU's name.
         total_bytes: of the device; on a CPU of the machine, or of the container that this process is in.
-        free_bytes: what nobody uses now.
-        others: one text per process on a GPU: `"1234 python 2.00 GiB"`.
+        free_bytes: what is not in use now.
+        others: a text for each other process on a GPU: `"1234 python 2.00 GiB"`.
     """
 
     name: str
@@ -44,7 +44,7 @@ class DeviceMemory:
         return self.name != "CPU"
 
     def describe(self) -> str:
-        """For people, a line each: the device, what a GPU's context takes, other processes."""
+        """Returns lines for the user: the device, what a GPU's context takes, and other processes."""
         total, free = format_bytes(self.total_bytes), format_bytes(self.free_bytes)
         lines = [f"Device {self.name}: {total} in total, {free} free"]
         if self.is_gpu:
@@ -53,21 +53,24 @@ class DeviceMemory:
 
 
 def device_memory() -> DeviceMemory:
-    """The first visible NVIDIA GPU; without one, the machine. `CUDA_VISIBLE_DEVICES=-1` hides GPUs."""
+    """Returns the memory of the first visible NVIDIA GPU, or else of the machine.
+
+    `CUDA_VISIBLE_DEVICES=-1` hides GPUs.
+    """
     return _gpu() or machine_memory()
 
 
 def gpu_total_bytes() -> int | None:
-    """The memory of the first visible NVIDIA GPU; None where there is none."""
+    """Returns the memory of the first visible NVIDIA GPU in bytes; None without one."""
     gpu = _gpu()
     return None if gpu is None else gpu.total_bytes
 
 
 def budget_hint(backend: str, cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
-    """What else may let a model fit, to go on after an advice; empty where there is nothing to say.
+    """Returns a sentence, to add to an advice, about a setting that saves memory on this machine; "" if there is none.
 
-    Where TensorFlow's device is the CPU, it uses oneDNN if that has instructions for neural networks (x86); elsewhere
-    the gradients of convolutions take a workspace as large as the last cache, such as 32 MiB, whatever the batch.
+    On x86 CPUs without instructions for neural networks, TensorFlow does not enable oneDNN. The gradients of
+    convolutions then take a workspace as large as the last cache, such as 32 MiB, whatever the batch.
     """
     if backend != "tensorflow" or _gpu() is not None:
         return ""
@@ -76,8 +79,8 @@ def budget_hint(backend: str, cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
     if not _ONEDNN_BY_DEFAULT.isdisjoint(cpuinfo.read_text().split()):
         return ""
     return (
-        " If the model has convolutions, set TF_ENABLE_ONEDNN_OPTS=1 before TensorFlow is imported: without, they take "
-        "a workspace on this CPU as large as its cache."
+        " If the model has convolutions, set TF_ENABLE_ONEDNN_OPTS=1 before TensorFlow is imported: without it, they "
+        "need a workspace as large as this CPU's cache."
     )
 
 
@@ -89,7 +92,7 @@ def _gpu() -> DeviceMemory | None:
 
 
 def machine_memory(meminfo: Path = Path("/proc/meminfo"), cgroups: Path = Path("/sys/fs/cgroup")) -> DeviceMemory:
-    """The machine's memory, or that of the container which this process is in."""
+    """Returns the memory of the machine, or of the container that this process is in."""
     lines = (line.split(":") for line in meminfo.read_text().splitlines())
     known = {name: int(value.split()[0]) * 1024 for name, value in lines}
     total, free = known["MemTotal"], known["MemAvailable"]
@@ -105,20 +108,20 @@ def machine_memory(meminfo: Path = Path("/proc/meminfo"), cgroups: Path = Path("
 
 
 def available_memory_bytes(device_name: str) -> int:
-    """Free memory of a device, in bytes.
+    """Returns the free memory of a device, in bytes.
 
     Args:
         device_name: as in `Device.name`: "CPU:0", or "GPU:0 ...", the first GPU that this process sees.
 
     Raises:
-        BudgetError: nobody says: the driver, or because it is another kind of device.
+        BudgetError: it is unknown, because the driver does not answer or it is another kind of device.
     """
     kind = device_name.partition(":")[0]
     if kind == "CPU":
         return machine_memory().free_bytes
-    answer = "it has none of its own"
+    answer = "the GPU has no memory of its own"
     if kind != "GPU":
-        answer = "only NVIDIA's driver is asked"
+        answer = "accumtune can only ask NVIDIA's driver"
     else:
         try:
             gpus = asked_gpus()
@@ -129,23 +132,23 @@ def available_memory_bytes(device_name: str) -> int:
     raise BudgetError(
         f"The free memory of {device_name} is not known: {answer}.",
         "an NVIDIA GPU whose driver answers.",
-        'name the budget yourself: config.for_budget("8GiB", build_model, x, y).',
+        'give a budget instead: config.for_budget("8GiB", build_model, x, y).',
     )
 
 
 class DriverIsSilent(Exception):
-    """There is no driver, or it does not answer; the text says which."""
+    """There is no driver, or it does not answer; the message says which."""
 
 
 @dataclass(frozen=True)
 class Gpu:
-    """A GPU, or an instance of one that is divided (MIG).
+    """A GPU, or an instance of one that is partitioned (MIG).
 
     Args:
-        index: what `CUDA_VISIBLE_DEVICES` calls it: a number, of an instance its UUID.
+        index: its name in `CUDA_VISIBLE_DEVICES`: a number, or an instance's UUID.
         name: its type, such as `"NVIDIA H100 80GB HBM3"`.
-        total_bytes, free_bytes: of its memory; None where it has none of its own, or nobody could tell.
-        others: one text per process on it: `"1234 python 2.00 GiB"`.
+        total_bytes, free_bytes: of its memory; None if it has none of its own, or the driver does not say.
+        others: a text for each other process on it: `"1234 python 2.00 GiB"`.
         uuid: another name for it in `CUDA_VISIBLE_DEVICES`.
     """
 
@@ -158,7 +161,7 @@ class Gpu:
 
 
 def visible_gpus() -> list[Gpu]:
-    """Those that `CUDA_VISIBLE_DEVICES` leaves to this process, in its order; none where there is no driver."""
+    """Returns the GPUs that `CUDA_VISIBLE_DEVICES` leaves to this process, in its order; none without a driver."""
     try:
         return asked_gpus()
     except DriverIsSilent:
@@ -166,10 +169,10 @@ def visible_gpus() -> list[Gpu]:
 
 
 def asked_gpus() -> list[Gpu]:
-    """The same.
+    """Returns the same as `visible_gpus`.
 
     Raises:
-        DriverIsSilent: nobody answers.
+        DriverIsSilent: there is no driver, or it does not answer.
     """
     variable = os.environ.get("CUDA_VISIBLE_DEVICES")
     if variable is not None and variable.split(",")[0].strip() in ("", "-1"):
@@ -178,11 +181,11 @@ def asked_gpus() -> list[Gpu]:
 
 
 def _among_visible(gpus: Sequence[Sequence[Gpu]], variable: str | None) -> list[Gpu]:
-    """What `CUDA_VISIBLE_DEVICES` says, where it is set.
+    """Returns the GPUs that `CUDA_VISIBLE_DEVICES` selects; all if it is not set.
 
     Args:
-        gpus: for each GPU itself, or the instances that it is divided into.
-        variable: its value.
+        gpus: a list for each GPU: itself, or the instances that it is partitioned into.
+        variable: the value of `CUDA_VISIBLE_DEVICES`.
     """
     parts = [part for instances in gpus for part in instances]
     if variable is None:
@@ -192,7 +195,7 @@ def _among_visible(gpus: Sequence[Sequence[Gpu]], variable: str | None) -> list[
     for item in filter(None, (part.strip() for part in variable.split(","))):
         by_uuid = [part for part in parts if item.startswith(("GPU-", "MIG-")) and part.uuid.startswith(item)]
         matching = [by_number[item]] if item in by_number else by_uuid
-        if not matching:  # as CUDA has it: what comes after an invalid one is not visible
+        if not matching:  # CUDA ignores an invalid entry and all after it
             break
         found.append(_called(matching[0], item))
     return found
@@ -230,7 +233,7 @@ def _parts(nvml: Any, handle: Any, index: str) -> list[Gpu]:
 def _instances(nvml: Any, handle: Any) -> Iterator[Any]:
     for number in range(nvml.nvmlDeviceGetMaxMigDeviceCount(handle)):
         instance = _answer(nvml, functools.partial(nvml.nvmlDeviceGetMigDeviceHandleByIndex, handle, number))
-        if instance is not None:  # fewer than there may be
+        if instance is not None:  # there may be fewer than the largest number
             yield instance
 
 
@@ -249,13 +252,13 @@ def _described(nvml: Any, handle: Any, index: str | None) -> Gpu:
 
 
 def _process(nvml: Any, process: Any) -> str:
-    name = _text(_answer(nvml, lambda: nvml.nvmlSystemGetProcessName(process.pid)) or "?")  # of another container
+    name = _text(_answer(nvml, lambda: nvml.nvmlSystemGetProcessName(process.pid)) or "?")
     used = "" if process.usedGpuMemory is None else f" {format_bytes(process.usedGpuMemory)}"
     return f"{process.pid} {os.path.basename(name)}{used}"
 
 
 def _answer(nvml: Any, question: Callable[[], Any]) -> Any:
-    """None for what this GPU or its driver does not know."""
+    """Returns the driver's answer; None if this GPU or its driver does not support the question."""
     try:
         return question()
     except nvml.NVMLError:

@@ -1,11 +1,10 @@
-"""Notices in a thread that a process has run out of its memory budget, where its framework says so late or never.
+"""Detects, in a thread, that a process has run out of its memory budget, if its framework says so late or never.
 
-JAX and torch have no limit on a CPU: there the peak is compared with the budget again and again.
+JAX and torch have no limit on a CPU: there the peak is compared with the budget at intervals.
 
-TensorFlow has one, and ten seconds of patience: an allocation that does not fit is repeated until something is freed
-(its `AllocatorRetry`; there is no setting for it). In a step on a CPU nobody else frees anything: every thread of the
-process sleeps meanwhile. That is what is looked for. A thread that computes, waits for a core or reads from a disk does
-not sleep.
+TensorFlow has a limit, but retries an allocation that does not fit for ten seconds, in case something is freed (its
+`AllocatorRetry`, which has no setting). In a step on a CPU nothing else frees memory, and every thread of the process
+sleeps meanwhile. That sleep is detected: a thread that computes, waits for a core or reads from a disk does not sleep.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from accumtune.memory.device import Device
 
 PATIENCE_SECONDS = 2.0
 _LOOK_EVERY_SECONDS = 0.2
-# Less than this between two looks is a timer that went off, not work.
+# Less computing time than this between two looks is a timer, not work.
 _BUSY_NANOSECONDS = 1_000_000
 
 
@@ -31,9 +30,9 @@ def watched(device: Device, on_out_of_memory: Callable[[], None], *, may_wait: b
 
     Args:
         device: opened with a budget; without one nothing is watched.
-        on_out_of_memory: must end the process: a thread that waits for memory cannot be interrupted.
-        may_wait: whether the body may sleep for other reasons than memory, as training does on data that come from
-            afar. Then TensorFlow's own word is awaited.
+        on_out_of_memory: must end the process, because a thread that waits for memory cannot be interrupted.
+        may_wait: whether the body may sleep for other reasons, such as waiting for data. TensorFlow's own error is
+            then awaited.
     """
     if device.budget_bytes is None:
         watch: Callable[[threading.Event], bool] | None = None
@@ -64,11 +63,11 @@ def _watch(
 
 
 def _exceeds(device: Device, budget_bytes: int, is_over: threading.Event) -> bool:
-    """Returns when the peak is above the budget, or the body is over."""
+    """Waits until the peak is above the budget, and returns True; False when the body is over."""
     while not is_over.wait(_LOOK_EVERY_SECONDS):
         try:
             peak = device.peak_memory_bytes()
-        except RuntimeError:  # JAX: an array was deleted while it was looked at
+        except RuntimeError:  # JAX: an array was deleted meanwhile
             continue
         if peak > budget_bytes:
             return True
@@ -76,7 +75,7 @@ def _exceeds(device: Device, budget_bytes: int, is_over: threading.Event) -> boo
 
 
 def _sleeps(is_over: threading.Event) -> bool:
-    """Returns when nothing has moved in the process for a while, or the body is over."""
+    """Waits until all threads have slept for `PATIENCE_SECONDS`, and returns True; False when the body is over."""
     own = str(threading.get_native_id())
     before, since = _work_done(own), time.monotonic()
     while not is_over.wait(_LOOK_EVERY_SECONDS):
@@ -90,7 +89,7 @@ def _sleeps(is_over: threading.Event) -> bool:
 
 
 def _work_done(own: str) -> int | None:
-    """Nanoseconds that the other threads have run so far; None while one of them runs, or would if it could."""
+    """Returns the nanoseconds that the other threads have run so far; None while one of them runs or is ready to."""
     total = 0
     try:
         for thread in Path("/proc/self/task").iterdir():
@@ -100,5 +99,5 @@ def _work_done(own: str) -> int | None:
                     return None
                 total += int((thread / "schedstat").read_text().split()[0])
     except (OSError, ValueError, IndexError):
-        return None  # a thread has ended meanwhile, or this is no Linux: then nothing is known
+        return None  # a thread has ended meanwhile, or this is not Linux
     return total

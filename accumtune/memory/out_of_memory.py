@@ -1,4 +1,4 @@
-"""Recognizes running out of memory, framework by framework. No framework is imported: types go by their names."""
+"""Recognizes out-of-memory errors of all frameworks, by the names of their types: no framework is imported."""
 
 from __future__ import annotations
 
@@ -6,8 +6,7 @@ import re
 import signal
 from collections.abc import Iterator
 
-# TensorFlow uses ResourceExhausted for full queues, message sizes and open files too, so that its name alone says
-# nothing.
+# ResourceExhaustedError is not among them: TensorFlow raises it for full queues, message sizes and open files too.
 _MEMORY_ERROR_NAMES = {"MemoryError", "OutOfMemoryError", "_ArrayMemoryError"}
 _MEMORY_TEXT = re.compile(
     r"\bOOM\b|out of memory|out-of-memory|not enough memory|can(?:'|no)t allocate memory|unable to allocate"
@@ -22,8 +21,8 @@ _MEMORY_TEXT = re.compile(
     r"|NVML_SUCCESS == r INTERNAL ASSERT FAILED[^\n]*CUDACachingAllocator",
     re.IGNORECASE,
 )
-# An error type that may speak of memory, and when its text is believed. Errors of the user's own code are not
-# among them: a ValueError that mentions memory is about something else.
+# Types of errors that count if their text is about memory. Errors of the user's own code are not among them: a
+# ValueError that mentions memory is about something else.
 _SPEAKS_OF_MEMORY = {
     "ResourceExhaustedError", "InternalError", "UnknownError", "AbortedError", "NotFoundError",  # tf.errors
     "XlaRuntimeError", "JaxRuntimeError", "RuntimeError", "AcceleratorError",  # jax, torch
@@ -32,7 +31,7 @@ _SPEAKS_OF_MEMORY = {
 
 
 def is_out_of_memory(exception: BaseException) -> bool:
-    """Whether an exception, or what caused it, is a device or a host that ran out of memory.
+    """Returns whether an exception, or its cause, says that a device or a host ran out of memory.
 
     Example:
 
@@ -43,10 +42,10 @@ def is_out_of_memory(exception: BaseException) -> bool:
 
 
 def died_of_memory(exit_signal: int, log: str = "", *, is_limited: bool = False) -> bool:
-    """Whether a process that was ended by a signal most likely ran out of memory.
+    """Returns whether a process that was ended by a signal most likely ran out of memory.
 
-    TensorFlow's oneDNN kernels go on without the buffer that they did not get: with a limited allocator running
-    out of memory can end in a segmentation fault instead of an exception (seen on TensorFlow 2.21, Conv2D).
+    TensorFlow's oneDNN kernels do not check whether they got their buffer: with a limited allocator, running out of
+    memory can end in a segmentation fault instead of an exception (seen on TensorFlow 2.21, Conv2D).
 
     Args:
         exit_signal: the number of the signal.
@@ -64,12 +63,12 @@ def _is_memory_error(exception: BaseException) -> bool:
         return True
     text = str(exception)
     if "InternalError" in names and "Dst tensor is not initialized" in text:
-        return True  # TensorFlow's words for a copy to a GPU that has no room left
+        return True  # TensorFlow's message for a copy to a full GPU
     return bool(names & _SPEAKS_OF_MEMORY) and _MEMORY_TEXT.search(text) is not None
 
 
 def _chain(exception: BaseException) -> Iterator[BaseException]:
-    """The exception, what it was raised from or while handling, and the members of groups."""
+    """Yields the exception, its causes and contexts, and the members of groups."""
     waiting, seen = [exception], set()
     while waiting:
         one = waiting.pop()

@@ -25,14 +25,14 @@ from accumtune.memory.prediction.measurement import Measurement
 
 Batches = Callable[[int], tuple[Any, Any, Any]]
 
-# The same update peaks a few percent higher or lower from one time to the next: operations run at the same time in
-# another order, and the allocator finds other gaps. The most of about this many micro-steps is steady.
+# The peak of an update varies by a few percent from one update to the next, with the order of operations and the gaps
+# that the allocator finds. The largest of about this many micro-steps is steady.
 STEADY_MICRO_STEPS = 8
-# ... unless they are slow: no more updates than asked for once this much time has gone.
+# Once this much time has passed, no more updates run than were asked for.
 PATIENCE_SECONDS = 3.0
-# Updates without an accumulator and with one: a trace that lacks either says nothing of other sizes.
+# Updates without an accumulator and with one: a trace needs both to predict other sizes.
 TRACED_STEPS = frozenset({1, 2})
-# What a trace may be off from what was measured: it lacks the little that was there when the recording began.
+# How far a trace's peak may be from the measured one: it lacks the little that was held before the recording.
 TRACE_TOLERANCE = 0.02
 
 
@@ -62,9 +62,9 @@ def probe(
         updates: how many updates are timed at least. One more runs before them, for tracing and compilation.
         is_pipeline: whether training will get its data as batches, all of a window at once, or as arrays.
         device: the opened device, limited or not.
-        on_out_of_memory: called with what would be returned, as soon as TensorFlow waits for memory in vain (instead
-            of sitting out its 10 s), or a backend without limits goes over the budget. It is called in another
-            thread and must end the process.
+        on_out_of_memory: called with the measurements so far, as soon as TensorFlow waits for memory (instead of after
+            its 10 s), or a backend without limits exceeds the budget. It is called in another thread and must end the
+            process.
         recorder: recording since the device was opened. Then as many updates are made as are asked for, so that the
             traces of all sizes are alike.
 
@@ -119,11 +119,11 @@ def probe(
 
 
 def trace_of(recorder: Recorder | None, measurements: Sequence[Measurement]) -> Trace | None:
-    """What was recorded of a probe, if it is whole: played through, it must give the peaks that were measured."""
+    """Ends a probe's recording and returns it, if the simulated allocator gives the measured peaks for it."""
     if recorder is None:
         return None
     trace = recorder.finished(measurements[0].micro_batch_size)
-    if trace is None or not trace.events:  # a TensorFlow whose profiler does not tell
+    if trace is None or not trace.events:  # this TensorFlow's profiler does not record allocations
         return None
     peaks = trace.peaks(trace.requests, measurements[0].memory_limit_bytes)
     if peaks is None or not TRACED_STEPS <= peaks.keys():
@@ -146,7 +146,7 @@ def _train(
     others: Sequence[Any],
     watch: AbstractContextManager[None],
 ) -> float:
-    """One epoch is one update, so that a single window of data serves them all. Returns seconds per update."""
+    """Trains one update per epoch, all on the same window of data. Returns the median seconds per update."""
     if mark is not None:
         mark()
     window_size = micro_batch_size * steps
@@ -159,7 +159,7 @@ def _train(
         else training_arguments(model, *window, batch_size=window_size)
     )
     validation = None
-    if can_be_evaluated(model):  # trials validate at the micro-batch, while the training data stays open
+    if can_be_evaluated(model):  # as trials do: at the micro-batch, while the training data stay in memory
         held_out = batches(micro_batch_size)
         validation = (
             batch_source(*held_out, batch_size=micro_batch_size)
@@ -171,7 +171,7 @@ def _train(
             **data,
             epochs=1 + (max(updates, -(-STEADY_MICRO_STEPS // steps)) if mark is None else updates),
             validation_data=validation,
-            validation_freq=[1, 2] if others else [1],  # the first time it is compiled
+            validation_freq=[1, 2] if others else [1],  # the first validation compiles
             callbacks=[clock, *others],
             verbose=0,
         )
@@ -183,7 +183,7 @@ def _update_clock(updates: int, mark: Callable[[], None] | None) -> Any:
     import keras
 
     class UpdateClock(keras.callbacks.Callback):
-        """Times each update, and marks its begin and end. Having `on_train_batch_end`, Keras waits for its logs."""
+        """Times each update, and marks its begin and end. Keras waits for an update's logs before it ends one."""
 
         def __init__(self) -> None:
             super().__init__()

@@ -8,21 +8,21 @@ from typing import Any
 
 from accumtune.memory.budget import format_bytes, mib
 
-# Okabe and Ito's (2008) colours: told apart by colour-blind readers; shapes say it again.
+# Okabe and Ito's (2008) colours, which colour-blind readers can tell apart; shapes differ too.
 _BLUE, _ORANGE, _VERMILLION = "#0072B2", "#E69F00", "#D55E00"
 
 
 def draw_profile(
     rows: Sequence[Mapping[str, Any]], budget_bytes: int | None, accumulation_steps: int, file: str | Path
 ) -> None:
-    """Draws what `accumtune probe` prints; the file's ending says in which format.
+    """Draws the table that `accumtune probe` prints; the file's ending selects the format.
 
     Args:
         rows: by micro-batch: `micro_batch_size`, `predicted_peak_memory_bytes`, `measured_peak_memory_bytes` (or
             None), `fits` (or None) and `throughput_samples_per_second`.
         budget_bytes: None for no budget.
-        accumulation_steps: what the rows were predicted for.
-        file: where to.
+        accumulation_steps: of the rows' predictions.
+        file: where to write.
     """
     from matplotlib.figure import Figure
 

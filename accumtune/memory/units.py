@@ -1,10 +1,10 @@
-"""Writes bytes for people and for MLflow's metrics."""
+"""Formats sizes in bytes for the user and for MLflow's metrics."""
 
 from __future__ import annotations
 
 
 def format_bytes(size_bytes: float) -> str:
-    """Writes a size for people: `"1.50 GiB"`, `"20.0 MiB"`.
+    """Formats a size: `"1.50 GiB"`, `"20.0 MiB"`.
 
     >>> format_bytes(1610612736)
     '1.50 GiB'
@@ -16,5 +16,5 @@ def format_bytes(size_bytes: float) -> str:
 
 
 def mib(size_bytes: float) -> float:
-    """Bytes to mebibytes (2**20), the unit of MLflow's metrics."""
+    """Converts bytes to mebibytes (2**20), the unit of MLflow's metrics."""
     return size_bytes / 2**20

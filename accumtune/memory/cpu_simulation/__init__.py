@@ -1,7 +1,7 @@
-"""TensorFlow's allocator on a CPU: laid out as on a GPU, recorded, and played through at any micro-batch size.
+"""Lays out TensorFlow's allocator on a CPU as on a GPU, records its requests, and simulates it at any micro-batch size.
 
-What is used outside is here; nobody else imports its parts. `tensorflow_setup` and `trace_recorder` are modules that
-import TensorFlow, and so are imported where it is used.
+Other packages import from here and not from its modules, except for `tensorflow_setup` and `trace_recorder`, which
+import TensorFlow.
 """
 
 from accumtune.memory.cpu_simulation.allocation_trace import Trace

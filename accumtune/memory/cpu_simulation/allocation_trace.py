@@ -1,8 +1,8 @@
-"""Traces what a few updates asked of TensorFlow's allocator, and what they would ask at another micro-batch size.
+"""Holds the requests of a few updates to TensorFlow's allocator, and predicts those at another micro-batch size.
 
-The requests of a step are the same at every size, in the same order; each is either of one size, or grows with the
-micro-batch along a line. Two traces tell which. Played through in the simulated allocator, they give the peak of a
-size that never ran, and whether it runs under a limit.
+The requests of a step are the same at every micro-batch size, in the same order. Each is either constant, or grows
+linearly with the micro-batch; two traces show which. The simulated allocator then gives the peak of a size that never
+ran, and whether it runs under a limit.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ import numpy as np
 
 from accumtune.memory.cpu_simulation.allocator_layout import opened_allocator
 
-# What grows in proportion to the micro-batch has a share of this at the smaller size, but for rounding.
+# A request that grows in proportion to the micro-batch has at least this share of that proportion at the smaller size,
+# because of rounding.
 FASTEST_GROWTH = 0.9
 
 
@@ -30,11 +31,11 @@ class Trace:
 
     Args:
         micro_batch_size: samples per micro-step.
-        events: a number for each request or return: the bytes of a request, at least 0; or, of the request whose
-            memory is given back, -1 less its place among the requests.
-        names: of each request, who made it: an operation, and what for.
-        phases: `(accumulation_steps, first event)` where another part of the training begins. The parts with
-            `accumulation_steps` 0 are in no update's peak.
+        events: a number for each request or return. A request is its bytes, at least 0; a return is -1 minus the index
+            of the request whose memory is returned.
+        names: of each request: the operation that made it, and its kind.
+        phases: `(accumulation_steps, first event)` for each phase of the training. Phases with `accumulation_steps` 0
+            do not belong to an update.
     """
 
     micro_batch_size: int
@@ -49,7 +50,7 @@ class Trace:
 
     @cached_property
     def groups(self) -> dict[tuple[int, str], list[int]]:
-        """The requests of each name in each phase, in their order."""
+        """The indices of the requests by phase and name, in their order."""
         groups: dict[tuple[int, str], list[int]] = defaultdict(list)
         starts = [first for _, first in self.phases] + [len(self.events)]
         phase = request = 0
@@ -63,31 +64,31 @@ class Trace:
 
     @cached_property
     def _requests_of_events(self) -> np.ndarray:
-        """Which request each event makes or gives back."""
+        """The index of the request that each event makes or returns."""
         made = np.cumsum([event >= 0 for event in self.events]) - 1
         events = np.array(self.events, dtype=np.int64)
         return np.where(events >= 0, made, -1 - events)
 
     @cached_property
-    def _is_given_back(self) -> np.ndarray:
-        given_back = np.zeros(len(self.names), dtype=bool)
-        given_back[[-1 - event for event in self.events if event < 0]] = True
-        return given_back
+    def _is_returned(self) -> np.ndarray:
+        returned = np.zeros(len(self.names), dtype=bool)
+        returned[[-1 - event for event in self.events if event < 0]] = True
+        return returned
 
     def peaks(self, requests: np.ndarray, budget_bytes: int | None, ignored_bytes: int = 0) -> dict[int, int] | None:
-        """The peak in bytes by accumulation steps, with these requests in the place of its own.
+        """Simulates the allocator and returns the peak in bytes by accumulation steps.
 
         Args:
-            requests: the bytes of each.
+            requests: the bytes of each request; they replace the recorded ones.
             budget_bytes: the limit.
-            ignored_bytes: requests of no more than this that are given back are left out, which is faster.
+            ignored_bytes: smaller requests that are returned later are left out, for speed.
 
         Returns:
-            None where memory runs out.
+            None if memory runs out.
         """
         allocator = opened_allocator(budget_bytes)
         set_aside = allocator.held_bytes
-        is_kept = ~((requests <= ignored_bytes) & self._is_given_back)
+        is_kept = ~((requests <= ignored_bytes) & self._is_returned)
         which = self._requests_of_events
         chunks: dict[int, Any] = {}
         peaks: dict[int, int] = {}
@@ -117,7 +118,7 @@ class Trace:
             "phases": [list(phase) for phase in self.phases],
             "distinct_names": _packed(json.dumps(distinct).encode()),
             "names": _packed(np.array([number[name] for name in self.names], dtype="<i4").tobytes()),
-            "events": _packed(np.array(_turned(self.events), dtype="<i8").tobytes()),
+            "events": _packed(np.array(_relative(self.events), dtype="<i8").tobytes()),
         }
 
     @classmethod
@@ -125,7 +126,7 @@ class Trace:
         distinct = json.loads(_unpacked(values["distinct_names"]))
         return cls(
             micro_batch_size=values["micro_batch_size"],
-            events=_turned(np.frombuffer(_unpacked(values["events"]), dtype="<i8").tolist()),
+            events=_relative(np.frombuffer(_unpacked(values["events"]), dtype="<i8").tolist()),
             names=tuple(distinct[n] for n in np.frombuffer(_unpacked(values["names"]), dtype="<i4").tolist()),
             phases=tuple((steps, first) for steps, first in values["phases"]),
         )
@@ -133,7 +134,7 @@ class Trace:
 
 @dataclass(frozen=True)
 class Lines:
-    """The requests of a trace, each along the line through it and the same request of another trace."""
+    """The requests of a trace as linear functions of the micro-batch, through the same requests of another trace."""
 
     micro_batch_size: int
     requests: np.ndarray
@@ -150,13 +151,13 @@ class Lines:
                     theirs[number] = other.requests[partner]
         size, other_size = trace.micro_batch_size, other.micro_batch_size
         small, large = (theirs, ours) if other_size < size else (ours, theirs)
-        # A request that shrinks, or grows faster than the micro-batch, is made by another algorithm for small sizes.
+        # A request that shrinks, or grows faster than the micro-batch: small sizes used another algorithm.
         is_other = (small > large) | (small * max(size, other_size) < FASTEST_GROWTH * large * min(size, other_size))
         slopes = np.where(is_other, 0.0, (ours - theirs) / (size - other_size))
         return cls(size, np.where(is_other, large, ours), slopes)
 
     def at(self, micro_batch_size: int) -> np.ndarray:
-        """The bytes of each request at another micro-batch size."""
+        """Returns the bytes of each request at another micro-batch size."""
         wanted = np.rint(self.requests + self.slopes * (micro_batch_size - self.micro_batch_size))
         requests: np.ndarray = np.maximum(wanted, 0).astype(np.int64)
         return requests
@@ -165,10 +166,10 @@ class Lines:
 def _partners(
     name: str, numbers: Sequence[int], others: Sequence[int], trace: Trace, other_trace: Trace
 ) -> list[int | None]:
-    """For each of these requests of a trace, the same one of the other.
+    """Returns, for each of these requests of a trace, the same request of the other trace, or None.
 
-    An operation's come in order. Those without a name are made by Python, in an order that may differ: there one
-    whose size is to this as the micro-batches are is taken first (data), then one of the same size.
+    Requests of an operation come in the same order. Those without a name are made by Python, in an order that may
+    differ: they are matched by a size in proportion to the micro-batch (data), or else by the same size.
     """
     if name:
         return [*others[: len(numbers)], *[None] * (len(numbers) - len(others))]
@@ -184,13 +185,13 @@ def _partners(
     return partners
 
 
-def _turned(events: Sequence[int]) -> tuple[int, ...]:
-    """With returns counted from the latest request, so that updates that are alike read alike. Twice undoes it."""
-    turned, made = [], 0
+def _relative(events: Sequence[int]) -> tuple[int, ...]:
+    """Counts returns from the latest request, so that equal updates are equal numbers. Its own inverse."""
+    relative, made = [], 0
     for event in events:
         made += event >= 0
-        turned.append(event if event >= 0 else -1 - made - event)
-    return tuple(turned)
+        relative.append(event if event >= 0 else -1 - made - event)
+    return tuple(relative)
 
 
 def _packed(content: bytes) -> str:

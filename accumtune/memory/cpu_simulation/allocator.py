@@ -1,8 +1,8 @@
 """Simulates TensorFlow's allocator (BFC: best fit, with coalescing): which chunk each request gets.
 
-What it counts is not what was asked for. A request gets the smallest free chunk that is large enough, and gets it whole
-where that is less than twice its size; so the peak of a step depends on the order of its requests, and rises in steps.
-Played through here, a real process's 23,433 requests got, each one, the chunk that TensorFlow 2.21 had given.
+A request gets the smallest free chunk that is large enough, and all of it if that is less than twice its size. So the
+allocator counts more than was asked for, and the peak of a step depends on the order of its requests. In a check, each
+of a real process's 23,433 requests got the same chunk here as in TensorFlow 2.21.
 
 Source: tensorflow, third_party/xla/xla/tsl/framework/bfc_allocator.cc.
 """
@@ -14,7 +14,7 @@ from collections.abc import Iterable
 
 MIB = 2**20
 ALIGNMENT = 256
-# A free chunk larger than a request by this much is cut although it is less than twice as large.
+# A free chunk that is larger than a request by this much is split even if it is less than twice as large.
 MOST_WASTE_BYTES = 128 * MIB
 FIRST_REGION_BYTES = 2 * MIB
 UNLIMITED_BYTES = 64 * 1024 * MIB
@@ -40,8 +40,8 @@ class Allocator:
         limit_bytes: of all regions together; `None` for TensorFlow's default on a CPU, 64 GiB.
 
     Attributes:
-        held_bytes: of all chunks that are handed out.
-        peak_bytes: the most that was since it was last set.
+        held_bytes: of all chunks in use.
+        peak_bytes: the largest `held_bytes` since `peak_bytes` was last set.
     """
 
     def __init__(self, limit_bytes: int | None = None) -> None:
@@ -53,7 +53,7 @@ class Allocator:
         self._free: list[tuple[int, int, Chunk]] = []  # by size, then by address, which no two share
 
     def allocate(self, requested_bytes: int) -> Chunk | None:
-        """The chunk that a request gets; `None` where memory has run out."""
+        """Returns the chunk that a request gets; `None` if memory has run out."""
         size = max(1, -(-requested_bytes // ALIGNMENT)) * ALIGNMENT
         index = bisect.bisect_left(self._free, (size,))
         if index == len(self._free):
@@ -69,7 +69,7 @@ class Allocator:
         return chunk
 
     def free(self, chunk: Chunk) -> None:
-        """Takes a chunk back, and makes one of it and its free neighbours."""
+        """Frees a chunk and merges it with its free neighbours."""
         self.held_bytes -= chunk.size
         if chunk.after is not None and chunk.after.is_free:
             self._take_out(chunk.after)
@@ -81,7 +81,7 @@ class Allocator:
         self._put_in(chunk)
 
     def cut_shelf(self, sizes: Iterable[int]) -> None:
-        """Cuts small chunks, kept apart by the smallest, and frees them."""
+        """Allocates small chunks, separated by chunks of the smallest size that stay, and frees them."""
         chunks = []
         for size in sizes:
             chunks.append(self.allocate(size))
@@ -91,7 +91,10 @@ class Allocator:
                 self.free(chunk)
 
     def _add_region(self, size: int) -> bool:
-        """Regions double; one that had to be larger at once does not count as the next doubling."""
+        """Adds a region twice as large as the last, or larger if need be; returns whether there is room.
+
+        A region that had to be larger does not count as the next doubling.
+        """
         room = self._room // ALIGNMENT * ALIGNMENT
         if size > room:
             return False

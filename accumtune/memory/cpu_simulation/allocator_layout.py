@@ -1,6 +1,6 @@
-"""How TensorFlow's allocator is laid out on a CPU before anything trains: one region, and a shelf of small chunks.
+"""Defines the layout of TensorFlow's allocator on a CPU before training: one region, and a shelf of small free chunks.
 
-In a file of its own, without TensorFlow, because the simulated allocator begins with the same.
+`tensorflow_setup` gives the real allocator this layout, `opened_allocator` the simulated one. No TensorFlow here.
 """
 
 from __future__ import annotations
@@ -10,25 +10,26 @@ from collections.abc import Iterator
 
 from accumtune.memory.cpu_simulation.allocator import ALIGNMENT, FIRST_REGION_BYTES, MIB, Allocator
 
-# Sizes in bytes, and how many of each, where those of one size come to no more than this part of a budget. A network of
-# two hundred layers holds some thousand small tensors: the rest of them would lie between its activations.
+# The shelf: sizes in bytes, and the largest number of chunks of each; the chunks of one size take at most this share of
+# a budget. A network of two hundred layers holds some thousand small tensors, which would otherwise lie between its
+# activations.
 SHELF = ((1024, 1024), (4096, 512), (16384, 128), (65536, 32), (262144, 8))
 SHELF_SHARE = 1 / 64
-# Before them come chunks of the smallest size, which a graph's constants take for good, some 300 to 3,000: with what
-# keeps these chunks apart, up to this part of a budget.
+# Before the shelf come chunks of the smallest size, for a graph's constants, some 300 to 3,000 that are never freed.
+# With their separators they take at most this share of a budget.
 CONSTANTS_SHARE = 1 / 64
-CONSTANTS = 128  # ... cut at once
+CONSTANTS = 128  # cut by one operation
 MOST_CONSTANTS = 64 * CONSTANTS
-# Of a process without a limit; what does not fit there gets further regions.
+# Of a process without a limit; TensorFlow adds further regions if need be.
 LARGEST_REGION_BYTES = 2048 * MIB
 
 
 def region_bytes(budget_bytes: int | None, total_bytes: int) -> int:
-    """How much the allocator is made to take as one region.
+    """Returns the size of the one region that the allocator is made to take.
 
-    Pages that nobody touches take no memory. What asks for a region needs memory itself, hence TensorFlow's first one
-    is there before; to ask for more than is left would be refused, after 10 s. The allocator's own table takes a
-    thirty-second of a region, in real memory.
+    Under a budget, that is all but TensorFlow's first region, which the request itself needs; a larger request would
+    be refused, after 10 s. Untouched pages take no memory, but the allocator's own table takes a thirty-second of a
+    region.
     """
     if budget_bytes is None:
         return min(total_bytes // 2, LARGEST_REGION_BYTES)
@@ -36,7 +37,7 @@ def region_bytes(budget_bytes: int | None, total_bytes: int) -> int:
 
 
 def constant_chunks(budget_bytes: int | None) -> int:
-    """How many chunks of the smallest size are cut, a multiple of `CONSTANTS`."""
+    """Returns the number of chunks of the smallest size, a multiple of `CONSTANTS`."""
     if budget_bytes is None:
         return MOST_CONSTANTS
     wanted = int(budget_bytes * CONSTANTS_SHARE / (2 * ALIGNMENT)) // CONSTANTS * CONSTANTS
@@ -44,14 +45,14 @@ def constant_chunks(budget_bytes: int | None) -> int:
 
 
 def shelf_chunks(budget_bytes: int | None) -> Iterator[int]:
-    """The other sizes that are cut, in bytes."""
+    """Yields the sizes of the shelf's chunks, in bytes."""
     for chunk_bytes, most in SHELF:
         count = most if budget_bytes is None else min(most, int(budget_bytes * SHELF_SHARE) // chunk_bytes)
         yield from itertools.repeat(chunk_bytes, count)
 
 
 def opened_allocator(budget_bytes: int | None) -> Allocator:
-    """The simulated allocator as `tensorflow_setup` leaves the real one."""
+    """Returns a simulated allocator in the state in which `tensorflow_setup` leaves the real one."""
     allocator = Allocator(None if budget_bytes is None else budget_bytes // MIB * MIB)
     allocator.allocate(1)
     region = allocator.allocate(region_bytes(budget_bytes, 2 * LARGEST_REGION_BYTES) // MIB * MIB)

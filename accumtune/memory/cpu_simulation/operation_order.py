@@ -1,12 +1,13 @@
 """Gives the operations of a TensorFlow graph one order, the same in every process and at every micro-batch size.
 
-TensorFlow runs what is ready in the order of its graph's edges, which it keeps by their addresses: another order in
-each process. With it differs when an activation is given back, and so the peak of a step. Where memory is measured
-(`accumtune.memory`), each operation of a step therefore waits for the one before. Scalars' too: among small tensors in
-any order, a long-lived one takes another place in each process, and large activations the room that is left.
+TensorFlow runs ready operations in the order of its graph's edges, which it keeps by their addresses, so the order
+differs from process to process. With it differs the moment at which an activation is freed, and so the peak of a step.
+Where memory is measured (`accumtune.memory`), each operation of a step therefore waits for the one before. This
+includes operations on scalars: in another order, a long-lived small tensor takes another place, which large activations
+then cannot use.
 
-The order is that of tracing, but an operation that gives back as many tensors as it makes runs as soon as it can: a
-gradient goes into its sum before the next one is made.
+The order is that of tracing, except that an operation that frees as many tensors as it makes runs as soon as it can:
+for example, a gradient is added to its sum before the next one is computed.
 """
 
 from __future__ import annotations
@@ -23,25 +24,25 @@ from keras import tree
 
 from accumtune.accumulation.patched_attributes import replaced
 
-# A smaller tensor is not worth running an operation early to give it back. The first dimension may be that of the
-# samples; the order must be the same for every number of them.
+# Freeing a smaller tensor is no reason to run an operation early. The first dimension may be the number of samples,
+# and the order must be the same for any number of them.
 LARGE_ELEMENTS = 16384
 LARGE_ELEMENTS_PER_SAMPLE = 256
-# What these give is there before the step and after it.
+# Operations whose outputs exist before and after the step.
 _PERMANENT = frozenset({"Const", "Placeholder", "ReadVariableOp"})
-# What these give is what they were given, in other words. A convolution's bias comes this way.
+# Operations whose output shares the memory of the input. A convolution's bias comes this way.
 _VIEWS = frozenset({"ExpandDims", "Identity", "Reshape", "Squeeze", "StopGradient"})
-# In a graph that makes variables, as the slots of an optimizer, by values that are computed before the graph runs.
+# In a graph that creates variables, such as an optimizer's slots, from values that are computed before the graph runs.
 _OF_NEW_VARIABLES = frozenset({"VarHandleOp", "VarIsInitializedOp"})
 
 
 def compiled(function: Any, compile: Callable[[Any], Any]) -> Any:
-    """`compile(function)`, whose operations run in order."""
+    """Returns `compile(function)` with its operations in order."""
     return _Ordered(compile(_in_order(function)), compile(function))
 
 
 def make_test_function(model: Any, force: bool = False) -> Any:
-    """Stands in for `keras.Model.make_test_function`, so that validation is in order where training is."""
+    """Replaces `keras.Model.make_test_function`, so that validation's operations are in order too."""
     make = functools.partial(type(model).make_test_function, model)
     if model.jit_compile or (model.test_function is not None and not force):
         return make(force=force)
@@ -65,7 +66,7 @@ def _in_order(function: Any) -> Any:
 
 
 class _Ordered:
-    """A function that is in order, unless TensorFlow cannot run it so."""
+    """A function with its operations in order, unless TensorFlow cannot run it in this order."""
 
     def __init__(self, ordered: Any, plain: Any) -> None:
         self._ordered = ordered
@@ -75,7 +76,7 @@ class _Ordered:
         try:
             return self._ordered(*args)
         except tf.errors.InvalidArgumentError as error:
-            # It made one operation of two, and what runs between them now waits for itself. Nothing has run yet.
+            # TensorFlow has fused two operations, and one between them now waits for itself. Nothing has run yet.
             if "nodes in a cycle" not in str(error):
                 raise
             self._ordered = self._plain
@@ -86,15 +87,15 @@ class _Ordered:
 
 
 def put_in_order(graph: Any, results: Any) -> None:
-    """Makes the operations of a graph that is being traced wait for each other.
+    """Makes each operation of a graph that is being traced wait for the one before.
 
     Args:
         graph: with all operations of the function.
-        results: what the function returns.
+        results: the function's return value.
     """
     operations = graph.get_operations()
     if any(op._control_flow_context is not None or op.type in _OF_NEW_VARIABLES for op in operations):
-        return  # TensorFlow 1's loops, and variables that are not made yet
+        return  # TensorFlow 1's loops, or variables that do not exist yet
     waits_for = _dependencies(operations)
     wanted = [tensor.op for tensor in tree.flatten(results) if isinstance(tensor, tf.Tensor) and tensor.graph is graph]
     needed = _needed(operations, waits_for, wanted)
@@ -108,9 +109,10 @@ def put_in_order(graph: Any, results: Any) -> None:
 
 
 def _sequence(operations: Sequence[Any], waits_for: dict[Any, set[Any]]) -> list[Any]:
-    """The operations, each after what it waits for; of those that may run, an eager one first, else as traced.
+    """Returns the operations in order: each after its dependencies, eager ones as soon as possible, others as traced.
 
-    An assignment comes first of all: while other eager ones go on, what it takes would pile up.
+    An eager operation frees as many tensors as it makes. Assignments come before all others, because the values that
+    they consume would pile up meanwhile.
     """
     place = {op: index for index, op in enumerate(operations)}
     left = {op: len([other for other in waits_for[op] if other in place]) for op in operations}
@@ -149,14 +151,14 @@ def _sequence(operations: Sequence[Any], waits_for: dict[Any, set[Any]]) -> list
             readers[ref].discard(op)
             for last in readers[ref] if len(readers[ref]) == 1 else ():
                 if not left[last]:
-                    offer(last)  # once more: it may be eager now
+                    offer(last)  # again: it may be eager now
     return order
 
 
 def _dependencies(operations: Sequence[Any]) -> dict[Any, set[Any]]:
-    """What each operation waits for: its inputs, and the last one that used the same resource, or had another state.
+    """Returns the dependencies of each operation: its inputs, and the last operation with the same resource or state.
 
-    TensorFlow itself adds the latter at the end of tracing, fewer of them.
+    TensorFlow itself adds fewer of the latter, at the end of tracing.
     """
     last: dict[Any, Any] = {}
     waits_for = {}
@@ -171,7 +173,7 @@ def _dependencies(operations: Sequence[Any]) -> dict[Any, set[Any]]:
 
 
 def _needed(operations: Sequence[Any], waits_for: dict[Any, set[Any]], wanted: Sequence[Any]) -> set[Any]:
-    """What TensorFlow will run: all with state, the results, and what these wait for. It leaves out the rest."""
+    """Returns what TensorFlow will run: stateful operations, the results, and their dependencies."""
     open_ones = [*wanted, *(op for op in operations if op._is_stateful and op.type not in _PERMANENT)]
     found: set[Any] = set()
     while open_ones:
@@ -183,14 +185,14 @@ def _needed(operations: Sequence[Any], waits_for: dict[Any, set[Any]], wanted: S
 
 
 def _is_end(op: Any) -> bool:
-    """Whether it gives nothing, or what is only assigned."""
+    """Returns whether an operation has no output, or one that is only assigned."""
     if op.outputs and op.type not in _VIEWS and op.type != "Cast":
         return False
     return all(_is_end(reader) for tensor in op.outputs for reader in tensor.consumers())
 
 
 def _may_be_merged(op: Any) -> bool:
-    """Whether oneDNN may make one operation of this and a neighbour: what came between would wait for itself."""
+    """Returns whether oneDNN may fuse an operation with a neighbour; one between them would then wait for itself."""
     if op.type == "BiasAddGrad":
         neighbours = op.inputs[0].consumers()
     elif op.type in ("BiasAdd", "Pad", "Transpose"):

@@ -1,4 +1,4 @@
-"""Plays a training at any micro-batch size through in the simulated allocator."""
+"""Simulates a training's memory at any micro-batch size, in the simulated allocator."""
 
 from __future__ import annotations
 
@@ -6,19 +6,19 @@ from collections.abc import Callable, Sequence
 
 from accumtune.memory.cpu_simulation.allocation_trace import Lines, Trace
 
-# How many traces are played through, the largest.
+# How many traces are simulated: those of the largest sizes.
 ORDERS = 2
-# Requests of no more than this, and than this part of the largest one, come and go in the small chunks of the shelf.
+# Requests up to this size, and up to the largest one divided by this number, are served by the shelf's small chunks.
 SMALL_BYTES, SMALL_SHARE = 4096, 1024
-# How far apart the sizes are that are tried.
+# The factor between two sizes that are tried.
 STEP = 1.04
 
 
 class Rehearsal:
-    """Says from traces of a model what an update peaks at, and whether it runs under a limit.
+    """Predicts from a model's traces the peak of an update, and whether it runs under a limit.
 
-    A step's requests come in one order (`operation_order`), but for a graph that cannot run so, and for what
-    Python asks for. With the order the peak differs. Each trace has one, so more than one is played through.
+    A step's requests come in one order (`operation_order`), except in a graph that cannot run in that order, and for
+    Python's own requests. The peak depends on the order and each trace has its own, so more than one is simulated.
 
     Args:
         traces: of at least two micro-batch sizes.
@@ -33,38 +33,38 @@ class Rehearsal:
         self._peaks: dict[tuple[int, int | None], list[dict[int, int]] | None] = {}
 
     def peak_bytes(self, micro_batch_size: int, accumulation_steps: int, budget_bytes: int | None = None) -> int | None:
-        """The mean peak of an update over the orders that are known; without a budget, where memory is to spare.
+        """Returns the mean peak of an update over the traces' orders, in bytes.
 
         Args:
             micro_batch_size: any size.
-            accumulation_steps: of those that were traced.
-            budget_bytes: the limit, of which TensorFlow takes whole MiB.
+            accumulation_steps: one that was traced.
+            budget_bytes: the limit, of which TensorFlow uses whole MiB; None: memory to spare.
 
         Returns:
-            None where memory runs out in one of the orders.
+            None if memory runs out in one of the orders.
         """
         key = micro_batch_size, budget_bytes
         if key not in self._peaks:
-            self._peaks[key] = self._played(micro_batch_size, budget_bytes)
+            self._peaks[key] = self._simulated(micro_batch_size, budget_bytes)
         peaks = self._peaks[key]
         return None if peaks is None else sum(peak[accumulation_steps] for peak in peaks) // len(peaks)
 
-    def _played(self, micro_batch_size: int, budget_bytes: int | None) -> list[dict[int, int]] | None:
-        played = []
+    def _simulated(self, micro_batch_size: int, budget_bytes: int | None) -> list[dict[int, int]] | None:
+        simulated = []
         for trace, lines in self._orders:
             requests = lines.at(micro_batch_size)
             ignored = min(SMALL_BYTES, int(requests.max(initial=0)) // SMALL_SHARE)
             peaks = trace.peaks(requests, budget_bytes, ignored)
             if peaks is None:
                 return None
-            played.append(peaks)
-        return played
+            simulated.append(peaks)
+        return simulated
 
 
 def largest_before_failure(runs: Callable[[int], bool], smallest: int, highest: int) -> int:
-    """The largest size below the first one that does not run, looked for upwards; 0 where the smallest does not.
+    """Returns the largest size below the first one that does not run, searching upwards; 0 if the smallest does not.
 
-    A larger one may run again, where its requests happen to fit the pieces of free memory; it is not relied upon.
+    A still larger size may run by chance, if its requests happen to fit the free chunks; this is not relied upon.
     """
     if not runs(smallest):
         return 0

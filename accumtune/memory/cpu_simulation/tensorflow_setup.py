@@ -1,10 +1,10 @@
-"""Lays TensorFlow's allocator out on a CPU as on a GPU, and makes what is asked of it come in one order.
+"""Lays out TensorFlow's allocator on a CPU as on a GPU, and makes its requests come in one order.
 
-The allocator (BFC) hands out a free chunk whole, and counts all of it, unless it is twice the size asked for. So the
-peak of the same training would differ from process to process, by the order in which memory is asked for and the layout
-that comes of it. Hence one region from the start, a shelf of small chunks, one operation at a time, and one order of
-operations (`operation_order`). Graphs are not rewritten (Grappler): what comes of that has another order in each
-process. What each of these changed, and what it costs, is in `experiments/DECISIONS.md`.
+The allocator (BFC) does not split a free chunk of less than twice the requested size, and counts all of it. So the peak
+of the same training would differ from process to process, with the order of its requests. Hence one region from the
+start, a shelf of small chunks, one operation at a time, and one order of operations (`operation_order`). Graphs are not
+rewritten (Grappler), because rewritten graphs have another order in each process. `experiments/DECISIONS.md` has the
+effect and the cost of each of these.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ from accumtune.memory.machine import machine_memory
 
 
 def run_one_operation_at_a_time() -> None:
-    """Makes TensorFlow run one operation after the other, as a GPU's stream does: no two hold memory at once by chance.
+    """Makes TensorFlow run one operation after the other, as a GPU's stream does.
 
-    An operation itself still computes on all cores. A loop is left a function that runs step after step; taken apart,
-    as is TensorFlow's default, 32 of its steps may be under way at once. Graphs are run in the order of their tracing.
+    An operation itself still computes on all cores. A loop stays a function that runs step after step; TensorFlow's
+    default lowers it, and then runs up to 32 of its steps at once. Graphs run in the order of their tracing.
 
     Raises:
         RuntimeError: TensorFlow has run an operation before.
@@ -44,7 +44,7 @@ def run_one_operation_at_a_time() -> None:
 
 
 def reserve_region(budget_bytes: int | None) -> None:
-    """Makes the allocator take its memory as one region, as it does on a GPU, instead of 2, 4, 8 ... MiB as needed."""
+    """Makes the allocator take its memory as one region, as on a GPU, instead of 2, 4, 8 ... MiB as needed."""
     total = machine_memory().total_bytes
     wanted = region_bytes(budget_bytes, total)
     if wanted > total or _is_overcommit_refused():
@@ -54,21 +54,21 @@ def reserve_region(budget_bytes: int | None) -> None:
 
 
 def cut_shelf(budget_bytes: int | None) -> list[tf.Tensor]:
-    """Cuts small chunks, kept apart by tensors of 256 bytes that stay, and frees them.
+    """Allocates small chunks, separated by tensors of 256 bytes that stay, and frees them.
 
-    A small tensor (a loss, a shape, what a thread packs for a product) finds a chunk of its size there. Without, it
-    is cut from a large free chunk: that one no longer fits what it fitted an update ago, which takes a larger one.
+    A small tensor (a loss, a shape, a thread's buffer for a product) then finds a chunk of its size. Otherwise it would
+    be cut from a large free chunk, which then no longer fits the activation that it held an update ago.
 
     Returns:
-        What keeps the chunks apart.
+        The tensors between the chunks, to be kept.
     """
-    with tf.device("CPU:0"):  # made once: they take longer than what is to be cut
+    with tf.device("CPU:0"):  # made once: they take longer than the chunks
         shapes = {chunk_bytes: tf.constant([chunk_bytes]) for chunk_bytes in (1, *dict(SHELF))}
-    # Many with one operation: one for each would take a second.
+    # Many by one operation: one operation for each would take a second.
     whole = _empty(1, 2 * CONSTANTS)
     cut = [tf.unstack(whole, axis=1) for _ in range(constant_chunks(budget_bytes) // CONSTANTS)]
     kept: list[tf.Tensor] = [tensor for tensors in cut for tensor in tensors[1::2]]
-    chunks = [whole, cut]  # given back together, at the end: else what keeps the next apart would lie in them
+    chunks = [whole, cut]  # freed together, at the end: otherwise the next separators would lie in them
     with tf.device("CPU:0"):
         for chunk_bytes in shelf_chunks(budget_bytes):
             chunks.append(tf.raw_ops.Empty(shape=shapes[chunk_bytes], dtype=tf.uint8, init=False))
@@ -77,13 +77,13 @@ def cut_shelf(budget_bytes: int | None) -> list[tf.Tensor]:
 
 
 def _empty(*shape: int) -> tf.Tensor:
-    """Memory that nobody writes to."""
+    """Allocates memory without writing to it."""
     with tf.device("CPU:0"):
         return tf.raw_ops.Empty(shape=shape, dtype=tf.uint8, init=False)
 
 
 def _is_overcommit_refused() -> bool:
-    """Whether Linux counts address space as memory (proc_sys_vm(5): overcommit_memory is 2)."""
+    """Returns whether Linux counts address space as memory (proc_sys_vm(5): overcommit_memory is 2)."""
     try:
         return Path("/proc/sys/vm/overcommit_memory").read_text().strip() == "2"
     except OSError:

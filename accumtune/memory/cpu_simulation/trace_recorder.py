@@ -1,6 +1,6 @@
-"""Records what a process asks of TensorFlow's allocator, by TensorFlow's own profiler.
+"""Records a process's requests to TensorFlow's allocator, with TensorFlow's own profiler.
 
-Its events are MemoryAllocation and MemoryDeallocation, and what is marked in between by `TraceRecorder.phase`.
+It reads the profiler's events MemoryAllocation and MemoryDeallocation, and the marks of `TraceRecorder.phase`.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ _READ = ("requested_bytes", "addr", "tf_op", "region_type", "data_type")
 
 
 class TraceRecorder:
-    """Records from its making on. Begin with the device just opened, and nothing else run."""
+    """Records from its construction on. Construct it when the device was just opened and nothing else has run."""
 
     def __init__(self) -> None:
-        # Made when the recording ends: a process that runs out of memory leaves nothing behind.
+        # The folder is created when the recording ends, so a process that runs out of memory leaves none.
         self._folder = Path(tempfile.gettempdir()) / f"accumtune_trace_{uuid.uuid4().hex}"
         options = tf.profiler.experimental.ProfilerOptions(
             host_tracer_level=_level(), python_tracer_level=0, device_tracer_level=0
@@ -34,14 +34,14 @@ class TraceRecorder:
         tf.profiler.experimental.start(str(self._folder), options=options)
 
     def phase(self, accumulation_steps: int) -> None:
-        """Says that what follows belongs to updates of so many micro-steps; 0: to none."""
+        """Marks that the following requests belong to updates of so many micro-steps; 0: to no update."""
         with tf.profiler.experimental.Trace(f"{_PHASE}{accumulation_steps}"):
             pass
 
     def finished(self, micro_batch_size: int) -> Trace | None:
-        """Ends the recording; None where TensorFlow could not write it down, on a full disk for example.
+        """Ends the recording and returns it; None if TensorFlow could not write it, for example to a full disk.
 
-        A second one in this process would miss what is held by then.
+        Only one recording per process is complete: a second one would miss what is held already.
         """
         try:
             tf.profiler.experimental.stop()
@@ -54,13 +54,13 @@ class TraceRecorder:
 
 
 def _level() -> int:
-    """Of the profiler's events: requests of memory are among the first ones since 2.21, among the second in 2.19."""
+    """Returns the profiler's level whose events include allocations: 1 since TensorFlow 2.21, before that 2."""
     major, minor = (int(number) for number in tf.__version__.split(".")[:2])
     return 1 if (major, minor) >= (2, 21) else 2
 
 
 def _events(content: bytes) -> list[tuple[int, str, dict[str, Any]]]:
-    """Time, kind, and what is known of it, for each event, in order of time."""
+    """Returns time, kind and properties of each event, in order of time."""
     from tensorflow.tsl.profiler.protobuf import xplane_pb2
 
     events = []
@@ -98,7 +98,7 @@ def _trace(micro_batch_size: int, found: list[tuple[int, str, dict[str, Any]]]) 
             names.append(f"{maker} {stats.get('region_type', '')} {stats.get('data_type', '')}" if maker else "")
         elif kind == _RETURN:
             request = held.pop(stats["addr"], None)
-            if request is not None:  # else it was there before the recording
+            if request is not None:  # None: allocated before the recording
                 events.append(-1 - request)
         else:
             phases.append((int(kind.removeprefix(_PHASE)), len(events)))

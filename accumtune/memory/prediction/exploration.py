@@ -1,4 +1,4 @@
-"""Chooses the size to probe next, so that a few tell what all others take. Pure arithmetic."""
+"""Chooses the size to probe next, so that a few probes predict all other sizes. Pure arithmetic."""
 
 from __future__ import annotations
 
@@ -7,33 +7,33 @@ from collections.abc import Sequence
 
 from accumtune.memory.prediction.profile import LARGEST_EXTRAPOLATION, MARGIN, MIB, Profile
 
-# Where the slope shows, the next probe may be this many times as large.
+# Once the slope is known, the next probe may be this many times as large.
 LARGEST_PROBE_STEP = 8
-# A size closer than this to one that was measured teaches too little for the price of tracing it.
+# A size within this factor of a measured one is not worth a probe.
 SMALLEST_PROBE_STEP = 1.2
 
 
 def next_probe_size(profile: Profile, budget_bytes: int | None, micro_batch_sizes: Sequence[int]) -> int | None:
-    """The size to probe next, or `None` when enough is known.
+    """Returns the size to probe next, or `None` when enough is known.
 
-    The smallest first; then up, at most eightfold, to the largest that should fit, until that one is measured; at once
-    where steps are rehearsed. Without a budget, until most of the peak grows with the micro-batch, and at most four
+    First the smallest, then larger ones, each at most eightfold (any factor if steps are rehearsed), until the largest
+    that should fit is measured. Without a budget, until most of the peak grows with the micro-batch, and at most four
     sizes.
 
     Args:
-        profile: what was measured so far.
-        budget_bytes: the limit the probes run under.
+        profile: the measurements so far.
+        budget_bytes: the limit that the probes run under.
         micro_batch_sizes: the sizes to choose from.
     """
     measured = profile.measured_sizes()
     failed = min((m.micro_batch_size for m in profile.measurements if not m.is_feasible), default=None)
     candidates = [size for size in sorted(set(micro_batch_sizes)) if failed is None or size < failed]
     if not measured:
-        # One after the other failed: halve the way, down to the smallest.
+        # All have failed so far: go halfway down to the smallest.
         return candidates[0 if failed is None else (len(candidates) - 1) // 2] if candidates else None
     larger = [size for size in candidates if size > measured[-1]]
     if larger and budget_bytes is not None and len(measured) == 1:
-        # Twice the size teaches the slope where no listed size is certain enough.
+        # If no listed size could fit, twice the measured size shows the slope.
         larger = [size for size in larger if _is_open(profile, size, budget_bytes)]
         double = 2 * measured[0]
         if not larger and (failed is None or double < failed) and _is_open(profile, double, budget_bytes):
@@ -44,7 +44,7 @@ def next_probe_size(profile: Profile, budget_bytes: int | None, micro_batch_size
     else:
         larger = [size for size in larger if _is_open(profile, size, budget_bytes)]
     if failed is not None:
-        # The prediction was wrong: halve the way between what ran and what did not.
+        # The prediction was wrong: bisect between the sizes that ran and failed.
         halfway = [size for size in larger if size * size <= measured[-1] * failed] or larger[:1]
         return halfway[-1] if halfway else None
     within_reach = [size for size in larger if size <= _reach(profile)] or larger[:1]
@@ -52,7 +52,7 @@ def next_probe_size(profile: Profile, budget_bytes: int | None, micro_batch_size
 
 
 def _is_open(profile: Profile, size: int, budget_bytes: int | None) -> bool:
-    """Whether a size could fit. With one size measured, nothing is known of the slope: half of the peak grows."""
+    """Returns whether a size could fit. With one measured size, half of the peak is assumed to grow."""
     if budget_bytes is None:
         return True
     measured = profile.measured_sizes()
@@ -60,7 +60,7 @@ def _is_open(profile: Profile, size: int, budget_bytes: int | None) -> bool:
         return False
     if len(measured) == 1:
         peak = min(m.peak_memory_bytes for m in profile.measurements if m.peak_memory_bytes is not None)
-        # The next doubling is worth a try wherever there is any room.
+        # Up to twice the size, any room is enough.
         growth = (1 + size / measured[0]) / 2 if size > 2 * measured[0] else 1 + MARGIN
         return peak * growth + MIB <= budget_bytes
     steps = max(m.accumulation_steps for m in profile.measurements)
@@ -70,7 +70,7 @@ def _is_open(profile: Profile, size: int, budget_bytes: int | None) -> bool:
 
 
 def _reach(profile: Profile) -> float:
-    """The largest size that is worth a probe by what is known."""
+    """Returns the largest size that is worth a probe now."""
     largest = profile.measured_sizes()[-1]
     if profile.is_rehearsed:
         return math.inf
@@ -78,5 +78,5 @@ def _reach(profile: Profile) -> float:
 
 
 def _grows_at(profile: Profile, size: int) -> bool:
-    """Whether most of the peak is there because of the micro-batch."""
+    """Returns whether most of the peak grows with the micro-batch."""
     return profile.predict_peak_memory(2 * size) > 1.5 * profile.predict_peak_memory(size)

@@ -1,4 +1,4 @@
-"""One point of a profile: what was measured, where, and under which limit."""
+"""Holds one measured point of a profile."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Measurement:
-    """What one micro-batch size and number of accumulation steps cost, in one process.
+    """The measured cost of one micro-batch size and number of accumulation steps, in one process.
 
     Args:
         micro_batch_size: samples per micro-step.
         accumulation_steps: micro-steps per update.
-        peak_memory_bytes: the most the device held; `None` where it ran out of memory.
-        seconds_per_update: wall time of an update after the first; `None` where it was not timed.
-        memory_source: who counted the bytes.
-        memory_limit_bytes: the limit it ran under; `None` for none.
-        compile_peak_memory_bytes: the most the device held while programs were compiled and algorithms chosen, where
-            that is not in the peak; `None` where nothing is taken for it, or nobody could tell.
+        peak_memory_bytes: the most that the device held; `None` if it ran out of memory.
+        seconds_per_update: wall time of an update after the first; `None` if it was not timed.
+        memory_source: what measured the bytes.
+        memory_limit_bytes: the limit that it ran under; `None` for none.
+        compile_peak_memory_bytes: the most that the device held while programs were compiled and algorithms chosen,
+            which is not in the peak; `None` if nothing was needed for it, or that is unknown.
     """
 
     micro_batch_size: int
@@ -36,7 +36,7 @@ class Measurement:
         return self.peak_memory_bytes is not None
 
     def has_run_within(self, budget_bytes: int) -> bool:
-        """Whether it ran where no more than the budget was to be had (or, without limits, was taken)."""
+        """Returns whether it ran under a limit of at most the budget, and took no more than the budget."""
         if self.peak_memory_bytes is None or self.memory_limit_bytes is None:
             return False
         return max(self.peak_memory_bytes, self.memory_limit_bytes) <= budget_bytes

@@ -1,4 +1,4 @@
-"""Fits curves that never fall through a few measured points."""
+"""Fits non-decreasing curves through a few measured points."""
 
 from __future__ import annotations
 
@@ -6,23 +6,23 @@ from collections.abc import Mapping, Set
 
 import numpy as np
 
-# A point this far above its group's lowest has left the floor: an eighth, above the noise of a floor.
+# A point this factor above its group's lowest is off the floor: more than the noise of the floor.
 RISEN = 1.125
-# Points further back than this share of the last one say little of how the peak grows beyond it.
+# Points smaller than the last by more than this factor say little about the growth beyond it.
 LONGEST_REACH = 8
 
 
 def curves_of(peaks: Mapping[int, Mapping[int, float]], statics: Mapping[int, float]) -> dict[int, Curve]:
-    """A curve per group of accumulation steps. They differ by a constant, so that they go on at one slope."""
+    """Returns a curve for each group of accumulation steps. They differ by a constant, so they share one slope."""
     slope = common_slope(peaks)
     return {group: Curve(points, slope, statics[group]) for group, points in sorted(peaks.items())}
 
 
 def common_slope(peaks: Mapping[int, Mapping[int, float]]) -> float | None:
-    """By least squares through the points of all groups that have left the floor, each group with its own constant.
+    """Fits one slope to the points of all groups that are off the floor, by least squares with a constant per group.
 
-    A chord between two points would carry their noise, and one that begins at the floor is too flat. Where no group has
-    two points beyond the floor, the steepest of such chords; None where no group has two points.
+    A chord between two points would carry their noise, and a chord that begins at the floor is too flat. If no group
+    has two points off the floor, returns the steepest of such chords; None if no group has two points.
     """
     products = squares = 0.0
     for points in peaks.values():
@@ -40,10 +40,10 @@ def common_slope(peaks: Mapping[int, Mapping[int, float]]) -> float | None:
 def curves_with_room(
     peaks: Mapping[int, Mapping[int, float]], crowded: Mapping[int, Set[int]], statics: Mapping[int, float]
 ) -> dict[int, Curve]:
-    """The same for what is asked for, where some peaks were measured with hardly any memory left.
+    """Returns curves as `curves_of`, if some peaks were measured with hardly any memory left (`crowded`).
 
-    There the allocator counts more than it was asked for, so that such a peak is no more than a bound: the other points
-    go on at their slope, up to it.
+    There the allocator counts more than it was asked for, so such a peak is only an upper bound: the curve continues
+    from the other points at their slope, up to that bound.
     """
     free = {
         group: {size: peak for size, peak in points.items() if size not in crowded.get(group, ())}
@@ -51,7 +51,7 @@ def curves_with_room(
     }
     free = {group: points or dict(peaks[group]) for group, points in free.items()}
     if all(len(points) < 2 for points in free.values()):
-        return curves_of(peaks, statics)  # no slope is known without them
+        return curves_of(peaks, statics)  # without the crowded points there is no slope
     curves = curves_of(free, statics)
     bounded = {}
     for group, points in peaks.items():
@@ -62,7 +62,7 @@ def curves_with_room(
 
 
 def last_slope(points: Mapping[int, float]) -> float:
-    """From the last point back to one at half its x or less: a shorter chord is mostly noise."""
+    """Returns the slope from the last point back to one at half its x or less; a shorter chord is mostly noise."""
     xs = sorted(points)
     last = xs[-1]
     before = max((x for x in xs if 2 * x <= last), default=xs[-2])
@@ -70,18 +70,18 @@ def last_slope(points: Mapping[int, float]) -> float:
 
 
 class Curve:
-    """A function through points that never falls: chords between them, one slope beyond, flat before.
+    """A non-decreasing function through points: chords between them, one slope beyond the last, flat before the first.
 
     Args:
         points: y by x.
-        slope: beyond the last point. `None` where it is not known: then the most it can be, in proportion to x.
-        most_static: a bound on `static`.
+        slope: beyond the last point. `None` if unknown: then the steepest possible, proportional to x.
+        most_static: an upper bound of `static`.
 
     Attributes:
-        static: what there is without any sample: the smallest point, less what its samples take.
-        doubt: how much steeper the curve may be beyond the last point. When the last chord begins at the update
-            floor, the curve leaves the floor somewhere along it; the line it then follows has, at x = 0, at least
-            half of the floor below it (parameters and slots, without gradients).
+        static: the value without any sample: the smallest point, less what its samples take.
+        doubt: how much steeper the curve may be beyond the last point. If the last chord begins at the update floor,
+            the curve leaves the floor somewhere along it. The line that it then follows starts, at x = 0, from at
+            least half of the floor (parameters and slots, without gradients).
     """
 
     def __init__(
@@ -100,6 +100,6 @@ class Curve:
 
 
 def _is_straight(x: np.ndarray, y: np.ndarray) -> bool:
-    """Whether the last two chords agree and rise, so that the last point lies well beyond the floor."""
+    """Returns whether the last two chords agree and rise, so that the last point is well off the floor."""
     slopes = np.diff(y[-3:]) / np.diff(x[-3:])
     return len(slopes) == 2 and bool(slopes[1] <= 1.25 * slopes[0]) and bool(slopes[1] * x[-1] >= 0.25 * y[-1])

@@ -1,4 +1,4 @@
-"""Interpolates measured peaks and goes beyond them: a curve for one micro-step per update, one for several."""
+"""Interpolates and extrapolates measured peaks: one curve for one micro-step per update, one for several."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from accumtune.errors import BudgetTooSmallError
 from accumtune.memory.prediction.measurement import Measurement
 from accumtune.memory.prediction.monotone_curve import Curve, curves_of, curves_with_room
 
-# Above this share of a limit a peak says little of what was asked for: TensorFlow's allocator gives a free chunk of
-# less than twice the size whole, and counts all of it (a model with a large embedding: 114 MiB of 117 for every
-# micro-batch from 102 to 123).
+# Above this share of a limit a peak says little about what was asked for: TensorFlow's allocator does not split a free
+# chunk of less than twice the requested size, and counts all of it (a model with a large embedding: 114 MiB of 117 for
+# every micro-batch from 102 to 123).
 CROWDED = 0.9
 
 
 def group_of(accumulation_steps: int) -> int:
-    """1 has no accumulators; with more, every further micro-step is like the second."""
+    """Returns the group with equal peaks: 1 step has no accumulators; from 2 on, all steps are alike."""
     return min(accumulation_steps, 2)
 
 
@@ -29,7 +29,7 @@ class MeasuredPeaks:
         window_bytes: the data of a whole window, by micro-batch size and accumulation steps.
 
     Attributes:
-        points: the peak in bytes by (micro-batch size, group), without the window's data, where there was room.
+        points: the peaks in bytes by (micro-batch size, group), without the window's data and without crowded ones.
     """
 
     def __init__(self, measurements: Sequence[Measurement], window_bytes: Callable[[int, int], int]) -> None:
@@ -52,7 +52,7 @@ class MeasuredPeaks:
             for size, peak in sizes.items()
             if size not in crowded.get(group, ())
         }
-        # What a step takes as it was measured, under a limit or not, and where there is room.
+        # Peaks as measured, crowded or not; and peaks with memory to spare.
         self._taken = curves_of(peaks, statics)
         self._curves = curves_with_room(peaks, crowded, statics)
 
@@ -61,7 +61,7 @@ class MeasuredPeaks:
         return bool(self._curves)
 
     def static(self, accumulation_steps: int) -> float:
-        """What there is without any sample, in bytes."""
+        """Returns the memory without any sample, in bytes."""
         return self._known(self._curves, accumulation_steps)[-1].static
 
     @property
@@ -70,7 +70,7 @@ class MeasuredPeaks:
         return max((curve.doubt for curve in self._curves.values()), default=0.0)
 
     def with_room(self, micro_batch_size: int, accumulation_steps: int) -> int:
-        """The peak where memory is to spare.
+        """Returns the peak in bytes with memory to spare.
 
         Raises:
             BudgetTooSmallError: nothing has been measured that fits.
@@ -78,7 +78,7 @@ class MeasuredPeaks:
         return self._at(self._curves, micro_batch_size, accumulation_steps)
 
     def needed(self, micro_batch_size: int, accumulation_steps: int) -> int:
-        """What a limit has to leave: also what was taken only because it was there, for nobody knows how much of it."""
+        """Returns the bytes that a limit must leave, including what a crowded allocator counted too much."""
         return max(self._at(known, micro_batch_size, accumulation_steps) for known in (self._curves, self._taken))
 
     def _at(self, known: Mapping[int, Curve], micro_batch_size: int, accumulation_steps: int) -> int:
@@ -94,6 +94,6 @@ class MeasuredPeaks:
         return int(np.ceil(max(running, curves[-1].static + 2 * window)))
 
     def _known(self, known: Mapping[int, Curve], accumulation_steps: int) -> list[Curve]:
-        """Several micro-steps never need less than one, whatever the noise of their measurements."""
+        """Returns the curves whose maximum is the peak: several micro-steps never need less than one."""
         curves = [known[group] for group in known if group <= group_of(accumulation_steps)]
         return curves or [known[min(known)]]

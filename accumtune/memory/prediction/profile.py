@@ -1,18 +1,18 @@
 """Predicts peak memory and throughput of every micro-batch size from measured points. Pure arithmetic.
 
-Peak memory of a step is the larger of two moments: the update (parameters, slots, gradients: the same for every
-micro-batch) and the end of a forward pass (parameters, slots and the activations of one micro-batch: a line), so
-`peak = max(update floor, static + slope * micro-batch)`, which is convex. With more than one micro-step per
-update the accumulators come on top, so that one and several micro-steps have a curve each; they differ by no more
-than that constant, and lend each other their slope. The data of the whole window comes on top of the curve while
-the window runs, and is there twice for a moment when it is cut into micro-batches.
+The peak memory of a step is the larger of two moments: the update (parameters, slots and gradients: the same for every
+micro-batch) and the end of a forward pass (parameters, slots and the activations of one micro-batch: a line). So
+`peak = max(update floor, static + slope * micro-batch)`, which is convex. With more than one micro-step per update the
+accumulators are added, so one and several micro-steps have a curve each; these differ by a constant and share their
+slope. The data of the whole window are added to the curve while the window runs, and twice while they are split into
+micro-batches.
 
-Between measured sizes the curve is the chord, which is above a convex curve; beyond the last one it goes on at one
-slope through all points off the floor. Measured peaks are reproduced, but for those near their limit (`peaks.CROWDED`),
-which are no more than a bound.
+Between measured sizes the curve is a chord, which is above a convex curve. Beyond the last size it continues at one
+slope, fitted to all points off the floor. Measured peaks are reproduced, except for those near their limit
+(`peaks.CROWDED`), which are only upper bounds.
 
-Where the probes have left traces of what they asked of the allocator (TensorFlow on a CPU), no curve is needed: the
-step is rehearsed in the simulated allocator (`accumtune.memory.cpu_simulation`, `simulated_peaks`).
+If the probes have recorded their requests to the allocator (TensorFlow on a CPU), no curve is needed: the step is
+rehearsed in the simulated allocator (`accumtune.memory.cpu_simulation`, `simulated_peaks`).
 """
 
 from __future__ import annotations
@@ -36,34 +36,34 @@ __all__ = ["Measurement", "Profile"]
 
 MIB = 2**20
 
-# How far above the predicted peak a limit has to be, where nothing has run under it: TensorFlow 2.21 on a CPU, one
-# region: the same step's peak differs by up to 4 % from process to process, and a nearly full allocator needs a few
-# percent more than it hands out when it has room. Beyond the largest measured size the slope's error counts as well.
+# How far a limit must be above the predicted peak if nothing has run under it. (TensorFlow 2.21 on a CPU, one region:
+# a step's peak differs by up to 4 % from process to process, and a nearly full allocator needs a few percent more than
+# one with room.) Beyond the largest measured size, the slope's error is added.
 MARGIN = 0.06
 MARGIN_PER_DOUBLING = 0.03
-# The same where the step was rehearsed: its order may differ by chance, and its Python frees at other moments.
+# The same for a rehearsed step, whose operations may run in another order and whose Python frees at other moments.
 REHEARSED_MARGIN = 0.045
 REHEARSED_PER_DOUBLING = 0.01
-# What is run to confirm that it fits runs under a limit lower by this share, so that it runs the next time too.
+# A size is confirmed under a limit that is lower by this share, so that it runs the next time too.
 HEADROOM = 0.02
-# No promise is made further than this beyond the largest measured size: a floor can hide a slope.
+# No size beyond this multiple of the largest measured one is predicted to fit: a floor can hide a slope.
 LARGEST_EXTRAPOLATION = 4
 _LISTS = "measurements", "traces"
 
 
 @dataclass(frozen=True)
 class Profile:
-    """What a model's training step costs, from a few measured points.
+    """Predicts the cost of a model's training step from a few measured points.
 
     Args:
         measurements: the points.
         device: its name.
-        memory_source: who counted the bytes.
-        signature: what the memory depends on; profiles are cached by it.
-        memory_budget_bytes: the limit the probes ran under, if any.
-        sample_bytes: the bytes of one sample's data (inputs, targets and weight) where the data of a whole window is
-            on the device at once, as batches of a pipeline are; 0 where each micro-step takes its rows from arrays.
-        traces: what probes asked of the allocator, a trace per micro-batch size, where that is known.
+        memory_source: what measured the bytes.
+        signature: identifies the model's memory use; profiles are cached by it.
+        memory_budget_bytes: the limit that the probes ran under, if any.
+        sample_bytes: the bytes of one sample's data (inputs, targets and weight) if the data of a whole window are on
+            the device at once, as a pipeline's batches are; 0 if each micro-step takes its samples from arrays.
+        traces: the probes' requests to the allocator, a trace per micro-batch size, where they were recorded.
     """
 
     measurements: tuple[Measurement, ...]
@@ -104,23 +104,23 @@ class Profile:
     def predict_peak_memory(
         self, micro_batch_size: int, accumulation_steps: int = 1, memory_budget: int | float | str | None = None
     ) -> int:
-        """The expected peak in bytes, without a margin.
+        """Returns the expected peak in bytes, without a margin.
 
         Args:
             micro_batch_size: any size.
             accumulation_steps: micro-steps per update.
-            memory_budget: the limit that it trains under, `"2GiB"` or bytes. When hardly any is left of it,
-                TensorFlow's allocator counts more than was asked for. None: memory is to spare.
+            memory_budget: the limit of the training, `"2GiB"` or bytes: near it, TensorFlow's allocator counts more
+                than was asked for. None: with memory to spare.
 
         Raises:
-            BudgetTooSmallError: nothing has been measured that fits.
+            BudgetTooSmallError: every probe ran out of memory.
         """
         limit = None if memory_budget is None else parse_budget(memory_budget)
         within = None if limit is None else self._peak_within(micro_batch_size, accumulation_steps, limit)
         return within or self._peak_with_room(micro_batch_size, accumulation_steps)
 
     def _peak_within(self, micro_batch_size: int, accumulation_steps: int, limit_bytes: int) -> int | None:
-        """As measured under that limit, else as rehearsed under it; None where neither knows."""
+        """Returns the peak as measured under that limit, or else as rehearsed under it; None if neither is known."""
         group = group_of(accumulation_steps)
         window = self._window_bytes(micro_batch_size, accumulation_steps)
         measured = [
@@ -143,33 +143,33 @@ class Profile:
         return int(np.ceil(max(running + window, self._peaks.static(accumulation_steps) + 2 * window)))
 
     def largest_rehearsed(self, accumulation_steps: int, limit_bytes: float, highest: int) -> int:
-        """The largest size up to `highest` that is expected to run under a limit, without any margin; 0 for none."""
+        """Returns the largest size up to `highest` expected to run under a limit, without a margin; 0 for none."""
         assert self._rehearsed is not None
         smallest = min(highest, max(1, self.bracket(accumulation_steps, int(limit_bytes))[0]))
         return self._rehearsed.largest(accumulation_steps, limit_bytes, smallest, highest)
 
     @property
     def is_rehearsed(self) -> bool:
-        """Whether peaks come from the simulated allocator, and not from curves."""
+        """Whether peaks are predicted by the simulated allocator instead of curves."""
         return len(self.traces) > 1
 
     @property
     def is_straight(self) -> bool:
-        """Whether the measured points show the line on which the peak goes on."""
+        """Whether the measured points show the slope at which the peak grows."""
         return len(self.measured_sizes()) > 1 and self._peaks.doubt == 0
 
     def needed_bytes(self, micro_batch_size: int, accumulation_steps: int) -> int:
-        """What a limit has to leave, without a margin."""
+        """Returns the bytes that a limit must leave, without a margin."""
         if self.is_rehearsed:
             return self.predict_peak_memory(micro_batch_size, accumulation_steps)
         return self._peaks.needed(micro_batch_size, accumulation_steps)
 
     def margin_bytes(self, micro_batch_size: int, accumulation_steps: int = 1) -> int:
-        """How far above the predicted peak a limit has to be for the step to run under it.
+        """Returns how many bytes a limit must be above the predicted peak for the step to run under it.
 
-        6 %, and 1 MiB because limits are whole MiB; what was taken beyond the prediction under a limit. Beyond the
-        largest measured size, 3 % for each doubling, and what a slope could add that has only begun to show there.
-        Of a rehearsed step 4.5 %, and 1 % for each doubling.
+        That is 6 %, plus 1 MiB because limits are whole MiB, plus what a step took beyond its prediction under a limit.
+        Beyond the largest measured size it is 3 % more for each doubling, plus what a slope could add that the points
+        do not show yet. For a rehearsed step it is 4.5 %, and 1 % for each doubling.
         """
         predicted = self.predict_peak_memory(micro_batch_size, accumulation_steps)
         needed = self.needed_bytes(micro_batch_size, accumulation_steps)
@@ -181,14 +181,14 @@ class Profile:
         return int(MIB + needed - predicted + needed * (MARGIN + MARGIN_PER_DOUBLING * doublings) + doubt)
 
     def fits(self, micro_batch_size: int, accumulation_steps: int, budget_bytes: int) -> bool:
-        """Whether a step runs under a limit of `budget_bytes`: what was measured, else prediction and margin."""
+        """Returns whether a step runs under a limit of `budget_bytes`, as measured, or as predicted with a margin."""
         _, failed = self.bracket(accumulation_steps, budget_bytes)
-        # Where it failed although it was predicted to fit, nothing is believed above what has run.
+        # After a failure, predictions above the largest size that has run are not trusted.
         if failed is not None:
             largest_that_ran = self._largest_that_ran(group_of(accumulation_steps))
             if micro_batch_size > min(largest_that_ran, failed - 1):
                 return False
-        # Without a window of data on the device, every further micro-step is like the second.
+        # Without the window's data on the device, all steps from the second on are alike.
         steps = accumulation_steps if self.sample_bytes else group_of(accumulation_steps)
         for point in self.measurements:
             is_larger = point.micro_batch_size >= micro_batch_size and point.accumulation_steps >= steps
@@ -199,7 +199,7 @@ class Profile:
         predicted = self.predict_peak_memory(micro_batch_size, accumulation_steps)
         if predicted + self.margin_bytes(micro_batch_size, accumulation_steps) > budget_bytes:
             return False
-        # Free memory may be in pieces, none of which is large enough.
+        # Free memory may be fragmented: ask the simulated allocator.
         limit = (1 - REHEARSED_MARGIN) * budget_bytes
         if not self.is_rehearsed:
             return True
@@ -208,14 +208,14 @@ class Profile:
     def largest_micro_batch_size(
         self, budget: int | float | str | None = None, accumulation_steps: int = 1
     ) -> int | None:
-        """The largest micro-batch size, any integer, that runs under a limit of `budget`.
+        """Returns the largest micro-batch size, any integer, that runs under a limit of `budget`.
 
         Args:
-            budget: `"2GiB"` or bytes; by default the one the profile was measured under.
+            budget: `"2GiB"` or bytes; default: the one that the profile was measured under.
             accumulation_steps: micro-steps per update.
 
         Returns:
-            At most four times the largest size that was measured; `None` where not even 1 fits.
+            At most four times the largest measured size; `None` if not even 1 fits.
 
         Raises:
             BudgetError: there is no budget, or it cannot be read.
@@ -225,7 +225,7 @@ class Profile:
             raise BudgetError(
                 "Received budget=None, and the profile was measured without one.",
                 'a budget such as "2GiB"',
-                'largest_micro_batch_size("2GiB")',
+                'call largest_micro_batch_size("2GiB").',
             )
         fitting, failing = 0, 1
         while self.fits(failing, accumulation_steps, budget_bytes):
@@ -239,12 +239,12 @@ class Profile:
         return fitting or None
 
     def is_extrapolated(self, micro_batch_size: int) -> bool:
-        """Whether a size is outside those that were measured."""
+        """Returns whether a size is outside the range of the measured ones."""
         sizes = self.measured_sizes()
         return not sizes or not sizes[0] <= micro_batch_size <= sizes[-1]
 
     def bracket(self, accumulation_steps: int, budget_bytes: int) -> tuple[int, int | None]:
-        """The largest size that has run under the budget, 0 where none has, and the smallest that ran out of it."""
+        """Returns the largest size that has run under the budget (0: none) and the smallest that has failed."""
         group, ran, failed = group_of(accumulation_steps), 0, None
         for point in self.measurements:
             limit = point.memory_limit_bytes
@@ -252,7 +252,7 @@ class Profile:
                 if group_of(point.accumulation_steps) >= group and point.has_run_within(budget_bytes):
                     ran = max(ran, point.micro_batch_size)
             elif group_of(point.accumulation_steps) <= group:
-                # A failure under a slightly lower limit counts too: there is too little room above it.
+                # A failure under a slightly lower limit counts too.
                 if limit is None or limit >= (1 - HEADROOM) * budget_bytes - MIB:
                     failed = min(failed or point.micro_batch_size, point.micro_batch_size)
         return ran, failed
@@ -261,18 +261,21 @@ class Profile:
         return self.sample_bytes * micro_batch_size * accumulation_steps
 
     def _largest_that_ran(self, group: int) -> int:
-        """Of the sizes measured with as many accumulators, or more."""
+        """Returns the largest size that ran with as many accumulators, or more."""
         ran = [m for m in self.measurements if m.is_feasible and group_of(m.accumulation_steps) >= group]
         return max((measurement.micro_batch_size for measurement in ran), default=0)
 
     def measured_sizes(self) -> list[int]:
-        """The micro-batch sizes that ran, in rising order."""
+        """Returns the micro-batch sizes that ran, in ascending order."""
         return sorted({m.micro_batch_size for m in self.measurements if m.is_feasible})
 
     # Speed
 
     def predict_throughput(self, micro_batch_size: int, accumulation_steps: int = 1) -> float:
-        """Samples per second: an update takes `accumulation_steps * s(micro_batch_size) + u` seconds."""
+        """Returns samples per second.
+
+        An update takes `accumulation_steps * s(micro_batch_size) + u` seconds: s for a micro-step, u for the update.
+        """
         seconds_per_update, micro_step = fit_seconds(self.measurements)
         seconds = accumulation_steps * micro_step.at(micro_batch_size) + seconds_per_update
         return micro_batch_size * accumulation_steps / max(seconds, 1e-9)
@@ -280,7 +283,7 @@ class Profile:
     # Growing
 
     def with_measurement(self, measurement: Measurement) -> Profile:
-        """The profile refined by one more point. Measured again, a point keeps its higher peak."""
+        """Returns the profile with one more point. A point that is measured again keeps its higher peak."""
         kept = []
         for known in self.measurements:
             if _key(known) != _key(measurement):
@@ -295,7 +298,7 @@ class Profile:
         return grown
 
     def with_trace(self, trace: Trace) -> Profile:
-        """The profile with what a probe asked of the allocator; as many traces are kept as are of use."""
+        """Returns the profile with one more trace, without those of smaller sizes that are no longer needed."""
         others = (known for known in self.traces if known.micro_batch_size != trace.micro_batch_size)
         known = sorted([*others, trace], key=lambda each: each.micro_batch_size)
         return replace(self, traces=tuple(known[-ORDERS - 1 :]))

@@ -1,4 +1,4 @@
-"""Predicts peaks by the simulated allocator, corrected by what was measured."""
+"""Predicts peaks with the simulated allocator, corrected by measured ones."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from accumtune.memory.prediction.peaks import MeasuredPeaks, group_of
 
 # What TensorFlow's allocator takes before anything trains.
 SMALLEST_LIMIT_BYTES = 4 * 2**20
-# A peak of up to this share of a limit fits in however many pieces free memory is: that is not played through.
+# A peak up to this share of a limit fits however fragmented memory is, and is not simulated.
 AMPLE_SHARE = 0.25
 
 
 class RehearsedPeaks:
-    """The counterpart of `MeasuredPeaks` where probes have left traces.
+    """Predicts peaks like `MeasuredPeaks`, from traces.
 
     Args:
-        rehearsal: plays a step through the simulated allocator.
+        rehearsal: runs a step through the simulated allocator.
         traced_sizes: the micro-batch sizes of its traces.
         measured: the points.
         window_bytes: the data of a whole window, by micro-batch size and accumulation steps.
@@ -39,12 +39,12 @@ class RehearsedPeaks:
         self._window_bytes = window_bytes
 
     def with_room(self, micro_batch_size: int, accumulation_steps: int) -> float:
-        """The peak where memory is to spare, without the window's data."""
+        """Returns the peak in bytes with memory to spare, without the window's data."""
         group = group_of(accumulation_steps)
         return self._moved(micro_batch_size, group) + self._excess_bytes - self._window_bytes(micro_batch_size, group)
 
     def within(self, micro_batch_size: int, accumulation_steps: int, limit_bytes: int) -> int | None:
-        """The peak under a limit, the window's data included; None where memory runs out."""
+        """Returns the peak in bytes under a limit, the window's data included; None if memory runs out."""
         group = group_of(accumulation_steps)
         beside = self._beside(micro_batch_size, accumulation_steps)
         if limit_bytes - beside <= SMALLEST_LIMIT_BYTES:
@@ -53,7 +53,7 @@ class RehearsedPeaks:
         return None if rehearsed is None else rehearsed + beside
 
     def largest(self, accumulation_steps: int, limit_bytes: float, smallest: int, highest: int) -> int:
-        """The largest size from `smallest` to `highest` that is expected to run under a limit; 0 for none."""
+        """Returns the largest size from `smallest` to `highest` that is expected to run under a limit; 0 for none."""
         window = self._window_bytes(highest, accumulation_steps)
         if self.with_room(highest, accumulation_steps) + window <= AMPLE_SHARE * limit_bytes:
             return highest
@@ -64,19 +64,19 @@ class RehearsedPeaks:
         return largest_before_failure(runs, smallest, highest)
 
     def _beside(self, micro_batch_size: int, accumulation_steps: int) -> int:
-        """What is there beside what was rehearsed: data of further micro-steps, and what real trials took more."""
+        """Returns the bytes beside the rehearsed ones: data of further micro-steps, and the excess of real trials."""
         window = self._window_bytes(micro_batch_size, accumulation_steps)
         return window - self._window_bytes(micro_batch_size, group_of(accumulation_steps)) + self._excess_bytes
 
     def _moved(self, micro_batch_size: int, group: int) -> float:
-        """The rehearsed peak, moved by what the traced steps were off: each had an order of its own."""
+        """Returns the rehearsed peak, corrected by the errors at the traced sizes, where the order was another."""
         traced, off = self._errors.get(group, ([1], [0.0]))
         rehearsed = self._rehearsal.peak_bytes(micro_batch_size, group) or 0
         return rehearsed + float(np.interp(micro_batch_size, traced, off))
 
     @cached_property
     def _errors(self) -> dict[int, tuple[list[int], list[float]]]:
-        """Traced sizes, and how many bytes more than the rehearsed one was measured, by number of accumulators."""
+        """Traced sizes, and measured minus rehearsed peaks at them, by group of accumulation steps."""
         errors: dict[int, tuple[list[int], list[float]]] = {}
         for size, group in sorted(self._measured.points):
             if size in self._traced_sizes:
@@ -88,10 +88,10 @@ class RehearsedPeaks:
 
     @cached_property
     def _excess_bytes(self) -> int:
-        """What real trials took beyond the rehearsed step: a callback's own variables, say."""
+        """What real trials took beyond the rehearsed step, for example a callback's own variables."""
         excess = [0.0]
         for (size, group), peak in self._measured.points.items():
-            # Of smaller sizes the traces were dropped: they may have had another order.
+            # Not smaller sizes: their traces were dropped, and may have had another order.
             if size > min(self._traced_sizes) and size not in self._traced_sizes:
                 excess.append(peak + self._window_bytes(size, group) - self._moved(size, group))
         return int(max(excess))

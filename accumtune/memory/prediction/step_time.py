@@ -13,13 +13,13 @@ from accumtune.memory.prediction.monotone_curve import Curve, last_slope
 
 
 def fit_seconds(measurements: Sequence[Measurement]) -> tuple[float, Curve]:
-    """Least squares in relative error: one time per measured micro-batch size, and one for the update.
+    """Fits one time per measured micro-batch size, and one for the update, by least squares in relative error.
 
     Returns:
         Seconds of an update, and a curve of the seconds of a micro-step.
 
     Raises:
-        BudgetTooSmallError: nothing has been timed.
+        BudgetTooSmallError: no measurement has a time.
     """
     points = [
         (m.micro_batch_size, m.accumulation_steps, m.seconds_per_update)
