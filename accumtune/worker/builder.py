@@ -1,4 +1,4 @@
-"""Calls the user's build function, which must give a compiled Keras model, or an error says what came."""
+"""Calls the user's build function, and checks that it returns a compiled Keras model."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 from accumtune.errors import BuildError, ModelError, UncompiledModelError
 
-# What learning-rate schedules call their rates; everything else in their configuration counts steps or shapes.
+# The learning rates in the configurations of schedules; all other entries are steps or shapes.
 _RATES_OF_SCHEDULES = (
     "initial_learning_rate", "end_learning_rate", "warmup_target", "values", "learning_rate", "maximal_learning_rate",
 )  # fmt: skip
@@ -22,7 +22,7 @@ class ModelBuilder:
         hypermodel: a Keras Tuner build function or `keras_tuner.HyperModel`.
         optimizer, loss, metrics: as in `keras_tuner.Tuner`, override what the model was compiled with.
         learning_rate_scaling: None, `"linear"` or `"sqrt"`: how the learning rate grows with the effective batch.
-        base_effective_batch_size: the effective batch for which the learning rate is meant as it is written.
+        base_effective_batch_size: the effective batch at which the learning rate is used as the build function sets it.
     """
 
     hypermodel: Any
@@ -38,10 +38,10 @@ class ModelBuilder:
             declare(hp)
 
     def build_plain(self, hp: Any) -> Any:
-        """The user's model, compiled, without accumulation.
+        """Builds the user's model, compiled, without accumulation.
 
         Raises:
-            BuildError: the build function returned something else than a Keras model.
+            BuildError: the build function returned something other than a Keras model.
             UncompiledModelError: the model was not compiled.
         """
         import keras
@@ -86,7 +86,7 @@ class ModelBuilder:
 
 
 def _compiled_with(model: Any) -> dict[str, Any]:
-    """The arguments of a model's `compile`; of one that has a `compile` of its own, those that Keras Tuner gives it."""
+    """Returns the arguments of a model's `compile`; if the class overrides it, only those that Keras Tuner passes."""
     import keras
 
     known = dict(model._compile_config.config) if model.compiled else {}
@@ -97,10 +97,10 @@ def _compiled_with(model: Any) -> dict[str, Any]:
 
 
 def scale_learning_rate(optimizer: Any, factor: float) -> None:
-    """Multiplies an optimizer's learning rate, also where it is one of Keras's schedules.
+    """Multiplies an optimizer's learning rate, also if it is one of Keras's schedules.
 
     Raises:
-        ModelError: a schedule of the user's own, whose rates are not known by name.
+        ModelError: a schedule whose configuration has no known learning rate.
     """
     import keras
 
@@ -116,7 +116,7 @@ def scale_learning_rate(optimizer: Any, factor: float) -> None:
             f"Received learning_rate_scaling together with the schedule {type(rate).__name__}, whose configuration "
             f"has none of {', '.join(_RATES_OF_SCHEDULES)}.",
             "a number, or one of Keras's own schedules.",
-            "scale the learning rate inside the build function: hp.values['effective_batch_size'] is there.",
+            "scale the learning rate inside the build function, with hp.values['effective_batch_size'].",
         )
     for name in known:
         value = config[name]

@@ -18,7 +18,7 @@ from accumtune.errors import UnsendableDataError
 from accumtune.tracking.journal import Journal
 from accumtune.worker.trial_weights import save_weights
 
-# The first update of a shape traces and compiles, the second still fills caches.
+# The first update compiles, and the second still fills caches.
 _WARM_UP_UPDATES = 2
 
 
@@ -51,7 +51,7 @@ class JournalWriter(keras.callbacks.Callback):
         self._mark = time.perf_counter()
 
     def on_train_batch_end(self, batch: int, logs: dict[str, Any] | None = None) -> None:
-        # With `steps_per_execution` one call stands for several updates.
+        # With `steps_per_execution` there is one call for several updates.
         count = max(1, batch - self._last_batch)
         self._last_batch = batch
         self.updates += count
@@ -63,16 +63,19 @@ class JournalWriter(keras.callbacks.Callback):
 
 
 def noise_scale_callbacks(callbacks: Sequence[Any], accumulation_steps: int) -> list[Any]:
-    """What measures the gradient noise scale: where there are several micro-batches, and the user brings none."""
+    """Returns a callback that measures the gradient noise scale, if there are several micro-batches.
+
+    Returns none if the user's callbacks have one.
+    """
     has_one = any(isinstance(callback, GradientNoiseScale) for callback in callbacks)
     return [] if accumulation_steps < 2 or has_one else [GradientNoiseScale()]
 
 
 class StopWhenHopeless(keras.callbacks.Callback):
-    """Ends the training after an epoch at whose end the search has written the prune file.
+    """Ends the training after the epoch in which the search has written the prune file.
 
     Attributes:
-        epochs: after how many epochs it was stopped; None where it ran to its end.
+        epochs: the number of epochs after which it was stopped; None if it ran to its end.
     """
 
     def __init__(self, prune_file: Path) -> None:
@@ -81,22 +84,24 @@ class StopWhenHopeless(keras.callbacks.Callback):
         self.epochs: int | None = None
 
     def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
-        epochs = (self.params or {}).get("epochs", 0)  # a training loop of the user's may say nothing
+        epochs = (self.params or {}).get("epochs", 0)  # the user's own training loop may not set it
         if epoch + 1 < epochs and self._prune_file.exists():
             self.epochs = epoch + 1
             self.model.stop_training = True
+
+
 class SaveBestEpoch(tuner_utils.SaveBestEpoch):
-    """Keras Tuner's, that writes the file whole: a trial that is killed meanwhile keeps the best epoch before."""
+    """Keras Tuner's callback, which here writes the file atomically: a killed trial keeps its earlier best epoch."""
 
     def _save_model(self) -> None:
         path = Path(self.filepath)
-        temporary = path.with_name(f"new.{path.name}")  # Keras wants the name to end as it does
+        temporary = path.with_name(f"new.{path.name}")  # Keras requires the name's ending
         save_weights(self.model, temporary)
         os.replace(temporary, path)
 
 
 def copy_callbacks(callbacks: Sequence[Any] | None, trial_name: str, execution: int) -> list[Any]:
-    """The user's callbacks for one execution: fresh copies, TensorBoard's with a folder of its own."""
+    """Returns copies of the user's callbacks for one execution; TensorBoard's gets a folder of its own."""
     try:
         copies = copy.deepcopy(list(callbacks or []))
     except Exception as error:

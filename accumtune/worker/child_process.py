@@ -1,4 +1,4 @@
-"""Ends a forked process: with its own exit code, and with the process that forked it."""
+"""Ends forked processes: with an exit code, and together with the process that forked them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _PR_SET_CHILD_SUBREAPER = 36
 
 
 def end_process(run: Callable[[], int]) -> NoReturn:
-    """Runs what a forked process is there for, and ends the process with the exit code that comes of it."""
+    """Runs a function in a forked process and ends the process with the exit code that it returns."""
     exit_code = 1
     try:
         exit_code = run()
@@ -32,17 +32,17 @@ def end_process(run: Callable[[], int]) -> NoReturn:
         with contextlib.suppress(OSError):
             sys.stdout.flush()
             sys.stderr.flush()
-        # No interpreter shutdown: the handlers of a forked copy belong to the process that it was forked from.
+        # Without the interpreter's shutdown, whose handlers belong to the process that was forked.
         os._exit(exit_code)
 
 
 def die_with_parent() -> None:
-    """Where the process that forked this one is killed, this one goes too."""
+    """Makes the kernel kill this process when the process that forked it ends."""
     _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def adopt_orphans() -> None:
-    """What tasks have started comes here when they end: a search that is PID 1 of a container would keep zombies."""
+    """Makes this process the parent of its tasks' orphans: a search that is PID 1 of a container would keep zombies."""
     _prctl(_PR_SET_CHILD_SUBREAPER, 1)
 
 

@@ -1,4 +1,4 @@
-"""Finds out about a model before it trains: its hyperparameters, what decides its memory, what an update costs."""
+"""Inspects a model before it trains: its hyperparameters, the facts that decide its memory, the cost of an update."""
 
 from __future__ import annotations
 
@@ -28,18 +28,20 @@ from accumtune.worker.transport.hyperparameters import appeared, hyperparameters
 from accumtune.worker.transport.payload import is_data_function, load_payload
 from accumtune.worker.transport.task_directory import TaskDirectory
 
-# Of sparse and ragged data, a sample takes what these take on average.
+# The size of a sparse or ragged sample is the mean of so many.
 _SAMPLES_OF_UNEQUAL_SIZE = 64
 
 
 def discover(directory: TaskDirectory, payload: str, space: dict[str, Any] | None = None) -> dict[str, Any]:
     """Finds the hyperparameters of a build function and whether its models couple the samples of a batch.
 
-    Args:
-        space: Keras Tuner's configuration of the hyperparameters that are known; with it, the payload has the data,
-            with which the models' own code is tried. None: `hyperparameters` of the payload.
+    Builds models until each conditional scope was active once, as Keras Tuner's `BaseTuner._activate_all_conditions`.
 
-    Follows Keras Tuner's `BaseTuner._activate_all_conditions`: builds until each conditional scope was active once.
+    Args:
+        directory: of the task.
+        payload: the file with the hypermodel.
+        space: Keras Tuner's configuration of the known hyperparameters; the payload then has the data too, and the
+            models' own code is tested on them. None: the payload has `hyperparameters`.
     """
     content, _, _ = open_payload(payload)
     hypermodel = content["hypermodel"]
@@ -50,7 +52,7 @@ def discover(directory: TaskDirectory, payload: str, space: dict[str, Any] | Non
     against_ghost_batches: dict[str, None] = {}
     wants_data: set[bool] = set()
     known = content["hyperparameters"] if space is None else hyperparameters_from(space)
-    # A bare Oracle and BaseTuner lend their bookkeeping; nothing is searched here.
+    # Oracle and BaseTuner only keep track of the hyperparameters; nothing is searched here.
     oracle = Oracle(objective="val_loss", hyperparameters=known)
 
     class Recorder:
@@ -90,9 +92,9 @@ def discover(directory: TaskDirectory, payload: str, space: dict[str, Any] | Non
 
 
 def inspect(directory: TaskDirectory, payload: str, hyperparameters: dict[str, Any]) -> dict[str, Any]:
-    """Builds the model of one set of hyperparameters and says what decides its memory.
+    """Builds the model of one set of hyperparameters, and describes what decides its memory and its training.
 
-    And which hyperparameters have appeared: a build function may ask for `units_2` only where there are three layers.
+    Also returns the hyperparameters that have appeared: a build function may declare `units_2` only with three layers.
     """
     content, device, _ = open_payload(payload)
     hp = hyperparameters_from(hyperparameters)
@@ -102,14 +104,14 @@ def inspect(directory: TaskDirectory, payload: str, hyperparameters: dict[str, A
     if not all(map(is_dense, keras.tree.flatten(sample))):
         sample = samples(_SAMPLES_OF_UNEQUAL_SIZE)
     if content.get("max_model_size") and not model.built:
-        model(sample[0])  # until then nothing can be counted
+        model(sample[0])  # creates the variables, to count them
     facts = describe_model(model, sample, device.name, hp.values, is_pipeline=is_pipeline)
     facts["identity"] = {**describe_training(model, hp.values), "device": device.name}
     return {**facts, "appeared": appeared(hp, hyperparameters)}
 
 
 def describe_data(directory: TaskDirectory, payload: str, seed: int, is_ordered: bool) -> dict[str, Any]:
-    """Describes the data that functions return: with one seed the same in every process, unless they have another."""
+    """Describes the data that functions return, after seeding all generators, so that processes can be compared."""
     keras.utils.set_random_seed(seed)
     content = load_payload(Path(payload))
     validation = content["fit_kwargs"].get("validation_data")
@@ -172,7 +174,7 @@ def probe(
 
 
 def _some_data(model: Any, content: dict[str, Any], hp: Any) -> tuple[Any, ...]:
-    """Some x and y, or nothing where the data cannot be read: that is for the trials to say."""
+    """Returns some x and y, or nothing if the data cannot be read: the trials will fail with the error."""
     try:
         x, y, _ = _samples(model, content, hp)[0](16)
     except Exception:
@@ -181,7 +183,7 @@ def _some_data(model: Any, content: dict[str, Any], hp: Any) -> tuple[Any, ...]:
 
 
 def _samples(model: Any, content: dict[str, Any], hp: Any) -> tuple[Callable[[int], Any], bool]:
-    """What gives the first samples of the training data, and whether training will get these as batches."""
+    """Returns a function for the first samples of the training data, and whether training gets them as batches."""
     given = user_data.input_arguments(content["fit_args"], content["fit_kwargs"])
     fit = own_fit(getattr(content["hypermodel"], "hypermodel", None))
     if given[0] is None and fit is not None:

@@ -1,6 +1,6 @@
-"""Runs the task of a directory: the entry point of every process that the fork server makes.
+"""Runs the task of a directory: the entry point of every process that the fork server starts.
 
-Each task reads `task.json` in its directory and leaves `outcome.json`. The search process never builds a model.
+A task is read from `task.json` in its directory and leaves `outcome.json`.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def run_task(path: Path) -> int:
     except StopRequested:
         directory.write_outcome({"status": "stopped", "reason": "the search was stopped; its state is saved"})
     except Superseded:
-        pass  # the outcome is another process's to write
+        pass  # another process writes the outcome
     except Exception as error:
         directory.write_outcome(_describe(error))
     else:
@@ -50,9 +50,9 @@ def run_task(path: Path) -> int:
 
 
 def call(directory: TaskDirectory, payload: str) -> dict[str, Any]:
-    """Runs a function of the payload: what tests and tools use to do something in an isolated process.
+    """Runs a function of the payload in this process, for any work that needs a process of its own.
 
-    No device is opened: that is the function's to do.
+    It does not open a device.
     """
     apply_global_settings(read_header(Path(payload)).settings)
     content = load_payload(Path(payload))
@@ -60,7 +60,7 @@ def call(directory: TaskDirectory, payload: str) -> dict[str, Any]:
 
 
 def task_function(name: str) -> Callable[..., dict[str, Any]]:
-    """The function of a task; its module, with the framework, is imported here, so that what fails is its outcome."""
+    """Returns the function of a task. Its module, with the framework, is imported here: an error is then an outcome."""
     function: Callable[..., dict[str, Any]] = getattr(importlib.import_module(_MODULES[name]), name)
     return function
 

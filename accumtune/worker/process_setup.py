@@ -1,4 +1,4 @@
-"""Sets the process of a task up: the device, limited; then the user's objects; and the process of their pipelines."""
+"""Sets up the process of a task: opens its device, loads the user's objects, and starts their pipelines' process."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def open_payload(
 ) -> tuple[dict[str, Any], Device, PipelineProcess | None]:
     """Returns the content of a payload, the device of this process, and the process of the data's pipelines, if any.
 
-    The user's objects come last: a tensor among them is made when the device is limited, and is in its account.
+    The user's objects are loaded last, so that tensors among them count towards the device's memory and its limit.
     """
     header = read_header(Path(payload))
     apply_global_settings(header.settings)
@@ -27,10 +27,10 @@ def open_payload(
     if keras.backend.backend() == "tensorflow":
         os.environ.update(gpus_of_tensorflow(header.settings))
         if has_pipelines:
-            # A fork: before TensorFlow runs anything.
+            # It forks, so it comes before TensorFlow runs anything.
             pipelines = PipelineProcess.of(header.functions, Path(payload), seed)
     device = _open_device(memory_budget_bytes)
-    if pipelines is not None and not device.name.startswith("CPU"):  # what pipelines keep is the host's
+    if pipelines is not None and not device.name.startswith("CPU"):  # a pipeline's memory is the host's
         pipelines.close()
         pipelines = None
     content = load_payload(Path(payload))
@@ -38,6 +38,6 @@ def open_payload(
 
 
 def _open_device(memory_budget_bytes: int | None) -> Device:
-    """Opens the device of this process, limited; what the limit is to JAX depends on the GPU that is here."""
+    """Opens and limits the device of this process. The environment is set here, since JAX's depends on the GPU."""
     os.environ.update(memory_limit_environment(keras.backend.backend(), memory_budget_bytes))
     return open_device(budget_bytes=memory_budget_bytes)

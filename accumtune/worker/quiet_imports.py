@@ -1,4 +1,4 @@
-"""Keeps off the terminal what TensorFlow says of itself whenever it is imported."""
+"""Hides the notes that TensorFlow prints whenever it is imported."""
 
 from __future__ import annotations
 
@@ -9,30 +9,30 @@ import subprocess
 import sys
 from collections.abc import Iterator
 
-# TensorFlow 2.21 writes these before it has read TF_CPP_MIN_LOG_LEVEL, so that no variable turns them off. Notes only
-# (severity I): warnings, errors and all that is no log line pass.
+# TensorFlow 2.21 prints these before it reads TF_CPP_MIN_LOG_LEVEL. Only notes (severity I) are hidden: warnings,
+# errors and all other lines are printed.
 _NOTE = (
     r"^(I[0-9]{4} |WARNING: All log messages before absl::InitializeLog\(\) is called"
     r"|To enable the following instructions: .*, in other operations, rebuild TensorFlow)"
 )
-# What has been written arrives at once; a process begun meanwhile, which still may write, is not waited for.
+# How long to wait for the last lines; a process that was started meanwhile may keep the pipe open.
 _SECONDS_FOR_THE_REST = 1.0
 
 
 @contextlib.contextmanager
 def without_notes() -> Iterator[None]:
-    """While this lasts, TensorFlow's notes do not reach the standard error; everything else does, line by line.
+    """Keeps TensorFlow's notes off the standard error, until the context ends; other lines are passed on at once.
 
-    It passes through a `grep`: the last words of a process that crashes are not lost with it, as they would be in a
-    thread. Where there is none, notes are written as ever.
+    They pass through a `grep` process, because a thread would lose the last lines of a process that crashes. Without
+    `grep`, the notes are printed.
     """
-    if "tensorflow" in sys.modules or shutil.which("grep") is None:  # they have been written, or nothing can drop them
+    if "tensorflow" in sys.modules or shutil.which("grep") is None:  # printed already, or nothing to filter with
         yield
         return
     sys.stderr.flush()
     terminal = os.dup(2)
     command = ["grep", "--text", "--invert-match", "--line-buffered", "--extended-regexp", _NOTE]
-    # A session of its own: Ctrl-C is not for it.
+    # A session of its own, so that Ctrl-C does not end it.
     grep = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=terminal, start_new_session=True)
     assert grep.stdin is not None
     with grep.stdin:

@@ -1,4 +1,4 @@
-"""Trains one set of hyperparameters in its process: measured, reported epoch by epoch, and gone on with."""
+"""Trains one set of hyperparameters in its process: measures it, reports its epochs, and resumes it."""
 
 from __future__ import annotations
 
@@ -59,12 +59,12 @@ def train(
         hyperparameters: Keras Tuner's configuration of them.
         memory_budget_bytes: the allocator's limit.
         seed: of the first execution.
-        attempt: how often the trial was begun, this time included.
-        execution: which of the `executions` trainings of this trial it is (see `execution.repeated_training`).
-        earlier: the reports of those before. The best epoch of all of them is kept, as in Keras Tuner.
-        fit_overrides: arguments of `fit` that this trial alone has.
-        initial_weights: of an earlier trial, to go on from.
-        identity: of the search and the model; a saved state of another is not gone on with.
+        attempt: how often the trial was started, this time included.
+        execution: which of the trial's `executions` this is (see `execution.repeated_training`).
+        earlier: the reports of earlier executions. The best epoch of all executions is kept, as in Keras Tuner.
+        fit_overrides: arguments of `fit` for this trial alone.
+        initial_weights: of an earlier trial, to start from.
+        identity: of the search and the model; a saved state with another identity is not resumed.
     """
     content, device, pipelines = open_payload(payload, memory_budget_bytes, seed + execution, has_pipelines=True)
     content["fit_kwargs"] = {**content["fit_kwargs"], **(fit_overrides or {}), "verbose": 0}
@@ -82,7 +82,7 @@ def train(
         hp = hyperparameters_from(hyperparameters)
         try:
             return _fit(directory, content, hp, device, state, seed, initial_weights)
-        finally:  # a HyperModel's fit, a model that is first called, a callback may ask for more: also where one fails
+        finally:  # training may have declared hyperparameters, in a HyperModel's fit for example, even if it failed
             found = appeared(hp, hyperparameters)
             if found["space"]:
                 Journal(directory.journal_file).append("appeared", **found)
@@ -93,7 +93,7 @@ def train(
     try:
         return state.known_result() or run(state)
     except CannotContinue as error:
-        print(f"The saved state is not that of this model ({error}): the training begins anew.")
+        print(f"The saved state is not that of this model ({error}): the training starts from the beginning.")
         directory.checkpoint_file.unlink()
         return run(opened())
 
@@ -107,9 +107,9 @@ def _fit(
     seed: int,
     initial_weights: str | None,
 ) -> dict[str, Any]:
-    """Builds a model and trains it, from where an earlier process was interrupted; returns the report of `train`."""
+    """Builds a model and trains it, from an earlier process's state if there is one; returns the report of `train`."""
     hypermodel, objective = content["hypermodel"], content["objective"]
-    # Every trial starts from the same seed, so that two trials differ by their hyperparameters alone.
+    # All trials have the same seed, so that they differ by their hyperparameters alone.
     keras.utils.set_random_seed(seed + state.execution)
     model = hypermodel.build(hp)
     if initial_weights is not None:
@@ -135,24 +135,24 @@ def _fit(
 
 
 def _refuse_own_loop(model: Any, state: TrialCheckpoint) -> None:
-    """Refuses a trial whose batches were not those that the search has chosen.
+    """Refuses a trial that did not train with the search's batches.
 
     Raises:
-        SearchError: the model was not trained by Keras: every trial would end so.
+        SearchError: Keras did not train the model. This would happen in every trial.
     """
     if state.has_fitted or model.train_function is not None:  # the second: by train_on_batch
         return
     raise SearchError(
-        "Received a HyperModel.fit that does not train the model that it is given with model.fit: it trains in a loop "
-        "of its own, or other models, with batches that nothing accumulates or measures.",
-        "a fit that calls model.fit(*args, **kwargs) of its third argument, once or several times.",
+        "Received a HyperModel.fit that does not call the fit of the model that it is given: it trains in a loop of "
+        "its own, or trains other models, which accumtune neither accumulates nor measures.",
+        "a HyperModel.fit that calls model.fit(*args, **kwargs), once or several times.",
         "compile the model with the loss and the optimizer of the loop, and end with "
-        "`return model.fit(*args, **kwargs)`; several trainings of a trial: executions_per_trial=.",
+        "`return model.fit(*args, **kwargs)`; to train a trial several times, use executions_per_trial=.",
     )
 
 
 class _Measurement:
-    """What is measured and kept of one fit, by callbacks."""
+    """Measures one fit, and keeps its best epoch, by callbacks."""
 
     def __init__(self, directory: TaskDirectory, objective: Any, device: Device, state: TrialCheckpoint) -> None:
         self._device, self._state = device, state
@@ -184,10 +184,10 @@ class _Measurement:
 
 
 def _results(returned: Any, objective: Any, is_scored_later: bool) -> tuple[dict[str, Any], int]:
-    """The metrics of the best epoch and which it was, from what `fit` has returned.
+    """Returns the metrics and the number of the best epoch, from the value that `fit` returned.
 
     Raises:
-        SearchError: Keras Tuner has no use for it: every trial would end so.
+        SearchError: it is not a result for Keras Tuner. This would happen in every trial.
     """
     if isinstance(returned, keras.callbacks.History) and returned.history:
         last = {name: values[-1] for name, values in returned.history.items()}
@@ -197,7 +197,7 @@ def _results(returned: Any, objective: Any, is_scored_later: bool) -> tuple[dict
             raise SearchError(
                 f"Received the objective {objective.name!r}, and a training that reports {', '.join(last)}.",
                 "an objective that the training reports.",
-                "compile the model with that metric, give search() validation_data, or take another objective.",
+                "compile the model with that metric, give search() validation_data, or choose another objective.",
             )
     try:
         tuner_utils.validate_trial_results(returned, objective, "HyperModel.fit()")
@@ -205,15 +205,15 @@ def _results(returned: Any, objective: Any, is_scored_later: bool) -> tuple[dict
         raise SearchError(
             f"Received {returned!r} of type {type(returned).__name__} from HyperModel.fit. {error}",
             f"what model.fit returned, a number, or a dict with {objective.name!r}.",
-            "end it with `return model.fit(*args, **kwargs)`.",
+            "end HyperModel.fit with `return model.fit(*args, **kwargs)`.",
         ) from error
-    # A list, as Keras Tuner makes it of a trial's executions.
+    # In a list, as Keras Tuner has one result for each execution.
     metrics = tuner_utils.convert_to_metrics_dict([returned], objective)
     return metrics, int(tuner_utils.get_best_step([returned], objective))
 
 
 def _end_out_of_memory(directory: TaskDirectory, budget_bytes: int | None) -> None:
-    """Ends a process that its framework cannot limit, with the outcome that it would have had under a limit."""
+    """Ends a process whose framework has no memory limit, with the outcome that a limit would have caused."""
     directory.write_outcome(
         {"status": "out_of_memory", "reason": f"it held more than its budget of {format_bytes(budget_bytes or 0)}"}
     )
@@ -222,12 +222,12 @@ def _end_out_of_memory(directory: TaskDirectory, budget_bytes: int | None) -> No
 
 def _start_from(model: Any, weights_file: Path) -> None:
     build_as_trained(model, weights_file)
-    # Without its slots the optimizer would begin anew: Keras passes over what is not there yet.
+    # Keras does not load an optimizer's slots before they exist.
     if not model.optimizer.built:
         model.optimizer.build(model.trainable_variables)
     load_weights(model, weights_file)
 
 
 def _save_build_config(model: Any, directory: TaskDirectory) -> None:
-    """Keras Tuner reads it in `load_model`, to make the variables of a model that is built by its first call."""
+    """Writes the file from which `load_model` creates the variables of a model that is built by its first call."""
     write_atomically(directory.build_config_file, json.dumps(build_config_of(model)))

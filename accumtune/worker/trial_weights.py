@@ -1,4 +1,4 @@
-"""The weights of a trial, loaded into a model that its build function has made anew."""
+"""Saves the weights of a trial, and loads them into a model that its build function has built again."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ from accumtune.worker.transport.task_directory import TaskDirectory
 
 
 def save_weights(model: Any, weights_file: str | Path) -> None:
-    """As Keras does, also of a model that is never called itself, only its layers in its `train_step`."""
+    """Saves weights like Keras, also those of a model that is never called, only its layers in its `train_step`."""
     with _called(model):
         model.save_weights(weights_file)
 
 
 def build_config_of(model: Any) -> dict[str, Any]:
-    """What `build_as_trained` needs of a trained model: its shapes, or, where only its layers were called, theirs."""
+    """Returns what `build_as_trained` needs: the model's input shapes, or its layers' if only these were called."""
     return model.get_build_config() or {"layers": [layer.get_build_config() for layer in model.layers]}
 
 
 def build_as_trained(model: Any, weights_file: Path) -> None:
-    """Creates a model's variables, by the shapes of the inputs that the trained one had.
+    """Creates a model's variables, from the input shapes of the trained model.
 
     Args:
-        model: of the trial's build function.
-        weights_file: of the trial; beside it lies what its model was built with.
+        model: from the trial's build function.
+        weights_file: of the trial; the file with its model's input shapes is beside it.
     """
     from keras import KerasTensor, tree
 
@@ -45,8 +45,8 @@ def build_as_trained(model: Any, weights_file: Path) -> None:
         model.build_from_config(config)
     if _is_built(model) or not config:
         return
-    # The user's own build() leaves layers to the first call: it is called, without computing.
-    with contextlib.suppress(Exception):  # whatever it raises for inputs that are no numbers
+    # The user's build() has left layers to the first call: call the model symbolically.
+    with contextlib.suppress(Exception):  # whatever it raises for symbolic inputs
         if "input_shape" in config:
             model(tree.map_shape_structure(KerasTensor, config["input_shape"]))
         else:
@@ -55,16 +55,16 @@ def build_as_trained(model: Any, weights_file: Path) -> None:
 
 
 def load_weights(model: Any, weights_file: str | Path) -> None:
-    """As Keras does, which leaves a Dense or an Embedding that is not built as it is, and says nothing.
+    """Loads weights like Keras, but refuses unbuilt layers, which Keras leaves as they are without an error.
 
     Raises:
-        ValueError: the weights do not fit, or a layer that has some in the file is not built.
+        ValueError: the weights do not fit, or a layer with weights in the file is not built.
     """
-    passed_over: list[str] = []
+    unbuilt_with_weights: list[str] = []
 
     def note(layer: Any, store: Any) -> None:
         if len(store.keys()):
-            passed_over.append(layer.name)
+            unbuilt_with_weights.append(layer.name)
 
     with _called(model):
         unbuilt = [layer for layer in model._flatten_layers() if not layer.built]
@@ -75,16 +75,16 @@ def load_weights(model: Any, weights_file: str | Path) -> None:
         finally:
             for layer in unbuilt:
                 del vars(layer)["load_own_variables"]
-    if passed_over:
+    if unbuilt_with_weights:
         raise ValueError(
-            f"The file has weights for layers that are not built: {', '.join(passed_over)}. Call the model on a batch "
-            "first, or build its layers in its build()."
+            f"The file has weights for layers that are not built: {', '.join(unbuilt_with_weights)}. Call the model on "
+            "a batch first, or build its layers in its build()."
         )
 
 
 @contextlib.contextmanager
 def _called(model: Any) -> Iterator[None]:
-    """While open, Keras takes a model for built that has variables, whether or not it was called itself."""
+    """Marks a model that has variables as built, until the context ends, even if it was never called."""
     if model.built or not model.variables:
         yield
         return

@@ -28,13 +28,13 @@ def searched(executor, tmp_path, monkeypatch):
 
 def test_discovering_inspecting_and_probing_end(searched):
     hypermodel = ModelBuilder(build)
-    with pytest.raises(errors.BuildError, match="did not come to an end.*1 s.*\n(.*\n)*.*raise trial_timeout_seconds"):
+    with pytest.raises(errors.BuildError, match="did not finish in time.*1 s.*\n(.*\n)*.*raise trial_timeout_seconds"):
         searched.discover(hypermodel, keras_tuner.HyperParameters())
     space = {"space": [], "values": {"sleeps": True}}
     with searched.sharing({"hypermodel": hypermodel, "fit_args": (), "fit_kwargs": {}}):
-        with pytest.raises(errors.BuildError, match="build function did not come to an end"):
+        with pytest.raises(errors.BuildError, match="build function did not finish in time"):
             searched.profiler().inspect(space)
-        with pytest.raises(errors.BuildError, match="few updates did not come to an end"):
+        with pytest.raises(errors.BuildError, match="few updates did not finish in time"):
             searched.profiler().measure(space, "signature", 8, 1)
 
 

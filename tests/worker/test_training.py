@@ -74,4 +74,4 @@ def test_what_no_batch_of_the_search_trains_is_refused(executor, tmp_path, train
     else:
         assert outcome.error["class"] == "SearchError", outcome
         received, expected, fix = outcome.error["arguments"]
-        assert "does not train the model that it is given" in received and "model.fit" in fix
+        assert "does not call the fit of the model that it is given" in received and "model.fit" in fix

@@ -308,5 +308,5 @@ def test_the_data_that_a_fit_of_the_user_s_brings_are_found_without_training():
     assert int(model.optimizer.iterations) == 0
     model.fit(np.ones((4, 3)), np.ones((4, 1)), verbose=0)  # as before
     assert own_fit(keras_tuner.HyperModel()) is None and own_fit(tiny) is None
-    with pytest.raises(DataError, match="without model.fit"):
+    with pytest.raises(DataError, match="does not call model.fit"):
         arguments_of_fit(lambda hp, model, **kwargs: {"loss": 0.0}, hp, model, (), {})

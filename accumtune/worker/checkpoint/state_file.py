@@ -1,7 +1,7 @@
-"""Writes plain values and arrays to one file that runs no code when it is read: an `.npz` without pickles.
+"""Writes plain values and arrays to a file that runs no code when it is read: an `.npz` without pickles.
 
-`state` in it is JSON. What JSON has no word for is a dict with one key: `{"~tuple": […]}`, `{"~array": 3}`. Functions
-are names: one is only given back where its module is imported already, or belongs to Keras or NumPy.
+Its entry `state` is JSON. Values that JSON lacks are dicts with one special key: `{"~tuple": […]}`, `{"~array": 3}`.
+Functions are stored by name; reading returns one only if its module is imported already, or belongs to Keras or NumPy.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def write_state(file: BinaryIO, state: Any) -> None:
     """Writes values (numbers, texts, bytes, lists, tuples, sets, dicts, arrays, functions by their name).
 
     Raises:
-        TypeError: something else is among them.
+        TypeError: there is a value of another type.
     """
     arrays: list[np.ndarray] = []
     text = json.dumps(_encoded(state, arrays))
@@ -35,7 +35,7 @@ def read_state(path: Path) -> Any:
     """Reads what `write_state` wrote.
 
     Raises:
-        OSError, ValueError, KeyError, TypeError: the file is none of these, or damaged.
+        OSError, ValueError, KeyError, TypeError: it is not such a file, or it is damaged.
     """
     with np.load(path, allow_pickle=False) as content:
         return _decoded(json.loads(content[_STATE].tobytes()), content)
@@ -90,7 +90,7 @@ def _decoded(value: Any, arrays: Any) -> Any:
 
 
 def _portable(array: np.ndarray) -> np.ndarray:
-    """`.npy` has no word for bfloat16 and float8: their bits are kept."""
+    """Returns an array that `.npy` can store: for bfloat16 and float8, which it lacks, an array of their bits."""
     if array.dtype.hasobject:
         raise TypeError("an array of objects cannot be written into a state")
     return array if array.dtype.isbuiltin == 1 or array.dtype.kind in "USM" else array.view(f"u{array.dtype.itemsize}")

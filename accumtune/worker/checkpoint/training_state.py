@@ -12,13 +12,13 @@ import numpy as np
 
 
 class CannotContinue(Exception):
-    """The saved state is not that of the model which was built now."""
+    """The saved state does not fit the model that was built now."""
 
 
 class CallbackMemory:
-    """What a callback has come to remember since training began: numbers, texts, arrays, and what is made of them.
+    """The attributes of a callback that have changed since training began: plain values and arrays.
 
-    What has not changed (a path, a patience) is its constructor's to say, here and in the process that goes on.
+    Unchanged ones (a path, a patience) are not saved: in the process that resumes, the constructor sets them.
     """
 
     def __init__(self, callback: Any) -> None:
@@ -42,17 +42,17 @@ def _variables(model: Any) -> list[Any]:
 
 
 def values_of(model: Any) -> list[np.ndarray]:
-    """The variables of a model and of its optimizer, as they are now."""
+    """Returns the present values of the variables of a model and of its optimizer."""
     if hasattr(model, "jax_state_sync"):
         model.jax_state_sync()
     return [np.array(keras.ops.convert_to_numpy(variable)) for variable in _variables(model)]
 
 
-def give_back_values(model: Any, values: Sequence[np.ndarray]) -> None:
-    """Assigns what `values_of` gave.
+def restore_values(model: Any, values: Sequence[np.ndarray]) -> None:
+    """Assigns the values that `values_of` returned.
 
     Raises:
-        CannotContinue: it was another model's.
+        CannotContinue: they are another model's.
     """
     variables = _variables(model)
     if [tuple(variable.shape) for variable in variables] != [value.shape for value in values]:
@@ -62,7 +62,7 @@ def give_back_values(model: Any, values: Sequence[np.ndarray]) -> None:
 
 
 def random_state() -> dict[str, Any]:
-    """Of all generators that a training may draw from without a seed of its own."""
+    """Returns the state of all global generators: those of Python, NumPy, Keras and torch."""
     state: dict[str, Any] = {"python": random.getstate(), "numpy": np.random.get_state()}
     generator = _keras_generator()
     if generator is not None:
@@ -74,8 +74,8 @@ def random_state() -> dict[str, Any]:
     return state
 
 
-def give_back_random_state(state: Mapping[str, Any]) -> None:
-    """Sets the generators to what `random_state` gave."""
+def restore_random_state(state: Mapping[str, Any]) -> None:
+    """Sets the generators to the state that `random_state` returned."""
     random.setstate(state["python"])
     np.random.set_state(state["numpy"])
     generator = _keras_generator()
@@ -88,7 +88,7 @@ def give_back_random_state(state: Mapping[str, Any]) -> None:
 
 
 def _keras_generator() -> Any:
-    """The generator of random operations that were given no seed, where one has run; it has no public name."""
+    """Returns Keras's global generator, for operations without a seed, if one has run; it has no public name."""
     from keras.src.backend.common import global_state
     from keras.src.random.seed_generator import GLOBAL_SEED_GENERATOR
 
@@ -104,7 +104,7 @@ def _is_plain(value: Any) -> bool:
         return all(map(_is_plain, value))
     if type(value) is dict:
         return all(map(_is_plain, value)) and all(map(_is_plain, value.values()))
-    # A function by its name: `EarlyStopping` finds its comparison at the first epoch, and turns a sign with it.
+    # Functions too: `EarlyStopping` sets its comparison function at the first epoch.
     return callable(value) and _is_importable(value)
 
 

@@ -1,18 +1,18 @@
 """Checkpoints a trial's training at the end of epochs, and resumes it in a new process.
 
-A training that is interrupted (Ctrl-C, a kill, a node that is gone) begins again in a new process, where the build
-function makes the model anew and `fit` is called as before. `TrialCheckpoint` then gives back what an epoch's end had:
+A training that is interrupted (by Ctrl-C, a kill, a lost machine) continues in a new process, where the build function
+builds the model again and `fit` is called as before. `TrialCheckpoint` then restores the state of an epoch's end:
 
-    the model's variables (the state of its seed generators is among them), the optimizer's, the generators of Python,
+    the variables of the model (with those of its seed generators) and of the optimizer, the generators of Python,
     NumPy, torch and Keras, each callback's own values (patience, best value, best weights), and the history
 
-and starts `fit` at the epoch after. Executions and calls of `fit` that had ended are not run again. Arrays come in the
-order in which they would have come: Keras's is the same in every epoch of a seed under TensorFlow, and comes from
-generators that are given back under JAX and torch. A `tf.data.Dataset` that is shuffled anew in each epoch is wound
-forward. What else a pipeline of the user's own draws from a state of its own begins anew.
+and starts `fit` at the next epoch. Executions and calls of `fit` that had ended are not repeated. Arrays come in the
+same order as without the interruption: under TensorFlow Keras's order is the same in every epoch of a seed, under JAX
+and torch it comes from generators that are restored. A `tf.data.Dataset` that is reshuffled in each epoch is advanced.
+Other state of the user's own pipeline is not restored.
 
-Keras's `BackupAndRestore` restores the model alone: early stopping and learning-rate plateaus would begin anew, random
-numbers repeat, and the history lose its beginning.
+Keras's `BackupAndRestore` restores only the model: early stopping and learning-rate plateaus would start over, random
+numbers would repeat, and the history would lose its beginning.
 """
 
 from __future__ import annotations
@@ -33,46 +33,46 @@ from accumtune.worker.checkpoint.state_file import read_state, write_state
 from accumtune.worker.checkpoint.training_state import (
     CallbackMemory,
     CannotContinue,
-    give_back_random_state,
-    give_back_values,
     random_state,
+    restore_random_state,
+    restore_values,
     values_of,
 )
 from accumtune.worker.transport.outcome import StopRequested, Superseded
 from accumtune.worker.transport.task_directory import TaskDirectory
 
-# An epoch's end is written when this time has passed since the last one, and twenty times what writing took: short
-# epochs cost nothing, and large models at most a twentieth of their time.
+# A checkpoint is written at an epoch's end if this time has passed since the last one, and twenty times the time that
+# writing took: so short epochs cost little, and large models at most a twentieth of their time.
 _LEAST_SECONDS_BETWEEN = 2.0
 _WRITING_SECONDS_TIMES = 20.0
 _FORMAT = 3
 
 
 class Pipelines(Protocol):
-    """Data sets that draw from generators elsewhere, as `accumtune.worker.data.pipeline_process` has them."""
+    """Data sets whose generators are in another process (see `accumtune.worker.data.pipeline_process`)."""
 
     def random_state(self) -> dict[str, Any]: ...
 
-    def give_back_random_state(self, state: Mapping[str, Any]) -> None: ...
+    def restore_random_state(self, state: Mapping[str, Any]) -> None: ...
 
-    def wind_forward(self, dataset: Any, epochs: int) -> bool: ...
+    def advance(self, dataset: Any, epochs: int) -> bool: ...
 
 
 class TrialCheckpoint:
-    """The state of one trial's training, kept in its directory.
+    """The saved state of one trial's training, in its directory.
 
     Args:
         directory: of the trial.
         attempt: which start of the trial this is; its epochs are in the journal under this number.
-        key: what makes it the same training; a state that was saved under another is not used.
-        execution: which of the trial's trainings this process is for.
-        earlier: the results of those before.
+        key: identifies the training; a state that was saved under another key is not used.
+        execution: which of the trial's executions this process runs.
+        earlier: the results of the executions before.
         least_seconds_between: between two saves.
-        pipelines: those that are elsewhere.
+        pipelines: those in another process.
 
     Attributes:
         attempt, execution, earlier: as given.
-        seconds_before: of this training, in the processes before this one.
+        seconds_before: how long earlier processes have trained this execution.
     """
 
     def __init__(
@@ -104,23 +104,23 @@ class TrialCheckpoint:
 
     @property
     def seconds(self) -> float:
-        """Of training so far, in all processes."""
+        """The seconds of training so far, in all processes."""
         return self.seconds_before + time.monotonic() - self._began
 
     @property
     def has_fitted(self) -> bool:
-        """Whether the model's `fit` has come to an end, in this process or in one before."""
+        """Whether the model's `fit` has ended, in this process or an earlier one."""
         return bool(self._fits)
 
     def known_result(self) -> dict[str, Any] | None:
-        """Of this execution, where it had ended before the interruption."""
+        """Returns the result of this execution, if it had ended before the interruption."""
         known: list[dict[str, Any]] = self._saved["results"] if self._saved else []
         return known[self.execution] if self.execution < len(known) else None
 
     def repeat_epochs(self) -> None:
-        """Puts the epochs that need not be trained again into the journal, as epochs of this attempt.
+        """Journals the epochs that are not trained again, as epochs of this attempt.
 
-        Those of all executions, so it is for the first one to do.
+        These are the epochs of all executions, so only the first execution calls this.
         """
         if self._saved is None:
             return
@@ -130,7 +130,7 @@ class TrialCheckpoint:
             self._journal.append(**{**event, "attempt": self.attempt})
 
     def attach(self, model: Any) -> None:
-        """Makes the model's `fit` save its state, and go on from the saved one where it is this fit's."""
+        """Makes the model's `fit` save its state, and resume from a saved one."""
         self._fits = []
         own_fit = model.fit
 
@@ -138,17 +138,17 @@ class TrialCheckpoint:
         def fit(*args: Any, **kwargs: Any) -> Any:
             callbacks = kwargs.pop("callbacks", None) or []
             if isinstance(callbacks, keras.callbacks.CallbackList):
-                return own_fit(*args, **kwargs, callbacks=callbacks)  # its owner drives it
+                return own_fit(*args, **kwargs, callbacks=callbacks)  # the caller drives it
             saved = self._state_of_this_execution()
             if saved is not None and len(self._fits) < saved["fit"]:
                 self._fits.append(saved["fits"][len(self._fits)])
                 return _history(model, self._fits[-1])
             if saved is not None:
-                self._wind_forward(kwargs, saved["epoch"] + 1 - kwargs.get("initial_epoch", 0))
+                self._advance(kwargs, saved["epoch"] + 1 - kwargs.get("initial_epoch", 0))
                 kwargs["initial_epoch"] = kwargs.get("epochs", 1) if saved["is_ended"] else saved["epoch"] + 1
             callbacks = list(callbacks) if isinstance(callbacks, Sequence) else [callbacks]
             if not any(isinstance(callback, keras.callbacks.History) for callback in callbacks):
-                callbacks.append(keras.callbacks.History())  # before the saver, so that it is given back too
+                callbacks.append(keras.callbacks.History())  # before the saver, so that it is restored too
             saver = _SaveEpochs(self, callbacks, saved)
             history = own_fit(*args, **kwargs, callbacks=[*callbacks, saver])
             self._fits.append({"epoch": history.epoch, "history": history.history})
@@ -156,16 +156,16 @@ class TrialCheckpoint:
 
         model.fit = fit
 
-    def _wind_forward(self, arguments: Mapping[str, Any], epochs: int) -> None:
-        """Winds a `tf.data.Dataset` forward: `shuffle` draws an order for each iterator that is made.
+    def _advance(self, arguments: Mapping[str, Any], epochs: int) -> None:
+        """Advances a `tf.data.Dataset` by epochs: `shuffle` draws an order for each iterator that is created.
 
-        Keras makes one when an epoch begins and, where it knows the number of batches, another one when it has ended.
-        Elsewhere, only iterators that are used are made.
+        Keras creates one when an epoch begins and, if it knows the number of batches, another one when it ends. In the
+        pipelines' process, only iterators that are used are created.
         """
         data: Any = arguments.get("x")
         if arguments.get("steps_per_epoch"):
             return
-        is_elsewhere = self._pipelines is not None and self._pipelines.wind_forward(data, epochs)
+        is_elsewhere = self._pipelines is not None and self._pipelines.advance(data, epochs)
         if hasattr(data, "element_spec") and not is_elsewhere:
             for _ in range(epochs * (2 if int(data.cardinality()) > 0 else 1)):
                 iter(data)
@@ -176,22 +176,22 @@ class TrialCheckpoint:
         return None
 
     def memory_of(self, callback: Any) -> CallbackMemory:
-        """Counted from the first fit that has it: a best value may be older than the fit that is interrupted."""
+        """Returns the memory of a callback since its first fit: its best value may be of an earlier fit."""
         return self._memories.setdefault(id(callback), CallbackMemory(callback))
 
-    def taken_up(self) -> None:
-        """The state was given back: what comes now is new."""
+    def restored(self) -> None:
+        """Restores the pipelines' generators, and forgets the saved state: from now on the epochs are new."""
         state = None if self._saved is None else self._saved.get("random_of_pipelines")
         if self._pipelines is not None and state is not None:
-            self._pipelines.give_back_random_state(state)
+            self._pipelines.restore_random_state(state)
         self._saved = None
 
     def epoch_ended(self, epoch: int, model: Any, callbacks: Sequence[CallbackMemory]) -> None:
-        """Saves what is due, and ends the training where that is asked for.
+        """Saves the state if that is due, and ends the training if the search has asked for it.
 
         Raises:
-            StopRequested: the search wants an end.
-            Superseded: another process has the task now.
+            StopRequested: the search has asked to stop.
+            Superseded: the task was given to another process.
         """
         if _identity(self._directory) != self._task:
             raise Superseded
@@ -210,7 +210,7 @@ class TrialCheckpoint:
             "format": _FORMAT,
             "key": self._key,
             "attempt": self.attempt,
-            # With it, because the journal may be on a machine that is gone.
+            # A copy, because the journal may be on a lost machine.
             "epochs": self._epochs(),
             "seconds": self.seconds,
             "results": self.earlier,
@@ -233,7 +233,7 @@ class TrialCheckpoint:
 
 
 class _SaveEpochs(keras.callbacks.Callback):
-    """The last callback of a fit: every other one has done its part when it saves, and has begun when it restores."""
+    """Saves and restores the state; it is the last callback, so that the others have run before."""
 
     def __init__(self, checkpoint: TrialCheckpoint, others: Sequence[Any], saved: dict[str, Any] | None) -> None:
         super().__init__()
@@ -246,13 +246,13 @@ class _SaveEpochs(keras.callbacks.Callback):
         self._memories = [self._checkpoint.memory_of(callback) for callback in self._others]
         if self._saved is None:
             return
-        give_back_values(self.model, self._saved["variables"])
+        restore_values(self.model, self._saved["variables"])
         if len(self._saved["callbacks"]) != len(self._others):
-            raise CannotContinue("another number of callbacks")
+            raise CannotContinue("the number of callbacks has changed")
         for callback, state in zip(self._others, self._saved["callbacks"], strict=True):
             vars(callback).update(state)
-        give_back_random_state(self._saved["random"])
-        self._checkpoint.taken_up()
+        restore_random_state(self._saved["random"])
+        self._checkpoint.restored()
 
     def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
         self._checkpoint.epoch_ended(epoch, self.model, self._memories)
@@ -263,14 +263,14 @@ def _load(directory: TaskDirectory, key: str) -> dict[str, Any] | None:
         state = read_state(directory.checkpoint_file)
     except FileNotFoundError:
         return None
-    except Exception as error:  # whatever a damaged file raises: the training begins anew, and the log says why
-        print(f"The saved state cannot be read ({type(error).__name__}: {error}): the training begins anew.")
+    except Exception as error:  # whatever a damaged file raises
+        print(f"The saved state cannot be read ({type(error).__name__}: {error}): training starts from the beginning.")
         return None
     return state if isinstance(state, dict) and state.get("format") == _FORMAT and state.get("key") == key else None
 
 
 def _identity(directory: TaskDirectory) -> tuple[int, int] | None:
-    """The task's file: written anew, it is another one."""
+    """Identifies the task's file: it is replaced when the task is given to another process."""
     try:
         status = os.stat(directory.task_file)
     except OSError:

@@ -1,4 +1,4 @@
-"""Finds out what a HyperModel's own `fit` gives to `model.fit`, by calling it."""
+"""Finds the arguments that a HyperModel's own `fit` passes to `model.fit`, by calling it."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from accumtune.errors import DataError
 
 
 class _Given(BaseException):
-    """Leaves the user's `fit` where it would train; nothing of the user's may handle it."""
+    """Leaves a user's `fit` at its call of `model.fit`. A BaseException, so that the user's code does not catch it."""
 
     def __init__(self, arguments: Mapping[str, Any]) -> None:
         self.arguments = arguments
 
 
 def own_fit(hypermodel: Any) -> Any:
-    """The `fit` of a `keras_tuner.HyperModel` of the user's, or None where it is Keras Tuner's."""
+    """Returns the `fit` that a user's `keras_tuner.HyperModel` overrides, or None."""
     import keras_tuner
 
     fit = getattr(hypermodel, "fit", None)
@@ -26,10 +26,10 @@ def own_fit(hypermodel: Any) -> Any:
 
 
 def arguments_of_fit(fit: Any, hp: Any, model: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """What the user's `fit` gives to `model.fit`, by name; nothing is trained.
+    """Returns the arguments that the user's `fit` passes to `model.fit`, by name, without training.
 
     Raises:
-        DataError: it trains without `model.fit`.
+        DataError: it does not call `model.fit`.
     """
     signature = inspect.signature(type(model).fit)
 
@@ -44,7 +44,7 @@ def arguments_of_fit(fit: Any, hp: Any, model: Any, args: Sequence[Any], kwargs:
     finally:
         del model.fit
     raise DataError(
-        "Received search() without data, and a HyperModel.fit that trains without model.fit.",
-        "data that a micro-batch can be taken of, to measure what it costs.",
+        "Received search() without data, and a HyperModel.fit that does not call model.fit.",
+        "data from which accumtune can take a micro-batch, to measure its cost.",
         "tuner.search(x, y, ...), with the data that this fit trains on.",
     )

@@ -1,9 +1,9 @@
-"""Runs a `tf.data` pipeline in a process of its own, where what it keeps is in nobody's memory budget.
+"""Runs a `tf.data` pipeline in a process of its own, so that its memory does not count towards the budget.
 
 On a GPU, the tensors of `from_tensor_slices`, the buffer of `shuffle` and a `cache` are in the host's memory. On a CPU
-TensorFlow has one allocator for all: they would be counted as the training's, and a data set larger than the budget
-could not be trained on. So the function that makes the pipeline is called in a fork of the task's process, which has
-the plain allocator, and batches come through memory that both have, one of them made ahead.
+TensorFlow has one allocator for everything: they would count as the training's memory, and a data set larger than the
+budget could not be trained on. So the function that makes the pipeline is called in a fork of the task's process,
+without the limited allocator. Batches come through shared memory, one of them made ahead.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ _NAMES = ("x", "validation_data")
 
 
 class PipelineProcess:
-    """The process, forked when this is made: TensorFlow must not have run an operation yet.
+    """The process with the pipelines. The constructor forks, so TensorFlow must not have run an operation yet.
 
     Args:
-        functions: what make the pipelines, by name.
-        seed: for what they draw; None for none.
-        payload: the file that the functions came from. A function that turns out to make no pipeline is noted beside
-            it, so that no other process of the search calls it twice.
+        functions: the functions that make the pipelines, by name.
+        seed: for the global generators there; None for none.
+        payload: the file that the functions came from. Beside it, the process notes functions that do not return a
+            pipeline, so that no other process of the search calls them here again.
     """
 
     def __init__(self, functions: Mapping[str, DataFunction], seed: int | None, payload: Path) -> None:
@@ -59,7 +59,7 @@ class PipelineProcess:
     def of(
         cls, functions: Mapping[str, DataFunction], payload: Path, seed: int | None
     ) -> PipelineProcess | None:
-        """A process for the functions among the data of `fit`; None where there is none that may make a pipeline.
+        """Starts a process for the functions among the data of `fit`; None if none may make a pipeline.
 
         Args:
             functions: of the payload's header.
@@ -70,7 +70,7 @@ class PipelineProcess:
         return cls(functions, seed, payload) if is_needed else None
 
     def moved(self, content: Mapping[str, Any]) -> dict[str, Any]:
-        """The content with functions that `called` asks the process for, in place of those it was made with."""
+        """Returns the content with functions whose pipelines `called` opens in the process."""
         here = {
             name: replace(function, open_elsewhere=functools.partial(self._make, name))
             for name, function in self._functions.items()
@@ -81,7 +81,7 @@ class PipelineProcess:
         return {**content, "fit_args": tuple(positional), "fit_kwargs": {**named, **here}}
 
     def _make(self, name: str) -> PipelineElsewhere | None:
-        """Calls a function there; None where it makes no pipeline, or one of ragged or sparse tensors."""
+        """Calls a function there; None if it does not return a pipeline, or one of ragged or sparse tensors."""
         note = _note_of(self._payload, name)
         if note.exists():
             return None
@@ -92,43 +92,43 @@ class PipelineProcess:
         return pipeline
 
     def open(self, view: View) -> PipelineElsewhere | None:
-        """A pipeline; it is made if that call of the function has not been."""
+        """Opens a pipeline; calls its function first if this call was not made yet."""
         described = self._ask("open", view)
         return None if described is None else PipelineElsewhere(self, view, *described)
 
     def iterate(self, view: View) -> Iterator[list[np.ndarray]]:
-        """The elements of an epoch, each as its arrays in the order of `tf.nest`."""
+        """Yields the elements of an epoch, each as its arrays in the order of `tf.nest`."""
         number = next(self._numbers)
         try:
             while (arrays := self._ask("take", number, view)) is not None:
                 yield arrays
         finally:
-            self._dropped.append(number)  # not asked for here: this may be the garbage collector
+            self._dropped.append(number)  # sent with the next request: this may run in the garbage collector
 
-    def wind_forward(self, dataset: Any, epochs: int) -> bool:
-        """Winds the pipeline of a data set forward: `shuffle` draws an order for each iterator that is made.
+    def advance(self, dataset: Any, epochs: int) -> bool:
+        """Advances the pipeline of a data set by epochs: `shuffle` draws an order for each iterator that is created.
 
         Returns:
-            Whether the data set is one of this process, as `PipelineElsewhere.as_tf_dataset` made it.
+            Whether the data set is one of this process, made by `PipelineElsewhere.as_tf_dataset`.
         """
         views = [view for made, view in self._datasets if made is dataset]
         for view in views:
-            self._ask("wind_forward", view, epochs)
+            self._ask("advance", view, epochs)
         return bool(views)
 
-    def known(self, dataset: Any, view: View) -> Any:
-        """The data set, which `wind_forward` knows from now on."""
+    def register(self, dataset: Any, view: View) -> Any:
+        """Registers a data set for `advance`, and returns it."""
         self._datasets.append((dataset, view))
         return dataset
 
     def random_state(self) -> dict[str, Any]:
-        """Of the generators of Python, NumPy and Keras there, from which a pipeline may draw."""
+        """Returns the state of the process's generators, from which a pipeline may draw."""
         state: dict[str, Any] = self._ask("random_state")
         return state
 
-    def give_back_random_state(self, state: Mapping[str, Any]) -> None:
-        """Sets them to what `random_state` gave."""
-        self._ask("give_back_random_state", state)
+    def restore_random_state(self, state: Mapping[str, Any]) -> None:
+        """Sets the generators to the state that `random_state` returned."""
+        self._ask("restore_random_state", state)
 
     def close(self) -> None:
         """Ends the process."""
@@ -145,7 +145,7 @@ class PipelineProcess:
                     "The process of the data pipeline has ended: it crashed, or was killed because the machine had no "
                     "memory left.",
                     "a function whose tf.data pipeline can be read to its end.",
-                    "read it by hand: `for batch in make_data(): pass`; the trial's log.txt has what it printed.",
+                    "read it yourself: `for batch in make_data(): pass`. The trial's log.txt has what it printed.",
                 ) from None
             if request[0] == "take" and answer is not None:  # before the next request, which writes over them
                 answer = self._arrays.take(answer)
@@ -155,11 +155,11 @@ class PipelineProcess:
 
 
 class PipelineElsewhere:
-    """A `tf.data.Dataset` in a `PipelineProcess`, as far as it is needed here.
+    """A `tf.data.Dataset` in a `PipelineProcess`.
 
     Args:
-        process: that has it.
-        view: which one.
+        process: the process that has it.
+        view: which pipeline, and in which batches.
         element_spec, cardinality: as of a `tf.data.Dataset`.
     """
 
@@ -170,27 +170,27 @@ class PipelineElsewhere:
         self._cardinality = cardinality
 
     def __iter__(self) -> Iterator[Any]:
-        """The elements, with arrays for tensors."""
+        """Yields the elements, with arrays instead of tensors."""
         import tensorflow as tf
 
         for arrays in self._process.iterate(self._view):
             yield tf.nest.pack_sequence_as(self.element_spec, arrays)
 
     def take(self, first: int) -> PipelineElsewhere:
-        """The first elements, to be cut."""
+        """Returns the first elements; to be followed by `batch` or `rebatch`."""
         view = replace(self._view, first=first)
         return PipelineElsewhere(self._process, view, self.element_spec, self._cardinality)
 
     def batch(self, batch_size: int) -> PipelineElsewhere:
-        """Samples in batches."""
-        return self._cut(batch_size, is_batched=False)
+        """Returns batches of the pipeline's samples."""
+        return self._in_batches(batch_size, is_batched=False)
 
     def rebatch(self, batch_size: int) -> PipelineElsewhere:
-        """Batches cut anew."""
-        return self._cut(batch_size, is_batched=True)
+        """Returns batches of another size from the pipeline's batches."""
+        return self._in_batches(batch_size, is_batched=True)
 
     def as_tf_dataset(self) -> Any:
-        """A `tf.data.Dataset` of these elements, of which only the newest is in the device's account."""
+        """Returns a `tf.data.Dataset` of these elements, of which only the newest is in this process's memory."""
         import tensorflow as tf
 
         from accumtune.accumulation.data.array_datasets import counted_tensors, one_at_a_time
@@ -201,7 +201,7 @@ class PipelineElsewhere:
 
         def take(index: np.ndarray) -> list[np.ndarray]:
             nonlocal epoch
-            if index == 0:  # an iterator was made, and is used: Keras makes some that are not
+            if index == 0:  # opened at the first element, because Keras creates iterators that it does not use
                 epoch = self._process.iterate(self._view)
             arrays = next(epoch, None)
             return [np.asarray(arrays is not None), *(nothing if arrays is None else arrays)]
@@ -215,16 +215,16 @@ class PipelineElsewhere:
         dataset = one_at_a_time(dataset)
         if self._cardinality != tf.data.UNKNOWN_CARDINALITY:
             dataset = dataset.apply(tf.data.experimental.assert_cardinality(self._cardinality))
-        return self._process.known(dataset, self._view)
+        return self._process.register(dataset, self._view)
 
-    def _cut(self, batch_size: int, is_batched: bool) -> PipelineElsewhere:
-        cut = self._process.open(replace(self._view, batch_size=batch_size, is_batched=is_batched))
-        assert cut is not None
-        return cut
+    def _in_batches(self, batch_size: int, is_batched: bool) -> PipelineElsewhere:
+        batched = self._process.open(replace(self._view, batch_size=batch_size, is_batched=is_batched))
+        assert batched is not None
+        return batched
 
 
 def called(function: Callable[[], Any]) -> Any:
-    """What a function for data gives; where it makes a pipeline and was given to a `PipelineProcess`, from there."""
+    """Calls a function for data, in its `PipelineProcess` if it has one and returns a pipeline."""
     elsewhere = None
     if isinstance(function, DataFunction) and function.open_elsewhere is not None:
         elsewhere = function.open_elsewhere()
@@ -232,5 +232,5 @@ def called(function: Callable[[], Any]) -> Any:
 
 
 def _note_of(payload: Path, name: str) -> Path:
-    # By the time of writing too: a search that goes on may have been given another function.
+    # With the time of writing, because a resumed search may have another function.
     return payload.with_name(f"{payload.stem}-{payload.stat().st_mtime_ns}-{name}-is-no-pipeline")

@@ -1,4 +1,4 @@
-"""Makes pipelines and hands out their elements, in the process of `worker.data.pipeline_process`."""
+"""Makes pipelines and sends their elements, in the process of `worker.data.pipeline_process`."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from accumtune.worker.data.shared_arrays import SharedArrays
 
 @dataclass(frozen=True)
 class View:
-    """A pipeline as it is, or its samples in batches of another size (see `accumtune.worker.data.rebatch`).
+    """Identifies a pipeline, and the batches in which it is read (see `accumtune.worker.data.rebatch`).
 
     Args:
         name: of the function.
-        call: which call of it made the pipeline.
-        batch_size, is_batched: as for `rebatched`; None for the batches of its own.
-        first: how many of its elements; None for all.
+        call: which call of the function made the pipeline.
+        batch_size, is_batched: as for `rebatched`; None: the pipeline's own batches.
+        first: how many of its elements; None: all.
     """
 
     name: str
@@ -41,17 +41,17 @@ def serve(
     """Answers requests in a forked process until the other end is closed.
 
     Args:
-        connection: brings `(numbers of iterators that are dropped, name of a method of _Pipelines, its arguments)`, and
-            takes `(answer, None)` or `(None, error)`.
-        arrays: where elements are put.
-        functions: what make the pipelines, by name.
-        seed: for what they draw; None for none.
+        connection: receives `(numbers of dropped iterators, name of a method of _Pipelines, its arguments)`; sends
+            `(answer, None)` or `(None, error)`.
+        arrays: shared memory for the elements.
+        functions: the functions that make the pipelines, by name.
+        seed: for the global generators; None for none.
 
     Returns:
         The exit code of the process.
     """
     die_with_parent()
-    # Before TensorFlow's first operation: the plain allocator, and no GPU, which is the training's.
+    # Before TensorFlow's first operation: no limited allocator, and no GPU, which the training needs.
     for variable in memory_limit_environment("tensorflow", 2**30):
         os.environ.pop(variable, None)
     os.environ["CUDA_VISIBLE_DEVICES"] = "-1"
@@ -97,10 +97,10 @@ class _Pipelines:
         return None if arrays is None else self._arrays.put(arrays)
 
     def look_ahead(self, number: int) -> None:
-        """Makes the next element of an iterator while the training is busy with the one before."""
+        """Makes the next element of an iterator while the training uses the one before."""
         try:
             self._ahead[number] = self._next(number), None
-        except Exception as error:  # of the user's pipeline: told when the element is asked for
+        except Exception as error:  # of the user's pipeline: raised when the element is requested
             self._ahead[number] = None, error
 
     def drop(self, numbers: list[int]) -> None:
@@ -108,7 +108,7 @@ class _Pipelines:
             self._iterators.pop(number, None)
             self._ahead.pop(number, None)
 
-    def wind_forward(self, view: View, epochs: int) -> None:
+    def advance(self, view: View, epochs: int) -> None:
         for _ in range(epochs):
             iter(self._dataset(view))
 
@@ -117,10 +117,10 @@ class _Pipelines:
 
         return random_state()
 
-    def give_back_random_state(self, state: Mapping[str, Any]) -> None:
-        from accumtune.worker.checkpoint.training_state import give_back_random_state
+    def restore_random_state(self, state: Mapping[str, Any]) -> None:
+        from accumtune.worker.checkpoint.training_state import restore_random_state
 
-        give_back_random_state(state)
+        restore_random_state(state)
 
     def _dataset(self, view: View) -> Any:
         from accumtune.worker.data.rebatch import rebatched
@@ -141,7 +141,7 @@ class _Pipelines:
         if self._seed is not None and not self._datasets:
             keras.utils.set_random_seed(self._seed)
         made = self._functions[name]()
-        return made if isinstance(made, tf.data.Dataset) else None  # arrays are not kept for nobody
+        return made if isinstance(made, tf.data.Dataset) else None  # arrays are not kept
 
     def _next(self, number: int) -> list[np.ndarray] | None:
         import tensorflow as tf
@@ -151,14 +151,14 @@ class _Pipelines:
 
 
 def _answer(function: Callable[..., Any], *arguments: Any) -> tuple[Any, Exception | None]:
-    """What a function returns, or the error that it raises, as far as that can be sent."""
+    """Returns a function's result, or the error that it raises, in a form that can be sent."""
     try:
         return function(*arguments), None
     except Exception as error:
         text = "In the process of the data pipeline:\n" + "".join(traceback.format_exception(error))
         try:
             pickle.loads(pickle.dumps(error))
-        except Exception:  # whatever a user's exception raises when it is made from its arguments
+        except Exception:  # whatever a user's exception class raises when it is unpickled
             error = RuntimeError(f"{type(error).__name__}: {error}")
         error.add_note(text)
         return None, error

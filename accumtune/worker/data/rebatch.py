@@ -1,4 +1,4 @@
-"""Cuts the batches of pipelines anew, to another size."""
+"""Changes the batch size of pipelines."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from accumtune.errors import DataError
 
 
 def rebatched(pipeline: Any, batch_size: int, is_batched: bool = True, first: int | None = None) -> Any:
-    """The same samples in the same order, in batches of `batch_size`; the last of an epoch may be smaller.
+    """Returns the same samples in the same order, in batches of `batch_size`; the last of an epoch may be smaller.
 
     Args:
         pipeline: a `tf.data.Dataset`, a `keras.utils.PyDataset` or a torch `DataLoader`.
         batch_size: samples per batch from now on.
-        is_batched: whether the elements of a `tf.data.Dataset` are batches, rather than samples.
-        first: how many elements of the pipeline are taken; None for all.
+        is_batched: whether the elements of a `tf.data.Dataset` are batches instead of samples.
+        first: the number of elements of the pipeline to use; None: all.
     """
     if type(pipeline).__module__.startswith("torch.") or hasattr(pipeline, "batch_sampler"):
         return _torch_loader(pipeline, batch_size, first)
@@ -36,21 +36,21 @@ def rebatched(pipeline: Any, batch_size: int, is_batched: bool = True, first: in
 
 
 def _torch_loader(loader: Any, batch_size: int, first: int | None) -> Any:
-    """The same samples in the order of the same sampler."""
+    """Returns a `DataLoader` with another batch size and the same sampler."""
     from torch.utils.data import BatchSampler, DataLoader, IterableDataset
 
     streams = isinstance(loader.dataset, IterableDataset)
     if loader.batch_size is None or (not streams and type(loader.batch_sampler) is not BatchSampler):
         raise DataError(
-            "Received a torch DataLoader that makes batches in its own way (batch_sampler=, or batch_size=None).",
-            "a DataLoader with batch_size=: a search cuts batches anew, to the sizes that it tries.",
+            "Received a torch DataLoader that makes its batches itself (batch_sampler=, or batch_size=None).",
+            "a DataLoader with batch_size=, because a search makes batches of other sizes from its samples.",
             "pass sampler= for the order of samples and leave batch_sampler out.",
         )
     if streams and first is not None:
         raise DataError(
             f"Received validation_steps={first} and a torch DataLoader of an IterableDataset.",
-            "data that end by themselves, or samples that can be counted: a search cuts batches anew.",
-            "have the IterableDataset end where validation is to end, and leave validation_steps out.",
+            "data that end by themselves, or a data set with a length: a search makes batches of other sizes.",
+            "let the IterableDataset end where validation should end, and leave validation_steps out.",
         )
     sampler = None if streams else loader.sampler
     return DataLoader(
@@ -78,7 +78,7 @@ def _first_of_sampler(sampler: Any, samples: int) -> Any:
 
 
 def _with_cardinality(rebatched: Any, source: Any, batch_size: int) -> Any:
-    """`Dataset.rebatch` forgets the number of batches (TensorFlow 2.21), also where the samples can be counted."""
+    """Sets the number of batches, which `Dataset.rebatch` does not (TensorFlow 2.21), if the samples can be counted."""
     import tensorflow as tf
 
     if int(source.cardinality()) == tf.data.INFINITE_CARDINALITY:
@@ -91,7 +91,10 @@ def _with_cardinality(rebatched: Any, source: Any, batch_size: int) -> Any:
 
 
 def _number_of_samples(batches: Any) -> int | None:
-    """In a data set of batches: where all have one static size, or where it was counted before it was batched."""
+    """Counts the samples in a data set of batches: all batches have one static size, or the unbatched set has a length.
+
+    None if neither holds.
+    """
     import tensorflow as tf
 
     count = int(batches.cardinality())
@@ -106,22 +109,23 @@ def _number_of_samples(batches: Any) -> int | None:
         return None
     (samples,) = batches._inputs()
     counted = int(samples.cardinality())
-    # With drop_remainder the size is static, seen above.
+    # With drop_remainder the size is static, which is handled above.
     return counted if counted >= 0 and not bool(batches._drop_remainder) else None
 
 
 class RebatchedDataset(keras.utils.PyDataset):
     """Batches of another size from a `PyDataset`.
 
-    Its batches all have one size (the last may be smaller), or it has an attribute `batch_sizes`, one number for each.
+    The data set's batches all have one size (the last may be smaller), or it has an attribute `batch_sizes` with the
+    size of each.
 
     Args:
         dataset: the user's data set.
         batch_size: samples per batch from now on.
-        first: how many of its batches are taken; None for all.
+        first: the number of its batches to use; None: all.
 
     Attributes:
-        refusal: the error that a batch of another size led to: who reads batches for a training may hide it.
+        refusal: the error that a batch of an unexpected size has raised, in case Keras hides it.
     """
 
     def __init__(self, dataset: Any, batch_size: int, first: int | None = None) -> None:
@@ -168,16 +172,16 @@ class RebatchedDataset(keras.utils.PyDataset):
 
 
 def _sizes(dataset: Any) -> list[int]:
-    """The samples of each batch, without reading more than two."""
+    """Returns the number of samples of each batch, reading at most two batches."""
     number = int(dataset.num_batches)
-    told = getattr(dataset, "batch_sizes", None)
-    if told is not None:
-        sizes = [int(size) for size in told]
+    given = getattr(dataset, "batch_sizes", None)
+    if given is not None:
+        sizes = [int(size) for size in given]
         if len(sizes) != number or sum(sizes) < 1:
             raise DataError(
                 f"Received a PyDataset of {number} batches with {len(sizes)} batch_sizes of {sum(sizes)} samples.",
-                "one number of samples for each batch.",
-                "set batch_sizes to a list of them, as long as the data set.",
+                "the number of samples of each batch.",
+                "set batch_sizes to a list of these numbers, as long as the data set.",
             )
         return sizes
     first, last = _rows(dataset[0]), _rows(dataset[number - 1])
@@ -189,8 +193,9 @@ def _sizes(dataset: Any) -> list[int]:
 def _unequal(rows: int, index: int, expected: int) -> DataError:
     return DataError(
         f"Received a PyDataset whose batch {index} has {rows} samples, where {expected} were expected.",
-        "batches of one size (the last may be smaller): a search cuts them anew, and must know where each sample is.",
-        "give the data set an attribute `batch_sizes`: a list of the number of samples of each batch.",
+        "batches of one size (the last may be smaller): a search makes batches of other sizes, and must know which "
+        "batch has a sample.",
+        "give the data set an attribute `batch_sizes`: a list with the number of samples of each batch.",
     )
 
 

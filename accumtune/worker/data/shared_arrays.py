@@ -1,4 +1,4 @@
-"""Passes arrays between a process and its fork in memory that both have: a pipe takes milliseconds for each MB."""
+"""Passes arrays between a process and its fork in shared memory: a pipe would take milliseconds for each MB."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from accumtune.accumulation.data.row_indices import ALIGNMENT, aligned
 
 @dataclass(frozen=True)
 class ArrayLocation:
-    """Where an array lies."""
+    """The place of an array in shared memory."""
 
     dtype: np.dtype
     shape: tuple[int, ...]
@@ -24,7 +24,7 @@ class ArrayLocation:
 
 
 class SharedArrays:
-    """Room for the arrays of one message at a time. Make it before the fork; who writes grows it."""
+    """Holds the arrays of one message at a time. Create it before the fork; the writer enlarges it."""
 
     def __init__(self) -> None:
         self._file = _anonymous_file()
@@ -32,10 +32,11 @@ class SharedArrays:
         self._memory = mmap.mmap(self._file.fileno(), ALIGNMENT)
 
     def put(self, arrays: Sequence[np.ndarray]) -> list[Any]:
-        """Writes arrays over those of before.
+        """Writes arrays, replacing those before.
 
         Returns:
-            What `take` needs, for a pipe: places, and as they are the arrays that are no plain memory (strings).
+            The argument of `take`, to be sent through a pipe: the places of the arrays; arrays of objects (strings)
+            are in it themselves.
         """
         places: list[Any] = []
         end = 0
@@ -53,7 +54,7 @@ class SharedArrays:
         return places
 
     def take(self, places: Sequence[Any]) -> list[np.ndarray]:
-        """Copies of the arrays that were put there last, where TensorFlow need not copy them once more."""
+        """Returns copies of the arrays that were put there last, aligned so that TensorFlow does not copy again."""
         return [aligned(self._at(place), copy=True) if isinstance(place, ArrayLocation) else place for place in places]
 
     def _at(self, place: ArrayLocation) -> np.ndarray:

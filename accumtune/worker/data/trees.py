@@ -12,7 +12,7 @@ from accumtune.errors import DataError
 
 
 def join_trees(trees: list[Any]) -> Any:
-    """One tree whose arrays hold the rows of all.
+    """Concatenates the arrays of trees along the first axis.
 
     Raises:
         DataError: their samples have different shapes.
@@ -28,14 +28,14 @@ def join_trees(trees: list[Any]) -> Any:
     if len(shapes) > 1:
         raise DataError(
             f"Received batches whose samples have different shapes: {shapes[0]} in one, {shapes[-1]} in another.",
-            "samples of one shape: a search cuts batches anew, to the sizes that it tries.",
+            "samples of one shape, because a search makes batches of other sizes from them.",
             "pad them to one length: padded_batch(32, padded_shapes=...), keras.utils.pad_sequences(..., maxlen=...).",
         )
     return joined(trees)
 
 
 def map_tree(function: Callable[[Any], Any], tree: Any) -> Any:
-    """The tree with what the function makes of each array; None stays None."""
+    """Returns the tree with the function applied to each array; None stays None."""
     if tree is None:
         return None
     if isinstance(tree, Mapping):
@@ -46,17 +46,17 @@ def map_tree(function: Callable[[Any], Any], tree: Any) -> Any:
 
 
 def leaves(tree: Any) -> list[Any]:
-    """Its arrays, in order."""
+    """Returns the arrays of a tree, in order."""
     found: list[Any] = []
     map_tree(found.append, tree)
     return found
 
 
 def number_of_rows(tree: Any) -> int:
-    """How many samples all arrays have.
+    """Returns the number of samples that all arrays have.
 
     Raises:
-        DataError: not one number of at least 1, or they are no arrays.
+        DataError: they differ in it, have none, or are not arrays.
     """
     rows = set()
     for leaf in leaves(tree):
@@ -72,12 +72,12 @@ def number_of_rows(tree: Any) -> int:
     if len(rows) != 1 or 0 in rows:
         raise DataError(
             f"Received arrays with {sorted(rows) or 'no'} samples.",
-            "arrays with one and the same number of samples.",
+            "arrays with the same number of samples, at least 1.",
             "look at the shapes of x, y and sample_weight: the first axis counts the samples.",
         )
     return rows.pop()
 
 
 def _like(sequence: Any, items: list[Any]) -> Any:
-    """A list, tuple or named tuple as the one that is given."""
+    """Returns the items as the same kind of list, tuple or named tuple."""
     return type(sequence)(*items) if hasattr(sequence, "_fields") else type(sequence)(items)

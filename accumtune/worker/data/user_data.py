@@ -22,12 +22,12 @@ from accumtune.worker.transport.payload import is_data_function
 
 _TORCH_LOADER = "torch.utils.data.dataloader.DataLoader"
 Samples = tuple[Any, Any, Any]  # x, y, sample_weight: trees of arrays, or None
-# As many as `model.evaluate` takes where nothing is said.
+# The default batch size of `model.evaluate`.
 _METRIC_BATCH_SIZE = 32
 
 
 def input_arguments(fit_args: Sequence[Any], fit_kwargs: Mapping[str, Any]) -> Samples:
-    """The training data among the arguments of `tuner.search`, before any function is called."""
+    """Returns the training data among the arguments of `tuner.search`, before any function is called."""
     named = dict(zip(("x", "y"), fit_args, strict=False))
     return (
         named.get("x", fit_kwargs.get("x")),
@@ -47,32 +47,32 @@ def resolve(x: Any, y: Any = None, sample_weight: Any = None) -> Samples:
 
 
 def is_tf_dataset(value: Any) -> bool:
-    """Whether it is a `tf.data.Dataset`, without importing TensorFlow."""
+    """Returns whether a value is a `tf.data.Dataset`, without importing TensorFlow."""
     return hasattr(value, "element_spec") and hasattr(value, "rebatch")
 
 
 def is_py_dataset(value: Any) -> bool:
-    """Whether it is a `keras.utils.PyDataset` or behaves like one."""
+    """Returns whether a value is a `keras.utils.PyDataset` or behaves like one."""
     return hasattr(value, "__getitem__") and hasattr(value, "num_batches")
 
 
 def is_torch_loader(value: Any) -> bool:
-    """Whether it is a `torch.utils.data.DataLoader`, without importing torch."""
+    """Returns whether a value is a `torch.utils.data.DataLoader`, without importing torch."""
     return any(f"{base.__module__}.{base.__name__}" == _TORCH_LOADER for base in type(value).__mro__)
 
 
 def is_pipeline(value: Any) -> bool:
-    """Whether it gives batches, rather than being the arrays."""
+    """Returns whether a value yields batches, instead of being arrays."""
     return is_tf_dataset(value) or is_py_dataset(value) or is_torch_loader(value)
 
 
 def first_samples(x: Any, y: Any = None, sample_weight: Any = None, *, count: int, is_batched: bool = True) -> Samples:
-    """The first samples of the data, as arrays; a data set that is smaller is repeated.
+    """Returns the first samples of the data, as arrays; a smaller data set is repeated.
 
     Args:
         x, y, sample_weight: as given to `tuner.search`.
-        count: how many samples.
-        is_batched: whether the elements of a `tf.data.Dataset` are batches, as `fit` wants them.
+        count: the number of samples.
+        is_batched: whether the elements of a `tf.data.Dataset` are batches, as `fit` requires.
 
     Returns:
         `(x, y, sample_weight)`, each a tree of arrays with `count` rows, or None.
@@ -93,12 +93,11 @@ def first_samples(x: Any, y: Any = None, sample_weight: Any = None, *, count: in
 
 
 def feed_by_batches(model: Any, effective_batch_size: int, micro_batch_size: int) -> None:
-    """Makes `model.fit` train with the effective batch, whatever calls it, and validate at the micro-batch.
+    """Makes `model.fit` train with the effective batch and validate at the micro-batch, whoever calls it.
 
-    Arrays are read batch by batch, so that the data set at rest takes no memory on the device; batches of a pipeline
-    are cut anew. The user's own `HyperModel.fit` calls `model.fit` as ever. Metrics that are one number per batch, and
-    losses that couple its samples, see `validation_batch_size` samples at a time, by default 32 as in
-    `model.evaluate`: in all trials the same.
+    Arrays are read batch by batch, so that the data set at rest takes no memory on the device; a pipeline's batches
+    are changed in size. Metrics with one value per batch, and losses that couple its samples, are computed over
+    `validation_batch_size` samples at a time (default: 32, as in `model.evaluate`), the same number in all trials.
     """
     from accumtune.accumulation.losses.whole_batch_loss import is_wanted
     from accumtune.accumulation.patched_attributes import replaced
@@ -110,14 +109,14 @@ def feed_by_batches(model: Any, effective_batch_size: int, micro_batch_size: int
         given = named_arguments(model, args, kwargs)
         if given.get("batch_size") not in (None, effective_batch_size):
             warnings.warn(
-                f"fit() was called with batch_size={given['batch_size']}, but this trial is about an effective batch "
-                f"of {effective_batch_size}: that is used. Leave batch_size out of your HyperModel's fit().",
+                f"fit() was called with batch_size={given['batch_size']}, but this trial uses its effective batch, "
+                f"{effective_batch_size}. Leave batch_size out of your HyperModel's fit().",
                 stacklevel=2,
             )
         given = _with_validation_split(given)
         size = given.get("validation_batch_size") or _METRIC_BATCH_SIZE
         given = _with_training_batches(model, given, effective_batch_size)
-        is_whole = is_wanted(model)  # such a model joins what it predicts for the micro-batches of a batch
+        is_whole = is_wanted(model)  # such a model concatenates its predictions for a batch's micro-batches
         given = _with_validation_batches(model, given, size if is_whole else micro_batch_size, size)
         try:
             with replaced(model, {"_accumtune_metric_batch_size": None if is_whole else size}):
@@ -132,9 +131,9 @@ def feed_by_batches(model: Any, effective_batch_size: int, micro_batch_size: int
 
 
 def fit_by_default(model: Any, effective_batch_size: int) -> Any:
-    """Makes `model.fit` take the effective batch where it is not told of a batch: Keras's own default is 32.
+    """Makes the effective batch the default `batch_size` of `model.fit`, instead of Keras's 32.
 
-    Data that come in batches keep these.
+    Data that come in batches keep their batches.
 
     Returns:
         The same model.
@@ -158,7 +157,7 @@ def fit_by_default(model: Any, effective_batch_size: int) -> Any:
 
 
 def _has_no_batches(x: Any) -> bool:
-    """Whether these are the arrays, or what stands for them: all else comes in batches, and Keras wants no size."""
+    """Returns whether data are arrays or lists of numbers, for which Keras takes a batch size."""
     if isinstance(x, (Mapping, list, tuple)):
         return all(map(_has_no_batches, x.values() if isinstance(x, Mapping) else x))
     is_number = isinstance(x, (int, float, str, bool))  # of lists, which Keras takes too
@@ -173,10 +172,10 @@ def _with_validation_split(given: dict[str, Any]) -> dict[str, Any]:
     if is_pipeline(x):
         raise DataError(
             f"Received validation_split={share} with x of type {type(x).__name__}.",
-            "arrays, where validation_split is used.",
+            "arrays, with validation_split.",
             "split the data yourself and pass validation_data.",
         )
-    # As Keras has it: the last samples, before shuffling.
+    # As in Keras: the last samples, before shuffling.
     split = int(number_of_rows(x) * (1 - share))
     head = map_tree(lambda leaf: part(leaf, slice(None, split)), (x, y, sample_weight))
     tail = map_tree(lambda leaf: part(leaf, slice(split, None)), (x, y, sample_weight))
@@ -199,9 +198,9 @@ def _with_training_batches(model: Any, given: dict[str, Any], batch_size: int) -
 
 
 def _with_validation_batches(model: Any, given: dict[str, Any], batch_size: int, counted_size: int) -> dict[str, Any]:
-    """Validation in batches of `batch_size`, of the samples that `validation_steps` batches of the user's have.
+    """Makes validation use batches of `batch_size`, of the samples in `validation_steps` of the user's batches.
 
-    Where these are arrays, or samples, a batch of the user's has `counted_size`.
+    For arrays, and for data sets of single samples, one of the user's batches has `counted_size` samples.
     """
     validation_data = given.pop("validation_data", None)
     given.pop("validation_batch_size", None)
@@ -230,21 +229,21 @@ def _rebatched(model: Any, pipeline: Any, batch_size: int, first: int | None = N
 
 
 def has_batches(model: Any, dataset: Any) -> bool:
-    """Whether the elements of a `tf.data.Dataset` are batches, as `fit` wants them, or single samples.
+    """Returns whether the elements of a `tf.data.Dataset` are batches, as `fit` requires, or single samples.
 
-    Told by the ranks of what the model takes; batches, where it does not say what it takes.
+    It compares ranks with those of the model's inputs; if these are unknown, the elements count as batches.
     """
     spec = dataset.element_spec
     if any(len(shape) == 0 for leaf in leaves(spec) if (shape := _shape(leaf)) is not None):
-        return False  # a number is no batch
+        return False  # a single number is not a batch
     if prepares_its_data(model):
-        return True  # what its fit makes of them is what the model takes
+        return True  # its fit changes the data, so the ranks cannot be compared
     pairs = _with_inputs(model, spec[0] if isinstance(spec, tuple) else spec)
     return not pairs or not all(_may_be_sample(_shape(leaf), tuple(tensor.shape)) for leaf, tensor in pairs)
 
 
 def _with_inputs(model: Any, features: Any) -> list[tuple[Any, Any]]:
-    """The features, each with the model's input that it is for: by name, as Keras has it, else in order."""
+    """Pairs the features with the model's inputs: by name as in Keras, or else in order."""
     inputs = getattr(model, "inputs", None) or []
     if inputs and isinstance(features, Mapping):
         named = {tensor.name: tensor for tensor in inputs}
@@ -282,7 +281,7 @@ def _collect(batches: Iterator[Any], count: int) -> Samples:
         raise DataError(
             "Received data without a single batch.",
             "at least one sample.",
-            "look at what the function or the data set yields; an iterator that was read before is empty.",
+            "check what the function or the data set yields; an iterator that was read before is empty.",
         )
     joined: tuple[Any, Any, Any] = join_trees(collected)
     return joined

@@ -1,4 +1,4 @@
-"""Describes the data of a training in short texts: equal data are described alike in every process and on every day."""
+"""Describes the data of a training in short texts, which are equal for equal data, in any process and on any day."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ _CHUNK_BYTES = 2**24
 
 
 def content_digest(tree: Any, *, is_ordered: bool) -> str:
-    """A digest of the shapes, types and values of arrays.
+    """Returns a digest of the shapes, types and values of arrays.
 
     Args:
         tree: an array, or dicts and tuples of them. The first axis counts samples.
-        is_ordered: whether the order of the samples counts; without, data that were shuffled anew are the same.
+        is_ordered: whether the digest depends on the order of the samples; if not, it ignores a shuffle.
     """
     leaves = [np.asarray(leaf) for leaf in _leaves(tree)]
     rows = {len(leaf) if leaf.ndim else -1 for leaf in leaves}
@@ -54,7 +54,7 @@ def _row_hashes(array: np.ndarray) -> np.ndarray:
 
 
 def _text_of(value: Any) -> str:
-    """An element of an array of objects, with all that its `repr` would leave out and without addresses."""
+    """Returns the text of an element of an array of objects: all of its content, and no memory addresses."""
     if isinstance(value, np.ndarray):
         return content_digest(value, is_ordered=True)
     if isinstance(value, list | tuple):
@@ -64,7 +64,7 @@ def _text_of(value: Any) -> str:
 
 
 def _mixed(values: np.ndarray) -> np.ndarray:
-    """Spreads the bits (the finalizer of splitmix64): sums of products of plain values would hide a swap."""
+    """Mixes bits, with the finalizer of splitmix64: sums of unmixed products would not change with a swap."""
     values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     mixed: np.ndarray = values ^ (values >> np.uint64(31))
@@ -72,7 +72,7 @@ def _mixed(values: np.ndarray) -> np.ndarray:
 
 
 def describe_arrays(tree: Any, *, is_ordered: bool) -> dict[str, str]:
-    """Shapes, types and content of arrays; of what is none, its type and its own count."""
+    """Returns shapes, types and content of arrays; for other data, their type and length."""
     leaves = [part for leaf in _leaves(tree) for part in _parts(leaf)]
     if leaves and all(_is_array(leaf) for leaf in leaves):
         shapes = ", ".join(f"{tuple(np.shape(leaf))} {leaf.dtype}" for leaf in leaves)
@@ -81,15 +81,15 @@ def describe_arrays(tree: Any, *, is_ordered: bool) -> dict[str, str]:
 
 
 def describe_pipeline(pipeline: Any) -> dict[str, str]:
-    """Its count, its shapes and the content of its first batch."""
-    with contextlib.suppress(Exception):  # ragged batches, or whatever a user's own raises: its shapes tell
+    """Returns a pipeline's length and shapes, and the content of its first batch."""
+    with contextlib.suppress(Exception):  # ragged batches, or whatever the user's pipeline raises
         first = next(iter(pipeline)) if hasattr(pipeline, "element_spec") else pipeline[0]
         return {"shapes": _kind_of(pipeline), "content": content_digest(first, is_ordered=True)}
     return {"shapes": _kind_of(pipeline)}
 
 
 def _parts(leaf: Any) -> tuple[Any, ...]:
-    """The arrays that a table, a sparse matrix or a ragged tensor is made of."""
+    """Returns the arrays that a table, a sparse matrix or a ragged tensor consists of."""
     if hasattr(leaf, "tocsr"):
         rows = leaf.tocsr()
         return np.array(rows.shape), rows.data, rows.indices, rows.indptr
@@ -103,13 +103,13 @@ def _is_array(leaf: Any) -> bool:
 
 
 def _kind_of(leaf: Any) -> str:
-    """A pipeline's content may be in another order each time; its count and its shapes are not."""
+    """Returns the type, length and shapes of data that are not arrays."""
     kind = type(leaf).__name__
     if hasattr(leaf, "element_spec"):
         count = leaf.cardinality() if hasattr(leaf, "cardinality") else None
         return f"{kind} of {'' if count is None else int(count)} {leaf.element_spec}"
     for name in ("num_batches", "shape"):
-        with contextlib.suppress(Exception):  # whatever a user's own raises
+        with contextlib.suppress(Exception):  # whatever the user's class raises
             return f"{kind} of {getattr(leaf, name)}"
     return kind
 

@@ -1,4 +1,4 @@
-"""Computes the signature of what decides a model's memory: models that share it share a profile."""
+"""Computes a signature of everything that decides a model's memory: models with the same one share a profile."""
 
 from __future__ import annotations
 
@@ -17,29 +17,29 @@ from accumtune.accumulation.data.array_kinds import bytes_per_row, described
 from accumtune.worker.data.trees import leaves, map_tree
 from accumtune.worker.identity.object_description import describe, plain_attributes
 
-# Raised when figures of the same model are no longer comparable: cached profiles are then measured anew.
+# The version of the measurement. A new one discards cached profiles.
 _HOW_IT_IS_MEASURED = 5
-# Kernels and compilers with other workspaces.
+# Variables that select other kernels and compilers, with other workspaces.
 _ENVIRONMENT = ("TF_ENABLE_ONEDNN_OPTS", "TF_XLA_FLAGS", "XLA_FLAGS", "PYTORCH_CUDA_ALLOC_CONF", "TF_GPU_ALLOCATOR")
 
 
 def describe_model(
     model: Any, sample: Any, device: str, hyperparameters: Mapping[str, Any], *, is_pipeline: bool = False
 ) -> dict[str, Any]:
-    """What the search must know about a model before it trains.
+    """Returns the facts about a model that a search needs before it trains.
 
     Args:
         model: a compiled Keras model.
         sample: one sample, `(x, y, sample_weight)`.
         device: where it will run.
-        hyperparameters: the values it was built with.
-        is_pipeline: whether training gets whole batches, or takes rows from arrays.
+        hyperparameters: the values that it was built with.
+        is_pipeline: whether training gets whole batches, instead of taking samples from arrays.
 
     Returns:
-        `signature` (32 hexadecimal digits), `device`, `parameters` (how many are trainable), `static_bytes` (of them:
-        less than any training needs), `sample_bytes` (of the data that waits on the device until its micro-step, none
-        for arrays, of which rows are taken as needed; and of what a loss over the whole effective batch keeps),
-        `batch_coupled_layers`, `precision_policy`, `sample_shapes`.
+        `signature` (32 hexadecimal digits); `device`; `parameters`, the number of trainable ones; `static_bytes`, their
+        size, which any training needs; `sample_bytes`, the size of one sample's data if a window's data are on the
+        device at once (0 for arrays), and of what a loss over the whole effective batch keeps;
+        `batch_coupled_layers`; `precision_policy`; `sample_shapes`.
     """
     import keras
 
@@ -52,7 +52,7 @@ def describe_model(
     takes_rows = not (is_pipeline or prepares_its_data(model)) and rows_of(*sample) is not None
     facts = {
         "architecture": _architecture(model, hyperparameters),
-        # What no configuration shows: rematerialization, which kernel an LSTM uses, the code of the user's own layers.
+        # Not in a configuration: rematerialization, the kernel that an LSTM uses, the code of the user's layers.
         "layers": [[plain_attributes(layer), _remat_mode(layer)] for layer in _layers(model)],
         "variables": [(list(v.shape), str(v.dtype), bool(v.trainable)) for v in model.variables],
         "optimizer": describe(model.optimizer),
@@ -86,14 +86,14 @@ def describe_model(
 
 
 def _architecture(model: Any, hyperparameters: Mapping[str, Any]) -> Any:
-    """The model's configuration; for a subclass that has none, every hyperparameter may matter."""
+    """Returns the model's configuration; for a subclass with none, all hyperparameters, any of which may matter."""
     chosen = describe(hyperparameters)
     try:
         config = describe(model.get_config())
-    except Exception:  # whatever a user's get_config raises: it only costs a probe
+    except Exception:  # whatever a user's get_config raises: this only costs a probe
         return {"class": describe(type(model)), "hyperparameters": chosen}
     if not hasattr(model, "inputs") or not model.inputs:
-        # A subclass may hide in its call() what its configuration does not show.
+        # A subclass's call() may depend on more than its configuration.
         return {"config": config, "hyperparameters": chosen}
     return config
 
@@ -108,7 +108,7 @@ def _remat_mode(layer: Any) -> Any:
 
 
 def _compiled(model: Any) -> dict[str, Any]:
-    """The arguments of `compile`, as objects: serialized, a function of the user's is its name alone."""
+    """Describes the arguments of `compile` as objects, because Keras serializes a user's function by its name alone."""
     given = getattr(getattr(model, "_compile_config", None), "config", {})
     described = {name: describe(value) for name, value in given.items() if name != "optimizer"}
     return {**described, "jit_compile": bool(model.jit_compile), "run_eagerly": bool(model.run_eagerly)}
@@ -121,7 +121,10 @@ def _flash_attention() -> Any:
 
 
 def _bytes_of_outputs(model: Any, sample: Any) -> int:
-    """What a loss over the whole effective batch keeps of a sample: outputs and their gradient, targets and weight."""
+    """Returns the bytes that a loss over the whole effective batch keeps per sample.
+
+    These are the outputs and their gradient, the targets and the weight.
+    """
     import keras
 
     def spec(leaf: Any) -> Any:
@@ -133,7 +136,7 @@ def _bytes_of_outputs(model: Any, sample: Any) -> int:
     try:
         outputs = keras.tree.flatten(model.compute_output_spec(keras.tree.map_structure(spec, x)))
         sizes = [math.prod(leaf.shape[1:]) * _bytes_per_element(leaf.dtype) for leaf in outputs if leaf is not None]
-    except Exception:  # a model of the user's may not tell: the targets are often alike
+    except Exception:  # a user's model may not know its outputs; the targets often have the same size
         sizes = [sum(map(bytes_per_row, leaves(y)))]
     return int(2 * sum(sizes) + sum(map(bytes_per_row, leaves((y, sample_weight)))))
 

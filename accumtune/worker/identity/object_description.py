@@ -1,8 +1,8 @@
-"""Describes what an object does as plain data: two objects that compute alike are described alike in two processes.
+"""Describes what an object computes, as plain data that are equal for equal objects in different processes.
 
-Addresses never appear. Functions are described by their code and by what they close over, objects by their class, their
-configuration and their plain attributes. A real number is described by whether it is zero where it belongs to Keras or
-bears a name such as `epsilon`: there it changes values, not the size of anything.
+There are no addresses in it. Functions are described by their code and by what they close over, objects by their class,
+their configuration and their plain attributes. Of a real number that belongs to Keras, or has a name such as `epsilon`,
+only whether it is zero counts: its value does not change any memory.
 """
 
 from __future__ import annotations
@@ -17,24 +17,24 @@ import numpy as np
 
 from accumtune.accumulation.batch_pair import BATCH_HYPERPARAMETERS
 
-# How deep objects within objects are looked into: a closure over a model ends somewhere.
+# How many levels of objects within objects are described.
 _DEPTH = 4
 _KNOWN_PACKAGES = {"keras", "keras_hub", "tensorflow", "jax", "torch", "numpy", "builtins"}
 _HARMLESS_NAMES = (
     "dropout", "drop_rate", "droprate", "epsilon", "momentum", "decay", "stddev", "slope", "temperature", "smoothing",
     "learning_rate", "l1", "l2",
 )  # fmt: skip
-# What differs between trials of one model; a schedule takes no more memory than a number.
+# Values that differ between trials of one model and do not change its memory.
 _BATCH_AND_RATE = {*BATCH_HYPERPARAMETERS, "learning_rate"}
 
 
 def describe(value: Any, *, is_known: bool = False, depth: int = _DEPTH) -> Any:
-    """Plain data for any object.
+    """Returns plain data for any object.
 
     Args:
         value: the object.
-        is_known: whether it belongs to Keras or a framework, so that real numbers in it take no memory.
-        depth: how many levels of objects are looked into; below, an object is its type. Lists and dicts do not count.
+        is_known: whether it belongs to Keras or a framework, so that only zero or not counts of its real numbers.
+        depth: how many levels of objects are described; below, an object is its type. Lists and dicts do not count.
     """
     if value is None or isinstance(value, (bool, int, str)):
         return value
@@ -68,7 +68,7 @@ def describe(value: Any, *, is_known: bool = False, depth: int = _DEPTH) -> Any:
 
 
 def plain_attributes(value: Any, depth: int = _DEPTH) -> dict[str, Any]:
-    """Numbers, flags, texts and functions among an object's attributes, described; seeds and names are left out."""
+    """Describes the numbers, flags, texts and functions among an object's attributes, without seeds and names."""
     is_known = _is_known(type(value))
     attributes = {
         name: describe(attribute, is_known=is_known or _is_harmless(name), depth=depth)
@@ -79,7 +79,7 @@ def plain_attributes(value: Any, depth: int = _DEPTH) -> dict[str, Any]:
 
 
 def code_of_class(kind: type) -> dict[str, Any]:
-    """The methods of a class of the user's, and of its bases that are the user's too."""
+    """Describes the methods of a user's class and of those of its bases that are the user's too."""
     bases = [base for base in kind.__mro__ if not _is_known(base)]
     return {
         f"{base.__qualname__}.{name}": _described_code(method.__code__)
@@ -130,7 +130,7 @@ def _described_object(value: Any, depth: int) -> Any:
     described: dict[str, Any] = {"class": _name_of(kind), **plain_attributes(value, depth - 1)}
     try:
         config = {name: item for name, item in value.get_config().items() if name != "name"}
-    except Exception:  # none, or whatever a user's raises: its attributes are told
+    except Exception:  # no get_config, or whatever a user's raises: its attributes describe it
         return described
     return {**described, "config": describe(config, is_known=_is_known(kind), depth=depth - 1)}
 

@@ -1,8 +1,8 @@
-"""Describes what decides the result of a training, in short texts that are the same in every process and on every day.
+"""Describes everything that decides the result of a training, in short texts that are equal in any process, on any day.
 
-Real numbers and the content of arrays count here; what `object_description` describes is what takes memory.
-Code is described by its source where that is asked for and there is one, else by its bytecode, which differs between
-versions of Python: texts that depend on code begin with `code:`.
+Unlike in `object_description`, which is about memory, real numbers and the content of arrays count here. Code is
+described by its source if that is requested and known, and otherwise by its bytecode, which differs between versions of
+Python. Texts that depend on code begin with `code:`.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ from accumtune.worker.identity.data_identity import content_digest
 
 _DEPTH = 5
 _CODE = "code:"
-# Numbers, short texts: beyond, a digest stands for them.
+# Longer texts are replaced by a digest.
 _READABLE_LENGTH = 80
 
 
 def text_of(value: Any, *, by_source: bool = False) -> str:
-    """One text for any object: readable where it is short, a digest elsewhere."""
+    """Returns a text for any object: readable if it is short, otherwise a digest."""
     described = exact(value, by_source=by_source)
     text = json.dumps(described, sort_keys=True)
     if '"code"' in text:
@@ -42,17 +42,17 @@ def text_of(value: Any, *, by_source: bool = False) -> str:
 
 
 def is_code(text: Any) -> bool:
-    """Whether a text of `text_of` depends on code."""
+    """Returns whether a text of `text_of` depends on code."""
     return isinstance(text, str) and text.startswith(_CODE)
 
 
 def exact(value: Any, *, by_source: bool = False, depth: int = _DEPTH) -> Any:
-    """Plain data for any object; objects that train differently differ in it.
+    """Returns plain data for any object; objects that train differently have different data.
 
     Args:
         value: the object.
         by_source: whether code is described by its source.
-        depth: how many objects within objects are looked into; below, an object is its type.
+        depth: how many levels of objects are described; below, an object is its type.
     """
     if value is None or isinstance(value, (bool, int, str)):
         return value
@@ -107,7 +107,7 @@ def _function(function: types.FunctionType, by_source: bool, depth: int) -> Any:
 
 
 def _class(kind: type, by_source: bool) -> Any:
-    """The name of a class, and the code of its methods where it is the user's."""
+    """Describes a class by its name and, if it is the user's, by the code of its methods."""
     methods = {
         f"{base.__qualname__}.{name}": (_source(method) if by_source else None) or _bytecode(method.__code__)
         for base in kind.__mro__
@@ -122,13 +122,13 @@ def _object(value: Any, inner: Any, by_source: bool) -> Any:
     described: dict[str, Any] = {"class": _class(type(value), by_source)}
     try:
         return {**described, "config": _without_names(inner(value.get_config()))}
-    except Exception:  # none, or whatever a user's raises: its attributes tell
+    except Exception:  # no get_config, or whatever a user's raises: its attributes describe it
         attributes = {name: item for name, item in getattr(value, "__dict__", {}).items() if _is_lasting(item)}
         return {**described, "attributes": {name: inner(item) for name, item in sorted(attributes.items())}}
 
 
 def _is_lasting(value: Any) -> bool:
-    """Whether a value is the same in the next session: no time, no path that has one, nothing that only lives now."""
+    """Returns whether a value will be the same in the next session: not a time, not a path, not a live object."""
     if isinstance(value, float):
         return abs(value) < 1e8
     if isinstance(value, str):
@@ -143,7 +143,7 @@ def _is_lasting(value: Any) -> bool:
 
 
 def _without_names(config: Any) -> Any:
-    """Keras counts what a process has made: `dense_3` is `dense` in another process."""
+    """Removes the counters that Keras adds to names: `dense_3` may be `dense` in another process."""
     if isinstance(config, dict):
         return {key: _without_names(item) for key, item in config.items()}
     if isinstance(config, list):
@@ -170,10 +170,10 @@ def _bytecode(code: types.CodeType) -> list[Any]:
 
 
 def _source(function: Any) -> str | None:
-    """The source without comments, and without the values that a hyperparameter may take: more may be added."""
+    """Returns the source without comments and without hyperparameters' ranges, to which values may be added."""
     try:
         tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
-    except (OSError, TypeError, SyntaxError):  # typed into an interpreter, or a lambda within a line
+    except (OSError, TypeError, SyntaxError):  # no source, or a lambda within a line
         return None
     return ast.unparse(_WithoutRanges().visit(tree))
 
@@ -208,7 +208,7 @@ def _name_of(kind: type) -> str:
 
 
 def describe_training(model: Any, hyperparameters: Mapping[str, Any]) -> dict[str, str]:
-    """What a compiled model's training depends on beside the data, in parts that a person can tell apart."""
+    """Describes what a compiled model's training depends on beside the data, under names that the user knows."""
     optimizer = model.optimizer
     compiled = getattr(getattr(model, "_compile_config", None), "config", {})
     layers = list(model._flatten_layers(include_self=True))

@@ -1,6 +1,6 @@
-"""Reads the settings that a script makes at its top, and makes them again in a trial's process.
+"""Reads the global settings of a script's process, and applies them in a trial's process.
 
-Mixed precision, the image data format, flags of the backend: a model that is built without them is another model.
+Mixed precision, the image data format and flags of the backend change the model that a build function makes.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class _Setting:
 
 
 def global_settings() -> dict[str, Any]:
-    """The settings of this process, in plain types. No device is opened and no operation runs."""
+    """Returns the settings of this process, in plain types, without opening a device or running an operation."""
     settings = {setting.name: setting.read() for setting in _settings()}
     if "jax" in sys.modules:
         settings["jax"] = _jax_values()
@@ -33,9 +33,9 @@ def global_settings() -> dict[str, Any]:
 
 
 def apply_global_settings(settings: Mapping[str, Any]) -> None:
-    """Makes the settings of another process those of this one; those that are the same already are left alone.
+    """Applies the settings of another process to this one, where they differ.
 
-    What this process does not know is passed over: it may run on a machine with another version.
+    Unknown settings are ignored: this machine may have another version of a framework.
     """
     for setting in _settings():
         if setting.name in settings and setting.read() != settings[setting.name]:
@@ -43,16 +43,16 @@ def apply_global_settings(settings: Mapping[str, Any]) -> None:
     if "jax" in sys.modules:
         here, environment = _jax_values(), settings.get("jax_environment", {})
         for name, value in settings.get("jax", {}).items():
-            # What this machine's environment says, or that of a worker's place, is not the script's to decide.
-            is_said_here = os.environ.get(name.upper()) != environment.get(name.upper())
-            if name in here and here[name] != value and not is_said_here:
+            # This machine's environment, or that of a worker's place, has precedence over the script.
+            is_set_here = os.environ.get(name.upper()) != environment.get(name.upper())
+            if name in here and here[name] != value and not is_set_here:
                 sys.modules["jax"].config.update(name, value)
 
 
 def gpus_of_tensorflow(settings: Mapping[str, Any]) -> dict[str, str]:
-    """The environment in which TensorFlow sees the GPUs that `tf.config.set_visible_devices` has left to a script.
+    """Returns environment variables for the GPUs that the script has chosen with `tf.config.set_visible_devices`.
 
-    Empty where the script has not chosen, or where the worker's place has chosen for it.
+    Empty if the script has not chosen any, or the worker's place has set them already.
     """
     chosen = settings.get("tensorflow.visible_gpus")
     before, here = settings.get("cuda_visible_devices"), os.environ.get("CUDA_VISIBLE_DEVICES")
@@ -79,7 +79,7 @@ def _of_keras() -> Iterator[_Setting]:
     config, policies = keras.config, keras.dtype_policies
 
     def chosen_policy() -> Any:
-        """None where it is what Keras makes of floatx; asking Keras for it would fix it to today's floatx."""
+        """Returns the policy; None for the default, which follows floatx until Keras's own getter is called."""
         policy = global_state.get_global_attribute("dtype_policy")
         return None if policy is None or policy.name == config.floatx() else policies.serialize(policy)
 
@@ -106,12 +106,12 @@ def _of_keras() -> Iterator[_Setting]:
 
 def _of_tensorflow(tf: Any) -> Iterator[_Setting]:
     from tensorflow.python.eager import context
-    from tensorflow.python.framework import config as private  # determinism is not read by any public name
+    from tensorflow.python.framework import config as private  # determinism has no public getter
 
     config, experimental = tf.config, tf.config.experimental
 
     def visible_gpus() -> list[int] | None:
-        """Their numbers; None where the script has not chosen. Asking TensorFlow itself would open the GPUs."""
+        """Returns the GPUs' numbers; None if the script has not chosen. TensorFlow's getter would open the GPUs."""
         chosen = context.context()._visible_device_list
         listed = context.context()._physical_devices
         if listed is None or chosen is None:
@@ -138,7 +138,7 @@ def _of_tensorflow(tf: Any) -> Iterator[_Setting]:
         lambda is_on: experimental.enable_op_determinism() if is_on else None,
     )
     yield _Setting("tensorflow.soft_placement", config.get_soft_device_placement, config.set_soft_device_placement)
-    # Before the device is opened, through the environment: see `gpus_of_tensorflow`.
+    # Applied through the environment, before the device is opened: see `gpus_of_tensorflow`.
     yield _Setting("tensorflow.visible_gpus", visible_gpus, lambda value: None)
     yield _Setting("cuda_visible_devices", lambda: os.environ.get("CUDA_VISIBLE_DEVICES"), lambda value: None)
 
@@ -160,7 +160,7 @@ def _of_torch(torch: Any) -> Iterator[_Setting]:
             lambda name=name: getattr(cudnn, name),  # type: ignore[misc]
             lambda value, name=name: setattr(cudnn, name, value),  # type: ignore[misc]
         )
-    # A number of threads is a machine's, and one that a worker's place has set is not the script's.
+    # The number of threads belongs to a machine; the one that a worker's place has set is kept.
     machine = (platform.node(), os.environ.get("OMP_NUM_THREADS"))
     yield _Setting(
         "torch.threads",

@@ -1,4 +1,4 @@
-"""Reads Keras Tuner's hyperparameters from their configuration, and finds those that were asked for since."""
+"""Reads Keras Tuner's hyperparameters from their configuration, and finds those that were declared since."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from typing import Any
 
 
 def hyperparameters_from(config: Mapping[str, Any]) -> Any:
-    """`HyperParameters.from_config`, which puts objects in the place of the conditions in what it is given."""
+    """Returns `HyperParameters.from_config` of a copy, because it changes the conditions in its argument."""
     import keras_tuner
 
     return keras_tuner.HyperParameters.from_config(copy.deepcopy(dict(config)))
 
 
 def appeared(hp: Any, given: dict[str, Any]) -> dict[str, Any]:
-    """What was asked for and not given: `space` and `values`, as in Keras Tuner's configuration."""
+    """Returns what was declared beyond `given`: `space` and `values`, as in Keras Tuner's configuration."""
     config = hp.get_config()
     known = len(hyperparameters_from(given).space)
     values = {name: value for name, value in config["values"].items() if name not in given["values"]}

@@ -1,8 +1,8 @@
 """Pickles the Keras objects of a script for another process.
 
-Keras pickles an object as its configuration, from which a class that says nothing of its own arguments is made again
-with their defaults, and a class that is not registered is not made again at all. So a metric and a loss are sent with
-all that they hold, and a layer, a model or an optimizer with the classes and functions that its configuration names.
+Keras pickles an object as its configuration. A class whose configuration lacks its own arguments would be restored with
+their defaults, and an unregistered class not at all. So metrics and losses are sent with all their attributes; layers,
+models and optimizers with the classes and functions that their configuration names.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _SCRIPT = "__main__"
 
 
 def reduce_keras_object(obj: Any) -> Any:
-    """As `pickle.Pickler.reducer_override`: how to make an object again; `NotImplemented` if it is not Keras's."""
+    """Implements `pickle.Pickler.reducer_override` for Keras's objects; returns `NotImplemented` for others."""
     if "keras" not in sys.modules or isinstance(obj, type):
         return NotImplemented
     import keras
@@ -30,7 +30,7 @@ def reduce_keras_object(obj: Any) -> Any:
         plain = next(kind for kind in (list, dict, set) if isinstance(obj, kind))
         return type(obj), (plain(obj),), {"tracker": obj.tracker}
     if isinstance(obj, (keras.Metric, keras.Loss)):
-        # What TensorFlow notes for its checkpoints it notes anew.
+        # Without TensorFlow's attributes for checkpoints, which it sets again.
         state = {name: value for name, value in vars(obj).items() if not name.startswith("_self_")}
         return copyreg.__newobj__, (type(obj),), state, None, None, _fill  # type: ignore[attr-defined]
     if isinstance(obj, KerasSaveable):
@@ -43,7 +43,7 @@ def reduce_keras_object(obj: Any) -> Any:
 
 
 def registered_by_the_script() -> dict[str, Any]:
-    """What the script itself has registered with Keras; what a module registers is registered where it is imported."""
+    """Returns what the script itself has registered with Keras; modules register theirs when they are imported."""
     import keras
 
     registered = keras.saving.get_custom_objects()
@@ -71,7 +71,7 @@ def _fill(obj: Any, state: Mapping[str, Any]) -> None:
 
     vars(obj).update(state)
     if isinstance(obj, keras.Metric):
-        obj.reset_state()  # what it has counted in the script is no part of a trial: Keras itself resets it too late
+        obj.reset_state()  # a trial starts without what it has counted in the script; Keras resets it too late
 
 
 def _compile(model: Any, arguments: Mapping[str, Any]) -> None:
@@ -79,7 +79,7 @@ def _compile(model: Any, arguments: Mapping[str, Any]) -> None:
 
 
 def _named_objects(obj: Any, file: io.BytesIO) -> dict[str, Any]:
-    """Classes and functions that are not Keras's, by the names that the configuration of an object has for them."""
+    """Returns the classes and functions in an object's configuration that are not Keras's, by registered name."""
     import keras
 
     with zipfile.ZipFile(file) as archive:
@@ -102,7 +102,7 @@ def _named_objects(obj: Any, file: io.BytesIO) -> dict[str, Any]:
 
 
 def _names(config: Any) -> Iterator[tuple[str, str, str]]:
-    """Module, name and registered name of each class and function that is not Keras's own."""
+    """Yields module, name and registered name of each class and function that is not Keras's."""
     if isinstance(config, Mapping):
         if "class_name" in config and "config" in config:
             is_function = config["class_name"] == "function"

@@ -1,4 +1,4 @@
-"""The outcome of a task: completed, out of memory, failed, killed, timed out, stopped or lost."""
+"""Describes the outcome of a task: completed, out of memory, failed, killed, timed out, stopped or lost."""
 
 from __future__ import annotations
 
@@ -15,25 +15,28 @@ DISK_FULL_EXIT_CODE = 74  # EX_IOERR of sysexits.h
 
 
 class StopRequested(BaseException):
-    """In a task: the search has asked for the end, and the state is saved. Nothing of the user's may handle it."""
+    """Raised in a task: the search has asked it to stop, and its state is saved.
+
+    A BaseException, so that the user's code does not catch it.
+    """
 
 
 class Superseded(BaseException):
-    """In a task: the search has given this process up and written the task anew for another."""
+    """Raised in a task: the search no longer waits for this process and has given the task to another."""
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a task ended. Three endings stay distinct: a result, an exception in the child, no word from the child.
+    """How a task ended: with a result, with an exception in the child, or without an answer from the child.
 
     Args:
         status: `"completed"`, `"out_of_memory"`, `"failed"` (an exception), `"killed"` (by a signal), `"timed_out"`,
-            `"stopped"` (it was asked to, and has saved its state) or `"lost"` (with its machine or its worker, of
-            which it says nothing: the same task may be started again).
+            `"stopped"` (it was asked to, and has saved its state) or `"lost"` (with its machine or its worker, through
+            no fault of its own: the same task may be started again).
         result: what the task returned (JSON types).
-        reason: one line for a person; empty when completed.
+        reason: one line for the user; empty when completed.
         traceback: of the exception in the child; for other endings the last lines of its log.
-        pid: the process that it was.
+        pid: of its process.
         error: class and arguments of an `AccumtuneError` that the child raised.
     """
 
@@ -50,23 +53,23 @@ class Outcome:
 
     @property
     def ran_out_of_memory(self) -> bool:
-        """Whether a task under a limit had too little memory; the kernel's SIGKILL counts as that."""
+        """Whether a task under a limit had too little memory; a SIGKILL, as from the kernel, counts as that."""
         return self.status == "out_of_memory" or (self.status == "killed" and "SIGKILL" in self.reason)
 
 
 def read_outcome(
     directory: TaskDirectory, exit_code: int, pid: int | None = None, is_memory_limited: bool = False
 ) -> Outcome:
-    """What became of a task whose process has ended with `exit_code` (negative: by a signal)."""
+    """Returns the outcome of a task whose process has ended with `exit_code` (negative: by a signal)."""
     log_tail = directory.log_tail()
     try:
         written = directory.read_outcome()
         if written is not None:
             return Outcome(pid=pid, **written)
-    except (OSError, ValueError, TypeError) as error:  # a file system that is gone, a file that is damaged
+    except (OSError, ValueError, TypeError) as error:  # a lost file system, or a damaged file
         reason = f"its outcome cannot be read: {type(error).__name__}: {error}"
         return Outcome("failed", reason=reason, traceback=log_tail, pid=pid)
-    # A SIGKILL may be anybody's; what asked for the task decides what it takes it for.
+    # A SIGKILL may come from anybody, so the caller decides what it means.
     if exit_code < 0 and exit_code != -signal.SIGKILL:
         if died_of_memory(-exit_code, log_tail, is_limited=is_memory_limited):
             reason = f"its process ran out of memory and ended by {_signal_name(-exit_code)}"
@@ -91,14 +94,14 @@ def _signal_name(number: int) -> str:
         return f"signal {number}"
 
 
-# What Keras and TensorFlow write before the cause: where it was, and how one comes there.
+# What Keras and TensorFlow print before the cause of an error: its place.
 _IN_LAYER = "Exception encountered when calling "
 _WHERE = (_IN_LAYER, "Graph execution error:", "Detected at node ", 'File "', "<stack traces")
 _DECORATION = re.compile(r"\x1b\[[0-9;]*m|\{\{[^}]*\}\}")
 
 
 def reason_of(error: BaseException) -> str:
-    """The cause of an error, in one line for a person."""
+    """Returns the cause of an error, in one line for the user."""
     lines = [line.strip() for line in _DECORATION.sub("", str(error)).splitlines()]
     lines = [line for line in lines if line]
     cause = next((line for line in lines if not line.startswith(_WHERE)), "")
@@ -109,10 +112,10 @@ def reason_of(error: BaseException) -> str:
 
 
 def finished(outcome: Outcome, what: str) -> Outcome:
-    """The outcome, if the task completed.
+    """Returns the outcome if the task completed.
 
     Raises:
-        AccumtuneError: accumtune's own error from the child; for anything else a `BuildError` with its traceback.
+        AccumtuneError: the child's own AccumtuneError; for any other end a `BuildError` with its traceback.
     """
     if outcome.is_completed:
         return outcome
@@ -121,12 +124,12 @@ def finished(outcome: Outcome, what: str) -> Outcome:
         raise kind(*outcome.error["arguments"])
     if outcome.status == "timed_out":
         raise errors.BuildError(
-            f"{what} did not come to an end: {outcome.reason}\n{outcome.traceback}".rstrip(),
-            "a model that is built, and trains a few updates, in the time that a trial has.",
-            "call it by hand and look where it waits; where it needs longer, raise trial_timeout_seconds.",
+            f"{what} did not finish in time: {outcome.reason}\n{outcome.traceback}".rstrip(),
+            "a model that is built, and trains a few updates, within a trial's time limit.",
+            "call it yourself to see where it waits; if it needs more time, raise trial_timeout_seconds.",
         )
     raise errors.BuildError(
         f"{what} failed in its process: {outcome.reason}\n{outcome.traceback}".rstrip(),
         "a build function that returns a compiled model which trains on the data.",
-        "call it by hand: `model = build_model(keras_tuner.HyperParameters()); model.fit(x[:8], y[:8])`.",
+        "call it yourself: `model = build_model(keras_tuner.HyperParameters()); model.fit(x[:8], y[:8])`.",
     )

@@ -1,11 +1,11 @@
-"""Pickles what travels to a trial's process, and unpickles it there: functions by value, large arrays as memory maps.
+"""Pickles the objects that a trial's process needs: functions by value, large arrays as memory maps.
 
 `cloudpickle` sends what a script or a notebook defines. Arrays are written once, as `.npy` files that every trial of
 the search maps into its memory, so neither the payload nor the trials hold a copy.
 
-A payload has two parts. The header is of plain types, and is read before the framework runs anything: the settings of
-the script's process, and the functions among the data as bytes. The rest may hold tensors, and is read when the device
-is open, so that these are in its account.
+A payload has two parts. The header has plain types and is read before the framework runs anything: the settings of the
+script's process, and the functions among the data as bytes. The rest may hold tensors; it is read after the device is
+opened, so that they count towards its memory.
 """
 
 from __future__ import annotations
@@ -31,20 +31,20 @@ from accumtune.worker.transport.keras_objects import reduce_keras_object, regist
 from accumtune.worker.transport.task_directory import clear_disk_errors, is_disk_full
 from accumtune.worker.transport.tensors_as_arrays import as_arrays
 
-# Smaller arrays cost less inside the pickle than as a file of their own.
+# Smaller arrays are cheaper inside the pickle than in their own file.
 _SMALLEST_MAPPED_BYTES = 64 * 2**10
 _DATA = ("x", "y", "sample_weight", "validation_data")
 
 
 @dataclass(frozen=True)
 class DataFunction:
-    """A function for data, as bytes until it is called: what it closes over is nowhere else.
+    """A function that returns data. It stays pickled until it is called, so the data in its closure are not loaded.
 
     Args:
-        name: which of the arguments of `fit` it is.
+        name: the argument of `fit` that it is.
         pickled: the function.
-        arrays_folder: where the arrays lie that it closes over.
-        open_elsewhere: opens its pipeline in a process that has the function too; gives None where it makes none.
+        arrays_folder: the folder of the arrays that it closes over.
+        open_elsewhere: opens its pipeline in another process that has the function; returns None if it makes none.
     """
 
     name: str
@@ -58,7 +58,7 @@ class DataFunction:
 
 @dataclass(frozen=True)
 class Header:
-    """What a payload says before anything of the user's is made again.
+    """The part of a payload that is read before any of the user's objects is unpickled.
 
     Args:
         settings: of the process that wrote it (`accumtune.worker.transport.global_settings`).
@@ -77,8 +77,8 @@ class _Pickler(cloudpickle.Pickler):
     def persistent_id(self, obj: Any) -> Any:
         if isinstance(obj, DataFunction):
             return "function", obj.name
-        # A subclass of ndarray other than memmap means something to somebody: pickle it as it is. So are numbers that
-        # NumPy does not know by itself, such as bfloat16: a file would not say what they are.
+        # Other subclasses of ndarray are pickled as they are, because they may have a meaning. So are types that NumPy
+        # lacks, such as bfloat16: an `.npy` file would not name them.
         if type(obj) not in (np.ndarray, np.memmap) or obj.nbytes < _SMALLEST_MAPPED_BYTES:
             return None
         if obj.dtype.hasobject or obj.dtype.isbuiltin == 2:
@@ -112,11 +112,11 @@ def dump_payload(payload: Mapping[str, Any], path: Path) -> None:
         path: the file to write. Arrays go to `arrays/` beside it.
 
     Raises:
-        UnsendableDataError: one of the objects cannot be pickled, or is a live pipeline that belongs to this process.
+        UnsendableDataError: one of the objects cannot be pickled, or is a live pipeline of this process.
         SearchDirectoryError: there is no space for them.
     """
     arrays_folder = path.parent / "arrays"
-    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)  # whoever may write here decides what trials run
+    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)  # private: trials run the code in it
     arrays_folder.mkdir(mode=0o700, exist_ok=True)
     arrays_folder = arrays_folder.resolve()
     for name, value in payload.items():
@@ -139,7 +139,7 @@ def dump_payload(payload: Mapping[str, Any], path: Path) -> None:
 
 
 def read_header(path: Path) -> Header:
-    """Reads what a payload says first. No operation of a framework runs."""
+    """Reads a payload's header. No operation of a framework runs."""
     with open(path, "rb") as file:
         return _read_header(file, path)
 
@@ -147,7 +147,7 @@ def read_header(path: Path) -> Header:
 def load_payload(path: Path) -> dict[str, Any]:
     """Reads what `dump_payload` wrote; large arrays come as read-only memory maps.
 
-    In a process whose memory is measured or limited, the device comes first (`accumtune.memory.device.open_device`).
+    If the process's memory is measured or limited, open the device first (`accumtune.memory.device.open_device`).
     """
     with open(path, "rb") as file:
         header = _read_header(file, path)
@@ -164,12 +164,12 @@ def _read_header(file: BinaryIO, path: Path) -> Header:
 
 
 def _arrays_folder(path: Path) -> Path:
-    # Beside the payload, wherever that lies: it may have come from another machine.
+    # Relative to the payload, which may have come from another machine.
     return path.parent / "arrays"
 
 
 def _without_functions(content: Mapping[str, Any], arrays_folder: Path) -> tuple[dict[str, Any], dict[str, bytes]]:
-    """The content with a `DataFunction` for each function among its data, and these functions pickled."""
+    """Returns the content with a `DataFunction` for each function among its data, and these functions pickled."""
     pickled: dict[str, bytes] = {}
 
     def replaced(name: str, value: Any) -> Any:
@@ -189,7 +189,7 @@ def _without_functions(content: Mapping[str, Any], arrays_folder: Path) -> tuple
 
 
 def is_data_function(value: Any) -> bool:
-    """Whether data come as a function to be called in the process of the trial."""
+    """Returns whether data are a function, to be called in the process of the trial."""
     return inspect.isroutine(value) or isinstance(value, (functools.partial, DataFunction))
 
 
@@ -201,8 +201,8 @@ def _store_array(array: np.ndarray, folder: Path) -> Path:
     digest.update(contiguous.reshape(-1).view(np.uint8).data)
     path = folder / f"{digest.hexdigest()}.npy"
     if not path.exists():
-        with atomic_file(path, outlives_a_power_cut=False) as file:  # of the data there is another copy
-            # As np.save, which of a disk that is full says only how many elements it wrote.
+        with atomic_file(path, outlives_a_power_cut=False) as file:  # the data can be written again
+            # Not np.save, whose error for a full disk only has the number of written elements.
             np.lib.format.write_array_header_1_0(file, np.lib.format.header_data_from_array_1_0(contiguous))
             file.write(contiguous.reshape(-1).view(np.uint8).data)
     return path
@@ -227,7 +227,7 @@ def _refuse_live_pipelines(name: str, value: Any) -> None:
 
 
 def _is_live_pipeline(value: Any) -> bool:
-    if hasattr(value, "__next__"):  # generators and iterators: whoever reads first takes all
+    if hasattr(value, "__next__"):  # generators and iterators can be read only once
         return True
     module = type(value).__module__
     return module.startswith("tensorflow.") and hasattr(value, "element_spec") and hasattr(value, "__iter__")
@@ -239,7 +239,7 @@ def _unsendable(payload: Mapping[str, Any], arrays_folder: Path, error: Exceptio
         f"Received {culprit or 'an object'} that cannot be sent to the process of a trial: "
         f"{type(error).__name__}: {error}",
         "functions, classes and data that cloudpickle can send (no open files, locks, sessions or live pipelines).",
-        "make such objects inside the build function, or pass a function without arguments that makes them.",
+        "create such objects inside the build function, or pass a function without arguments that returns them.",
     )
 
 

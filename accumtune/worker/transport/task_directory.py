@@ -1,4 +1,4 @@
-"""Names the files of a task (a trial, a probe) and of a search, and says what is wrong where they cannot be written."""
+"""Names the files of a task (a trial, a probe) and of a search, and explains errors in writing them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from accumtune.tracking.small_files import write_atomically
 
 
 def check_writable(folder: Path) -> None:
-    """Makes a folder and tries to write into it, before anything is at stake.
+    """Creates a folder and checks that it can be written to.
 
     Raises:
         SearchDirectoryError: it cannot be written to.
@@ -32,10 +32,10 @@ def check_writable(folder: Path) -> None:
 
 @contextlib.contextmanager
 def clear_disk_errors(folder: Path) -> Iterator[None]:
-    """Says what to do about a folder that cannot be written to, or a disk that is full.
+    """Replaces the operating system's error about a read-only folder or a full disk by one that says what to do.
 
     Raises:
-        SearchDirectoryError: instead of the operating system's error.
+        SearchDirectoryError: the folder cannot be written to.
     """
     try:
         yield
@@ -47,13 +47,13 @@ def clear_disk_errors(folder: Path) -> Iterator[None]:
         raise SearchDirectoryError(
             f"The search directory {folder} cannot be written to: {error.strerror} ({error.filename or folder}).",
             "a folder on a disk with space left" if full else "a folder that can be written to",
-            ("free some space" if full else "mend its permissions, or give another directory=")
-            + ", then run the same script again: what has completed is kept.",
+            ("free some space" if full else "correct its permissions, or give another directory=")
+            + ", then run the same script again: completed trials are kept.",
         ) from error
 
 
 def is_disk_full(error: BaseException) -> bool:
-    """Whether there is no space left, or not for this user."""
+    """Returns whether an error says that there is no space left, on the disk or in the user's quota."""
     return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
 
 
@@ -62,27 +62,27 @@ _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPE
 
 @dataclass(frozen=True)
 class TaskDirectory:
-    """One task is one process is one directory; this owns every file name in it.
+    """The directory of one task, which is one process, and the names of all files in it.
 
     Args:
-        path: the directory. It is made when something is written.
+        path: the directory. It is created when something is written.
     """
 
     path: Path
 
     @property
     def task_file(self) -> Path:
-        """What to do, written by the search: the name of a task and its arguments (JSON)."""
+        """The name of a task and its arguments (JSON), written by the search."""
         return self.path / "task.json"
 
     @property
     def outcome_file(self) -> Path:
-        """How it ended, written by the child (JSON). Missing when the child could not write it."""
+        """How the task ended (JSON), written by the child; missing if the child could not write it."""
         return self.path / "outcome.json"
 
     @property
     def prune_file(self) -> Path:
-        """Written by the search where the trial is hopeless: it ends after its present epoch, and has completed."""
+        """Written by the search to end a hopeless trial after its present epoch, as completed."""
         return self.path / "prune"
 
     @property
@@ -92,7 +92,7 @@ class TaskDirectory:
 
     @property
     def journal_file(self) -> Path:
-        """What happened, line by line (see `accumtune.tracking.journal`)."""
+        """The trial's events (see `accumtune.tracking.journal`)."""
         return self.path / "journal.jsonl"
 
     @property
@@ -107,17 +107,17 @@ class TaskDirectory:
 
     @property
     def checkpoint_file(self) -> Path:
-        """Where an interrupted training goes on from (see `worker.checkpoint`); gone when it has ended."""
+        """The state of an interrupted training (see `worker.checkpoint`); deleted when it has ended."""
         return self.path / "continue.npz"
 
     @property
     def stop_file(self) -> Path:
-        """While it exists, the task is asked to save its state at the end of its epoch and to end."""
+        """While it exists, the task is asked to save its state after its present epoch and to end."""
         return self.path / "stop"
 
     def ask_to_stop(self, at_once: bool = False) -> None:
-        """Makes the stop file; `at_once` is for whoever watches over the process, not for the task itself."""
-        with contextlib.suppress(OSError):  # a directory that is gone has nothing to stop
+        """Writes the stop file; `at_once` asks the process that supervises the task to kill it."""
+        with contextlib.suppress(OSError):  # without the directory there is nothing to stop
             write_atomically(self.stop_file, "at once" if at_once else "after this epoch")
 
     def is_to_stop_at_once(self) -> bool:
@@ -127,7 +127,7 @@ class TaskDirectory:
             return False
 
     def write_task(self, name: str, arguments: dict[str, Any]) -> None:
-        """Prepares the directory for a new process: the outcome of an earlier one is gone."""
+        """Prepares the directory for a new process, and deletes the outcome of an earlier one."""
         self.path.mkdir(parents=True, exist_ok=True)
         self.outcome_file.unlink(missing_ok=True)
         self.stop_file.unlink(missing_ok=True)
@@ -149,16 +149,16 @@ class TaskDirectory:
         return outcome
 
     def log_tail(self, lines: int = 20) -> str:
-        """The last lines that the child printed."""
+        """Returns the last lines that the child printed."""
         try:
             return "\n".join(self.log_file.read_text(errors="replace").splitlines()[-lines:])
-        except OSError:  # not written, or on a file system that is gone
+        except OSError:  # not written, or on a lost file system
             return ""
 
 
 @dataclass(frozen=True)
 class SearchDirectory:
-    """The directory of a search: Keras Tuner's files, one directory per trial, and what trials share.
+    """The directory of a search: Keras Tuner's files, a directory for each trial, and files that trials share.
 
     Args:
         path: `<directory>/<project_name>`.
@@ -177,7 +177,7 @@ class SearchDirectory:
 
     @property
     def profiles_folder(self) -> Path:
-        """One file per model signature: what it costs."""
+        """The profiles of models, a file for each memory signature."""
         return self.path / "profiles"
 
     @property
@@ -186,7 +186,7 @@ class SearchDirectory:
 
     @property
     def scratch_folder(self) -> Path:
-        """Tasks that are not trials: discovering the space, inspecting and probing models."""
+        """The directories of tasks that are not trials: discovering the space, inspecting and probing models."""
         return self.path / "scratch"
 
     def trial(self, trial_id: str) -> TaskDirectory:

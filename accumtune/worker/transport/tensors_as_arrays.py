@@ -1,4 +1,4 @@
-"""Replaces tensors among a user's data by the arrays that they hold: data at rest are in no trial's memory budget."""
+"""Replaces tensors among a user's data by arrays, so that data at rest do not count towards a trial's memory budget."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 
 
 def as_arrays(tree: Any) -> Any:
-    """Dicts, lists and tuples with an array for each tensor of TensorFlow, JAX or torch; no framework is loaded."""
+    """Replaces each tensor of TensorFlow, JAX or torch in a tree by an array, without importing a framework."""
     if isinstance(tree, Mapping):
         changed = {key: as_arrays(value) for key, value in tree.items()}
         return tree if all(changed[key] is tree[key] for key in changed) else changed
@@ -26,7 +26,7 @@ def _as_array(value: Any) -> Any:
     tf, jax, torch = (sys.modules.get(name) for name in ("tensorflow", "jax", "torch"))
     if torch is not None and isinstance(value, torch.Tensor):
         value = value.detach().cpu()
-        # NumPy knows bfloat16 by an extension of JAX's only.
+        # NumPy has bfloat16 only through an extension of JAX's.
         return value.float().numpy() if value.dtype == torch.bfloat16 else value.numpy()
     if tf is not None and isinstance(value, (tf.Tensor, tf.Variable)) and hasattr(value, "numpy"):
         return np.asarray(value.numpy())
