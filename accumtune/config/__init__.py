@@ -1,4 +1,4 @@
-"""What production imports: the best configuration of a search as a small, frozen, versioned value."""
+"""The package that production imports: a search's best configuration as a small, frozen, versioned value."""
 
 from accumtune.config.sources import load_config
 from accumtune.config.training_config import TrainingConfig

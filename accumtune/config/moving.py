@@ -1,4 +1,4 @@
-"""Moves a training elsewhere: to another budget, another device, or several replicas."""
+"""Adapts a configuration to another budget, another device, or several replicas."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ if TYPE_CHECKING:
     from accumtune.config.training_config import TrainingConfig
     from accumtune.memory.prediction.profile import Profile
 
-# Predicted throughputs closer than this are the same to anyone: then the smaller micro-batch, which needs less.
+# Predicted throughputs within this share count as equal; the smaller micro-batch then needs less memory.
 _SAME_SPEED = 0.02
-# Of a device's free memory: what other processes, the driver's context and fragments may take is left alone.
+# The share of a device's free memory that is used; the rest is for other processes, the context and fragmentation.
 FREE_MEMORY_SHARE = 0.9
 
 
@@ -31,7 +31,7 @@ def for_budget(config: TrainingConfig, budget: int | float | str, build_model: A
         build_model, x, y,
         micro_batch_sizes=_micro_batch_sizes(config), memory_budget=budget_bytes,
         hyperparameters=config.hyperparameters,
-        # No micro-batch is larger than the effective batch, and of those the largest that fits is among the probes.
+        # Not needed: no micro-batch is larger than the effective batch, and the largest that fits is probed.
         confirm_largest=False,
     )  # fmt: skip
     moved = fitted(config, profile, budget_bytes, current_backend())
@@ -51,13 +51,13 @@ def for_replicas(config: TrainingConfig, replicas: int) -> TrainingConfig:
     effective = config.effective_batch_size
     is_count = isinstance(replicas, int) and not isinstance(replicas, bool) and replicas >= 1
     if not is_count:
-        raise BatchSizeError(f"Received {replicas=}.", "a whole number of at least 1.", "how many devices are there?")
+        raise BatchSizeError(f"Received {replicas=}.", "a whole number of at least 1.", "give the number of devices.")
     if effective % replicas:
         near = [size for size in (effective - effective % replicas, effective + -effective % replicas) if size]
         raise BatchSizeError(
             f"Received replicas={replicas!r}, which does not divide the effective batch {effective}.",
             f"one of {', '.join(map(str, divisors(effective)))}.",
-            f"take one of these numbers of devices, or an effective batch of {' or '.join(map(str, near))}.",
+            f"use one of these numbers of devices, or an effective batch of {' or '.join(map(str, near))}.",
         )
     share = effective // replicas
     ghost = config.ghost_batch_size or 1
@@ -66,10 +66,10 @@ def for_replicas(config: TrainingConfig, replicas: int) -> TrainingConfig:
         raise BatchSizeError(
             f"Received {replicas=}, which leaves {share} samples of the effective batch {effective} to each.",
             f"a multiple of the ghost batch of {ghost} samples for each replica.",
-            "take fewer devices: a ghost batch is never divided.",
+            "use fewer devices, since ghost batches are never split.",
         )
     batch = batch_values(micro, effective, replicas)
-    # One replica holds no more than before; how much, and how fast they are together, nobody has measured.
+    # One replica needs no more than before, but its peak and the joint throughput were not measured.
     unknown: dict[str, Any] = dict.fromkeys(("peak_memory_bytes", "memory_source", "throughput_samples_per_second"))
     moved = replace(
         config,
@@ -86,17 +86,17 @@ def for_replicas(config: TrainingConfig, replicas: int) -> TrainingConfig:
 def _warn_where_coupled(config: TrainingConfig, moved: TrainingConfig) -> None:
     if moved.micro_batch_size != config.micro_batch_size and config.batch_coupled_layers:
         warnings.warn(
-            f"The samples of a micro-batch meet in {', '.join(config.batch_coupled_layers)}: with micro-batches of "
-            f"{moved.micro_batch_size} instead of {config.micro_batch_size} the training is not the same.",
+            f"{', '.join(config.batch_coupled_layers)} couple the samples of a micro-batch: with micro-batches of "
+            f"{moved.micro_batch_size} instead of {config.micro_batch_size} the training differs.",
             stacklevel=4,
         )
 
 
 def fitted(config: TrainingConfig, profile: Profile, budget_bytes: int, backend: str) -> TrainingConfig:
-    """The same training with the fastest micro-batch that a profile says fits.
+    """Returns the configuration with the fastest micro-batch that fits according to a profile.
 
     Raises:
-        BudgetTooSmallError: none does.
+        BudgetTooSmallError: none fits.
     """
     share, ghost = _share(config), config.ghost_batch_size
     fitting = [size for size in _micro_batch_sizes(config) if profile.fits(size, share // size, budget_bytes)]
@@ -126,16 +126,16 @@ def fitted(config: TrainingConfig, profile: Profile, budget_bytes: int, backend:
 
 
 def _micro_batch_sizes(config: TrainingConfig) -> list[int]:
-    """Those that make the same training."""
+    """Returns the micro-batch sizes that train the same."""
     share, ghost = _share(config), config.ghost_batch_size or 1
     return [size for size in divisors(share) if size % ghost == 0] or [ghost]
 
 
 def divisors(number: int) -> list[int]:
-    """Of a positive whole number, in order."""
+    """Returns the divisors of a positive whole number, in ascending order."""
     return [size for size in range(1, number + 1) if number % size == 0]
 
 
 def _share(config: TrainingConfig) -> int:
-    """What one replica trains of an effective batch."""
+    """Returns one replica's share of the effective batch."""
     return config.effective_batch_size // config.replicas

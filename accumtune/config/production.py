@@ -1,4 +1,4 @@
-"""Builds the model of a configuration, with accumulation on, and brings a pipeline to its batches."""
+"""Builds the model of a configuration, with accumulation, and makes a pipeline's batches those of the configuration."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ def build(config: TrainingConfig, build_model: Any) -> Any:
 
     if config.precision_policy not in (None, keras.config.dtype_policy().name):
         warnings.warn(
-            f"The search trained with the precision policy {config.precision_policy!r}, here it is "
-            f"{keras.config.dtype_policy().name!r}; keras.config.set_dtype_policy({config.precision_policy!r}) before "
-            "building makes them equal.",
+            f"The search trained with the precision policy {config.precision_policy!r}, but here it is "
+            f"{keras.config.dtype_policy().name!r}. To train as in the search, call "
+            f"keras.config.set_dtype_policy({config.precision_policy!r}) before building.",
             stacklevel=3,
         )
     hp = keras_tuner.HyperParameters()
-    # Keras Tuner takes a value that is there already instead of a hyperparameter's default.
+    # For a hyperparameter that is declared later, Keras Tuner keeps the value that is set already.
     hp.values.update(replayed_values(config, config.micro_batch_size))
     return accumulate(config, builder_of(config, build_model).build_plain(hp))
 
@@ -47,7 +47,7 @@ def accumulate(config: TrainingConfig, model: Any) -> Any:
 
 
 def builder_of(config: TrainingConfig, build_model: Any) -> Any:
-    """What builds models as the search did."""
+    """Returns a builder that builds models as the search did."""
     from accumtune.worker.builder import ModelBuilder
 
     return ModelBuilder(
@@ -58,18 +58,18 @@ def builder_of(config: TrainingConfig, build_model: Any) -> Any:
 
 
 def replayed_values(config: TrainingConfig, micro_batch_size: int) -> dict[str, Any]:
-    """The hyperparameters' values that a build function is given."""
+    """Returns the values of hyperparameters for the build function."""
     return {**config.hyperparameters, **batch_values(micro_batch_size, config.effective_batch_size, config.replicas)}
 
 
 def batch_values(micro_batch_size: int, effective_batch_size: int, replicas: int = 1) -> dict[str, Any]:
-    """The three batch sizes by name; micro-batch and steps are one replica's."""
+    """Returns the three batch sizes by name; micro-batch and steps are one replica's."""
     steps = -(-(effective_batch_size // replicas) // micro_batch_size)
     return dict(zip(BATCH_HYPERPARAMETERS, (effective_batch_size, micro_batch_size, steps), strict=True))
 
 
 def installed_versions() -> dict[str, str]:
-    """The versions that decide what a training step costs, as far as they are installed."""
+    """Returns the installed versions of the packages that decide the cost of a training step."""
     versions = {}
     for name in ("accumtune", "keras", "tensorflow", "jax", "torch", "numpy"):
         try:
@@ -88,7 +88,7 @@ def dataset(config: TrainingConfig, pipeline: Any, is_batched: bool | None) -> A
         raise DataError(
             f"Received data of type {type(pipeline).__module__}.{type(pipeline).__qualname__}.",
             "a tf.data.Dataset or a keras.utils.PyDataset.",
-            "arrays need no batches of their own: model.fit(x, y, **config.fit_arguments()).",
+            "pass arrays to fit directly: model.fit(x, y, **config.fit_arguments()).",
         )
     if is_tf_dataset(pipeline) and is_batched is None:
         is_batched = _has_batches(pipeline, config.data_shapes)
@@ -96,16 +96,16 @@ def dataset(config: TrainingConfig, pipeline: Any, is_batched: bool | None) -> A
 
 
 def _has_batches(pipeline: Any, data_shapes: Any) -> bool:
-    """Whether its elements are batches, told by the rank of the inputs that the search trained on.
+    """Returns whether a data set's elements are batches, by the rank of the inputs that the search trained on.
 
     Raises:
-        DataError: it cannot be told.
+        DataError: the rank does not decide it.
     """
     import tensorflow as tf
 
     spec = pipeline.element_spec
     if any(leaf.shape.rank == 0 for leaf in tf.nest.flatten(spec)):
-        return False  # a number cannot be a batch
+        return False  # a single number is not a batch
     searched = _first(data_shapes.get("x")) if isinstance(data_shapes, Mapping) else None
     here = _first(tf.nest.map_structure(lambda leaf: leaf.shape, spec[0] if isinstance(spec, tuple) else spec))
     rank = None if here is None else here.rank
@@ -113,14 +113,14 @@ def _has_batches(pipeline: Any, data_shapes: Any) -> bool:
         raise DataError(
             f"Received a dataset with inputs of shape {here}; those of the search had "
             f"{'an unknown shape' if searched is None else f'the shape {tuple(searched)}'}.",
-            "a dataset of which can be told whether its elements are samples or batches.",
-            "say it: config.dataset(ds, is_batched=True), or False.",
+            "a dataset whose input shapes show whether its elements are samples or batches.",
+            "give it: config.dataset(ds, is_batched=True), or False.",
         )
     return bool(rank == len(searched))
 
 
 def _first(tree: Any) -> Any:
-    """The first shape of a structure of shapes, by the names of its keys."""
+    """Returns the first shape of a structure of shapes, in the order of its keys."""
     if isinstance(tree, Mapping):
         return _first(tree[min(tree)]) if tree else None
     is_shape = hasattr(tree, "rank") or not any(isinstance(part, (Mapping, list, tuple)) for part in tree or ())

@@ -14,11 +14,11 @@ from accumtune.errors import ConfigError
 
 SCHEMA_VERSION = 1
 
-# An older version -> what turns its values into those of the next one. A step takes and returns plain values of JSON;
-# it may raise LookupError, TypeError or ValueError where a file is not what it says. Keys that only became possible
-# need no step: what is optional has a default.
+# An older version -> the function that turns its values into those of the next version. It takes and returns plain
+# values of JSON, and may raise LookupError, TypeError or ValueError for a malformed file. New optional keys need no
+# function, because they have defaults.
 MIGRATIONS: Mapping[int, Callable[[dict[str, Any]], dict[str, Any]]] = {}
-# A configuration has about 2 KiB; what is far larger is something else.
+# A configuration has about 2 KiB; a much larger file is something else.
 MAXIMUM_BYTES = 2**20
 _EXPECTED = "a training configuration that accumtune wrote (best_config.json)"
 _FIX = "export it again: tuner.get_best_config().save(path), or take best_config.json from the search's MLflow run."
@@ -47,7 +47,7 @@ def parse(text: str | bytes, origin: str) -> dict[str, Any]:
 
 
 def _migrated(values: dict[str, Any]) -> dict[str, Any]:
-    """The values as the current schema has them, as far as there are steps; a newer version stays as it is."""
+    """Returns the values in the current schema; those of a newer version stay as they are."""
     version = values.get("schema_version")
     while isinstance(version, int) and not isinstance(version, bool) and version in MIGRATIONS:
         values = {**MIGRATIONS[version](values), "schema_version": version + 1}
@@ -56,17 +56,17 @@ def _migrated(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def _current(values: Any, origin: str) -> Any:
-    """The values in the current schema; what has no readable version is left for `validated` to refuse."""
+    """Returns the values in the current schema; those without a readable version are left to `validated`."""
     try:
         return _migrated(values) if isinstance(values, dict) else values
     except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RecursionError) as error:
         version = _shortened(repr(values.get("schema_version")))
-        what = f"cannot be brought to schema_version {SCHEMA_VERSION}: {type(error).__name__}: {_first_line(error)}"
+        what = f"cannot be converted to schema_version {SCHEMA_VERSION}: {type(error).__name__}: {_first_line(error)}"
         raise ConfigError(f"{origin} has schema_version {version} and {what}.", _EXPECTED, _FIX) from None
 
 
 def plain(value: Any) -> Any:
-    """Copies, with NumPy's scalars and arrays as Python's and tuples as lists: what JSON would give back."""
+    """Copies a value, with NumPy's scalars and arrays as Python's and tuples as lists, as JSON would."""
     if isinstance(value, Mapping):
         return {str(name): plain(item) for name, item in value.items()}
     if isinstance(value, (list, tuple)):
@@ -76,17 +76,17 @@ def plain(value: Any) -> Any:
 
 
 def validated(values: Any, origin: str) -> dict[str, Any]:
-    """The values, checked against the schema and against each other.
+    """Checks the values against the schema and against each other, and returns them.
 
     Raises:
-        ConfigError: with the first fault that was found.
+        ConfigError: names the first fault.
     """
     version = values.get("schema_version") if isinstance(values, Mapping) else None
     if isinstance(version, (int, float)) and not isinstance(version, bool) and version > SCHEMA_VERSION:
         raise ConfigError(
             f"{origin} has schema_version {version}.",
-            f"schema_version {SCHEMA_VERSION}, which this accumtune knows",
-            "it was written by a newer accumtune: update this one (pip install --upgrade accumtune).",
+            f"schema_version {SCHEMA_VERSION}, which this version of accumtune reads",
+            "update accumtune: a newer version wrote this file.",
         )
     try:
         fault = _schema_fault(values) or _inconsistency(values)
@@ -120,7 +120,7 @@ def _schema_fault(values: Any) -> str | None:
 
 def _inconsistency(values: Mapping[str, Any]) -> str | None:
     for name in (*BATCH_HYPERPARAMETERS, "replicas", "epochs", "seed", "base_effective_batch_size", "ghost_batch_size"):
-        # JSON Schema takes 8.0 for an integer; Keras does not.
+        # To JSON Schema 8.0 is an integer; to Keras it is not.
         if isinstance(values.get(name), float):
             return f"{name} is {values[name]!r}, not a whole number"
     effective, micro, steps = (values[name] for name in BATCH_HYPERPARAMETERS)
@@ -136,15 +136,15 @@ def _inconsistency(values: Mapping[str, Any]) -> str | None:
             return f"{name} is {values[name]}, but {values['hyperparameters'][name]!r} among the hyperparameters"
     ghost = values.get("ghost_batch_size")
     if ghost and micro % ghost:
-        return f"micro_batch_size {micro} is no multiple of ghost_batch_size {ghost}"
+        return f"micro_batch_size {micro} is not a multiple of ghost_batch_size {ghost}"
     if values.get("learning_rate_scaling") and not values.get("base_effective_batch_size"):
-        return "learning_rate_scaling needs base_effective_batch_size, the batch that it is relative to"
+        return "learning_rate_scaling needs base_effective_batch_size, to which it is relative"
     return "it holds a number that is not finite" if not _is_finite(values) else None
 
 
 def _is_finite(value: Any) -> bool:
     if isinstance(value, (int, float)):
-        return abs(value) <= sys.float_info.max  # a whole number may be larger than all that can be computed with
+        return abs(value) <= sys.float_info.max  # a whole number may be larger than any float
     if isinstance(value, Mapping):
         return all(_is_finite(item) for item in value.values())
     return all(_is_finite(item) for item in value) if isinstance(value, (list, tuple)) else True

@@ -1,4 +1,4 @@
-"""Loads a configuration from a file, an MLflow run, a registered model, or the newest search of a name."""
+"""Loads a configuration from a file, an MLflow run, a registered model, or an experiment's newest search."""
 
 from __future__ import annotations
 
@@ -32,12 +32,13 @@ def load_config(source: Any, tracking_uri: str | None = None) -> TrainingConfig:
 
     Args:
         source: a path, `"runs:/<run_id>/best_config.json"`, `"models:/<name>@<alias>"` or `"models:/<name>/<version>"`,
-            an `mlflow.entities.Run`, or an experiment's (project's) name: then its newest finished search.
+            an `mlflow.entities.Run`, or the name of an experiment (a search's `project_name`), for its newest finished
+            search.
         tracking_uri: MLflow's store; default: the one that was set in MLflow (`MLFLOW_TRACKING_URI`,
             `mlflow.set_tracking_uri`), then accumtune's own, `sqlite:///mlruns/mlflow.db`.
 
     Raises:
-        ConfigError: nothing is there, or what is there is no configuration that this version can read.
+        ConfigError: there is nothing at the source, or it is not a configuration that this version can read.
 
     Example:
 
@@ -79,7 +80,7 @@ def _from_file(path: Path) -> TrainingConfig:
 
 def _from_run(run_id: str, artifact: str | None, tracking_uri: str | None) -> TrainingConfig:
     client, run = _asked(tracking_uri, lambda client: client.get_run(run_id), f"The run {run_id!r}")
-    # A trial's run has no configuration of its own: its search, the parent, has that of its best trial.
+    # A trial's run has no configuration: the search's run, its parent, has that of the best trial.
     parent = run.data.tags.get("mlflow.parentRunId")
     if parent and artifact is None:
         return _download(client, parent, CONFIG_FILE, of_trial=run.data.tags.get(TRIAL_TAG))
@@ -91,7 +92,7 @@ def _from_model(name: str, alias: str | None, version: str | None, tracking_uri:
         return client.get_model_version_by_alias(name, alias) if alias else client.get_model_version(name, version)
 
     client, found = _asked(tracking_uri, version_of, f"The registered model {name!r}")
-    if CONFIG_TAG not in found.tags:  # registered by hand
+    if CONFIG_TAG not in found.tags:  # not registered by a search
         return _from_run(found.run_id, None, client.tracking_uri)
     return _download(client, found.run_id, found.tags[CONFIG_TAG], of_trial=found.tags.get(TRIAL_TAG))
 
@@ -111,16 +112,16 @@ def _from_experiment(name: str, tracking_uri: str | None) -> TrainingConfig:
             raise LookupError("no finished search in it")
         return runs[0]
 
-    what = f"{name!r}, which is no file, was taken for an experiment's name. It"
+    what = f"{name!r} is not a file. The experiment of this name"
     client, run = _asked(tracking_uri, newest_search, what)
     return _download(client, run.info.run_id, CONFIG_FILE)
 
 
 def _asked(tracking_uri: str | None, ask: Callable[[Any], Any], what: str) -> tuple[Any, Any]:
-    """The client of the first store that has an answer, and the answer.
+    """Returns the client of the first store that has an answer, and the answer.
 
     Raises:
-        ConfigError: none has; the error begins with `what`.
+        ConfigError: no store has one; the message begins with `what`.
     """
     faults = []
     for uri in store_uris(tracking_uri):
@@ -133,7 +134,7 @@ def _asked(tracking_uri: str | None, ask: Callable[[Any], Any], what: str) -> tu
 
 
 def _download(client: Any, run_id: str, artifact: str, of_trial: str | None = None) -> TrainingConfig:
-    """The configuration among a run's artifacts; `of_trial` is the one that it must be of, None for any."""
+    """Downloads the configuration from a run's artifacts; it must be that of trial `of_trial`, if that is given."""
     origin = f"runs:/{run_id}/{artifact}"
     with tempfile.TemporaryDirectory(prefix="accumtune-") as folder:
         try:
@@ -159,12 +160,10 @@ def _download(client: Any, run_id: str, artifact: str, of_trial: str | None = No
 
 
 def store_uris(tracking_uri: str | None) -> list[str]:
-    """Where to look: the given store alone, or the caller's, then accumtune's default.
+    """Returns the stores to search: the given one alone, or the caller's and then accumtune's default.
 
-    The caller's is what `mlflow.set_tracking_uri` was given, else `MLFLOW_TRACKING_URI`.
-
-    Only the caller says where. An address that stands in a file is nobody's to contact: MLflow would send the caller's
-    token there.
+    The caller's is the one of `mlflow.set_tracking_uri`, else `MLFLOW_TRACKING_URI`. An address in a configuration is
+    never used, because MLflow would send the caller's token there.
     """
     if tracking_uri is not None:
         return [tracking_uri]
@@ -175,7 +174,7 @@ def store_uris(tracking_uri: str | None) -> list[str]:
 
 
 def _set_in_mlflow() -> list[str]:
-    mlflow = sys.modules.get("mlflow")  # not imported: nothing was set
+    mlflow = sys.modules.get("mlflow")  # if it is not imported, nothing was set
     return [mlflow.get_tracking_uri()] if mlflow is not None and mlflow.is_tracking_uri_set() else []
 
 
@@ -183,11 +182,11 @@ def open_store(uri: str) -> Any:
     """MLflow's client for a store.
 
     Raises:
-        ConfigError: it is a database file that is not there.
+        ConfigError: the database file does not exist.
     """
     path = sqlite_path(uri)
     if path is not None and not path.exists():
-        # MLflow would make an empty database here, and then say that the run is not in it.
+        # MLflow would create an empty database here, and not find the run in it.
         raise ConfigError(
             f"There is no tracking store at {uri}.",
             "the store that the search was tracked in",
@@ -199,10 +198,10 @@ def open_store(uri: str) -> Any:
 
 
 def download(client: Any, run_id: str, artifact: str, folder: str) -> Path:
-    """A run's artifact, from the store's own server or storage.
+    """Downloads a run's artifact from the store's own server or storage.
 
     Raises:
-        TrackingError: the store says that it is on another server.
+        TrackingError: the artifact is on another server.
         Exception: whatever MLflow raises.
     """
     refuse_other_server(client.tracking_uri, client.get_run(run_id).info.artifact_uri)

@@ -1,4 +1,4 @@
-"""`TrainingConfig`: the best configuration of a search as a value, its JSON, and what production does with it."""
+"""`TrainingConfig`: the best configuration of a search as a value, its JSON, and its use in production."""
 
 from __future__ import annotations
 
@@ -25,43 +25,41 @@ _BYTES = ("memory_budget_bytes", "peak_memory_bytes")
 
 @dataclass(frozen=True, repr=False, kw_only=True)
 class TrainingConfig:
-    """How to train a model with exact gradient accumulation, what it was measured to cost, and where that is from.
+    """A configuration for training a model with exact gradient accumulation, with its measured cost and its origin.
 
-    The attributes are named as the keys of its JSON (`to_json`, `save`, `load_config`), described by
-    `training_config.schema.json` beside this file.
+    The attributes have the names of the keys of its JSON (`to_json`, `save`, `load_config`), which
+    `training_config.schema.json` beside this file describes.
 
     Args:
         micro_batch_size: samples in one forward and backward pass.
         accumulation_steps: micro-batches per update.
         effective_batch_size: samples per update; `fit`'s `batch_size`.
-        hyperparameters: every value that the build function asks for, by name.
-        memory_budget_bytes: what the search had to keep within; None for no limit.
+        hyperparameters: all values for the build function, by name.
+        memory_budget_bytes: the search's limit; None for no limit.
         peak_memory_bytes: the highest allocated bytes during training.
-        memory_source: who measured that peak.
+        memory_source: what measured that peak.
         throughput_samples_per_second: after warm-up and compilation.
         objective: `{"name": "val_loss", "direction": "min", "value": 0.05}`.
         learning_rate_scaling: None, `"linear"` or `"sqrt"`, ...
         base_effective_batch_size: ... relative to this effective batch.
-        ghost_batch_size: the samples that BatchNormalization normalizes together, whatever the micro-batch; None: those
-            of a micro-batch.
+        ghost_batch_size: the samples that BatchNormalization normalizes together; None: each micro-batch by itself.
         replicas: devices that share an update (`for_replicas`); effective batch = micro-batch × steps × replicas.
-        epochs: how many the winning trial trained.
+        epochs: the number that the winning trial trained.
         seed: of the winning trial; `keras.utils.set_random_seed(config.seed)` before `build` repeats it.
-        fit_options: what else `fit` was given that changes the result, such as `class_weight`.
-        trial: the training that the objective's value is of: its `micro_batch_size` (another one of the same
-            effective batch may be recommended), `peak_memory_bytes`, `executions`, `best_epoch`, where its `weights`
-            are, in `not_carried` what else its result depends on (callbacks, ...), and in `own_train_step` how the
-            gradients of a `train_step` of the model's own were certified, "mean" or "sum".
-        precision_policy, backend, versions, device, data_shapes: what it was measured with.
-        batch_coupled_layers: where the samples of a micro-batch meet; with none, every micro-batch trains the same.
-        whole_batch_loss: whether the loss is that of the whole effective batch, in two passes.
+        fit_options: other arguments of `fit` that change the result, such as `class_weight`.
+        trial: the training that reached the objective's value: its `micro_batch_size` (another one of the same
+            effective batch may be recommended), `peak_memory_bytes`, `executions` and `best_epoch`; the file of its
+            `weights`; `not_carried`, what else its result depends on (callbacks, ...); and `own_train_step`, "mean" or
+            "sum" over samples: the gradients of the model's own `train_step`.
+        precision_policy, backend, versions, device, data_shapes: of the search.
+        batch_coupled_layers: what couples the samples of a micro-batch; with none, every micro-batch trains the same.
+        whole_batch_loss: whether the loss is computed over the whole effective batch, in two passes.
         policy, reason: how it was chosen among the candidates, and why it won.
-        source: `experiment`, `run_id`, `search_id`, `trial_id` and `tracking_uri` it came from; a password in the
-            URI is left out.
+        source: `experiment`, `run_id`, `search_id`, `trial_id` and `tracking_uri` of the search, without passwords.
         schema_version: of the JSON.
 
     Raises:
-        ConfigError: the values make no configuration.
+        ConfigError: the values are not a valid configuration.
 
     Example:
 
@@ -115,26 +113,26 @@ class TrainingConfig:
         """Reads what `to_json` wrote.
 
         Raises:
-            ConfigError: it is something else, broken, or from a newer accumtune.
+            ConfigError: it is something else, damaged, or from a newer accumtune.
         """
         return cls(**parse(text, origin))
 
     def to_json(self) -> str:
-        """JSON for people and programs; `schema_version` comes first."""
+        """Returns the configuration as JSON; `schema_version` comes first."""
         values = asdict(self)
         return json.dumps({"schema_version": values.pop("schema_version"), **values}, indent=2) + "\n"
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes the JSON file in one move: a reader sees the old file or the new one, never half of it."""
+        """Writes the JSON file, atomically."""
         write_whole(path, self.to_json())
 
     def fit_arguments(self, **overrides: Any) -> dict[str, Any]:
-        """Arguments for `model.fit`: `batch_size`, `epochs` where the number is known, and the search's `fit_options`.
+        """Returns arguments for `model.fit`: `batch_size`, `epochs` if known, and the search's `fit_options`.
 
-        With `dataset(ds)` too: Keras passes over `batch_size` where the data come as batches.
+        They also suit `dataset(ds)`, because Keras ignores `batch_size` for data that come in batches.
 
         Args:
-            overrides: what you want otherwise, for example `epochs=100`, or more of `fit`'s arguments.
+            overrides: other values, for example `epochs=100`, or more arguments of `fit`.
         """
         arguments: dict[str, Any] = {"batch_size": self.effective_batch_size, "epochs": self.epochs, **self.fit_options}
         if "class_weight" in arguments:  # the keys of JSON are text
@@ -148,10 +146,10 @@ class TrainingConfig:
         return {name: value for name, value in own.items() if name != "ghost_batch_size"}
 
     def build(self, build_model: Any) -> Any:
-        """A compiled model with the best hyperparameters that accumulates over `micro_batch_size`.
+        """Builds the compiled model of the best hyperparameters, with accumulation over `micro_batch_size`.
 
         Args:
-            build_model: the build function or `keras_tuner.HyperModel` that was searched.
+            build_model: the build function or `keras_tuner.HyperModel` of the search.
 
         Raises:
             BuildError: it did not return a compiled Keras model.
@@ -161,21 +159,21 @@ class TrainingConfig:
         return production.build(self, build_model)
 
     def accumulate(self, model: Any) -> Any:
-        """The same for a compiled model that production builds in its own way."""
+        """Turns on accumulation, as `build` does, in a compiled model that you have built in another way."""
         from accumtune.config import production
 
         return production.accumulate(self, model)
 
     def dataset(self, dataset: Any, *, is_batched: bool | None = None) -> Any:
-        """The same samples in the same order, in batches of the effective size: `model.fit(config.dataset(ds), ...)`.
+        """Returns the same samples in the same order, in effective batches: `model.fit(config.dataset(ds), ...)`.
 
         Args:
             dataset: a `tf.data.Dataset` of samples or of batches of any size (dicts, tuples and sample weights as
-                `fit` takes them), or a `keras.utils.PyDataset`. Its cardinality is kept where it can be known.
-            is_batched: whether the elements of a `tf.data.Dataset` are batches. None: told by `data_shapes`.
+                `fit` takes them), or a `keras.utils.PyDataset`. Its cardinality is kept if it is known.
+            is_batched: whether the elements of a `tf.data.Dataset` are batches. None: decided by `data_shapes`.
 
         Raises:
-            DataError: it is something else, or it cannot be told whether its elements are batches.
+            DataError: it is something else, or `data_shapes` do not decide whether its elements are batches.
         """
         from accumtune.config import production
 
@@ -186,10 +184,11 @@ class TrainingConfig:
 
         Args:
             model: of the same build function and hyperparameters, such as `build(build_model)`.
-            source: a `*.weights.h5` or `*.keras` file, or the search's folder. None: where the search says it kept
-                them, else the model that it registered in MLflow (`register_as=`).
-            tracking_uri: MLflow's; default: yours (`MLFLOW_TRACKING_URI`, then `sqlite:///mlruns/mlflow.db`). The one
-                that stands in the configuration is not contacted: who wrote it would get your credentials.
+            source: a `*.weights.h5` or `*.keras` file, or the search's folder. None: the file that the configuration
+                names, or else the model that the search has registered in MLflow (`register_as=`).
+            tracking_uri: MLflow's tracking URI; default: yours (`MLFLOW_TRACKING_URI`, then
+                `sqlite:///mlruns/mlflow.db`). The one in the configuration is not contacted, because MLflow would send
+                it your credentials.
 
         Returns:
             The same model.
@@ -202,19 +201,21 @@ class TrainingConfig:
         return weights.load_weights(self, model, source, tracking_uri)
 
     def keras_arguments(self) -> KerasArguments:
-        """What comes closest in plain Keras, for those who cannot install accumtune.
+        """Returns the closest arguments for plain Keras, for a machine without accumtune.
 
         Returns:
             `.optimizer` (`{"gradient_accumulation_steps": 4}`), `.fit` (`{"batch_size": 8, ...}`),
-            `.hyperparameters`, and `.differences`: sentences on where that training is another one. Printed, it reads
-            as text; `to_dict()` is for JSON.
+            `.hyperparameters`, and `.differences`: sentences on how that training differs. It prints as text;
+            `to_dict()` is for JSON.
         """
         from accumtune.config import keras_arguments
 
         return keras_arguments.keras_arguments(self)
 
     def for_budget(self, budget: int | float | str, build_model: Any, x: Any, y: Any = None) -> TrainingConfig:
-        """The same training (effective batch, hyperparameters) within another budget, as measured on this machine.
+        """Adapts the micro-batch to another budget, with the same effective batch and hyperparameters.
+
+        It profiles the model on this machine.
 
         Args:
             budget: `"1GiB"` or bytes.
@@ -222,7 +223,7 @@ class TrainingConfig:
             x, y: training data, as for `accumtune.profile`.
 
         Returns:
-            A configuration with the micro-batch, a divisor of the effective batch, that is the fastest within it.
+            A configuration with the fastest micro-batch that fits and divides the effective batch.
 
         Raises:
             BudgetTooSmallError: not even micro-batch 1 fits.
@@ -233,14 +234,14 @@ class TrainingConfig:
         return moving.for_budget(self, budget, build_model, x, y)
 
     def for_device(self, build_model: Any, x: Any, y: Any = None) -> TrainingConfig:
-        """The same training on the device of this machine: `for_budget` with nine tenths of what it has free now.
+        """Adapts the micro-batch to this machine's device: `for_budget` with nine tenths of its free memory.
 
         Args:
             build_model: the build function or `keras_tuner.HyperModel`.
             x, y: training data, as for `accumtune.profile`.
 
         Raises:
-            BudgetError: the driver of the GPU does not say what is free.
+            BudgetError: the GPU's driver does not know its free memory.
             BudgetTooSmallError: not even micro-batch 1 fits.
             BuildError: the model could not be built or trained.
         """
@@ -249,38 +250,38 @@ class TrainingConfig:
         return moving.for_device(self, build_model, x, y)
 
     def for_replicas(self, replicas: int) -> TrainingConfig:
-        """The same effective batch split over devices (`tf.distribute.MirroredStrategy`, `DataParallel`).
+        """Splits the effective batch over devices (`tf.distribute.MirroredStrategy`, `DataParallel`).
 
-        `fit_arguments()` then has the batch of all devices together, as Keras wants it; `micro_batch_size` and
+        `fit_arguments()` then has the batch of all devices together, as Keras requires; `micro_batch_size` and
         `accumulation_steps` are one device's.
 
         Args:
-            replicas: how many devices; a divisor of the effective batch.
+            replicas: the number of devices; a divisor of the effective batch.
 
         Raises:
-            BatchSizeError: it does not divide the effective batch; the error says what does.
+            BatchSizeError: it does not divide the effective batch; the message lists the divisors.
         """
         from accumtune.config import moving
 
         return moving.for_replicas(self, replicas)
 
     def verify(self, build_model: Any, x: Any, y: Any = None, *, peak_tolerance: float = 0.1) -> Verification:
-        """Trains here as a trial would, for two epochs and 200 updates or for five seconds, and compares.
+        """Trains here like a trial, for two epochs and 200 updates or for five seconds, and compares the peak memory.
 
         It runs in a process of its own, under the budget.
 
         Args:
             build_model: the build function or `keras_tuner.HyperModel`.
             x, y: training data, as for `accumtune.profile`.
-            peak_tolerance: the share by which the measured peak may differ from the promised one. A peak is the
-                highest of all updates: after 240 of them it differed by 2 % from process to process on a CPU, for
-                models of an eighth of a MiB and of 2 MiB, after 16 by 5 to 10 %.
+            peak_tolerance: the relative difference that the peak may have from the configuration's. A peak is the
+                highest of all updates: over 240 updates it differed by 2 % from process to process on a CPU, for
+                models of an eighth of a MiB and of 2 MiB; over 16 updates by 5 to 10 %.
 
         Returns:
-            What was measured and promised, and what differs between this machine and the search's.
+            The peak and the throughput here and in the configuration, and how this machine differs from the search's.
 
         Raises:
-            VerificationError: it does not fit the budget on this machine, or its peak is not the promised one.
+            VerificationError: it does not fit the budget on this machine, or its peak differs by more.
             BuildError: the model could not be built or trained.
         """
         from accumtune.config import verification
@@ -290,19 +291,19 @@ class TrainingConfig:
     def reproduce(
         self, build_model: Any, x: Any, y: Any = None, *, validation_data: Any = None, **fit_arguments: Any
     ) -> Reproduction:
-        """Trains the winning trial once more, whole, in a process of its own under the budget, and compares.
+        """Trains the winning trial again, in a process of its own under the budget, and compares its results.
 
         Args:
             build_model: the build function or `keras_tuner.HyperModel`.
             x, y, validation_data: the data of the search.
-            fit_arguments: what the search was given and a configuration cannot carry (`callbacks`, ...).
+            fit_arguments: arguments of the search that a configuration cannot hold (`callbacks`, ...).
 
         Returns:
-            Objective and peak memory, here and as the search had them. With the same data, versions and kind of
-            device the objective is the same; on a CPU to a few units of the last place.
+            Objective and peak memory, here and in the search. With the same data, versions and kind of device the
+            objective is the same; on a CPU, to a few units in the last place.
 
         Raises:
-            ConfigError: the configuration is not one of a search.
+            ConfigError: the configuration does not come from a search.
             VerificationError: it ran out of memory here.
             BuildError: the model could not be built or trained.
         """
@@ -315,7 +316,7 @@ class TrainingConfig:
 
 
 def _described(config: TrainingConfig) -> list[str]:
-    """What a person wants to know of a configuration first, in parts of a line."""
+    """Returns the main facts of a configuration, as parts of a line."""
     batch = f"{config.effective_batch_size} = {config.micro_batch_size} × {config.accumulation_steps}"
     if config.replicas > 1:
         batch += f" × {config.replicas} replicas"

@@ -1,4 +1,7 @@
-"""Trains a configuration on this machine, a few updates or the whole trial, and compares with what it promised."""
+"""Trains a configuration on this machine, a few updates or the whole trial, and compares with the search's results.
+
+"Promised" are the values in the configuration.
+"""
 
 from __future__ import annotations
 
@@ -16,14 +19,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Verification:
-    """What a configuration costs on this machine beside what it promised.
+    """The cost of a configuration on this machine, and the promised cost: that in the configuration.
 
     Args:
         peak_memory_bytes, promised_peak_memory_bytes: the highest allocated bytes during training.
         throughput_samples_per_second, promised_throughput_samples_per_second: after warm-up.
-        memory_budget_bytes: the limit it ran under.
+        memory_budget_bytes: the limit that it ran under.
         device: of this machine.
-        differences: between this machine and the search's, each in one sentence.
+        differences: between this machine and the search's, a text for each.
     """
 
     peak_memory_bytes: int
@@ -76,39 +79,39 @@ def verify(config: TrainingConfig, build_model: Any, x: Any, y: Any, peak_tolera
 def compared(
     config: TrainingConfig, measured: Mapping[str, Any] | None, backend: str, peak_tolerance: float
 ) -> Verification:
-    """What a configuration promised beside what it took here.
+    """Compares a configuration's cost with the measured one.
 
     Args:
-        config: the promise.
-        measured: `peak_memory_bytes`, `throughput_samples_per_second` and `device`; None where memory ran out.
-        backend: here.
+        config: the configuration.
+        measured: `peak_memory_bytes`, `throughput_samples_per_second` and `device`; None if memory ran out.
+        backend: of this process.
         peak_tolerance: see `TrainingConfig.verify`.
 
     Raises:
-        VerificationError: it does not fit the budget, or its peak is not the promised one.
+        VerificationError: it does not fit the budget, or its peak differs by more than the tolerance.
     """
     budget_bytes, promised = config.memory_budget_bytes, config.peak_memory_bytes
     device = None if measured is None else str(measured["device"])
     differences = tuple(_differences(config, device, backend))
     what = f"Micro-batch {config.micro_batch_size} × {config.accumulation_steps}"
     here = f" on {device}" if device else ""
-    told = f" What differs from the search: {'; '.join(differences)}." if differences else ""
-    fix = f"config.for_budget({_budget_text(config)}, build_model, x, y) finds the micro-batch that does, here."
+    changes = f" Differences from the search: {'; '.join(differences)}." if differences else ""
+    fix = f"config.for_budget({_budget_text(config)}, build_model, x, y) finds the micro-batch that fits here."
     peak = None if measured is None else int(measured["peak_memory_bytes"])
     if measured is None or peak is None or (budget_bytes is not None and peak > budget_bytes):
         within = "in its memory" if budget_bytes is None else f"in {format_bytes(budget_bytes)}"
         before = "unknown size" if promised is None else format_bytes(promised)
         raise VerificationError(
-            f"{what} does not fit {within}{here}.{told}", f"a peak of {before}, as the search measured", fix
+            f"{what} does not fit {within}{here}.{changes}", f"a peak of {before}, as in the search", fix
         )
     # Written so that a tolerance of NaN accepts nothing.
     if promised is not None and not abs(peak - promised) <= promised * peak_tolerance:
         share = f"{100 * peak_tolerance:.0f} %"
         if peak < promised:
-            fix = "look whether model and data are those of the search; what is smaller by design needs a new search."
+            fix = "check that model and data are those of the search; a smaller model needs a new search."
         raise VerificationError(
             f"{what} needs {format_bytes(peak)}{here}, {100 * abs(peak / promised - 1):.0f} % "
-            f"{'more' if peak > promised else 'less'} than promised.{told}",
+            f"{'more' if peak > promised else 'less'} than promised.{changes}",
             f"at most {share} more or less than the {format_bytes(promised)} that the search "
             f"{'predicted' if 'profile' in (config.memory_source or '') else 'measured'}",
             f"{fix} Or accept it: config.verify(..., peak_tolerance={abs(peak / promised - 1) + 0.01:.2f}).",
@@ -132,7 +135,7 @@ def _differences(config: TrainingConfig, device: str | None, backend: str) -> li
     there = {"backend": config.backend, "device": config.device, "precision policy": config.precision_policy}
     versions = installed_versions()
     for name, version in config.versions.items():
-        # Only what both know: a package that is missing here matters only where it is the backend, named above.
+        # Only packages of both: a missing one matters only if it is the backend, which is compared above.
         if name in versions:
             here[name], there[name] = versions[name], version
     differing = [name for name in here if None not in (there[name], here[name]) and there[name] != here[name]]
@@ -152,14 +155,14 @@ def _against(measured: float, promised: float | None, write: Any) -> str:
 
 @dataclass(frozen=True)
 class Reproduction:
-    """What the winning trial came to here, beside what it came to in the search.
+    """The results of the winning trial here, and the promised ones: those in the configuration.
 
     Args:
         objective: the objective's name.
         value, promised_value: of the best epoch.
         peak_memory_bytes, promised_peak_memory_bytes: the highest allocated bytes of the whole training.
         metrics: all of the best epoch, by name.
-        not_carried: what else the trial's result depends on, that a configuration does not hold.
+        not_carried: what else the trial's result depends on, which a configuration does not hold.
     """
 
     objective: str
@@ -172,11 +175,11 @@ class Reproduction:
 
     @property
     def difference(self) -> float:
-        """Of the objective's two values, as an absolute number."""
+        """The absolute difference of the objective's two values."""
         return abs(self.value - self.promised_value)
 
     def holds(self, objective_tolerance: float = 1e-6, peak_tolerance: float = 0.1) -> bool:
-        """Whether the objective is off by no more than an absolute number, and the peak by no more than a share."""
+        """Returns whether the objective differs by at most an absolute number, and the peak by at most a share."""
         promised = self.promised_peak_memory_bytes
         is_near = promised is None or abs(self.peak_memory_bytes - promised) <= peak_tolerance * promised
         return self.difference <= objective_tolerance and is_near
@@ -203,10 +206,10 @@ def reproduce(
     if missing or config.objective.get("value") is None:
         raise ConfigError(
             f"The configuration has no {' and no '.join(missing or ['value of the objective'])}.",
-            "what a search of accumtune wrote: seed, epochs, and the objective's value.",
+            "a configuration that a search wrote, with seed, epochs, and the objective's value.",
             "export it again from its search: accumtune export SEARCH.",
         )
-    # The trial's own micro-batch: another one of the same effective batch trains the same up to rounding.
+    # The trial's own micro-batch, because another one trains the same only up to rounding.
     micro = int(config.trial.get("micro_batch_size", config.micro_batch_size))
     name, direction = config.objective["name"], config.objective.get("direction", "min")
     options = {**config.fit_arguments(), **fit_arguments}
@@ -225,7 +228,7 @@ def reproduce(
     if outcome.ran_out_of_memory:
         raise VerificationError(
             f"The trial's micro-batch {micro} ran out of memory here.",
-            "to fit as it did in the search",
+            "a trial that fits as it did in the search",
             "config.for_budget(...) finds the micro-batch that fits here.",
         )
     result = finished(outcome, "The training").result

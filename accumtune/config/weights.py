@@ -19,10 +19,10 @@ from accumtune.worker import trial_weights
 if TYPE_CHECKING:
     from accumtune.config.training_config import TrainingConfig
 
-_EXPECTED = "the weights of the trial that the configuration is of"
+_EXPECTED = "the weights of the configuration's trial"
 _FIX = (
-    'give their place: config.load_weights(model, "<search folder>"), a file *.weights.h5 or *.keras; a search with '
-    "register_as= keeps its best model in MLflow's registry."
+    'give the search\'s folder, config.load_weights(model, "<search folder>"), or a file *.weights.h5 or *.keras. A '
+    "search with register_as= keeps its best model in MLflow's registry."
 )
 
 
@@ -34,8 +34,8 @@ def load_weights(config: TrainingConfig, model: Any, source: Any, tracking_uri: 
         except (ValueError, OSError, KeyError) as error:
             raise ConfigError(
                 f"The weights in {str(file)!r} do not fit the model: {error_line(error)}",
-                "a model of the same build function and hyperparameters, which has its variables.",
-                "model = config.build(build_model); a subclassed model is called on a batch once, before.",
+                "a model of the same build function and hyperparameters, whose variables exist.",
+                "use model = config.build(build_model); call a subclassed model on a batch first.",
             ) from error
     return model
 
@@ -54,7 +54,7 @@ def _found(config: TrainingConfig, source: Any, tracking_uri: str | None) -> Ite
 
 
 def _in(place: Path, config: TrainingConfig) -> Path:
-    """The file itself; or the search's folder, in which the trial has one."""
+    """Returns the weights file at a place: the file itself, or the trial's in the search's folder."""
     if place.is_dir():
         place = place / f"trial_{config.source.get('trial_id')}" / "checkpoint.weights.h5"
     if not place.is_file():
@@ -63,18 +63,18 @@ def _in(place: Path, config: TrainingConfig) -> Path:
 
 
 def _of_the_search(file: Path, config: TrainingConfig) -> Path:
-    """The file, if the folder around it is of no other search: one that was made anew has trials of the same names."""
+    """Returns the file, unless its folder belongs to another search, whose trials may have the same names."""
     folder, search_id = file.parent.parent, config.source.get("search_id")
     if search_id and (folder / SEARCH_JOURNAL).exists():
         found = read_search_journal(folder).search_id
         if found != search_id:
-            raise ConfigError(f"{str(file)!r} is of search {found}, not of {search_id}.", _EXPECTED, _FIX)
+            raise ConfigError(f"{str(file)!r} belongs to search {found}, not to {search_id}.", _EXPECTED, _FIX)
     return file
 
 
 def _registered(config: TrainingConfig, tracking_uri: str | None, folder: str) -> Path:
     recorded = config.trial.get("weights")
-    where = f"{recorded!r} is not on this machine" if recorded else "the configuration knows no file of them"
+    where = f"{recorded!r} is not on this machine" if recorded else "the configuration names no file"
     try:
         file = _downloaded(config, tracking_uri, folder)
     except Exception as error:  # MLflow raises what its store raises
@@ -89,7 +89,7 @@ def _registered(config: TrainingConfig, tracking_uri: str | None, folder: str) -
 
 
 def _elsewhere(config: TrainingConfig, tracking_uri: str | None) -> str:
-    """Where the configuration says that its search was tracked: whoever wrote it may name any address."""
+    """Returns a note on the tracking URI in the configuration, which is not contacted: anybody may have written it."""
     named = config.source.get("tracking_uri")
     if not named or tracking_uri is not None or named in map(_written, store_uris(None)):
         return ""
@@ -97,12 +97,12 @@ def _elsewhere(config: TrainingConfig, tracking_uri: str | None) -> str:
 
 
 def _written(uri: str) -> str:
-    """As a configuration has it."""
+    """Returns a tracking URI in the form in which a configuration has it."""
     return without_credentials(absolute_uri(uri))
 
 
 def _downloaded(config: TrainingConfig, tracking_uri: str | None, folder: str) -> Path | None:
-    """The registered model of the search's run, which is the trial's, as Keras has saved it."""
+    """Downloads the Keras file of the search's registered model, if that is the trial's; otherwise None."""
     run_id, trial_id = config.source.get("run_id"), config.source.get("trial_id")
     for uri in store_uris(tracking_uri) if run_id else ():
         client = open_store(uri)

@@ -1,4 +1,4 @@
-"""Looks at the device of this machine from a process of its own: the caller's own stays free of it."""
+"""Asks for the device of this machine in a process of its own, so that the caller's process does not open it."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from accumtune.worker.transport.task_directory import TaskDirectory
 
 
 def current_backend() -> str:
-    """Keras's backend in this process, also where Keras is not imported yet."""
+    """Returns Keras's backend in this process; imports Keras if need be."""
     import keras
 
     return str(keras.config.backend())
 
 
 def free_device_memory_bytes() -> int:
-    """What the device that Keras would train on has free now.
+    """Returns the free memory, in bytes, of the device that Keras would train on.
 
     Raises:
-        BudgetError: a GPU's driver does not say.
+        BudgetError: a GPU's driver does not know.
     """
     backend = current_backend()
     with tempfile.TemporaryDirectory(prefix="accumtune-device-") as folder, LocalExecutor(backend) as executor:

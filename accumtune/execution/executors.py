@@ -20,14 +20,14 @@ from accumtune.execution.platform_support import require_linux
 from accumtune.worker.transport.outcome import Outcome, read_outcome
 from accumtune.worker.transport.task_directory import TaskDirectory
 
-# What a forked process runs, as the fork server is told.
+# The function that a forked process runs.
 _ENTRY_POINT = "accumtune.worker.main:run_task"
 _MAX_LOSSES = 2
 _STOPPED = Outcome("killed", reason="the search was stopped")
 
 
 class Executor(Protocol):
-    """What the search needs of a place where tasks run; see `LocalExecutor` for what the arguments mean."""
+    """Runs a search's tasks; `LocalExecutor` documents the arguments."""
 
     backend: str
 
@@ -48,7 +48,7 @@ class LocalExecutor:
     """Runs tasks in forked processes on this machine.
 
     Args:
-        backend: the Keras backend that is imported ahead, `"tensorflow"`, `"jax"` or `"torch"`.
+        backend: the Keras backend that is imported in advance, `"tensorflow"`, `"jax"` or `"torch"`.
 
     Raises:
         WorkerError: the process that starts the tasks could not be started, or this is not Linux.
@@ -61,7 +61,7 @@ class LocalExecutor:
         self._tasks: dict[int, _Task] = {}
         self._next_number = 0
         self._is_closing = False
-        # Beside the system's temporary files: the name of a socket in there may have 107 characters.
+        # Among the system's temporary files, because a socket's path may have at most 107 characters.
         self._folder = tempfile.TemporaryDirectory(prefix="accumtune-", ignore_cleanup_errors=True)
         self._server = self._start_server()
 
@@ -81,14 +81,13 @@ class LocalExecutor:
             directory: a directory with a task file.
             environment: variables that the child sets before it uses the framework.
             timeout_seconds: after this time the task is killed; its outcome is `"timed_out"`.
-            is_memory_limited: whether the environment limits the allocator: then a crash is taken for the lack of
-                memory that it is (TensorFlow's oneDNN kernels use a buffer that they did not get).
-            path, cwd: where the child looks for modules, and where it runs; default: as this process.
+            is_memory_limited: whether the environment limits the allocator. A crash then counts as out of memory,
+                because TensorFlow's oneDNN kernels do not check whether they got their buffer.
+            path, cwd: the child's `sys.path` and working directory; default: those of this process.
 
         Returns:
-            A future that always ends in an `Outcome`, or in a WorkerError where processes can no longer be started;
-            `future.cancel()` has no effect on a task that runs, use
-            `kill(directory)`.
+            A future that ends in an `Outcome`, or in a WorkerError if processes can no longer be started.
+            `future.cancel()` does not end a running task; use `kill(directory)`.
         """
         future: Future[Outcome] = Future()
         future.set_running_or_notify_cancel()
@@ -104,7 +103,7 @@ class LocalExecutor:
                 "directory": str(directory.path.resolve()),
                 "temporary": str(self._temporary(number)),
                 "environment": {**(environment or {}), **current_place().environment},
-                # Python looks for modules in the texts among these.
+                # Python ignores entries that are not texts.
                 "path": [entry for entry in (path or sys.path) if isinstance(entry, str)],
                 "cwd": cwd or os.getcwd(),
             }
@@ -125,7 +124,7 @@ class LocalExecutor:
                     self._server.send({"kill": number})
 
     def close(self) -> None:
-        """Ends every task and the server; returns when they are gone."""
+        """Ends every task and the server, and waits for that."""
         with self._lock:
             if self._is_closing:
                 return
@@ -163,7 +162,7 @@ class LocalExecutor:
                 self._end(task, Outcome("lost", reason=reason))
             else:
                 self._end(task, _outcome(task, message["exit_code"]))
-        except Exception as error:  # it must reach whoever waits
+        except Exception as error:  # for the thread that waits
             task.future.set_exception(error)
 
     def _end(self, task: _Task, outcome: Outcome) -> None:
@@ -181,7 +180,7 @@ class LocalExecutor:
                 self._server.send({"kill": number})
 
     def _take_over(self, server: ForkServerClient) -> None:
-        """The tasks of a server that is gone: they have ended, or begin anew, or the search decides about them."""
+        """Handles the tasks of a server that has ended: they have an outcome, or start again, or end as lost."""
         with self._lock:
             tasks = {number: task for number, task in self._tasks.items() if task.server is server}
             for number in tasks:
@@ -189,22 +188,22 @@ class LocalExecutor:
         for number, task in tasks.items():
             shutil.rmtree(self._temporary(number), ignore_errors=True)
             try:
-                self._end_or_begin_again(number, task)
-            except Exception as error:  # as above
+                self._end_or_repeat(number, task)
+            except Exception as error:  # for the thread that waits
                 task.future.set_exception(error)
 
-    def _end_or_begin_again(self, number: int, task: _Task) -> None:
+    def _end_or_repeat(self, number: int, task: _Task) -> None:
         outcome = _outcome(task, None)
         with self._lock:
-            if outcome.status == "lost" and not self._is_closing and self._may_begin_again(task):
+            if outcome.status == "lost" and not self._is_closing and self._may_repeat(task):
                 self._begin(number, task)
                 return
         if outcome.status == "lost" and self._is_closing:
             outcome = replace(_STOPPED, pid=task.pid)
         self._end(task, outcome)
 
-    def _may_begin_again(self, task: _Task) -> bool:
-        """A probe is just repeated; a training has a journal, which its next attempt goes on with."""
+    def _may_repeat(self, task: _Task) -> bool:
+        """Returns whether to repeat a task here. Trainings are left to the search: a new start is a new attempt."""
         task.losses += 1
         if task.losses > _MAX_LOSSES or task.timed_out_after is not None:
             return False
@@ -228,7 +227,7 @@ class _Task:
 
 
 def _outcome(task: _Task, exit_code: int | None) -> Outcome:
-    """What became of a task; an exit code of None: nobody saw its end."""
+    """Returns the outcome of a task; the exit code is None if its end was not seen."""
     if exit_code is None and not task.directory.outcome_file.exists():
         return Outcome("lost", reason="the process that starts trials ended unexpectedly", pid=task.pid)
     return read_outcome(task.directory, exit_code or 0, task.pid, task.is_memory_limited)

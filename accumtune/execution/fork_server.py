@@ -1,23 +1,23 @@
 """A small process that has the framework imported and forks a child for each task.
 
-Importing TensorFlow takes ten seconds, forking a process that has it takes milliseconds. `multiprocessing`'s fork
-server would do, but it imports the user's script a second time in every child (so the script needs an
-`if __name__ == "__main__"` guard); this one never does.
+Importing TensorFlow takes ten seconds, forking a process that has imported it takes milliseconds. `multiprocessing`'s
+fork server imports the user's script again in every child (so the script needs an `if __name__ == "__main__"` guard);
+this one does not.
 
-The search starts it with one end of a socket pair and writes a line of JSON per request. The function that is run gets
-the directory and returns an exit code.
+The search starts it with one end of a socket pair and writes a line of JSON per request. The function in the request
+gets the directory and returns an exit code.
 
     {"start": 7, "run": "module:function", "directory": "...", "temporary": "...", "environment": {...}, "path": [...],
      "cwd": "..."}
     {"kill": 7}
 
 It answers `{"started": 7, "pid": 4242}` and `{"ended": 7, "exit_code": 0}` (a signal's number is negative, as in
-`subprocess`), or `{"ended": 7, "error": "..."}` where no process could be forked. When the search is gone, the socket
-closes, and the server takes all children with it.
+`subprocess`), or `{"ended": 7, "error": "..."}` if no process could be forked. When the search ends, the socket closes,
+and the server kills all children and ends.
 
-Forking after the import is safe while no operation has run and no device was listed; the server only imports. (Keras
-asks torch for a GPU when it is imported; torch then asks the driver's NVML instead of CUDA, which no fork survives:
-PYTORCH_NVML_BASED_CUDA_CHECK, in torch's notes on CUDA semantics.)
+Forking after the import is safe as long as no operation has run and no device was listed; the server only imports.
+(Keras asks torch for a GPU when it is imported. PYTORCH_NVML_BASED_CUDA_CHECK makes torch ask the driver's NVML instead
+of CUDA, which does not survive a fork; see torch's notes on CUDA semantics.)
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ class _Server:
             time.sleep(0.01)
 
     def _receive(self) -> bool:
-        """Handles the requests that have come in; False when the search is gone."""
+        """Handles the requests that have come in; returns False when the search has ended."""
         try:
             chunk = self._connection.recv(2**16)
         except ConnectionError:
@@ -111,8 +111,8 @@ class _Server:
         while ended := _wait_for_any():
             pid, status = ended
             if pid not in self._children:
-                continue  # an orphan: what a task has started came here when the task ended
-            # What the task itself has started must not outlive it.
+                continue  # an orphan of a task, which this process has inherited
+            # The task's own children must not outlive it.
             _kill_group(pid)
             task, temporary = self._children.pop(pid)
             shutil.rmtree(temporary, ignore_errors=True)
@@ -122,20 +122,20 @@ class _Server:
         try:
             self._connection.sendall(json.dumps(message).encode() + b"\n")
         except ConnectionError:
-            pass  # the search is gone: the next read says so, and serve() ends
+            pass  # the search has ended, which the next read finds too
 
 
 def _fork() -> int:
     for _ in range(_FORK_TRIES - 1):
         try:
             return os.fork()
-        except OSError:  # no memory, or too many processes, at this moment
+        except OSError:  # no memory, or too many processes, at the moment
             time.sleep(_FORK_PAUSE_SECONDS)
     return os.fork()
 
 
 def _wait_for_any() -> tuple[int, int] | tuple[()] | None:
-    """The process id and status of a child that has ended, () where all run, None where there is none."""
+    """Returns the process id and status of a child that has ended, () if all still run, None if there is none."""
     try:
         pid, status = os.waitpid(-1, os.WNOHANG)
     except ChildProcessError:
@@ -144,7 +144,7 @@ def _wait_for_any() -> tuple[int, int] | tuple[()] | None:
 
 
 def _make_group(pid: int) -> None:
-    # Both parent and child do this, as shells do: whoever comes first, the group exists when it is killed.
+    # Both parent and child call this, as shells do, so that the group exists when it is to be killed.
     try:
         os.setpgid(pid, pid)
     except (ProcessLookupError, PermissionError):
@@ -188,8 +188,8 @@ def _settle_child(request: dict[str, Any]) -> None:
     sys.stdout = os.fdopen(1, "w", buffering=1, closefd=False)
     sys.stderr = os.fdopen(2, "w", buffering=1, closefd=False)
     os.environ.update(request["environment"])
-    # A forked child ends without interpreter shutdown, and may be killed: what it leaves in its own folder for
-    # temporary files (TensorFlow's autograph leaves a module per function) is removed with it.
+    # A forked child ends without the interpreter's shutdown, or is killed. A folder of its own for temporary files
+    # (TensorFlow's autograph leaves a module per function) can be removed afterwards.
     os.makedirs(request["temporary"], exist_ok=True)
     os.environ["TMPDIR"] = request["temporary"]
     tempfile.tempdir = None
@@ -199,7 +199,7 @@ def _settle_child(request: dict[str, Any]) -> None:
 
 
 def main() -> None:
-    """`python -P -c ... FILE_DESCRIPTOR MODULE,MODULE,... FOLDER`, see `accumtune.execution.fork_server_client`."""
+    """Runs as `python -P -c ... FILE_DESCRIPTOR MODULE,MODULE,... FOLDER`, see `fork_server_client`."""
     _, descriptor, modules, folder = sys.argv
     connection = socket.socket(fileno=int(descriptor))
     connection.set_inheritable(False)
@@ -210,14 +210,14 @@ def main() -> None:
                 warnings.simplefilter("ignore")
                 importlib.import_module(module)
         except ImportError:
-            traceback.print_exc()  # the task that needs it says so with its own traceback
-    # What is imported stays: a child's collections need not look at it, each of which would copy all its pages.
+            traceback.print_exc()  # a task that needs it will fail with its own traceback
+    # Excludes the imported modules from garbage collection, which would copy all their pages in each child.
     gc.collect()
     gc.freeze()
     adopt_orphans()
     _Server(connection).serve()
     shutil.rmtree(folder, ignore_errors=True)
-    # No interpreter shutdown: with a framework it takes seconds, for which whoever has pressed Ctrl-C would wait.
+    # Without the interpreter's shutdown, which takes seconds with a framework.
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0)

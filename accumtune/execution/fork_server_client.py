@@ -18,7 +18,7 @@ from accumtune.errors import WorkerError
 
 _START_SECONDS = 300.0  # importing TensorFlow from a cold disk has taken more than a minute
 _REAP_SECONDS = 10.0
-# Not `-m`, nor without -P: then the working directory comes first, and a cloudpickle.py in it would be run.
+# -P, and no `-m`, keep the working directory off sys.path: a cloudpickle.py in it would be imported.
 _START = """\
 import sys
 folder = sys.argv.pop(1)
@@ -30,13 +30,13 @@ main()
 
 
 class ForkServerClient:
-    """Starts `accumtune.execution.fork_server` and speaks with it.
+    """Starts `accumtune.execution.fork_server` and communicates with it.
 
     Args:
         backend: the Keras backend that it imports.
-        folder: where it keeps its log, and its tasks' temporary files.
+        folder: for its log and its tasks' temporary files.
         on_message: called with each answer, in a thread of this object.
-        on_end: called in that thread when the server is gone, whyever, and its process has ended.
+        on_end: called in that thread after the server's process has ended, for any reason.
 
     Raises:
         WorkerError: it could not be started.
@@ -58,16 +58,16 @@ class ForkServerClient:
         self._reader.start()
 
     def is_alive(self) -> bool:
-        """Whether it takes requests and its answers are read."""
+        """Returns whether the server runs and its answers are read."""
         return self._is_open and self._process.poll() is None
 
     def send(self, request: dict[str, Any]) -> None:
-        """Sends a request; where the server is gone, `on_end` says so."""
+        """Sends a request; if the server has ended, `on_end` is called instead of an error."""
         with contextlib.suppress(OSError):
             self._connection.sendall(json.dumps(request).encode() + b"\n")
 
     def close(self) -> None:
-        """Ends the server and all of its tasks; returns when they are gone."""
+        """Ends the server and all of its tasks, and waits for that."""
         with contextlib.suppress(OSError):
             self._connection.shutdown(socket.SHUT_WR)
         try:
@@ -80,13 +80,13 @@ class ForkServerClient:
         self._connection.close()
 
     def broken(self, what: str) -> WorkerError:
-        """An error with the last lines of the server's log."""
+        """Makes an error with the last lines of the server's log."""
         with contextlib.suppress(OSError):
             what += ". Its last lines:\n" + "\n".join(self._log.read_text(errors="replace").splitlines()[-15:])
         return WorkerError(
             f"The process that starts trials {what}",
             f'a Python environment in which `import keras` works with KERAS_BACKEND="{self._backend}".',
-            f"import these by hand: {_preload(self._backend).replace(',', ', ')}.",
+            f"check that these can be imported: {_preload(self._backend).replace(',', ', ')}.",
         )
 
     def _start(self, folder: Path) -> tuple[socket.socket, subprocess.Popen[bytes]]:
@@ -98,7 +98,7 @@ class ForkServerClient:
                 process = subprocess.Popen(
                     [sys.executable, "-P", "-c", _START, *arguments],
                     pass_fds=[theirs.fileno()],
-                    # Its own session: Ctrl-C in the terminal is for the search, which then decides about its trials.
+                    # Its own session, so that Ctrl-C reaches only the search, which then stops its trials.
                     start_new_session=True,
                     env={**os.environ, "KERAS_BACKEND": self._backend},
                     stdin=subprocess.DEVNULL,
@@ -129,7 +129,7 @@ class ForkServerClient:
                 *lines, received = received.split(b"\n")
                 for line in lines:
                     self._on_message(json.loads(line))
-        finally:  # a reader that is gone would let every later task wait for ever
+        finally:  # without a reader, every later task would wait for ever
             self._is_open = False
             self._end_process()
             self._on_end(self)
@@ -152,7 +152,7 @@ class ForkServerClient:
 
 
 def _reap_session(session: int) -> None:
-    """Takes note of the server's tasks that are gone, where this process inherits them: in a container it is PID 1."""
+    """Reaps the server's tasks that this process has inherited, as PID 1 of a container does."""
     deadline = time.monotonic() + _REAP_SECONDS
     while (pids := _inherited(session)) and time.monotonic() < deadline:
         for pid in pids:
@@ -164,7 +164,7 @@ def _reap_session(session: int) -> None:
 def _inherited(session: int) -> list[int]:
     found = []
     for file in Path("/proc").glob("[0-9]*/stat"):
-        with contextlib.suppress(OSError):  # gone meanwhile
+        with contextlib.suppress(OSError):  # ended meanwhile
             # After the name in parentheses: state, parent, process group, session.
             _, parent, _, its_session = file.read_text().rsplit(")", 1)[1].split()[:4]
             if (int(parent), int(its_session)) == (os.getpid(), session):

@@ -1,7 +1,7 @@
-"""Assigns a device and cores to each of several trials, in its environment before a framework starts.
+"""Assigns devices and cores to trials that run at once, through the environment of their processes.
 
-A `Place` is where one trial at a time may run. A search with N workers has N of them, and whoever runs a trial leases
-one: what is started in the meantime, probes included, runs there (`current_place`).
+A `Place` is a share of the machine in which one trial at a time runs. A search with N workers has N places. The thread
+that runs a trial leases one; all processes that it starts meanwhile, probes included, run there (`current_place`).
 """
 
 from __future__ import annotations
@@ -21,19 +21,19 @@ from accumtune.memory.budget import format_bytes
 from accumtune.memory.machine import Gpu
 
 MIB = 2**20
-# What CUDA and its libraries take of a GPU in each process, outside of every allocator: 300 to 600 MB.
+# What CUDA and its libraries take of a GPU in each process, outside of any allocator: 300 to 600 MB.
 _CONTEXT_BYTES = 600 * MIB
-_NO_GPU = "-1"  # what CUDA_VISIBLE_DEVICES says then
+_NO_GPU = "-1"  # the value of CUDA_VISIBLE_DEVICES that hides all GPUs
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where one trial at a time runs.
+    """A share of a machine in which one trial at a time runs.
 
     Args:
-        kind: the type of its device; places of one kind share what was measured. "" where all are alike.
+        kind: the type of its device; places of one kind share measurements. "" if all places are alike.
         environment: variables of every process that runs there.
-        description: for people.
+        description: for the user.
     """
 
     kind: str = ""
@@ -45,13 +45,13 @@ _place: contextvars.ContextVar[Place] = contextvars.ContextVar("accumtune_place"
 
 
 def current_place() -> Place:
-    """The place that this thread has leased; one without any restriction where it has leased none."""
+    """Returns the place that this thread has leased; without one, a place without restrictions."""
     return _place.get()
 
 
 @contextlib.contextmanager
 def at_place(place: Place) -> Iterator[None]:
-    """Makes it the current place of this thread."""
+    """Makes a place the current one of this thread, until the context ends."""
     token = _place.set(place)
     try:
         yield
@@ -60,10 +60,10 @@ def at_place(place: Place) -> Iterator[None]:
 
 
 class Places:
-    """Lends places to trials, each to one at a time.
+    """Leases places to trials, each to one at a time.
 
     Args:
-        places: as many as trials run at once.
+        places: one for each trial at once.
     """
 
     def __init__(self, places: Sequence[Place]) -> None:
@@ -73,7 +73,7 @@ class Places:
 
     @contextlib.contextmanager
     def lease(self) -> Iterator[Place]:
-        """Waits for a place that is free and makes it the thread's current one."""
+        """Waits for a free place and makes it the thread's current one."""
         place = self._free.get()
         try:
             with at_place(place):
@@ -95,11 +95,11 @@ def plan_places(
 
     Args:
         workers: trials at once.
-        gpus: what they may use; none means that they run on the CPU.
-        cores: of this machine, that this process may use.
-        memory_bytes: of this machine; None where nobody could tell.
+        gpus: those that trials may use; without any, they run on the CPU.
+        cores: the cores of this machine that this process may use.
+        memory_bytes: of this machine; None if unknown.
         memory_budget_bytes: of each trial.
-        without_gpus: hide the GPUs that there are.
+        without_gpus: whether to hide the machine's GPUs.
 
     Returns:
         One place for each worker.
@@ -122,7 +122,7 @@ def plan_places(
 
 
 def _gpu_place(gpu: Gpu, sharers: Mapping[Gpu, int], threads: Mapping[str, str]) -> Place:
-    # The driver's numbers, not CUDA's own order, which puts the fastest first.
+    # PCI_BUS_ID numbers GPUs as the driver does; CUDA's default order puts the fastest first.
     environment = {"CUDA_DEVICE_ORDER": "PCI_BUS_ID", "CUDA_VISIBLE_DEVICES": gpu.index, **threads}
     shared = f" (shared by {sharers[gpu]})" if sharers[gpu] > 1 else ""
     return Place(gpu.name, environment, f"GPU {gpu.index} {gpu.name}".rstrip() + shared)
@@ -137,11 +137,11 @@ def _count(number: int, noun: str) -> str:
 
 
 def threads_environment(cores: int) -> dict[str, str]:
-    """What keeps TensorFlow, JAX and torch to a number of threads for computing."""
+    """Returns variables that limit the threads with which TensorFlow, JAX and torch compute."""
     return {
         "TF_NUM_INTRAOP_THREADS": str(cores),
         "TF_NUM_INTEROP_THREADS": str(cores),
-        "NPROC": str(cores),  # XLA's CPU client sizes its thread pools by it
+        "NPROC": str(cores),  # the size of the thread pools of XLA's CPU client
         "OMP_NUM_THREADS": str(cores),  # torch (see `apply_place`), oneDNN, NumPy's BLAS
     }
 
@@ -149,35 +149,35 @@ def threads_environment(cores: int) -> dict[str, str]:
 def _check_sharing(
     device: str, workers: int, memory_bytes: int | None, budget_bytes: int | None, overhead_bytes: int
 ) -> None:
-    """A budget is each trial's own: where several share a device, it must hold all of them."""
+    """Raises BudgetError if a device cannot hold the budgets of all trials that share it."""
     if workers == 1 or memory_bytes is None:
         return
     most = memory_bytes // workers - overhead_bytes
     if budget_bytes is None and overhead_bytes:
         raise BudgetError(
             f"Received {workers} workers for {device} without a memory_budget: each trial could take all of it.",
-            "a memory budget where trials share a GPU, so that none runs out of memory because of another.",
-            f'memory_budget="{max(most, 0) // MIB}MiB" or less, or fewer workers.',
+            "a memory budget if trials share a GPU, so that none runs out of memory because of another.",
+            f'give memory_budget="{max(most, 0) // MIB}MiB" or less, or fewer workers.',
         )
     if budget_bytes is not None and budget_bytes > most:
         extra = f" and {format_bytes(overhead_bytes)} for each process" if overhead_bytes else ""
         raise BudgetError(
-            f"Received {workers} workers on {device} with {format_bytes(budget_bytes)} each (memory_budget is that of "
-            f"one trial), which has {format_bytes(memory_bytes)}.",
-            f"{workers} × memory_budget{extra} within the memory of the device.",
-            f'memory_budget="{max(most, 0) // MIB}MiB", or fewer workers.',
+            f"Received {workers} workers with memory_budget={format_bytes(budget_bytes)} each on {device}, which has "
+            f"{format_bytes(memory_bytes)}.",
+            f"{workers} × memory_budget{extra} within the memory of the device: each trial has the whole budget.",
+            f'give memory_budget="{max(most, 0) // MIB}MiB", or fewer workers.',
         )
 
 
 def resolve_gpus(devices: str | Sequence[str | int | Gpu], visible: Sequence[Gpu]) -> list[Gpu]:
-    """The GPUs that a user means by `devices=`.
+    """Returns the GPUs that `devices=` names.
 
     Args:
-        devices: `"auto"` (all that are visible), `"cpu"`, or a list of indices or UUIDs.
-        visible: those that there are.
+        devices: `"auto"` (all visible ones), `"cpu"`, or a list of indices or UUIDs.
+        visible: the GPUs of this machine.
 
     Raises:
-        SearchError: a device that is not there.
+        SearchError: there is no such GPU.
     """
     if devices == "auto":
         return list(visible)
@@ -195,14 +195,14 @@ def resolve_gpus(devices: str | Sequence[str | int | Gpu], visible: Sequence[Gpu
 def _unknown_devices(devices: object, visible: Sequence[Gpu]) -> SearchError:
     listed = ", ".join(f"{gpu.index} ({gpu.name})" for gpu in visible) or "none"
     return SearchError(
-        f"Received devices={devices!r}; GPUs that can be seen here: {listed}.",
+        f"Received devices={devices!r}; visible GPUs: {listed}.",
         '"auto", "cpu", or a list of GPUs such as devices=[0, 1].',
         'leave devices out: "auto" gives each worker a GPU of its own.',
     )
 
 
 def usable_cores() -> int:
-    """The cores that this process may use."""
+    """Returns the number of cores that this process may use."""
     try:
         return len(os.sched_getaffinity(0))
     except AttributeError:  # not Linux
@@ -210,7 +210,7 @@ def usable_cores() -> int:
 
 
 def apply_place() -> None:
-    """In a child that was forked with its framework imported: what was read at the import is decided again."""
+    """Applies the environment, in a forked child, to frameworks that have read it when they were imported."""
     threads, platforms = os.environ.get("OMP_NUM_THREADS", ""), os.environ.get("JAX_PLATFORMS")
     if "torch" in sys.modules and threads.isdigit():
         sys.modules["torch"].set_num_threads(int(threads))
@@ -218,4 +218,4 @@ def apply_place() -> None:
         sys.modules["jax"].config.update("jax_platforms", platforms)
     torch_of_keras: Any = sys.modules.get("keras.src.backend.torch.core")
     if torch_of_keras is not None and os.environ.get("CUDA_VISIBLE_DEVICES") == _NO_GPU:
-        torch_of_keras.DEFAULT_DEVICE = "cpu"  # Keras has seen the GPUs that are hidden from this child
+        torch_of_keras.DEFAULT_DEVICE = "cpu"  # Keras was imported while the GPUs were visible

@@ -1,4 +1,4 @@
-"""Refuses systems other than Linux, where processes of trials are not forked, limited and watched."""
+"""Refuses systems other than Linux for everything that starts processes with limited memory."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from accumtune.errors import WorkerError
 
 
 def require_linux(what: str) -> None:
-    """Says at once that something runs on Linux only.
+    """Raises an error on systems other than Linux.
 
     Args:
-        what: begins the sentence.
+        what: the subject of the message.
 
     Raises:
-        WorkerError: this is another system.
+        WorkerError: this is not Linux.
     """
     if sys.platform != "linux":
         raise WorkerError(
-            f"{what} starts processes, limits their memory and watches over them; this system is {sys.platform!r}.",
+            f"{what} starts processes and limits their memory, which needs Linux; this system is {sys.platform!r}.",
             "Linux. accumulate(), batch_coupled_layers(), load_config() and config.build() work on every system.",
             "run it on Linux: on Windows in WSL 2, on macOS in a Linux container, or on a Linux machine.",
         )

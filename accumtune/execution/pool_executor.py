@@ -1,8 +1,8 @@
 """Runs tasks on anything with `submit(function, *arguments) -> Future`: Ray, Dask, a pool of threads or processes.
 
-The storage of the search need not be seen by the workers. Where they see the task's directory they use it, and a trial
-that is interrupted goes on from its last checkpoint; where they do not, its files travel with the task, and what it has
-left comes back with its outcome. Checkpoints are then kept where the pool's `storage` says, if it does.
+Workers need not share the search's storage. A worker that sees the task's directory uses it, and an interrupted trial
+continues from its last checkpoint. Otherwise the task's files are sent with the task, and the files that it writes come
+back with its outcome; checkpoints are then kept in the pool's `storage`, if it has one.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ _STOPPED = Outcome("killed", reason="the search was stopped")
 
 
 class PoolExecutor:
-    """Sends tasks to a pool and brings back what became of them.
+    """Sends tasks to a pool and returns their outcomes.
 
     Args:
-        pool: has `submit(function, *arguments) -> concurrent.futures.Future`. What else it may have: `share(value)`,
-            for an argument of many tasks; `kill(future)`; `is_loss(error)`, whether a task's end says something of
-            the worker alone; `close_connection()`; `storage`, a URL that fsspec can write to from every machine.
+        pool: has `submit(function, *arguments) -> concurrent.futures.Future`. It may also have: `share(value)`, for an
+            argument of many tasks; `kill(future)`; `is_loss(error)`, whether an error means that the worker was lost;
+            `close_connection()`; `storage`, a URL that fsspec can write to from every machine.
         backend: the Keras backend of the tasks.
 
     Raises:
@@ -60,10 +60,10 @@ class PoolExecutor:
         timeout_seconds: float | None = None,
         is_memory_limited: bool = False,
     ) -> Future[Outcome]:
-        """As `LocalExecutor.submit`; a task whose worker or machine is gone ends as `"lost"`.
+        """Starts a task, as `LocalExecutor.submit`; if its worker or machine is lost, it ends as `"lost"`.
 
         Raises:
-            WorkerError: the pool takes no tasks.
+            WorkerError: the pool accepts no tasks.
         """
         place = current_place()
         request = Request(
@@ -100,7 +100,7 @@ class PoolExecutor:
             self._kill(task)
 
     def close(self) -> None:
-        """Ends every task; returns when their futures are done. The pool itself is its owner's, unless it is Ray's."""
+        """Ends every task and completes all futures. The pool itself is not closed, except for a connection to Ray."""
         with self._lock:
             if self._is_closing:
                 return
@@ -116,7 +116,7 @@ class PoolExecutor:
             close()
 
     def _kill(self, task: _Task) -> None:
-        task.directory.ask_to_stop(at_once=True)  # whoever watches over the process, where storage is shared
+        task.directory.ask_to_stop(at_once=True)  # read by the worker, if storage is shared
         if task.sent is not None:
             kill = getattr(self._pool, "kill", None)
             if kill is not None:
@@ -133,9 +133,9 @@ class PoolExecutor:
                 sent = self._pool.submit(run_here, *arguments)
         except Exception as error:
             raise WorkerError(
-                f"The executor {type(self._pool).__name__} takes no more trials: {type(error).__name__}: {error}",
+                f"The executor {type(self._pool).__name__} accepts no more trials: {type(error).__name__}: {error}",
                 "an executor that is open, with workers.",
-                "start it anew, then run the same script again: what has completed is kept.",
+                "restart it, then run the same script again: completed trials are kept.",
             ) from error
         task.sent = sent
         sent.add_done_callback(lambda done: self._receive(future, task, done))
@@ -149,29 +149,29 @@ class PoolExecutor:
                 self._end(future, _STOPPED)
             else:
                 self._end(future, outcome)
-        except BaseException as error:  # it must reach whoever waits
+        except BaseException as error:  # for the thread that waits
             self._end(future, error)
 
     def _outcome(self, task: _Task, done: Any) -> Outcome | None:
-        """What a worker answers; None where the task is to be sent once more."""
+        """Returns a worker's answer; None if the task must be sent again."""
         try:
             reply: Reply = done.result()
-        except BaseException as error:  # whatever a pool's workers end with
+        except BaseException as error:  # whatever a pool raises
             if not self._is_loss(error):
                 raise
             if self._may_send_again(task):
                 return None
-            return Outcome("lost", reason=f"its worker is gone ({_first_line(error)})")
+            return Outcome("lost", reason=f"its worker was lost ({_first_line(error)})")
         if reply.outcome is None:
-            self._is_shared = False  # that worker does not see the storage: from now on all get the files
+            self._is_shared = False  # the worker does not see the storage: from now on all tasks are sent with files
             return None
         _keep(task.directory, reply.files)
         if task.request.storage_url and reply.outcome.status != "stopped" and not self._is_closing:
-            TaskStorage(task.request.storage_url).forget()  # nobody will go on with it
+            TaskStorage(task.request.storage_url).forget()  # the task will not be resumed
         return reply.outcome
 
     def _may_send_again(self, task: _Task) -> bool:
-        """A probe that is lost is just repeated; a training has a journal, which its next attempt goes on with."""
+        """Returns whether to repeat a lost task. Trainings are left to the search: a new start is a new attempt."""
         task.losses += 1
         return not self._is_closing and task.losses < _MAX_LOSSES and json.loads(task.request.task)["task"] != "train"
 
@@ -190,12 +190,12 @@ class PoolExecutor:
             future.set_exception(_not_our_worker(result))
 
     def _forget(self, future: Future[Outcome]) -> bool:
-        """False where the task has ended already."""
+        """Removes a task; returns False if it had ended already."""
         with self._lock:
             return self._tasks.pop(future, None) is not None
 
     def _payload(self, task: _Task) -> Any:
-        """The hypermodel and the data, read and sent once as long as they stay the same."""
+        """Returns the hypermodel and the data; they are read and shared once, until they change."""
         path = Path(json.loads(task.request.task)["arguments"]["payload"])
         key = str(path), path.stat().st_mtime_ns
         with self._lock:
@@ -225,12 +225,12 @@ def _files(task: _Task) -> Files:
 
 
 def _keep(directory: TaskDirectory, files: Mapping[str, bytes]) -> None:
-    """Puts what came back where the task would have written it."""
+    """Writes the files that came back into the task's directory, and appends new lines to its journal."""
     files = dict(files)
-    news = files.pop(directory.journal_file.name, b"")
-    if news:
+    new_lines = files.pop(directory.journal_file.name, b"")
+    if new_lines:
         with open(directory.journal_file, "ab") as journal:
-            journal.write(news)
+            journal.write(new_lines)
     write_folder(directory.path, files)
 
 
@@ -244,6 +244,6 @@ def _not_our_worker(error: BaseException) -> BaseException:
         return error
     return WorkerError(
         f"A worker of the executor could not run a trial: {_first_line(error)}",
-        "workers on which accumtune and the user's own modules can be imported.",
+        "workers on which accumtune and your own modules can be imported.",
         "install the same packages on every machine, or give Ray a runtime_env.",
     )

@@ -27,16 +27,16 @@ from accumtune.tracking.small_files import write_atomically
 from accumtune.worker.transport.outcome import Outcome, finished
 from accumtune.worker.transport.task_directory import TaskDirectory
 
-# Memory knows only two cases, without and with an accumulator; of a longer window the bytes are known.
+# Peak memory differs only between one step, without accumulators, and several; a longer window's data are computed.
 _PROBED_ACCUMULATION_STEPS = (1, 2)
 
 
 @dataclass(frozen=True)
 class ModelFacts:
-    """What `inspect` finds: models with one `signature` share a profile.
+    """The result of `inspect`. Models with the same `signature` share a profile.
 
-    `appeared` are the hyperparameters that only this model's building has asked for, `space` and `values` as in Keras
-    Tuner's configuration of them.
+    `appeared` are the hyperparameters that were first declared while this model was built: `space` and `values`, as in
+    Keras Tuner's configuration.
     """
 
     signature: str
@@ -51,7 +51,7 @@ class ModelFacts:
     parameters: int = 0
 
     def completed(self, hyperparameters: Mapping[str, Any]) -> dict[str, Any]:
-        """Keras Tuner's configuration of hyperparameters, with those that appeared."""
+        """Returns Keras Tuner's configuration of hyperparameters, with those that appeared."""
         return {
             **hyperparameters,
             "space": [*hyperparameters["space"], *self.appeared["space"]],
@@ -65,12 +65,12 @@ class Profiler:
     Args:
         executor: where probes run.
         payload_file: the hypermodel and the data (`dump_payload`).
-        scratch_folder: where probes leave their logs.
-        profiles_folder: where profiles are kept between searches.
+        scratch_folder: for the directories of probes.
+        profiles_folder: where profiles are kept between sessions.
         memory_budget_bytes: probes run under it; None for no limit.
-        micro_batch_sizes: the sizes that matter to the search.
-        on_probe: called with one line of text for each probe.
-        timeout_seconds: after which a process that builds or probes is ended.
+        micro_batch_sizes: those that the search uses.
+        on_probe: called with a line of text for each probe.
+        timeout_seconds: the time limit of a process that builds or probes.
     """
 
     def __init__(
@@ -96,33 +96,33 @@ class Profiler:
         self._facts: dict[str, ModelFacts] = {}
         self._profiles: dict[str, Profile] = {}
         self._numbers = itertools.count()
-        # One at a time: two trials with one signature must not both probe it, and probes that are timed want quiet.
+        # One probe at a time: two trials must not both probe a signature, and timed probes would disturb each other.
         self._lock = threading.RLock()
 
     def inspect(self, hyperparameters: Mapping[str, Any]) -> ModelFacts:
         """Builds the model of these hyperparameters (Keras Tuner's configuration of them) and describes it."""
         key = _key_of(hyperparameters)
         facts = self._facts.get(key)
-        if facts is None:  # without the lock: nothing is timed, and other trials need not wait for it
+        if facts is None:  # without the lock, because nothing is timed
             facts = self._facts.setdefault(key, self.inspect_anew(hyperparameters))
             nothing_new = replace(facts, appeared={"space": [], "values": {}})
             self._facts.setdefault(_key_of(facts.completed(hyperparameters)), nothing_new)
         return facts
 
     def inspect_anew(self, hyperparameters: Mapping[str, Any]) -> ModelFacts:
-        """The same, whether or not it was inspected before."""
+        """Does the same as `inspect`, even if the model was inspected before."""
         outcome = self._run("inspect", {"hyperparameters": dict(hyperparameters)}, None)
         result = dict(finished(outcome, "The build function").result)
         result["batch_coupled_layers"] = tuple(result["batch_coupled_layers"])
         return ModelFacts(**result)
 
     def describe_data(self, seed: int, is_ordered: bool) -> dict[str, str]:
-        """What functions return as data: shapes and content, by name."""
+        """Describes the data that functions return: shapes and content, by name."""
         outcome = self._run("describe_data", {"seed": seed, "is_ordered": is_ordered}, None)
         return dict(finished(outcome, "The function that returns data").result)
 
     def profile(self, hyperparameters: Mapping[str, Any]) -> Profile:
-        """What the model of these hyperparameters costs at every micro-batch size.
+        """Returns the profile of the model of these hyperparameters, after probes if need be.
 
         Raises:
             BuildError: the model could not be built or did not train.
@@ -145,9 +145,9 @@ class Profiler:
             return profile
 
     def confirm(self, hyperparameters: Mapping[str, Any], profile: Profile) -> Profile:
-        """Runs the largest micro-batch that should fit: what a person is told fits has run under the budget.
+        """Runs the largest micro-batch that should fit under the budget, to confirm it.
 
-        It runs under a slightly lower limit, so that it runs again another time.
+        It runs under a slightly lower limit, so that it fits the next time too.
         """
         budget = self._memory_budget_bytes
         if budget is None:
@@ -171,7 +171,7 @@ class Profiler:
     def measure(
         self, hyperparameters: Mapping[str, Any], signature: str, micro_batch_size: int, accumulation_steps: int
     ) -> Measurement:
-        """Runs a few updates of exactly this pair under the budget, and keeps what they took in the model's profile.
+        """Runs a few updates of exactly this pair under the budget, and adds the measurement to the model's profile.
 
         Raises:
             BuildError: the model could not be built or did not train.
@@ -183,7 +183,7 @@ class Profiler:
             return measurement
 
     def learn(self, signature: str, measurement: Measurement) -> None:
-        """Adds what a real trial has measured."""
+        """Adds the measurement of a trial."""
         with self._lock:
             profile = self._known(signature)
             if profile is not None:
@@ -191,10 +191,10 @@ class Profiler:
 
     def _next_size(self, profile: Profile, facts: ModelFacts) -> int | None:
         if self._memory_budget_bytes is not None and facts.static_bytes > self._memory_budget_bytes:
-            return None  # the parameters alone are too large: probing would only wait for the allocator
+            return None  # the parameters alone are too large
         size = next_probe_size(profile, self._memory_budget_bytes, self._micro_batch_sizes)
         if size is None and not any(measurement.is_feasible for measurement in profile.measurements):
-            # Not even the smallest listed size fits: how far down does one have to go?
+            # Not even the smallest listed size fits: probe smaller ones.
             smaller = [2**power for power in range(20) if 2**power < self._micro_batch_sizes[0]]
             size = next_probe_size(profile, self._memory_budget_bytes, smaller) if smaller else None
         return size
@@ -206,7 +206,7 @@ class Profiler:
         accumulation_steps: Sequence[int] = _PROBED_ACCUMULATION_STEPS,
         limit_bytes: int | None = None,
     ) -> tuple[list[Measurement], Trace | None]:
-        """A few updates in a process of their own, under the budget or under `limit_bytes`; their trace, if any."""
+        """Runs a few updates in a process of their own, under `limit_bytes` or the budget; returns their trace too."""
         limit = limit_bytes or self._memory_budget_bytes
         arguments = {
             "hyperparameters": dict(hyperparameters),
@@ -245,7 +245,7 @@ class Profiler:
             except FileNotFoundError:
                 return None
             except (ValueError, KeyError, TypeError):
-                return None  # written by another version: probing again costs little
+                return None  # written by another version
         return self._profiles[signature]
 
     def _keep(self, profile: Profile) -> None:
@@ -258,7 +258,7 @@ class Profiler:
 
 def _key_of(hyperparameters: Mapping[str, Any]) -> str:
     values = without_batch(hyperparameters["values"])
-    # Its device is among the facts: what was found on one type of device says nothing of another.
+    # With the type of device, which is among the facts.
     return json.dumps([current_place().kind, hyperparameters.get("payload"), values], sort_keys=True, default=repr)
 
 
@@ -269,7 +269,7 @@ def _grown(profile: Profile, measurements: Sequence[Measurement], trace: Trace |
 
 
 def check_sizes(name: str, sizes: Sequence[int]) -> tuple[int, ...]:
-    """Sorted, without repetition.
+    """Returns the sizes sorted, without repetition.
 
     Raises:
         BatchSizeError: one of them is not a whole number of at least 1, or there is none.
@@ -282,13 +282,13 @@ def check_sizes(name: str, sizes: Sequence[int]) -> tuple[int, ...]:
         raise errors.BatchSizeError(
             f"Received {name}={sizes!r}" + (f", in which {wrong[0]!r} is not possible." if wrong else "."),
             "whole numbers of at least 1.",
-            f"for example {name}=(8, 16, 32, 64).",
+            f"give, for example, {name}=(8, 16, 32, 64).",
         )
     return tuple(sorted({int(size) for size in listed}))
 
 
 def out_of_memory(micro_batch_size: int, accumulation_steps: int, limit_bytes: int | None) -> Measurement:
-    """The measurement of a size that ran out of memory under a limit: no peak, no time."""
+    """Returns the measurement of a size that ran out of memory under a limit: without a peak and a time."""
     return Measurement(
         micro_batch_size=micro_batch_size,
         accumulation_steps=accumulation_steps,

@@ -1,4 +1,4 @@
-"""Runs tasks on Ray, one of its tasks per trial. Ray finds the machine, and tells when it is gone."""
+"""Runs tasks on Ray, one Ray task for each. Ray chooses the machine, and reports when it is lost."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ class RayPool:
     """A Ray cluster with the interface of `concurrent.futures`.
 
     Args:
-        address: of the cluster; None for the one that `RAY_ADDRESS` names or that runs here, or else a new one on
-            this machine.
+        address: of the cluster. None: the one that `RAY_ADDRESS` names, or one on this machine, or else a new one
+            here.
         num_cpus: cores of each trial.
-        num_gpus: GPUs of each trial, `0.5` where two share one; None for 1 where the cluster has GPUs.
+        num_gpus: GPUs of each trial; `0.5` if two share one. None: 1 if the cluster has GPUs.
         runtime_env: what Ray prepares on each machine, such as `{"pip": [...]}`.
-        storage: where trials keep their checkpoints if the machines do not share the search's folder: a URL of fsspec
-            such as `"s3://bucket/searches"`. Without it, a trial whose machine dies begins anew there.
+        storage: where trials keep their checkpoints if the machines do not share the search's folder: a URL for fsspec,
+            such as `"s3://bucket/searches"`. Without it, a trial whose machine is lost starts from the beginning.
 
     Raises:
         SearchError: Ray is not installed, or there is no cluster at this address.
@@ -55,14 +55,14 @@ class RayPool:
         self._num_gpus = num_gpus if num_gpus is not None else float(self._ray.cluster_resources().get("GPU", 0) > 0)
 
     def submit(self, function: Callable[..., Any], *arguments: Any) -> Future[Any]:
-        """Runs a function on some machine of the cluster, at the `current_place()`'s type of device."""
+        """Runs a function on a machine of the cluster that has the `current_place()`'s type of device."""
         self._connect()
         kind = current_place().kind
         task = self._task(function).options(
             num_cpus=self._num_cpus,
             num_gpus=self._num_gpus,
             resources={_ACCELERATOR + kind: 0.001} if kind else None,
-            # The search itself starts a trial anew whose machine is gone: each start is an attempt in its journal.
+            # The search restarts lost trials itself, because each start is an attempt in its journal.
             max_retries=0,
         )
         reference = task.remote(*arguments)
@@ -70,7 +70,7 @@ class RayPool:
         future.accumtune_reference = reference  # type: ignore[attr-defined]
         return future
 
-    @functools.cache  # noqa: B019  Ray keeps a copy of each function that it is given
+    @functools.cache  # noqa: B019  Ray keeps a copy of each function anyway
     def _task(self, function: Callable[..., Any]) -> Any:
         return self._ray.remote(function)
 
@@ -83,12 +83,12 @@ class RayPool:
         self._ray.cancel(future.accumtune_reference, force=True)
 
     def is_loss(self, error: BaseException) -> bool:
-        """Whether it is about a machine or a worker, not about what ran there."""
+        """Returns whether an error means a lost machine or worker, and not an error of the task."""
         exceptions = self._ray.exceptions
         return isinstance(error, exceptions.RayError) and not isinstance(error, exceptions.RayTaskError)
 
     def places(self, workers: int) -> list[Place]:
-        """A place per worker; in a cluster with several types of device, as many of each as it has of them."""
+        """Returns a place per worker; in a cluster with several types of device, in proportion to their numbers."""
         kinds: list[str] = []
         for node in self._ray.nodes():
             resources = node["Resources"] if node["Alive"] else {}
@@ -100,7 +100,7 @@ class RayPool:
         return [Place(kind, threads, _describe(kind)) for kind in itertools.islice(itertools.cycle(kinds), workers)]
 
     def close_connection(self) -> None:
-        """Leaves the cluster, if it was this object that joined it; one that it has started is stopped."""
+        """Disconnects from the cluster if this object has connected; stops a cluster that it has started."""
         if self._is_ours and self._ray.is_initialized():
             self._ray.shutdown()
             self._is_ours = False
@@ -116,7 +116,7 @@ class RayPool:
         except (OSError, ValueError, RuntimeError) as error:
             raise SearchError(
                 f"Received executor={self._address or 'ray'!r}, and Ray says: {error}",
-                "the address of a Ray cluster that runs.",
+                "the address of a running Ray cluster.",
                 "start it (`ray start --head` on one machine, `ray start --address=...` on the others), then give "
                 'executor="HOST:6379", or "auto" on one of its machines.',
             ) from error
@@ -124,7 +124,7 @@ class RayPool:
 
 
 def _check_answers(address: str | None) -> None:
-    """Raises OSError where nobody listens: Ray itself asks again for minutes."""
+    """Raises OSError if nothing listens at the address; Ray itself would retry for minutes."""
     host, colon, port = (address or "").rpartition(":")
     if colon and port.isdigit() and "/" not in host:
         socket.create_connection((host.strip("[]"), int(port)), timeout=_CONNECT_SECONDS).close()

@@ -1,8 +1,8 @@
-"""Runs a task for an executor's worker, in a process of its own, on whichever machine this is.
+"""Runs a task in a process of its own on an executor's worker, on any machine.
 
-Only `run_here` is ever sent to an executor, by its name, so accumtune must be installed where it runs. The task's
-process is forked by a `LocalExecutor` that belongs to the worker's process: a limit of memory, a time-out, a crash and
-what became of it are the same as on one machine. A worker that is killed takes its tasks along.
+Only `run_here` is sent to an executor, by its name, so accumtune must be installed on the worker. A `LocalExecutor` in
+the worker's process forks the task's process: memory limits, time-outs, crashes and outcomes are the same as on one
+machine. If the worker is killed, its tasks end too.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from accumtune.worker.transport.outcome import Outcome
 from accumtune.worker.transport.task_directory import TaskDirectory
 
 _WATCH_SECONDS = 0.25
-# What the executor has said to this process about its devices; a fork server that is older than that must be told.
+# Variables by which the executor selects this worker's devices; an older fork server does not have them.
 _DEVICE_VARIABLES = ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES")
 _lock = threading.Lock()
 
@@ -36,10 +36,10 @@ class Request:
     """A task for a worker.
 
     Args:
-        directory: where the task lies, if the worker can see it.
-        task: the content of its task file, which tells whether it does.
+        directory: of the task, which the worker may or may not see.
+        task: the content of its task file, by which the worker recognizes the directory.
         environment, timeout_seconds, is_memory_limited, path, cwd: as for `LocalExecutor.submit`.
-        storage_url: where a worker that does not see the directory keeps what another could go on from.
+        storage_url: where a worker that does not see the directory keeps checkpoints.
     """
 
     backend: str
@@ -55,7 +55,7 @@ class Request:
 
 @dataclass(frozen=True)
 class Files:
-    """The contents of files by their names, for a worker that does not share the search's storage."""
+    """The contents of a task's files by their names, for a worker that does not share the search's storage."""
 
     task: Mapping[str, bytes]
     initial_weights: Mapping[str, bytes] = field(default_factory=dict)
@@ -63,11 +63,11 @@ class Files:
 
 @dataclass(frozen=True)
 class Reply:
-    """What a worker answers.
+    """A worker's answer.
 
     Args:
-        outcome: None where it cannot see the task's directory and was not sent the files.
-        files: what the task has left, where the directory is not shared; of the journal only what is new.
+        outcome: None if the worker neither sees the task's directory nor was sent the files.
+        files: the files that the task has written, if the directory is not shared; of the journal only the new part.
     """
 
     outcome: Outcome | None
@@ -79,9 +79,9 @@ def run_here(request: Request, payload: Mapping[str, bytes] | None = None, files
 
     Args:
         request: the task.
-        payload: the hypermodel and the data, where storage is not shared. Apart, because Ray sends it to each machine
-            once.
-        files: the others.
+        payload: the hypermodel and the data, if storage is not shared; a separate argument, because Ray sends it to
+            each machine once.
+        files: the other files, if storage is not shared.
     """
     directory = TaskDirectory(Path(request.directory))
     if _is_here(directory, request.task):
@@ -98,13 +98,13 @@ def run_here(request: Request, payload: Mapping[str, bytes] | None = None, files
 
 
 def read_folder(folder: Path) -> dict[str, bytes]:
-    """The files of a folder, by their names relative to it."""
+    """Returns the contents of a folder's files, by their names relative to it."""
     paths = (path for path in folder.rglob("*") if path.is_file() and not path.name.startswith("."))
     return {str(path.relative_to(folder)): path.read_bytes() for path in paths}
 
 
 def write_folder(folder: Path, files: Mapping[str, bytes]) -> None:
-    """Writes what `read_folder` gave."""
+    """Writes the files that `read_folder` returned."""
     for name, content in files.items():
         write_atomically(folder / name, content)
 
@@ -129,7 +129,7 @@ def _run(request: Request, directory: TaskDirectory, storage: TaskStorage | None
     )
     try:
         return _watch(future, executor, directory, storage)
-    except BaseException:  # Ray's cancellation, Ctrl-C: nobody will ask for the outcome
+    except BaseException:  # Ray's cancellation, or Ctrl-C: the outcome is no longer needed
         executor.kill(directory)
         raise
 
@@ -144,13 +144,13 @@ def _watch(
         except FutureTimeoutError:
             if storage is not None:
                 storage.keep(directory)
-            # A process pool's workers outlive a search that is killed, for as long as they are busy.
+            # A process pool's busy workers outlive a search that is killed.
             if directory.is_to_stop_at_once() or (parent is not None and not parent.is_alive()):
                 executor.kill(directory)
 
 
 def _importable(path: tuple[str, ...]) -> list[str]:
-    """Where this process finds modules, then where the search found them, as far as that is here too."""
+    """Returns this process's `sys.path`, followed by those entries of the search's that exist here."""
     import sys
 
     return list(dict.fromkeys([*sys.path, *(entry for entry in path if os.path.exists(entry))]))
@@ -162,14 +162,14 @@ def _executor_of_process(backend: str, pid: int) -> LocalExecutor:
 
 
 def _local_executor(backend: str) -> LocalExecutor:
-    """One for all tasks that this process runs: importing the framework takes longer than many a trial."""
+    """Returns the executor of this process, which all its tasks share, because importing the framework is slow."""
     with _lock:
         return _executor_of_process(backend, os.getpid())
 
 
 def _unpack(request: Request, payload: Mapping[str, bytes], files: Files, folder: Path) -> TaskDirectory:
-    """Makes the task's directory out of what was sent, with its paths as they are here."""
-    # The name of the directory is the name of the trial.
+    """Creates the task's directory from the files that were sent, and adapts the paths in its task."""
+    # The directory keeps its name, which is that of the trial.
     directory = TaskDirectory(folder / "task" / Path(request.directory).name)
     write_folder(folder / "payload", payload)
     write_folder(folder / "initial", files.initial_weights)

@@ -1,4 +1,4 @@
-"""Trains a trial several times, each in a process of its own, and makes one report of it."""
+"""Trains a trial several times, each in a process of its own, and combines the reports."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from accumtune.worker.transport.outcome import Outcome
 
 
 def run_executions(run: Callable[[int, list[dict[str, Any]]], Outcome], executions: int) -> Outcome:
-    """Trains as often as asked, each time in a process of its own: TensorFlow keeps the variables of a model that is
-    gone (keras-tuner #395).
+    """Trains several times, each time in a process of its own: TensorFlow keeps the variables of a deleted model
+    (keras-tuner #395).
 
     Args:
-        run: trains once; given which execution it is and the reports of those before.
-        executions: at least 1. None follows one that did not complete or was pruned.
+        run: trains once, given the number of the execution and the reports of those before.
+        executions: at least 1. After one that did not complete or was pruned, the others are left out.
     """
     reports: list[dict[str, Any]] = []
     for execution in range(executions):
@@ -30,10 +30,10 @@ def run_executions(run: Callable[[int, list[dict[str, Any]]], Outcome], executio
 
 
 def combined(reports: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """The report of a trial from those of its executions.
+    """Combines the reports of a trial's executions.
 
-    Metrics are averaged, as Keras Tuner averages them (the best epoch's of each execution); time and updates add up;
-    the peak is the highest.
+    The metrics of each execution's best epoch are averaged, as in Keras Tuner; times and updates are summed; the peak
+    is the highest.
     """
     if len(reports) == 1:
         return dict(reports[0])

@@ -1,8 +1,8 @@
-"""Keeps what a trial needs to go on on another machine where all machines can reach it, through fsspec.
+"""Keeps the files with which another machine can resume a trial in a shared storage, through fsspec.
 
-Only for workers that do not see the search's own folder. The worker copies a trial's checkpoint and its best weights to
-`<url>/<search>/<trial>` as they are written, and takes them from there when it is the one that goes on with the trial;
-the search removes them when the trial has ended. All else travels with the task and back.
+It is used by workers that do not see the search's own folder. A worker copies a trial's checkpoint and its best weights
+to `<url>/<search>/<trial>` whenever they are written; a worker that resumes the trial fetches them. The search removes
+them when the trial has ended. All other files are sent with the task and back.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class TaskStorage:
         url: of the task's folder, such as `"s3://bucket/searches/digits/trial_7"`.
 
     Raises:
-        WorkerError: fsspec, or what it needs for this kind of URL, is not installed here.
+        WorkerError: fsspec, or its package for this kind of URL, is not installed here.
     """
 
     def __init__(self, url: str) -> None:
@@ -32,31 +32,31 @@ class TaskStorage:
         self._kept: dict[str, tuple[int, int]] = {}
 
     def fetch(self, directory: TaskDirectory) -> None:
-        """Puts what an earlier worker has kept into the task's directory."""
+        """Copies the files that an earlier worker has kept into the task's directory."""
         for file in _files_of(directory):
             try:
                 write_atomically(file, self._files.cat_file(self._path(file.name)))
                 self._kept[file.name] = _identity(file)
             except FileNotFoundError:
                 continue
-            except Exception as error:  # each kind of storage has its own: the training begins anew instead
+            except Exception as error:  # each kind of storage has its own; training starts from the beginning then
                 self._complain("read", error)
 
     def keep(self, directory: TaskDirectory) -> None:
-        """Copies what is new. The training does not depend on it: where it fails, the worker's log says so."""
+        """Copies files that have changed. A failure does not affect the training; it is printed to the worker's log."""
         for file in _files_of(directory):
             try:
                 identity = _identity(file)
                 if self._kept.get(file.name) != identity:
                     self._put(file)
                     self._kept[file.name] = identity
-            except FileNotFoundError:  # it has not come to a checkpoint, or has none any more
+            except FileNotFoundError:  # there is no checkpoint yet, or no longer
                 continue
             except Exception as error:
                 self._complain("written", error)
 
     def forget(self) -> None:
-        """Removes the files; the task has ended."""
+        """Removes the files, after the task has ended."""
         try:
             self._files.rm(self._folder, recursive=True)
         except FileNotFoundError:
@@ -65,7 +65,7 @@ class TaskStorage:
             self._complain("removed", error)
 
     def _put(self, file: Path) -> None:
-        # Under another name first: who goes on must not find half a file, and few storages rename in one step only.
+        # Under another name first, so that a worker that resumes never finds an incomplete file.
         new = self._path(f"new.{file.name}")
         self._files.makedirs(self._folder, exist_ok=True)
         self._files.pipe_file(new, file.read_bytes())
@@ -79,18 +79,18 @@ class TaskStorage:
 
 
 def task_url(storage: str, directory: TaskDirectory) -> str:
-    """Where a task's files are kept: the same place when the search is resumed, another one when it begins anew."""
+    """Returns the URL of a task's files, which stays the same in a resumed search and differs in a new one."""
     search = directory.path.parent
     identity = read_search_journal(search).search_id or ""
     return f"{storage.rstrip('/')}/{search.name}-{identity[:12]}/{directory.path.name}"
 
 
 def check_storage(url: str) -> None:
-    """Writes and removes a file, before anything depends on it.
+    """Checks that a storage can be written to, by writing and removing a file.
 
     Raises:
         SearchError: the storage cannot be written to.
-        WorkerError: fsspec, or what it needs for this kind of URL, is not installed here.
+        WorkerError: fsspec, or its package for this kind of URL, is not installed here.
     """
     files, folder = _open(url)
     probe = str(PurePosixPath(folder) / ".accumtune")
@@ -102,7 +102,7 @@ def check_storage(url: str) -> None:
         raise SearchError(
             f"Received storage={url!r}, which cannot be written to: {type(error).__name__}: {error}",
             "a URL that fsspec can write to from every machine.",
-            "look at its credentials and at the name of the bucket or the folder.",
+            "check the credentials and the name of the bucket or the folder.",
         ) from error
 
 
@@ -115,13 +115,13 @@ def _open(url: str) -> tuple[Any, str]:
         raise WorkerError(
             f"Received storage={url!r}, and fsspec says: {error}",
             "a URL such as s3://bucket/folder, gs://bucket/folder, or file:///shared/folder.",
-            "pip install 'accumtune[ray]' and what fsspec names (s3fs, gcsfs, adlfs), on every machine.",
+            "pip install 'accumtune[ray]' and the package that fsspec names (s3fs, gcsfs, adlfs), on every machine.",
         ) from error
     return files, folder
 
 
 def _files_of(directory: TaskDirectory) -> tuple[Path, ...]:
-    # The weights first: those of an epoch that is trained once more are written once more, not the other way round.
+    # The weights first: if the checkpoint is older, its next epoch is trained again and writes its weights again.
     return directory.weights_file, directory.checkpoint_file
 
 

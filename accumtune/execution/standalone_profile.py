@@ -1,4 +1,4 @@
-"""`accumtune.profile`: measures what a model costs, for someone who is not searching."""
+"""`accumtune.profile`: measures the cost of a model, without a search."""
 
 from __future__ import annotations
 
@@ -31,19 +31,19 @@ def profile(
     confirm_largest: bool = True,
     on_probe: Callable[[str], None] = lambda line: None,
 ) -> Profile:
-    """Finds out what a model costs: peak memory and throughput of every micro-batch size.
+    """Measures a model's peak memory and throughput at a few micro-batch sizes, and predicts them for all others.
 
-    A few real updates run at a few sizes, each size in a process of its own under the budget; the rest is predicted.
+    Each size runs a few real updates, in a process of its own under the budget.
 
     Args:
         build_model: a Keras Tuner build function or `keras_tuner.HyperModel`.
         x, y, sample_weight: training data: arrays (also dicts and tuples of arrays), a `keras.utils.PyDataset`, or
             a function without arguments that returns one of these or a `tf.data.Dataset`.
-        micro_batch_sizes: the sizes that matter; probes are chosen among them. Default: powers of two.
+        micro_batch_sizes: the sizes to choose probes from. Default: powers of two from 1 to 1024.
         memory_budget: `"2GiB"` or bytes; None measures without a limit.
-        hyperparameters: values by name, for those of `build_model`; others take their defaults.
-        confirm_largest: with a budget, run the largest micro-batch of all that should fit, listed or not.
-        on_probe: called with one line of text after each probe, to show progress.
+        hyperparameters: values by name, for `build_model`; others have their defaults.
+        confirm_largest: with a budget, also run the largest micro-batch that should fit, whether it is listed or not.
+        on_probe: called with a line of text after each probe, to show progress.
 
     Returns:
         A `Profile`: `predict_peak_memory(...)` in bytes, `predict_throughput(...)` in samples per second,
@@ -51,7 +51,7 @@ def profile(
 
     Raises:
         BudgetError: the budget cannot be read.
-        BatchSizeError: sizes below 1.
+        BatchSizeError: a size is below 1.
         BuildError: the model could not be built or did not train; the message has the traceback.
         UnsendableDataError: the data cannot be sent to another process.
 

@@ -1,4 +1,4 @@
-"""Trains as a trial does, in a process of its own, outside of any search: whole, or the first updates."""
+"""Trains like a trial, in a process of its own, but outside of a search: completely, or for a few updates."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from accumtune.worker.transport.outcome import Outcome
 from accumtune.worker.transport.payload import dump_payload
 from accumtune.worker.transport.task_directory import TaskDirectory
 
-# Peaks differ from update to update (operations run at the same time in another order), and an epoch begins while the
-# one before is still in memory: so many of both are needed to see the highest, unless they are slow.
+# Peaks differ from update to update (operations run in another order), and an epoch begins while the one before is
+# still in memory. So many updates and epochs are needed to see the highest peak, unless they are slow.
 _STEADY_UPDATES, _STEADY_EPOCHS, _LEAST_UPDATES, _PATIENCE_SECONDS = 200, 2, 5, 5.0
 
 
@@ -32,7 +32,7 @@ _TWICE = re.compile(r"got multiple values for (?:keyword )?argument '(\w+)'")
 
 @dataclass(frozen=True)
 class FixedHyperModel:
-    """Builds and fits as the hypermodel of a search does, with one pair of batch sizes.
+    """Builds and fits like the hypermodel of a search, with one pair of batch sizes.
 
     Args:
         builder: builds plain models.
@@ -57,9 +57,9 @@ class FixedHyperModel:
         while True:
             try:
                 return fit(hp, model, *args, **kwargs)
-            except TypeError as error:  # it brings epochs, or another argument of the configuration's, of its own
+            except TypeError as error:  # it sets epochs, or another of these arguments, itself
                 name = _TWICE.search(str(error))
-                # One that has trained already, in a phase before, would train that phase twice.
+                # Not after an earlier phase of training, which would be repeated.
                 if _updates(model) or name is None or kwargs.pop(name[1], None) is None:
                     raise
 
@@ -72,7 +72,7 @@ def _updates(model: Any) -> int:
 
 @dataclass(frozen=True)
 class FirstUpdates(FixedHyperModel):
-    """The same for two epochs and 200 updates or five seconds: a short trial, with validation where there is a loss."""
+    """Trains only for two epochs and 200 updates, or five seconds; validates if the model can be evaluated."""
 
     def fit(self, hp: Any, model: Any, *args: Any, **kwargs: Any) -> Any:
         feed_by_batches(model, self.effective_batch_size, self.micro_batch_size)
@@ -100,16 +100,16 @@ def train_isolated(
     """Runs the task of a trial.
 
     Args:
-        hypermodel: what builds and fits.
-        data: arguments of `fit`, the data among them.
+        hypermodel: builds and fits the model.
+        data: arguments of `fit`, the data included.
         hyperparameters: values by name, the batch sizes included.
-        objective: a `keras_tuner.Objective`; its best epoch counts.
+        objective: a `keras_tuner.Objective`; its best epoch is the result.
         seed, executions: as in a search.
         memory_budget_bytes: the limit of the process's allocator; None for none.
-        timeout_seconds: after which it is ended; None for none.
+        timeout_seconds: the time limit; None for none.
 
     Returns:
-        The outcome, `result` as `worker.train` returns it.
+        The outcome; its `result` is that of `worker.training.train`.
 
     Raises:
         UnsendableDataError: the data cannot be sent to another process.
@@ -148,7 +148,7 @@ def _stop_when_steady() -> Any:
 
         def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
             self.updates += 1
-            self.started = self.started or time.monotonic()  # after the first update: that one compiles
+            self.started = self.started or time.monotonic()  # after the first update, which compiles
             is_slow = time.monotonic() - self.started > _PATIENCE_SECONDS
             is_steady = self.updates >= _STEADY_UPDATES and self.epochs >= _STEADY_EPOCHS
             if is_steady or (is_slow and self.updates >= _LEAST_UPDATES):

@@ -1,17 +1,17 @@
-"""Time-outs of processes that train no trial: they build a model, probe it, or look at the device."""
+"""Time limits of processes that do not train a trial: they build a model, probe it, or query the device."""
 
 from __future__ import annotations
 
-# Weights that are downloaded, and a large model that XLA compiles, take minutes.
+# Downloading weights, and compiling a large model with XLA, take minutes.
 DEFAULT_SECONDS = 1800.0
-# Even a model of which a trial takes a second needs a while to be built, traced and compiled on a busy machine.
+# Building, tracing and compiling take a while on a busy machine, even if a trial takes a second.
 _LEAST_SECONDS = 60.0
 
 
 def preparation_seconds(trial_timeout_seconds: float | None) -> float:
-    """The time-out of a process that builds or probes: a trial does all of that too, and trains besides.
+    """Returns the time limit of a process that builds or probes: that of a trial, which does all of this too.
 
     Args:
-        trial_timeout_seconds: as given to a tuner; None leaves trainings without a time-out, but not these.
+        trial_timeout_seconds: as given to a tuner; None is no limit for trials, and `DEFAULT_SECONDS` for these.
     """
     return DEFAULT_SECONDS if trial_timeout_seconds is None else max(_LEAST_SECONDS, trial_timeout_seconds)

@@ -1,11 +1,11 @@
-"""Persists a dict as a snapshot plus an append-only log of changes: a save costs what is new.
+"""Persists a dict as a snapshot plus an append-only log of changes, so that a save writes only what is new.
 
     oracle.json              the whole state, as Keras Tuner writes it, and the number of the last change that is in it
-    oracle.changes.jsonl     every change since the search began, one line each; the first one is from nothing
+    oracle.changes.jsonl     every change since the search began, one line each; the first one starts from nothing
 
-Keras Tuner writes all that its oracle knows twice for each trial; the two thousandth trial would pay for those before
-it. Here the file is written at the beginning and the end of a search, and what comes in between is a line. From any
-older file, or from none, the lines make the state that was saved last, should the file be damaged.
+Keras Tuner writes the whole state of its oracle twice for each trial, so trials become slower as a search grows. Here
+the file is written at the beginning and the end of a search, and each save in between appends a line. If the file is
+damaged, the lines restore the last state from an older file, or from none.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import Any
 from accumtune.tracking.journal import Journal
 
 _NUMBER = "accumtune_change"
-# Lists that stand for sets: in Keras Tuner's, the order is that of the moment.
+# Lists that Keras Tuner makes from sets, in arbitrary order.
 _SETS = {"tried_so_far"}
 _SCALARS = {str, int, float, bool, type(None)}
 
@@ -29,8 +29,8 @@ class IncrementalState:
     """Saves one dict.
 
     Args:
-        path: of the file; that of the changes lies beside it.
-        write: writes a state whole.
+        path: of the file; the log of changes is beside it.
+        write: writes a whole state.
     """
 
     def __init__(self, path: Path, write: Callable[[Path, Mapping[str, Any]], None]) -> None:
@@ -41,7 +41,7 @@ class IncrementalState:
         self._last: dict[str, Any] | None = None
 
     def save_changes(self, state: Mapping[str, Any]) -> None:
-        """Adds a line with what is not as it was at the last save, if anything is not."""
+        """Appends a line with the changes since the last save, if there are any."""
         if self._last is None:
             earlier = with_changes(None, self._path)
             self._number = earlier.pop(_NUMBER)
@@ -52,7 +52,7 @@ class IncrementalState:
             self._journal.append("changed", number=self._number, changes=changes)
 
     def save_whole(self, state: Mapping[str, Any]) -> None:
-        """Writes the file too; then nothing that was saved before is needed."""
+        """Appends the changes and writes the whole state to the file."""
         self.save_changes(state)
         self._write(self._path, {**state, _NUMBER: self._number})
 
@@ -62,11 +62,11 @@ def changes_file(path: Path) -> Path:
 
 
 def with_changes(state: Mapping[str, Any] | None, path: Path) -> dict[str, Any]:
-    """Returns a state as it was saved last.
+    """Returns the last saved state.
 
     Args:
-        state: what is in the file or in an older copy of it; None for nothing. One that another program wrote has no
-            number, and is taken to be complete.
+        state: the content of the file or of an older copy; None for nothing. If another program wrote it, it has no
+            number and counts as complete.
         path: of the file.
 
     Returns:
@@ -102,15 +102,15 @@ def _apply(state: dict[str, Any], changes: Mapping[str, Any]) -> None:
 
 
 def _remembered_state(state: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns a copy of a state that later changes in it do not reach."""
+    """Returns a copy of a state that later changes do not affect."""
     return {name: _remembered(name, value) for name, value in state.items()}
 
 
 def _update(last: dict[str, Any], state: Mapping[str, Any]) -> dict[str, Any]:
-    """Updates what is remembered of an earlier state to a new one.
+    """Updates the remembered state to a new one.
 
     Returns:
-        What is new, by key: for `_apply`.
+        The changes by key, for `_apply`.
     """
     changes: dict[str, Any] = {name: ["remove"] for name in last.keys() - state.keys()}
     for name in changes:
@@ -128,9 +128,9 @@ def _update(last: dict[str, Any], state: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _grow(before: Any, value: Any) -> list[Any] | None:
-    """Adds to a copy what it lacks, and returns that; None where it has not just grown, or is not flat.
+    """Adds new entries to a copy and returns them as a change; None if a value has not just grown, or is not flat.
 
-    Nothing of the old entries is looked at in Python: there are thousands of them, and none has changed.
+    For speed, the thousands of old entries are compared without a Python loop.
     """
     if isinstance(before, list) and isinstance(value, list) and before == value[: len(before)]:
         tail = value[len(before) :]

@@ -1,13 +1,13 @@
-"""Asks and tells Keras Tuner's oracles, whichever oracle it is.
+"""Asks and tells Keras Tuner's oracles, of any class.
 
 An oracle keeps its own class and algorithm; accumtune uses its public methods and works around four faults:
 
 - it writes its state non-atomically, so a kill leaves a truncated file (see `accumtune.oracles.persistent_oracle`);
-- three failures in a row raise inside `end_trial`, which leaves the trial RUNNING and a lock held for ever: that
-  limit is lifted inside the oracle and kept by the tuner;
-- it makes a metric to learn its direction, which takes the device (see `accumtune.oracles.metric_direction`);
-- the pair that was measured rather than searched is written into a trial's values after the oracle has recorded
-  them, so that its search for duplicates compares what it proposed.
+- three failures in a row raise inside `end_trial`, which leaves the trial RUNNING and a lock held for ever: accumtune
+  lifts this limit inside the oracle and counts failures itself;
+- it creates a metric to learn its direction, which occupies the device (see `accumtune.oracles.metric_direction`);
+- it compares values to find duplicates: the pair that ran is therefore written into a trial's values only after the
+  oracle has recorded its proposal.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ from accumtune.oracles.metric_direction import metric_direction
 from accumtune.oracles.persistent_oracle import is_grid
 from accumtune.worker.transport.hyperparameters import hyperparameters_from
 
-# Draws of random values before a space is taken to hold nothing (new, feasible); Keras Tuner's own limit is 20.
+# After so many random draws, a space is assumed to have nothing new, or nothing feasible. Keras Tuner's limit is 20.
 MAX_DRAWS = 20
 
 
 def learn_space(oracle: Any, trial: Any, space: Sequence[Mapping[str, Any]], values: Mapping[str, Any]) -> None:
-    """Adds hyperparameters that appeared when a trial's model was built, as Keras Tuner does when it has trained.
+    """Adds hyperparameters that appeared when a trial's model was built, as Keras Tuner does after training.
 
     Args:
-        oracle: whose space grows, unless it was made with `tune_new_entries=False`.
-        trial: that gets them, with their defaults.
+        oracle: its space grows, unless it was made with `tune_new_entries=False`.
+        trial: gets them, with their defaults.
         space, values: as in the configuration of Keras Tuner's `HyperParameters`.
 
     Raises:
@@ -45,29 +45,29 @@ def learn_space(oracle: Any, trial: Any, space: Sequence[Mapping[str, Any]], val
     unknown = [hp.name for hp in own.space if not oracle.hyperparameters._exists(hp.name, hp.conditions)]
     if unknown and not oracle.allow_new_entries:
         raise SearchError(
-            f"Received allow_new_entries=False, and the build function asks for {', '.join(unknown)} too.",
-            "a build function that asks for nothing but what `hyperparameters` holds.",
+            f"Received allow_new_entries=False, but the build function also declares {', '.join(unknown)}.",
+            "a build function that declares only the hyperparameters in `hyperparameters`.",
             "add these to `hyperparameters`, or allow new entries.",
         )
     oracle.update_space(own)
 
 
 def redraw(oracle: Any, trial: Any) -> dict[str, Any] | None:
-    """Gives a trial that has not begun other values, at random; Hyperband's bookkeeping stays.
+    """Gives a trial that has not started other values, at random; Hyperband's entries stay.
 
     Returns:
-        The new values, or None where the oracle knows no more.
+        The new values, or None if nothing new is left.
     """
     return _give(oracle, trial, oracle._random_values())
 
 
 def replace_infeasible(oracle: Any, trial: Any) -> dict[str, Any] | None:
-    """Gives a trial that does not fit other values: such as the oracle finds best, where it can be asked for them.
+    """Gives a trial that does not fit other values: the oracle's next proposal if it supports that, or random ones.
 
     Returns:
-        The new values, or None where the oracle knows no more.
+        The new values, or None if nothing new is left.
     """
-    if not hasattr(oracle, "note_infeasible"):  # Keras Tuner's own: they could only propose the same again
+    if not hasattr(oracle, "note_infeasible"):  # Keras Tuner's own oracles would propose the same again
         return redraw(oracle, trial)
     oracle.note_infeasible(trial)
     return _give(oracle, trial, oracle.other_values(trial))
@@ -77,7 +77,7 @@ def _give(oracle: Any, trial: Any, values: dict[str, Any] | None) -> dict[str, A
     if values is None:
         return None
     kept = {name: value for name, value in trial.hyperparameters.values.items() if name.startswith("tuner/")}
-    if kept.pop("tuner/trial_id", None):  # promoted: the weights are those of the values that it had
+    if kept.pop("tuner/trial_id", None):  # a promoted trial: the weights belong to its earlier values
         kept["tuner/initial_epoch"] = 0
     trial.hyperparameters.values = {**values, **kept}
     oracle._record_values(trial)
@@ -86,17 +86,17 @@ def _give(oracle: Any, trial: Any, values: dict[str, Any] | None) -> dict[str, A
 
 
 def has_nothing_new(oracle: Any) -> bool:
-    """Returns whether even random draws give only values that were proposed before."""
+    """Returns whether random draws give only values that were proposed before."""
     return oracle._random_values() is None
 
 
 def can_redraw(oracle: Any) -> bool:
-    """Returns whether random values may take the place of a proposal: not in a grid, which walks through all."""
+    """Returns whether random values may replace a proposal: not in a grid, which proposes all values in order."""
     return not is_grid(oracle)
 
 
 def learn_micro_batch(oracle: Any, trial: Any, batch: Mapping[str, Any]) -> None:
-    """Lets the oracle learn from the micro-batch that ran, where it searches that (and is not a grid)."""
+    """Lets the oracle learn from the micro-batch that ran, if it searches the micro-batch and is not a grid."""
     if not can_redraw(oracle):
         return
     searched = {hp.name: getattr(hp, "values", ()) for hp in oracle.hyperparameters.space}
@@ -106,19 +106,19 @@ def learn_micro_batch(oracle: Any, trial: Any, batch: Mapping[str, Any]) -> None
 
 
 def end_completed(oracle: Any, trial: Any, metrics: dict[str, float], best_epoch: int) -> bool:
-    """Tells the oracle a trial's metrics; False where the objective is NaN, which ends the trial as failed."""
+    """Tells the oracle a trial's metrics; returns False if the objective is NaN, which ends the trial as failed."""
     _register(oracle, trial.trial_id, metrics)
-    # NumPy warns of a metric that has only been NaN, as a noise scale can be; the journal keeps it.
+    # Without other metrics that are NaN, as a noise scale can be: NumPy would warn. The journal has them.
     objectives = _objective_names(oracle)
-    told = {name: value for name, value in metrics.items() if name in objectives or not math.isnan(value)}
-    oracle.update_trial(trial.trial_id, told, step=best_epoch)
+    reported = {name: value for name, value in metrics.items() if name in objectives or not math.isnan(value)}
+    oracle.update_trial(trial.trial_id, reported, step=best_epoch)
     trial.status = TrialStatus.COMPLETED
     _end(oracle, trial)
     return bool(oracle.trials[trial.trial_id].status == TrialStatus.COMPLETED)
 
 
 def _register(oracle: Any, trial_id: str, metrics: Mapping[str, float]) -> None:
-    """Tells Keras Tuner which way the other metrics go; it would make each of them on the device to find out."""
+    """Registers the directions of the other metrics; Keras Tuner would create each metric on the device to find it."""
     known = oracle.trials[trial_id].metrics
     objectives = _objective_names(oracle)
     for name in metrics:
@@ -149,7 +149,7 @@ def end_without_counting(oracle: Any, trial: Any, message: str) -> None:
 
 
 def grant_another_trial(oracle: Any) -> None:
-    """Makes room for another trial: `max_trials` counts those that train."""
+    """Raises the oracle's limit by one, because `max_trials` counts only trials that train."""
     if oracle.max_trials:
         oracle.max_trials += 1
         oracle.granted_trials = getattr(oracle, "granted_trials", 0) + 1
@@ -162,22 +162,22 @@ def asked_trials(oracle: Any) -> int | None:
 
 
 def take_back_grants(oracle: Any) -> None:
-    """Resets `max_trials`: another session counts anew which trials did not train."""
+    """Resets `max_trials` to the user's value: each session counts the trials that did not train again."""
     oracle.max_trials, oracle.granted_trials = asked_trials(oracle), 0
 
 
-# Settings of the oracles that decide what is proposed, and nothing of what a trial comes to. Keras Tuner saves them
-# with its state, and would give back those of the session before.
+# Settings of oracles that decide what is proposed, but not the results of trials. Keras Tuner saves them with its state
+# and would restore those of the session before.
 _OF_THE_SAMPLER = ("num_initial_points", "alpha", "beta", "hyperband_iterations")
 
 
 def sampler_settings(oracle: Any) -> dict[str, Any]:
-    """Returns what a session may change of its oracle."""
+    """Returns the oracle's settings that a session may change."""
     return {name: getattr(oracle, name) for name in _OF_THE_SAMPLER if hasattr(oracle, name)}
 
 
 def allow_again(oracle: Any, trial_ids: Collection[str]) -> None:
-    """Lets an oracle propose once more what did not fit: there is more memory now."""
+    """Lets an oracle propose infeasible values again, after the budget has grown."""
     kept = {value for trial_id, value in oracle._id_to_hash.items() if trial_id not in trial_ids}
     oracle._tried_so_far = kept
     if hasattr(oracle, "forget_infeasible"):
@@ -185,7 +185,7 @@ def allow_again(oracle: Any, trial_ids: Collection[str]) -> None:
 
 
 def replace_space(oracle: Any, space: Sequence[Mapping[str, Any]]) -> None:
-    """Gives an oracle the hyperparameters as they are now."""
+    """Replaces an oracle's hyperparameters by those that are declared now."""
     config = {**oracle.hyperparameters.get_config(), "space": list(space)}
     oracle.hyperparameters = hyperparameters_from(config)
     for hp in oracle.hyperparameters.space:
@@ -194,13 +194,13 @@ def replace_space(oracle: Any, space: Sequence[Mapping[str, Any]]) -> None:
 
 
 def write_pair_that_ran(oracle: Any, trial_id: str, batch: dict[str, int]) -> None:
-    """Writes the pair that was run into an ended trial's values, where everybody looks for it."""
+    """Writes the pair that ran into an ended trial's values."""
     trial = oracle.trials[trial_id]
     proposal = dict(trial.hyperparameters.values)
     trial.hyperparameters.values.update(batch)
     if not can_redraw(oracle) and any(proposal.get(name, value) != value for name, value in batch.items()):
         oracle.replaced_proposals[trial_id] = proposal
-        oracle.save()  # first: after a kill in between, a grid would walk on from what it did not propose
+        oracle.save()  # first: after a kill in between, a grid would continue from values that it did not propose
     oracle._save_trial(trial)
 
 
@@ -222,5 +222,5 @@ def _end(oracle: Any, trial: Any) -> None:
         oracle.end_trial(trial)
     finally:
         oracle.max_consecutive_failed_trials = limit
-    if proposed is not None:  # forgotten where another pair ran, it would be proposed for ever
+    if proposed is not None:  # Keras Tuner forgets it if another pair ran, and would propose it for ever
         oracle._tried_so_far.add(proposed)

@@ -1,7 +1,7 @@
-"""Decides whether more or less of a metric is better, without making the metric.
+"""Decides whether a metric should be maximized or minimized, without creating the metric.
 
-Keras Tuner makes one to find out, and its variables take the device: in the process of the search, which is to leave a
-GPU to its trials. Here the class or function alone is shown to Keras Tuner's own rule.
+Keras Tuner creates the metric to find out, whose variables open the device in the search's process; but a GPU belongs
+to the trials. Here Keras Tuner's own rule is applied to the class or function alone.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def _direction_of(metric: Any) -> str | None:
 
 
 def with_direction(objective: Any) -> Any:
-    """Returns an objective, or a list of them, as Keras Tuner takes it: names of Keras's metrics with a direction."""
+    """Adds the direction to an objective, or a list of them, that is given as the name of a metric of Keras."""
     if isinstance(objective, list):
         return [with_direction(each) for each in objective]
     if not isinstance(objective, str):

@@ -1,11 +1,11 @@
-"""Optuna behind Keras Tuner's oracle: its samplers propose, Keras Tuner keeps the books.
+"""Makes Optuna's samplers a Keras Tuner oracle: they propose values, Keras Tuner keeps the trials.
 
-What Optuna knows is made from Keras Tuner's trials, so a search that was killed goes on with the same knowledge:
+The Optuna study is made from Keras Tuner's trials, so a resumed search has the same knowledge. A trial is reported as:
 
     completed, reused    its objective
-    pruned               the objective that it would have come to, as forecast from its epochs
-    failed               the worst objective so far: nobody wants to go there again
-    infeasible           the median objective, as it says nothing of quality, and a constraint that does not hold
+    pruned               the final objective that was forecast from its epochs
+    failed               the worst objective so far, so that such values are avoided
+    infeasible           the median objective, since its quality is unknown, and a violated constraint
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from accumtune.oracles import optuna_space
 from accumtune.oracles.keras_tuner_adapter import MAX_DRAWS
 from accumtune.oracles.optuna_study import Study
 
-# Completed trials, spread evenly over the space, before a model is fitted. A Gaussian process makes something of very
-# few (as many as there are dimensions: `experiments/DECISIONS.md` has others), TPE does not.
+# The number of completed trials, spread evenly over the space, before a model is fitted. A Gaussian process can use
+# very few (as many as there are dimensions; `experiments/DECISIONS.md` compares other numbers), TPE cannot.
 _FEWEST_STARTUP_TRIALS = 3
 _STARTUP_TRIALS_OF_TPE = 10
-# A Gaussian process costs the cube of the number of trials; beyond this many, TPE takes milliseconds.
+# The cost of a Gaussian process grows with the cube of the number of trials; beyond this many, TPE is used.
 _MOST_GAUSSIAN_TRIALS = 200
-# Proposals of what was tried already, one after another, before random values are taken.
+# After so many proposals in a row that were tried already, random values are used.
 _MAX_DUPLICATES = 4
 
 
@@ -39,10 +39,10 @@ class OptunaOracle(keras_tuner.Oracle):
 
     Args:
         sampler: an `optuna.samplers.BaseSampler`; None for a few trials spread evenly over the space and then
-            `GPSampler` where torch is installed, multivariate `TPESampler` otherwise. The default has no state but
-            the seed and the trials, so it goes on after a kill as it would have without; a sampler that is handed in
-            has a random state of its own.
-        **kwargs: those of `keras_tuner.Oracle`: `objective`, `max_trials`, `seed`, …
+            `GPSampler` if torch is installed, multivariate `TPESampler` otherwise. The default depends on nothing but
+            the seed and the trials, so a resumed search proposes the same as one without interruption; your own
+            sampler has a random state of its own.
+        **kwargs: arguments of `keras_tuner.Oracle`: `objective`, `max_trials`, `seed`, …
 
     Raises:
         SearchError: Optuna is not installed.
@@ -52,10 +52,10 @@ class OptunaOracle(keras_tuner.Oracle):
         require_optuna()
         super().__init__(**kwargs)
         self.sampler = sampler
-        # Values that did not fit, also of proposals that were replaced before they became a trial of their own.
+        # Values that did not fit, including those of proposals that were replaced.
         self._infeasible: list[dict[str, Any]] = []
         self._infeasible_trials: list[str] = []
-        # What a pruned trial, by its id, would have come to; None of all others.
+        # The forecast objective of a pruned trial, by its id; None for all others.
         self.forecast: Callable[[str], float | None] = lambda trial_id: None
         self._study: Study | None = None
         self._study_key: tuple[int, bool] | None = None
@@ -66,7 +66,7 @@ class OptunaOracle(keras_tuner.Oracle):
     # Keras Tuner's interface
 
     def populate_space(self, trial_id: str) -> dict[str, Any]:
-        """Returns the sampler's next proposal, in Keras Tuner's words."""
+        """Returns the sampler's next proposal, as Keras Tuner expects it."""
         values = self._propose(trial_id)
         if values is None:
             return {"status": TrialStatus.STOPPED}
@@ -85,7 +85,7 @@ class OptunaOracle(keras_tuner.Oracle):
         self._infeasible_trials = state.get("infeasible_trials", [])
         self._study = None
 
-    # What accumtune tells and asks beyond that
+    # accumtune's additions
 
     def note_infeasible(self, trial: Any) -> None:
         """Notes that a trial's values need more memory than there is."""
@@ -96,14 +96,14 @@ class OptunaOracle(keras_tuner.Oracle):
         self._infeasible_trials.append(trial.trial_id)
 
     def forget_infeasible(self) -> None:
-        """Forgets what did not fit: there is more memory now."""
+        """Forgets infeasible values, after the budget has grown."""
         self._infeasible, self._study = [], None
 
     def other_values(self, trial: Any) -> dict[str, Any] | None:
-        """Returns another proposal for a trial whose values did not fit; None where nothing new is left."""
+        """Returns another proposal for a trial whose values did not fit; None if nothing new is left."""
         values = self._propose(trial.trial_id)
         if values is not None:
-            self._infeasible_trials.remove(trial.trial_id)  # it runs after all, with these
+            self._infeasible_trials.remove(trial.trial_id)  # the trial now has values that may fit
         return values
 
     # Proposing
@@ -120,7 +120,7 @@ class OptunaOracle(keras_tuner.Oracle):
             elif not self._duplicate(values):
                 return values
             else:
-                # The known outcome once more: it is certain there, so the sampler looks elsewhere.
+                # Report the known outcome again, so that the sampler becomes certain there and looks elsewhere.
                 score = self._score_of(values)
                 if score is not None:
                     study.tell(trial_id, values, score)
@@ -135,7 +135,7 @@ class OptunaOracle(keras_tuner.Oracle):
         return max(searched, _FEWEST_STARTUP_TRIALS)
 
     def _spread_values(self) -> dict[str, Any] | None:
-        """Returns the next of a sequence that fills the space evenly; None where that has nothing new."""
+        """Returns the next point of a sequence that fills the space evenly, else random values; None without any."""
         first = len(self.start_order) + len(self._infeasible)
         for values in optuna_space.spread(self.hyperparameters.space, self.seed, first, MAX_DRAWS):
             if values not in self._infeasible and not self._duplicate(values):
@@ -147,15 +147,15 @@ class OptunaOracle(keras_tuner.Oracle):
         return importlib.util.find_spec("torch") is not None and len(self.end_order) <= _MOST_GAUSSIAN_TRIALS
 
     def _default_sampler(self) -> Any:
-        """Makes a new sampler each time: its proposals depend on the trials and the seed, not on this process."""
+        """Makes a new sampler each time, so that proposals depend only on the trials and the seed."""
         from optuna.samplers import GPSampler, RandomSampler, TPESampler
 
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # what is experimental in Optuna is not the user's to decide
+            warnings.simplefilter("ignore")  # that the arguments are experimental in Optuna
             tpe = TPESampler(n_startup_trials=0, multivariate=True, group=True, seed=self._seed_state)
         if not self._is_gaussian():
             return tpe
-        # The Gaussian process sees what every trial has; what only some have is TPE's.
+        # The Gaussian process handles hyperparameters that all trials have; conditional ones are left to TPE.
         is_conditional = optuna_space.has_conditions(self.hyperparameters.space)
         return GPSampler(
             seed=self._seed_state,
@@ -173,10 +173,10 @@ class OptunaOracle(keras_tuner.Oracle):
         forecast = self.forecast(trial.trial_id)
         return float(trial.score if forecast is None else forecast)
 
-    # What Optuna knows
+    # Optuna's study
 
     def _informed_study(self) -> Study:
-        """Returns the study, told of everything that has ended since the last call."""
+        """Returns the study, after telling it all trials that have ended since the last call."""
         key = (len(self.hyperparameters.space), bool(self._infeasible))
         if self._study is None or self._study_key != key:
             self._study = Study(self.hyperparameters.space, self.objective.direction, is_constrained=key[1])
@@ -192,10 +192,10 @@ class OptunaOracle(keras_tuner.Oracle):
                 self._failed.append(trial)
         self._told = len(self.end_order)
         if self._scores:
-            self._tell_of_those_without_a_score(self._study)
+            self._tell_trials_without_score(self._study)
         return self._study
 
-    def _tell_of_those_without_a_score(self, study: Study) -> None:
+    def _tell_trials_without_score(self, study: Study) -> None:
         worst = (max if self.objective.direction == "min" else min)(self._scores)
         for trial in self._failed:
             study.tell(trial.trial_id, trial.hyperparameters.values, worst)
@@ -206,10 +206,10 @@ class OptunaOracle(keras_tuner.Oracle):
 
 
 def require_optuna() -> None:
-    """Raises an error that says how to install Optuna, where it is missing.
+    """Raises an error that says how to install Optuna, if it is missing.
 
     Raises:
-        SearchError: it is missing, or too old to be told of constraints.
+        SearchError: Optuna is missing, or too old to support constraints.
     """
     try:
         import optuna

@@ -1,9 +1,8 @@
 """Translates Keras Tuner's hyperparameters into Optuna's, and back. Pure functions.
 
-What has an order is given to Optuna as numbers, so that its samplers see it: the effective batch (and every other
-ordered choice) as its rank, or where its values are not evenly spaced by their logarithm, as that; a step of an
-`Int` or `Float` as its index; what Optuna has no distribution for as the cumulative probability that Keras Tuner gives
-it.
+Ordered hyperparameters become numbers, so that Optuna's samplers see the order. An ordered choice becomes its rank; for
+batch sizes that are not evenly spaced in their logarithm, it becomes the logarithm. A stepped `Int` or `Float` becomes
+the index of its step. A range for which Optuna has no distribution becomes Keras Tuner's cumulative probability.
 """
 
 from __future__ import annotations
@@ -24,10 +23,10 @@ class Dimension:
     """One hyperparameter for Optuna.
 
     Args:
-        name: Optuna's; unlike Keras Tuner's, one name has one distribution.
+        name: Optuna's; unlike in Keras Tuner, a name has a single distribution.
         distribution: an `optuna.distributions.BaseDistribution`.
-        decode: from Optuna's value to Keras Tuner's.
-        encode: and back.
+        decode: turns Optuna's value into Keras Tuner's.
+        encode: turns Keras Tuner's value into Optuna's.
     """
 
     name: str
@@ -37,7 +36,7 @@ class Dimension:
 
 
 def active(space: Sequence[Any], choose: Callable[[Any], Any]) -> dict[str, Any]:
-    """Returns values for every hyperparameter whose conditions hold, as `choose(hyperparameter)` says."""
+    """Returns the values `choose(hyperparameter)` of all hyperparameters whose conditions hold."""
     hyperparameters = keras_tuner.HyperParameters()
     for hp in space:
         hyperparameters.merge([hp])
@@ -60,7 +59,7 @@ def suggest(space: Sequence[Any], trial: Any) -> dict[str, Any]:
 def spread(space: Sequence[Any], seed: int, first: int, count: int) -> Iterator[dict[str, Any]]:
     """Yields points of a sequence that fills the space evenly (Sobol's, scrambled), from number `first` on.
 
-    Values drawn at random leave gaps and come in clusters, which a model of very few points suffers from.
+    Random values leave gaps and come in clusters, which is bad for a model of very few points.
     """
     from scipy.stats.qmc import Sobol
 
@@ -79,7 +78,7 @@ def _at(space: Sequence[Any], point: Sequence[float]) -> dict[str, Any]:
 def encoded(space: Sequence[Any], values: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """Returns Optuna's parameters and distributions for Keras Tuner's values.
 
-    A hyperparameter that was not known yet when the values were proposed had its default.
+    Hyperparameters that were not known when the values were proposed get their defaults.
     """
     names = _names(space)
     params, distributions = {}, {}
@@ -96,12 +95,12 @@ def encoded(space: Sequence[Any], values: Mapping[str, Any]) -> tuple[dict[str, 
 
 
 def has_conditions(space: Sequence[Any]) -> bool:
-    """Returns whether some hyperparameters are there for some values of others only."""
+    """Returns whether some hyperparameters exist only for certain values of others."""
     return any(hp.conditions for hp in space)
 
 
 def dimension(hp: Any, name: str | None = None) -> Dimension | None:
-    """Translates a hyperparameter into a dimension; None where it is fixed."""
+    """Translates a hyperparameter into a dimension; None if it is fixed."""
     name = name or hp.name
     if isinstance(hp, kinds.Fixed):
         return None
@@ -127,7 +126,7 @@ def _ordered(name: str, hp: Any) -> Dimension:
 
 
 def _indexed(name: str, values: Sequence[Any], kind: Callable[[Any], Any] = lambda value: value) -> Dimension:
-    """Encodes a value as its rank; one that is not listed (it was, in an earlier search) counts as the nearest."""
+    """Encodes a value as its rank; one that is no longer listed counts as the nearest."""
     from optuna.distributions import IntDistribution
 
     listed = [kind(value) for value in values]
@@ -162,7 +161,7 @@ def _continuous(name: str, hp: Any) -> Dimension:
 def _by_probability(name: str, hp: Any) -> Dimension:
     from optuna.distributions import FloatDistribution
 
-    # Just below 1: Keras Tuner's probabilities are those of a half-open interval.
+    # Just below 1, because Keras Tuner's probabilities are in [0, 1).
     return Dimension(
         name,
         FloatDistribution(0.0, 1.0),
@@ -182,7 +181,7 @@ def _suggest(trial: Any, dimension: Dimension) -> Any:
 
 
 def _names(space: Sequence[Any]) -> dict[int, str]:
-    """Gives each hyperparameter a name of its own: in Keras Tuner one name may have several ranges."""
+    """Gives each hyperparameter a unique name, because in Keras Tuner a name may have several ranges."""
     return {id(hp): name for hp, name in zip(space, _unique(hp.name for hp in space), strict=True)}
 
 

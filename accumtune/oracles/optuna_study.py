@@ -1,4 +1,4 @@
-"""Wraps an Optuna study in Keras Tuner's words: ask for values, tell what they came to."""
+"""Wraps an Optuna study for Keras Tuner's hyperparameters: ask for values, tell their results."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ _CONSTRAINT = "memory"
 
 
 class Study:
-    """What Optuna knows of a search.
+    """An Optuna study of a search.
 
     Args:
         space: Keras Tuner's hyperparameters.
         direction: of the objective, `"min"` or `"max"`.
-        is_constrained: whether some values did not fit: then Optuna is told of each trial whether it did.
+        is_constrained: whether some values did not fit; each trial is then told with a constraint.
     """
 
     def __init__(self, space: Sequence[Any], direction: str, is_constrained: bool) -> None:
@@ -28,7 +28,7 @@ class Study:
         self._running: dict[str, Any] = {}
 
     def ask(self, trial_id: str, sampler: Any) -> dict[str, Any]:
-        """Returns values that a sampler proposes for a trial, which is taken to run from now on."""
+        """Returns a sampler's proposal for a trial, which counts as running from now on."""
         self.drop(trial_id)
         self._study.sampler = sampler
         with warnings.catch_warnings():
@@ -37,12 +37,12 @@ class Study:
             return optuna_space.suggest(self._space, self._running[trial_id])
 
     def tell(self, trial_id: str, values: Mapping[str, Any], value: float, is_feasible: bool = True) -> None:
-        """Tells Optuna what values came to, be they those that were asked for or others."""
+        """Tells Optuna the result of values, whether it has proposed them or not."""
         params, distributions = optuna_space.encoded(self._space, values)
         constraints = {_CONSTRAINT: -1.0 if is_feasible else 1.0} if self._is_constrained else {}
         asked = self._running.get(trial_id)
         if asked is not None and asked.params == params:
-            # The very trial that was asked for: some samplers keep a state with it.
+            # The trial that was asked for, with which some samplers keep a state.
             for name, amount in constraints.items():
                 asked.set_constraint(name, amount)
             self._study.tell(self._running.pop(trial_id), value)
@@ -55,7 +55,7 @@ class Study:
             )
 
     def drop(self, trial_id: str) -> None:
-        """Ends what was asked for under this name without a result; Optuna learns nothing from it."""
+        """Ends the trial that was asked for under this name without a result; Optuna ignores it."""
         from optuna.trial import TrialState
 
         asked = self._running.pop(trial_id, None)
@@ -64,7 +64,7 @@ class Study:
 
 
 def new_study(direction: str, **arguments: Any) -> Any:
-    """Makes an `optuna.Study` in memory, without a word in the terminal."""
+    """Makes an `optuna.Study` in memory, without printing anything."""
     import optuna
 
     verbosity = optuna.logging.get_verbosity()

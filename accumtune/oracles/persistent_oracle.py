@@ -1,7 +1,7 @@
-"""Makes Keras Tuner's oracles write their state whole, and read it in order after a kill.
+"""Makes Keras Tuner's oracles write their state atomically, and read it consistently after a kill.
 
-Keras Tuner saves a trial and its oracle one after the other, and an ended trial before it is off the list of those
-that run. A search that is killed in between would lose a trial, or count one twice.
+Keras Tuner saves a trial and its oracle one after the other, and an ended trial while it is still on the list of
+running ones. A search that is killed in between would lose a trial, or count one twice.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ from accumtune.tracking.journal import read_trial
 
 
 class PersistentOracle:
-    """Mixed into an oracle's class: writes the files that Keras Tuner writes, but whole and consistent."""
+    """A mixin for an oracle's class: writes Keras Tuner's files atomically and consistently."""
 
     _file: IncrementalState | None = None
-    # How much larger `max_trials` is than the user's, for trials that did not train.
+    # How much `max_trials` was raised above the user's, for trials that did not train.
     granted_trials = 0
     _is_in_step = _is_updating = False
-    # Another process searches: what it has written is read, and nothing is.
+    # Whether another process searches in the folder: its files are then only read.
     _is_looking = False
 
     def save(self: Any) -> None:
-        if self._file is None:  # its folder is told to it after it was made
+        if self._file is None:  # Keras Tuner sets the folder after it has created the oracle
             self._file = IncrementalState(Path(self._get_oracle_fname()), write_state)
         if self._is_in_step:
             self._file.save_changes(self.get_state())
@@ -51,11 +51,11 @@ class PersistentOracle:
             super().end_trial(*args, **kwargs)  # type: ignore[misc]
 
     def _check_consecutive_failures(self: Any) -> None:
-        if self.max_consecutive_failed_trials != math.inf:  # accumtune counts them: no walk through all trials
+        if self.max_consecutive_failed_trials != math.inf:  # else accumtune counts them itself
             super()._check_consecutive_failures()  # type: ignore[misc]
 
     def _save_trial(self: Any, trial: Any) -> None:
-        if not self._is_updating:  # it ends with the next call, and is saved then; the journal has its metrics
+        if not self._is_updating:  # the next call ends the trial and saves it
             write_state(Path(self._get_trial_dir(trial.trial_id)) / "trial.json", trial.get_state())
 
     def reload(self: Any) -> None:
@@ -65,14 +65,14 @@ class PersistentOracle:
         if self._is_looking:
             self._read_only(complete)
         else:
-            if complete != state and "hyperparameters" in complete:  # without, there is neither file nor changes
+            if complete != state and "hyperparameters" in complete:  # otherwise there is neither file nor changes
                 write_state(path, complete)
             super().reload()  # type: ignore[misc]
-        # The oracle is saved while a trial that has just ended is still among those that run.
+        # Keras Tuner saves the oracle while a trial that has just ended is still among the running ones.
         ended = set(self.end_order)
         self._retry_queue = [trial_id for trial_id in dict.fromkeys(self._retry_queue) if trial_id not in ended]
         self.end_order = list(dict.fromkeys(self.end_order))
-        # A new trial is saved before the oracle that knows it.
+        # Keras Tuner saves a new trial before the oracle.
         for trial_id in sorted(set(self.trials) - set(self.start_order)):
             folder = Path(self._get_trial_dir(trial_id))
             if self._is_looking:
@@ -86,7 +86,7 @@ class PersistentOracle:
                 self._record_values(self.trials[trial_id])
 
     def _read_only(self: Any, complete: dict[str, Any]) -> None:
-        """Reloads as Keras Tuner does, from a state that is not in its file yet."""
+        """Reloads like Keras Tuner, but from a state that is not in its file yet."""
         for file in Path(self._project_dir).glob("trial_*/trial.json"):
             trial = Trial.load(str(file))
             self.trials[trial.trial_id] = trial
@@ -97,9 +97,9 @@ class PersistentOracle:
 
 
 class PersistentGridOracle(PersistentOracle):
-    """Shows a grid what it proposed, not what ran: it walks from each trial's values to the next.
+    """A mixin for a grid: makes it continue from the values that it proposed, instead of those that ran.
 
-    Keras Tuner does not save where a grid stands: resumed, it would end early or fail with a KeyError.
+    It also saves the grid's position. Keras Tuner does not: a resumed grid would end early or fail with a KeyError.
     """
 
     def populate_space(self: Any, trial_id: str) -> Any:
@@ -125,12 +125,12 @@ class PersistentGridOracle(PersistentOracle):
         for trial_id in state.get("ordered_ids", self.start_order):
             if trial_id in self.start_order:
                 self._ordered_ids.insert(trial_id)
-        # From each trial to the next; what was tried already is passed over.
+        # The grid continues from each trial to the next, and skips values that were tried already.
         self._populate_next = list(self.start_order)
 
 
 def _in_order(linked: Any) -> list[str]:
-    """Returns the content of Keras Tuner's linked list, whose index None is its beginning."""
+    """Returns the content of Keras Tuner's linked list, which begins at index None."""
     ids, index = [], linked._next_index[None]
     while index is not None:
         ids.append(linked._memory[index])
@@ -139,14 +139,14 @@ def _in_order(linked: Any) -> list[str]:
 
 
 def make_persistent(oracle: Any, *, is_looking: bool = False) -> Any:
-    """Makes an oracle write its files whole.
+    """Makes an oracle write its files atomically.
 
-    Keras Tuner's oracles call their own `save`, so this takes a subclass. The oracle may be the user's, who has made
-    it and keeps it: its class is exchanged.
+    Keras Tuner's oracles call their own `save`, so a subclass is needed. Since the user may have created the oracle and
+    still hold it, its class is replaced in place.
 
     Args:
         oracle: Keras Tuner's.
-        is_looking: another process searches in the folder: nothing is written when the state is read.
+        is_looking: whether another process searches in the folder; the state is then read without writing.
     """
     kind = type(oracle)
     if not issubclass(kind, PersistentOracle):
@@ -159,18 +159,18 @@ def make_persistent(oracle: Any, *, is_looking: bool = False) -> Any:
 
 
 def is_looking(oracle: Any) -> bool:
-    """Returns whether the oracle's state was read while another process searched."""
+    """Returns whether the oracle's state was read while another process was searching."""
     return bool(oracle._is_looking)
 
 
 def read_anew(oracle: Any) -> None:
-    """Makes an oracle forget what it knows, before `reload`."""
+    """Clears an oracle's trials, before `reload`."""
     oracle._is_looking, oracle._file = False, None
     oracle.trials = {}
 
 
 def is_grid(oracle: Any) -> bool:
-    """Returns whether an oracle walks through all values in their order."""
+    """Returns whether an oracle proposes all values in order."""
     return isinstance(oracle, keras_tuner.oracles.GridSearchOracle)
 
 

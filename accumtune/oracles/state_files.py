@@ -1,9 +1,9 @@
-"""Writes and repairs Keras Tuner's files of a search: whole, also when the search is killed.
+"""Writes Keras Tuner's files of a search atomically, and repairs damaged ones.
 
     oracle.json, tuner0.json, trial_<id>/trial.json     under Keras Tuner's own names
-    oracle.changes.jsonl                                what the oracle came to know since (`incremental_state`)
+    oracle.changes.jsonl                                changes of the oracle since (`incremental_state`)
     .<name>.previous                                    the same file, one save earlier
-    <name>.broken                                       what could not be read, kept for whoever wants to look
+    <name>.broken                                       a file that could not be read, kept for inspection
 """
 
 from __future__ import annotations
@@ -26,22 +26,22 @@ from accumtune.worker.transport.task_directory import TaskDirectory
 
 
 def repair_state_files(folder: Path) -> list[str]:
-    """Repairs the files of a search that are not JSON, from its journals and from one save earlier.
+    """Repairs the files of a search that are not valid JSON, from its journals and from one save earlier.
 
     Args:
         folder: the search's.
 
     Returns:
-        What was repaired, a line each.
+        A line for each repaired file.
 
     Raises:
-        SearchDirectoryError: names the file that cannot be repaired. Journals and trained weights are not touched.
+        SearchDirectoryError: names a file that cannot be repaired. Journals and trained weights are not touched.
     """
     repaired = []
     oracle = folder / "oracle.json"
     trials = sorted(folder.glob("trial_*/trial.json"))
     has_begun = bool(trials) or (folder / "tuner0.json").exists()
-    # The oracle first: a trial's space may have to come from it.
+    # The oracle first, because a trial's space may be restored from it.
     if _is_broken(oracle) or (has_begun and not oracle.exists()):
         complete = with_changes(read_state(_previous(oracle)), oracle)
         is_whole = "hyperparameters" in complete
@@ -61,9 +61,9 @@ def _repair(folder: Path, file: Path, state: Mapping[str, Any] | None, source: s
     if state is None:
         raise SearchDirectoryError(
             f"Received the search directory {folder}, in which {name} cannot be read, nor repaired from {source}.",
-            "the files of an earlier search, complete.",
-            "give another project_name to begin anew beside it (what its trials reported stays in their "
-            "journal.jsonl), or overwrite=True to delete it.",
+            "the complete files of an earlier search.",
+            "give another project_name for a new search beside it (its trials' results stay in their journal.jsonl), "
+            "or overwrite=True to delete it.",
         )
     if file.exists():
         os.replace(file, file.with_name(f"{file.name}.broken"))
@@ -85,7 +85,7 @@ def _tuner_state(folder: Path, file: Path) -> dict[str, Any] | None:
 
 
 def _trial_state(file: Path, space: Mapping[str, Any] | None) -> dict[str, Any] | None:
-    """Makes a trial from what its journal says of it; its space from one save earlier, its task, or the oracle."""
+    """Restores a trial from its journal, and its space from one save earlier, its task, or the oracle."""
     previous = read_state(_previous(file)) or {}
     record = read_trial(file.parent)
     config = previous.get("hyperparameters") or _space_of_task(file.parent) or space
@@ -98,7 +98,7 @@ def _trial_state(file: Path, space: Mapping[str, Any] | None) -> dict[str, Any] 
         status=TrialStatus.RUNNING,
     )
     if previous:
-        # Whether it had ended is the oracle's to know; a completed training is found in its journal.
+        # The oracle knows whether the trial had ended; a completed training is in its journal.
         trial.set_state({**previous, "hyperparameters": trial.hyperparameters.get_config()})
     if record.status in ("completed", "reused") and record.objective_value is not None:
         for name, value in record.metrics.items():
@@ -123,12 +123,12 @@ def _space_of_task(folder: Path) -> Mapping[str, Any] | None:
 
 
 def write_state(path: Path, state: Mapping[str, Any]) -> None:
-    """Writes a state whole, and keeps the one before."""
+    """Writes a state atomically, and keeps the one before."""
     content = json.dumps(state)
     if path.exists():
         temporary = path.with_name(f".{path.name}.{os.getpid()}.link")
         temporary.unlink(missing_ok=True)
-        # A second name for what is there costs nothing; some file systems have none, and no repair then.
+        # A hard link costs nothing; on file systems without links, there is no earlier copy.
         with contextlib.suppress(OSError):
             os.link(path, temporary)
             os.replace(temporary, _previous(path))
@@ -144,7 +144,7 @@ def _is_broken(path: Path) -> bool:
 
 
 def read_state(path: Path) -> dict[str, Any] | None:
-    """Reads a state; None where it is missing or damaged."""
+    """Reads a state; None if it is missing or damaged."""
     try:
         content = json.loads(path.read_text())
     except (OSError, ValueError):

@@ -57,7 +57,7 @@ def test_ghost_batches_are_kept_and_never_divided(monkeypatch):
     assert config.for_replicas(2).micro_batch_size == 8
     with pytest.raises(BatchSizeError, match="leaves 4 samples"):
         config.for_replicas(8)
-    with pytest.raises(ConfigError, match="micro_batch_size 8 is no multiple of ghost_batch_size 3"):
+    with pytest.raises(ConfigError, match="micro_batch_size 8 is not a multiple of ghost_batch_size 3"):
         config_of(ghost_batch_size=3)
 
 

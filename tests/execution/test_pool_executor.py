@@ -124,7 +124,7 @@ def test_a_worker_that_is_gone_loses_its_task_and_takes_it_along(tmp_path, monke
         outcome = future.result(timeout=60)
         assert outcome.status == "lost" and "BrokenProcessPool" in outcome.reason
         assert wait_until_gone(pid)
-        with pytest.raises(WorkerError, match="takes no more trials"):  # Python's pool is broken for good
+        with pytest.raises(WorkerError, match="accepts no more trials"):  # Python's pool is broken for good
             executor.submit(written(tmp_path, wait, str(tmp_path / "pid")))
 
 
