@@ -1,11 +1,10 @@
-"""Where accumulation takes hold of a Keras model, and lets go of it.
+"""Installs accumulation on a Keras model, and removes it.
 
 Methods are replaced on the instance, never on its class: `make_train_function`, so that `fit` and `train_on_batch` run
 a window per step; `make_test_function`, so that a `fit` validates in micro-batches; `fit`, so that only the rows of a
-micro-batch are read at a time; and two that Keras's own `fit` calls when its data are ready (`_assert_compile_called`
-says that it begins, `_symbolic_build` gets the iterator of an epoch), so that an epoch has as many steps as windows
-whoever calls it. Saving, pickling and cloning look at the class and its configuration, so what they give is a plain
-Keras model.
+micro-batch are read at a time; and two that Keras's own `fit` calls (`_assert_compile_called` when it begins,
+`_symbolic_build` with the iterator of an epoch), so that an epoch counts windows even if another `fit` calls Keras's.
+Saving, pickling and cloning use the class and its configuration, so they give a plain Keras model.
 """
 
 from __future__ import annotations
@@ -26,14 +25,14 @@ _ADAPT = "override train_step, compute_loss, compute_metrics or call instead; or
 
 
 def install(model: Any, accumulation: Accumulation) -> Any:
-    """`accumulate` after its arguments were read."""
+    """Installs accumulation, as `accumulate` does after it has read its arguments."""
     import keras
 
     _check(model)
     if accumulation.ghost_batch_size is not None:
         ghost_batch.check(model)
     if accumulation.whole_batch_loss is True and own_train_step.has_own_step(model):
-        seen = "and whole_batch_loss=True, which asks for the loss of compile."
+        seen = "and whole_batch_loss=True, which is about the loss of compile."
         raise own_train_step.refusal(model, seen, "leave out whole_batch_loss.")
     compatibility.check()
     remove(model)
@@ -46,12 +45,12 @@ def install(model: Any, accumulation: Accumulation) -> Any:
         "_accumtune_samples": None,  # a few of the first batch, see known_samples.py
         "_accumtune_validation_size": None,  # of the fit that is running
         "_accumtune_metric_batch_size": None,  # of its validation, for metrics over the batch
-        "_accumtune_validation_samples": None,  # how many those data have, where it is known
-        "_accumtune_is_validating": False,  # whether what is evaluated are the data of that validation
+        "_accumtune_validation_samples": None,  # the number of samples in its validation data, if known
+        "_accumtune_is_validating": False,  # whether that validation is running, and not another evaluation
         "_accumtune_counts_batches": False,  # whether the fit that is running has set steps_per_epoch by itself
-        "_accumtune_fit_begins": False,  # until its data are ready
-        "_accumtune_whole_batch_loss": (None, None),  # the compiled loss that was looked at, and whether it couples
-        "_accumtune_noise_meter": None,  # of the callback that listens to it, see noise_scale.py
+        "_accumtune_fit_begins": False,  # from the call of fit until its data are ready
+        "_accumtune_whole_batch_loss": (None, None),  # the compiled loss that was inspected, and whether it couples
+        "_accumtune_noise_meter": None,  # of the callback GradientNoiseScale, see noise_scale.py
         "make_train_function": types.MethodType(_make_train_function, model),
         "make_test_function": types.MethodType(_make_test_function, model),
         "_get_metrics_result_or_logs": types.MethodType(_get_metrics_result_or_logs, model),
@@ -67,7 +66,7 @@ def install(model: Any, accumulation: Accumulation) -> Any:
 
 
 def remove(model: Any) -> Any:
-    """`stop_accumulating`; on a plain model it does nothing."""
+    """Removes accumulation, as `stop_accumulating`; does nothing to a plain model."""
     if "_accumtune_accumulation" not in vars(model):
         return model
     put_back(model, model._accumtune_attributes, model._accumtune_before)
@@ -77,13 +76,13 @@ def remove(model: Any) -> Any:
 
 
 def _forget_functions(model: Any) -> None:
-    """Has Keras make its functions anew: what is compiled already trains as before."""
+    """Makes Keras create its functions again, because those that are compiled would train as before."""
     model.train_function = model.test_function = None
     _free_engine(model)
 
 
 def _free_engine(model: Any) -> None:
-    """Gives back the accumulators of an engine that is no longer used: it and its functions refer to each other."""
+    """Frees the accumulators of an engine that is no longer used; it and its functions form a reference cycle."""
     engine = vars(model).get("_accumtune_engine")
     if engine is not None:
         put_back(model, ["_accumtune_engine"], {})
@@ -107,14 +106,14 @@ def _check(model: Any) -> None:
     if is_own or type(model).make_train_function is not keras.Model.make_train_function:
         raise CustomTrainStepError(
             f"Received model {model.name!r} of class {type(model).__name__}, which has its own {name}.",
-            f"the stock {name}: accumulation replaces it, so what yours does would be lost.",
+            f"Keras's own {name}: accumulation replaces it, so yours would not be called.",
             _ADAPT,
         )
     optimizers.check(model.optimizer)
 
 
 def _make_train_function(model: Any, force: bool = False) -> Any:
-    """Stands in for `keras.Model.make_train_function` on an accumulating model."""
+    """Replaces `keras.Model.make_train_function` on an accumulating model."""
     if model.train_function is not None and not force:
         return model.train_function
     _check(model)  # compile may have been called again
@@ -127,7 +126,7 @@ def _make_train_function(model: Any, force: bool = False) -> Any:
 
 
 def _make_test_function(model: Any, force: bool = False) -> Any:
-    """Stands in for `keras.Model.make_test_function`: a function whose batches are cut while a `fit` asks for that."""
+    """Replaces `keras.Model.make_test_function`: the function's batches are split while a `fit` requests that."""
     import keras
 
     from accumtune.accumulation.validation import Validation
@@ -146,7 +145,7 @@ def _make_test_function(model: Any, force: bool = False) -> Any:
 
 
 def _get_metrics_result_or_logs(model: Any, logs: Any) -> Any:
-    """Stands in for Keras's, which ends an evaluation: metrics over the batch get their last samples."""
+    """Replaces Keras's method, which ends an evaluation: metrics over the batch get their last samples before."""
     from accumtune.accumulation.validation import Validation
 
     if isinstance(model.test_function, Validation) and model._accumtune_is_validating:
@@ -155,7 +154,7 @@ def _get_metrics_result_or_logs(model: Any, logs: Any) -> Any:
 
 
 def _engine(is_own: bool) -> Any:
-    """The train function of the Keras backend in use; one for a train_step of the model's own where it `is_own`."""
+    """Returns the class of the train function for the present backend; `is_own`: for a model's own train_step."""
     import keras
 
     backend = keras.backend.backend()
@@ -189,30 +188,30 @@ def _engine(is_own: bool) -> Any:
 
 
 def _assert_compile_called(model: Any, method_name: str | None = None) -> None:
-    """Stands in for Keras's, which `fit` calls before it looks at its data, and other methods likewise."""
+    """Replaces Keras's method, which `fit` and other methods call before they look at their data."""
     put(model, {"_accumtune_fit_begins": method_name == "fit"})
     type(model)._assert_compile_called(model, method_name)
 
 
 def _maybe_symbolic_build(model: Any, iterator: Any = None, data_batch: Any = None) -> None:
-    """Stands in for TensorFlow's, which builds a model under a `tf.distribute` strategy only."""
+    """Replaces the method of Keras's TensorFlow trainer, which builds a model under a `tf.distribute` strategy only."""
     _begin_epoch(model, iterator)
     type(model)._maybe_symbolic_build(model, iterator=iterator, data_batch=data_batch)
 
 
 def _symbolic_build(model: Any, iterator: Any = None, data_batch: Any = None) -> None:
-    """Stands in for Keras's, which would take a window, or the numbers of its rows, for a batch."""
+    """Replaces Keras's method, which would mistake a window, or the numbers of its rows, for a batch."""
     from accumtune.accumulation.data import batches as feeding
 
     _begin_epoch(model, iterator)
     if iterator is not None:
         iterator = feeding.first_micro_batches(iterator, model._accumtune_accumulation, model._accumtune_rows)
     type(model)._symbolic_build(model, iterator=iterator, data_batch=data_batch)
-    optimizers.check(model.optimizer)  # some are known only now
+    optimizers.check(model.optimizer)  # again, because some inner optimizers are known only now
 
 
 def _begin_epoch(model: Any, epoch: Any) -> None:
-    """Once per `fit`, the epoch iterator that trains counts windows from now on; those that validate do not."""
+    """Makes the training epoch iterator of a `fit` count windows, once per `fit`; those of validation do not."""
     from accumtune.accumulation.data import batches as feeding
 
     is_of_fit = epoch is getattr(model, "_eval_epoch_iterator", None) or not feeding.has_stock_fit(model)
@@ -224,7 +223,7 @@ def _begin_epoch(model: Any, epoch: Any) -> None:
 
 
 def _fit(model: Any, own: Any) -> Any:
-    """The model's `fit`; `own` is one that this instance had already."""
+    """Returns the model's new `fit`; `own` is the one that this instance had already, or None."""
     from accumtune.accumulation.data import batches as feeding
     from accumtune.accumulation.losses import whole_batch_loss
 
@@ -235,11 +234,11 @@ def _fit(model: Any, own: Any) -> Any:
             named = feeding.named_arguments(model, args, kwargs)
             given, rows = feeding.with_rows(model, accumulation, named)
             size = model._accumtune_metric_batch_size  # in a search, all trials have the same
-            # A model does not keep the data it was trained on.
+            # Only during fit, so that the model does not keep its data.
             during: dict[str, Any] = {"_accumtune_rows": rows}
             is_at_default = not named.get("validation_batch_size")
             if whole_batch_loss.is_wanted(model) and is_at_default:
-                # Such a loss depends on the size of a batch: validation joins the outputs of micro-batches, too.
+                # Such a loss depends on the batch size: validation, too, joins the outputs of micro-batches.
                 batch, steps = given.get("batch_size") or feeding.KERAS_BATCH_SIZE, accumulation.accumulation_steps or 1
                 given["validation_batch_size"] = batch * steps
                 during["_accumtune_validation_size"] = accumulation.micro_batch_size or batch
@@ -249,7 +248,7 @@ def _fit(model: Any, own: Any) -> Any:
                 during["_accumtune_validation_samples"] = feeding.samples_of(validation_data)
             with replaced(model, {**during, "_accumtune_metric_batch_size": size}):
                 return type(model).fit(model, **given)
-        # It prepares the data, or is told of them (autologging): they and the other arguments are as they were given.
+        # A fit that prepares the data, or an autologger's, gets data and arguments as they were given.
         size = None if kwargs.get("validation_batch_size") else accumulation.micro_batch_size
         counts_batches = kwargs.get("steps_per_epoch") is None
         with replaced(model, {"_accumtune_validation_size": size, "_accumtune_counts_batches": counts_batches}):

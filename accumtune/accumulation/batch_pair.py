@@ -1,4 +1,4 @@
-"""Micro-batch size and accumulation steps: the pair that realises an effective batch (no framework)."""
+"""Holds micro-batch size and accumulation steps, the pair that makes an effective batch (no framework)."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ BATCH_HYPERPARAMETERS = ("effective_batch_size", "micro_batch_size", "accumulati
 
 @dataclass(frozen=True, order=True)
 class BatchPair:
-    """A micro-batch size and the accumulation steps that make an effective batch of it."""
+    """A micro-batch size and accumulation steps; their product is the effective batch."""
 
     micro_batch_size: int
     accumulation_steps: int
 
     @classmethod
     def of_values(cls, values: Mapping[str, Any]) -> BatchPair | None:
-        """The pair among a trial's hyperparameters; None where it is not chosen yet."""
+        """Returns the pair in a trial's hyperparameters; None if it is not chosen yet."""
         micro, effective = values.get("micro_batch_size"), values.get("effective_batch_size")
         if micro is None or effective is None:
             return None
@@ -30,7 +30,7 @@ class BatchPair:
         return self.micro_batch_size * self.accumulation_steps
 
     def as_hyperparameters(self) -> dict[str, int]:
-        """All three numbers by name."""
+        """Returns all three numbers by name."""
         return {name: getattr(self, name) for name in BATCH_HYPERPARAMETERS}
 
     def __str__(self) -> str:
@@ -38,5 +38,5 @@ class BatchPair:
 
 
 def without_batch(values: Mapping[str, Any]) -> dict[str, Any]:
-    """The hyperparameters that are not about the batch."""
+    """Returns the hyperparameters without the batch sizes."""
     return {name: value for name, value in values.items() if name not in BATCH_HYPERPARAMETERS}

@@ -1,4 +1,4 @@
-"""Keras callbacks that look at accumulation from outside."""
+"""A Keras callback that measures the gradient noise scale."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ NOISE_SCALE = "gradient_noise_scale"
 
 
 class GradientNoiseScale(keras.callbacks.Callback):
-    """Puts `gradient_noise_scale` into the logs of each epoch: how many samples an update can use.
+    """Adds `gradient_noise_scale`, in samples, to the logs of each epoch: how many samples an update can use.
 
-    Below this effective batch, twice the batch halves the updates; above it, more samples per update buy little
-    (McCandlish et al. 2018, "An Empirical Model of Large-Batch Training"). It grows while a model trains.
+    Far below this effective batch, doubling the batch halves the number of updates; above it, more samples per update
+    gain little (McCandlish et al. 2018, "An Empirical Model of Large-Batch Training"). It grows while a model trains.
 
     It is measured in windows of two or more equal micro-batches, so only on a model that accumulates, and on one
-    replica, by two norms in 48 micro-steps; training stays the same to the last bit. An epoch in which it cannot be
-    told (no such window, or noise that hides the gradient altogether) logs NaN.
+    replica. It takes two norms in 48 micro-steps; training stays the same to the last bit. The value is NaN for an
+    epoch without such a window, or whose gradient is hidden by noise.
 
     Example:
 
@@ -29,14 +29,14 @@ class GradientNoiseScale(keras.callbacks.Callback):
     >>> history.history["gradient_noise_scale"]
 
     Attributes:
-        value: the last epoch's, in samples.
+        value: of the last epoch, in samples.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.value = math.nan
         self._meter = NoiseMeter()
-        # Plain values, in which a training that is interrupted finds what earlier epochs measured.
+        # Plain values, with which an interrupted training restores the measurements of earlier epochs.
         self._state: tuple[Any, ...] | None = None
 
     def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:

@@ -1,7 +1,7 @@
-"""Every name inside Keras that accumtune uses and Keras does not promise, and the check that it is there.
+"""Lists every internal name of Keras that accumtune uses, and checks that the installed Keras has it.
 
-`accumulate` checks them when it takes hold of a model: after a change in Keras, training would otherwise crash in the
-middle of a window, or, worse, go on without what a name was for.
+`accumulate` checks them before it changes a model: after a change in Keras, training would otherwise crash in the
+middle of a window, or silently skip what a name was for.
 """
 
 from __future__ import annotations
@@ -18,18 +18,18 @@ import numpy as np
 from accumtune.accumulation.data import batches as feeding
 from accumtune.errors import CompatibilityError
 
-# Tested with; others are tried, and refused where a name is missing.
+# The tested versions of Keras; others are refused only if a name is missing.
 TESTED = "3.14 and 3.15"
 
 
 @dataclass(frozen=True)
 class Name:
-    """Something that accumtune takes from Keras.
+    """An internal name of Keras that accumtune uses.
 
     Args:
         path: `module:object.attribute`.
-        called_with: what accumtune passes, as Keras names it, in Keras's order; None for what is not called.
-        backend: the only one on which it is used; None for all.
+        called_with: the parameters that accumtune passes, in Keras's order; None if it does not call it.
+        backend: the only backend on which it is used; None for all.
     """
 
     path: str
@@ -37,7 +37,7 @@ class Name:
     backend: str | None = None
 
     def fault(self) -> str | None:
-        """What is wrong with it in the installed Keras; None if nothing is."""
+        """Returns what is wrong with the name in the installed Keras; None if nothing is."""
         module_name, _, attributes = self.path.partition(":")
         try:
             found: Any = importlib.import_module(module_name)
@@ -63,7 +63,7 @@ _JAX = "keras.src.backend.jax.trainer:JAXTrainer."
 NAMES = (
     # The model: what accumulation replaces on it, and what it calls.
     *(
-        # The class that has it, not keras.Model: there may be a wrapper of an autologger.
+        # The class that defines it, because an autologger may have wrapped that of keras.Model.
         Name(f"keras.src.backend.{backend}.trainer:{name}Trainer.fit", _FIT, backend)
         for backend, name in (("tensorflow", "TensorFlow"), ("jax", "JAX"), ("torch", "Torch"))
     ),
@@ -124,7 +124,7 @@ NAMES = (
     ),
 )
 
-# What instances have, by what makes one.
+# Attributes of instances.
 _INSTANCES = {
     "a CompileLoss": ("_flat_losses", "_metrics", "_user_loss"),
     "a functional model": (
@@ -137,21 +137,21 @@ _INSTANCES = {
 
 
 def check() -> None:
-    """Raises CompatibilityError where the installed Keras lacks a name, or calls it differently."""
+    """Raises CompatibilityError if the installed Keras lacks a name, or has other parameters for it."""
     import keras
 
     found = faults(keras.backend.backend())
     if found:
         raise CompatibilityError(
             f"Received Keras {keras.__version__}, in which " + "; ".join(found) + ".",
-            f"a version whose inner names accumtune knows: it was tested with {TESTED}.",
+            f"a version with the internal names that accumtune uses; it was tested with {TESTED}.",
             "install one of those (pip install 'keras<3.16'), or a newer accumtune.",
         )
 
 
 @functools.cache
 def faults(backend: str) -> tuple[str, ...]:
-    """What is wrong with the names that are used on a backend."""
+    """Returns what is wrong with the names that are used on a backend."""
     used = [name for name in NAMES if name.backend in (None, backend)]
     return tuple(fault for fault in (*(name.fault() for name in used), *_behaviour()) if fault is not None)
 
@@ -162,14 +162,14 @@ def _behaviour() -> Iterable[str]:
     from keras.src.trainers.data_adapters.array_data_adapter import ArrayDataAdapter
     from keras.src.trainers.epoch_iterator import EpochIterator
 
-    # Names of their own: those that Keras numbers are the user's.
+    # Named, so that Keras's counters for the user's default names do not change.
     inputs = keras.Input((1,), name="accumtune_inputs")
     model = keras.Model(inputs, keras.layers.Identity(name="accumtune_identity")(inputs), name="accumtune_model")
     array = np.zeros((1, 1))
     instances = (compile_utils.CompileLoss("mse"), model, ArrayDataAdapter(array), EpochIterator(array))
     for (source, names), instance in zip(_INSTANCES.items(), instances, strict=True):
         yield from (f"{source} has no {name}" for name in names if not hasattr(instance, name))
-    # Accumulation listens there: statistics that were computed elsewhere would move once per micro-batch.
+    # Accumulation replaces `_moments`; statistics computed elsewhere would move once per micro-batch.
     if "_moments" not in keras.layers.BatchNormalization.call.__code__.co_names:
         yield "BatchNormalization.call does not use _moments"
     if "_eval_epoch_iterator" not in inspect.unwrap(feeding.keras_fit()).__code__.co_names:

@@ -1,13 +1,12 @@
-"""BatchNormalization in ghost batches: groups of a fixed number of samples, whatever the micro-batch.
+"""Makes BatchNormalization work in ghost batches: groups of a fixed number of samples, whatever the micro-batch.
 
-Hoffer, Hubara and Soudry, "Train longer, generalize better" (2017). A window is cut into consecutive groups; the ragged
-rest of it is a smaller group. A micro-batch is a multiple of a group, so no group is divided between micro-batches, and
-how a window is cut into them changes nothing. Moving statistics are those of the whole window, see
-moving_statistics.py.
+Hoffer, Hubara and Soudry, "Train longer, generalize better" (2017). A window is split into consecutive groups; its rest
+is a smaller group. A micro-batch is a multiple of a group, so no group is split between micro-batches, and the
+micro-batch size does not change the result. Moving statistics are those of the whole window, see moving_statistics.py.
 
-A layer's `call` is replaced while a step runs (or is traced), so that inference, saving and cloning know nothing of it.
-Groups without masks have a gradient of their own: three reductions and one sum over the large tensor, where automatic
-differentiation of mean and variance takes about twice as many.
+A layer's `call` is replaced only while a step runs (or is traced): inference, saving and cloning are unaffected.
+Groups without masks have a custom gradient: three reductions and one sum over the large tensor, about half of what
+automatic differentiation of mean and variance needs.
 """
 
 from __future__ import annotations
@@ -29,11 +28,11 @@ _OWN_CODE = ("call", "_moments")
 
 
 class GhostBatches:
-    """Has the normalizations of a model work in groups while `active`; without a ghost batch size, does nothing.
+    """Makes the normalizations of a model work in groups while `active`; does nothing without a ghost batch size.
 
     Args:
-        model: a model that trains.
-        accumulation: its ghost batch, and the micro-batch where that is known.
+        model: the model that trains.
+        accumulation: its ghost batch size, and its micro-batch size if that is known.
     """
 
     def __init__(self, model: Any, accumulation: Accumulation) -> None:
@@ -44,7 +43,7 @@ class GhostBatches:
 
     @contextlib.contextmanager
     def active(self, batch: Any = None) -> Iterator[None]:
-        """While open, training passes normalize in groups; `batch` as in `see`."""
+        """Makes training passes normalize in groups, until the context ends; `batch` as in `see`."""
         if self.size is None:
             yield
             return
@@ -56,7 +55,7 @@ class GhostBatches:
             yield
 
     def see(self, batch: Any) -> None:
-        """Notes how many samples the micro-batch has that is about to be trained, where its shape tells."""
+        """Notes the number of samples in the micro-batch that comes next, if its shape is static."""
         from keras import tree
 
         if self.size is not None and batch is not None:
@@ -64,7 +63,7 @@ class GhostBatches:
             self._samples[threading.get_ident()] = sizes[0] if sizes and isinstance(sizes[0], int) else None
 
     def check_window(self, samples: Sequence[int]) -> None:
-        """Raises BatchSizeError where a micro-batch that is not the last of its window is no multiple of a group."""
+        """Raises BatchSizeError if a micro-batch, other than the last of its window, is not a multiple of a group."""
         if self.size is not None:
             for number in samples[:-1]:
                 check_groups(number, self.size)
@@ -95,29 +94,29 @@ class GhostBatches:
             return
         raise ModelError(
             f"Received {layer.name!r} ({type(layer).__name__}), {received}.",
-            "one row for each sample: groups of samples cannot be told otherwise.",
-            "keep the samples as the first axis in front of this layer, or leave out ghost_batch_size.",
+            "one row for each sample, so that groups of samples can be formed.",
+            "keep the samples on the first axis of this layer's inputs, or leave out ghost_batch_size.",
         )
 
 
 def check(model: Any) -> None:
-    """Raises ModelError where a normalization of the model cannot work in groups."""
+    """Raises ModelError if a normalization of the model cannot work in groups."""
     for reason in reasons_against(model):
         raise refusal(reason)
 
 
 def reasons_against(model: Any) -> list[str]:
-    """The normalizations of a model that cannot work in groups, each with its reason."""
+    """Lists the normalizations of a model that cannot work in groups, each with its reason."""
     found = [(layer, _why_not(layer, model)) for layer in normalizations(model)]
     return [f"{layer.name!r} ({type(layer).__name__}), which {reason}" for layer, reason in found if reason]
 
 
 def refusal(reason: str) -> ModelError:
-    """What is raised for one of `reasons_against`."""
+    """Makes the error for one of `reasons_against`."""
     return ModelError(
         f"Received ghost_batch_size with {reason}.",
         "Keras's own BatchNormalization, without renorm and not synchronized over replicas.",
-        "leave out ghost_batch_size, or replace that layer or freeze it (trainable = False).",
+        "leave out ghost_batch_size, replace that layer, or freeze it (trainable = False).",
     )
 
 
@@ -136,7 +135,7 @@ def _why_not(layer: Any, model: Any) -> str | None:
 
 
 def normalizations(model: Any) -> list[Any]:
-    """The BatchNormalization layers of a model that train, those derived from it too."""
+    """Returns the trainable BatchNormalization layers of a model, and those derived from it."""
     import keras
 
     layers = model._flatten_layers()
@@ -145,7 +144,7 @@ def normalizations(model: Any) -> list[Any]:
 
 @contextlib.contextmanager
 def set_aside(model: Any) -> Iterator[None]:
-    """While open, the model's normalizations count as frozen: what else couples samples shows."""
+    """Makes the model's normalizations count as frozen, so that only other coupling is found."""
     with contextlib.ExitStack() as changed:
         for layer in normalizations(model):
             if _why_not(layer, model) is None:
@@ -159,9 +158,9 @@ class _Groups:
 
     Args:
         blocks: the inputs with an axis of groups in front.
-        axes: what a group is normalized over.
-        mean, variance: of each group, in the rank of `blocks`.
-        number: entries of a group per channel; with a mask valid ones, in the rank of `blocks`.
+        axes: the axes over which a group is normalized.
+        mean, variance: of each group, with the rank of `blocks`.
+        number: entries of a group per channel; with a mask, valid ones, with the rank of `blocks`.
     """
 
     blocks: Any
@@ -171,7 +170,7 @@ class _Groups:
     number: Any
 
     def moments(self) -> tuple[Any, Any, Any]:
-        """Numbers, means and variances, `(groups, channels)` each."""
+        """Returns numbers, means and variances, `(groups, channels)` each."""
         from keras import ops
 
         shape = ops.shape(self.mean)
@@ -182,7 +181,7 @@ class _Groups:
 
 
 def _normalized(layer: Any, inputs: Any, mask: Any, size: int) -> Any:
-    """What `BatchNormalization.call` gives in training, for groups of `size` samples and a smaller rest."""
+    """Computes `BatchNormalization.call` in training, for groups of `size` samples and a smaller rest."""
     from keras import backend, ops
 
     inputs = ops.cast(inputs, backend.result_type(inputs.dtype, "float32"))
@@ -225,7 +224,7 @@ def _joined(parts: Sequence[Any]) -> Any:
 
 
 def _together(numbers: Any, means: Any, variances: Any) -> tuple[Any, Any, Any]:
-    """Number, mean and variance of all groups together, for each channel; see moving_statistics.py."""
+    """Returns number, mean and variance of all groups together, for each channel; see moving_statistics.py."""
     from keras import ops
 
     total = ops.sum(numbers, 0)
@@ -247,7 +246,7 @@ def _groups(inputs: Any, groups: Any, samples: Any, axis: int) -> _Groups:
 
 
 def _masked_groups(inputs: Any, mask: Any, groups: Any, samples: Any, axis: int) -> _Groups:
-    """Moments of valid entries, with the small number that BatchNormalization adds to how many there are."""
+    """Makes groups with the moments of valid entries, whose number gets a small epsilon as in BatchNormalization."""
     import keras
     from keras import ops
 
@@ -261,7 +260,7 @@ def _masked_groups(inputs: Any, mask: Any, groups: Any, samples: Any, axis: int)
 
 
 def _at_least_one(number: Any, dtype: Any) -> Any:
-    """A rest whose size is known only as it runs may have no samples."""
+    """Returns the number, but at least 1: a rest of dynamic size may have no samples."""
     from keras import ops
 
     return max(number, 1) if isinstance(number, int) else ops.cast(ops.maximum(number, 1), dtype)
@@ -270,10 +269,10 @@ def _at_least_one(number: Any, dtype: Any) -> Any:
 def _shape_in_groups(
     shape: Sequence[Any], groups: Any, samples: Any, axis: int
 ) -> tuple[tuple[Any, ...], tuple[int, ...]]:
-    """The shape of inputs in groups, and the axes to normalize over."""
+    """Returns the shape of inputs in groups, and the axes to normalize over."""
     import keras
 
-    if keras.backend.backend() != "tensorflow":  # inputs may lie in another order there, and would be copied
+    if keras.backend.backend() != "tensorflow":  # merging axes could copy inputs with another memory layout
         return (groups, samples, *shape[1:]), tuple(i for i in range(1, len(shape) + 1) if i != axis + 1)
     before, after = math.prod(shape[1:axis]), math.prod(shape[axis + 1 :])
     if axis == len(shape) - 1:
@@ -282,7 +281,7 @@ def _shape_in_groups(
 
 
 def _with_moments(groups: _Groups, gamma: Any, beta: Any, epsilon: float) -> Any:
-    """Normalized groups, differentiated by the backend."""
+    """Normalizes groups; the backend differentiates this."""
     from keras import ops
 
     channels = groups.mean.shape[1:]
@@ -293,7 +292,7 @@ def _with_moments(groups: _Groups, gamma: Any, beta: Any, epsilon: float) -> Any
 
 
 def _with_own_gradient(groups: _Groups, gamma: Any, beta: Any, epsilon: float) -> Any:
-    """Normalized groups, with the gradient that also reaches through their moments."""
+    """Normalizes groups, with a custom gradient that includes the path through their moments."""
     from keras import ops
 
     axes, channels, dtype = groups.axes, groups.mean.shape[1:], groups.mean.dtype

@@ -1,7 +1,7 @@
-"""Ghost batches on JAX: normalized groups with a gradient of their own, which keeps the inputs and the moments.
+"""Normalizes ghost batches on JAX, with a custom gradient that keeps only the inputs and the moments.
 
-Inputs are scaled and shifted, as Keras has it on JAX, and nowhere is a mean taken off them: XLA would plan what is left
-beside them, a quarter more memory for a U-Net.
+Inputs are scaled and shifted, as Keras does on JAX. The mean is never subtracted from them first: XLA would keep the
+difference beside the inputs, a quarter more memory for a U-Net.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 
 def normalized(inputs: Any, gamma: Any, beta: Any, axis: int, epsilon: float, size: int) -> tuple[Any, tuple[Any, ...]]:
-    """What `BatchNormalization.call` gives in training for groups of `size` samples and a smaller rest.
+    """Computes `BatchNormalization.call` in training, for groups of `size` samples and a smaller rest.
 
     Returns:
         The outputs; numbers, means and variances, `(groups, channels)` each.
@@ -40,7 +40,7 @@ def normalized(inputs: Any, gamma: Any, beta: Any, axis: int, epsilon: float, si
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
 def _groups(inputs: Any, gamma: Any, beta: Any, axis: int, epsilon: float, samples: int) -> tuple[Any, Any, Any]:
-    """Outputs, and mean and variance of each group."""
+    """Returns outputs, and mean and variance of each group."""
     return _forward(inputs, gamma, beta, axis, epsilon, samples)[0]
 
 
@@ -72,7 +72,7 @@ _groups.defvjp(_forward, _backward)
 
 
 def _in_groups(inputs: Any, axis: int, samples: int) -> tuple[Any, tuple[int, ...], tuple[int, ...]]:
-    """Inputs with an axis of groups in front, the axes to normalize over, the shape of a value for each channel."""
+    """Returns inputs with a leading axis of groups, the axes to normalize over, and the shape of values per channel."""
     blocks = inputs.reshape(-1, samples, *inputs.shape[1:])
     over = tuple(other for other in range(1, blocks.ndim) if other != axis + 1)
     return blocks, over, tuple(1 if other != axis + 1 else blocks.shape[other] for other in range(blocks.ndim))

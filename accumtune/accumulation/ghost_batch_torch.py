@@ -1,7 +1,7 @@
-"""Ghost batches on torch: its own normalization, one group after the other.
+"""Normalizes ghost batches on torch with torch's own operation, one group after the other.
 
-Keras normalizes on torch with an operation for each step of the formula. One fused operation for a group is faster on a
-CPU, and keeps less for the backward pass.
+Keras on torch uses an operation for each step of the formula. One fused operation per group is faster on a CPU, and
+keeps less for the backward pass.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch
 
 
 def normalized(inputs: Any, gamma: Any, beta: Any, axis: int, epsilon: float, size: int) -> tuple[Any, tuple[Any, ...]]:
-    """What `BatchNormalization.call` gives in training for groups of `size` samples and a smaller rest.
+    """Computes `BatchNormalization.call` in training, for groups of `size` samples and a smaller rest.
 
     Returns:
         The outputs; numbers, means and variances, `(groups, channels)` each.
@@ -32,7 +32,7 @@ def normalized(inputs: Any, gamma: Any, beta: Any, axis: int, epsilon: float, si
 
 
 def _in_rows(inputs: Any, axis: int) -> Any:
-    """Inputs as `(rows, channels)` or `(rows, channels, rest)`, the rows of a sample together."""
+    """Returns inputs as `(rows, channels)` or `(rows, channels, rest)`, with the rows of a sample together."""
     axis %= inputs.ndim
     if axis == inputs.ndim - 1:
         return inputs.reshape(-1, inputs.shape[axis])

@@ -1,7 +1,7 @@
-"""BatchNormalization's moving statistics: those of the whole window, the momentum applied once per update.
+"""Updates BatchNormalization's moving statistics with those of the whole window, once per update.
 
-Averaging the variances of micro-batches or replicas would leave out the variance between them. Two groups of samples
-combine as in Chan, Golub and LeVeque, "Updating formulae and a pairwise algorithm for computing sample variances"
+Averaging the variances of micro-batches or replicas would omit the variance between them. Two groups of samples are
+combined as in Chan, Golub and LeVeque, "Updating formulae and a pairwise algorithm for computing sample variances"
 (1979).
 """
 
@@ -22,9 +22,9 @@ from accumtune.accumulation.patched_attributes import replaced
 
 @dataclass
 class Moments:
-    """Samples of one normalization: their number, each channel's mean and variance.
+    """The moments of one normalization: the number of entries, and each channel's mean and variance.
 
-    The number is a tensor where shapes do not tell, of one number for each channel with a mask or ghost batches.
+    The number is a tensor if shapes are dynamic, with one entry per channel for a mask or ghost batches.
     """
 
     layer: Any
@@ -33,13 +33,13 @@ class Moments:
     variance: Any
 
 
-# Numbers of samples, means and sums of squared deviations of all channels of all normalizations, one after the other:
-# a few operations on long vectors take the place of a few for each of dozens of layers.
+# Numbers of entries, means and sums of squared deviations of all channels of all normalizations, concatenated: a few
+# operations on long vectors instead of a few for each of dozens of layers.
 Packed = tuple[Any, Any, Any] | tuple[()]
 
 
 def packed(noted: list[Moments]) -> Packed:
-    """What the normalizations of a model noted, as three vectors."""
+    """Returns the moments of a model's normalizations as three vectors."""
     from keras import ops
 
     if not noted:
@@ -59,7 +59,7 @@ def packed(noted: list[Moments]) -> Packed:
 
 
 def combined(one: Packed, other: Packed) -> Packed:
-    """The moments of two groups of samples together."""
+    """Returns the moments of two groups of samples together."""
     from keras import ops
 
     if not one or not other:
@@ -71,10 +71,10 @@ def combined(one: Packed, other: Packed) -> Packed:
 
 
 def over_replicas(moments: Packed, summed: Any) -> Packed:
-    """The moments of what all replicas saw, on each of them.
+    """Returns, on each replica, the moments over all replicas.
 
     Args:
-        summed: gives a list of this replica's tensors added up over all replicas.
+        summed: sums a list of this replica's tensors over all replicas.
     """
     from keras import ops
 
@@ -88,19 +88,19 @@ def over_replicas(moments: Packed, summed: Any) -> Packed:
 
 
 def moved(layers: list[Any], moments: Packed) -> None:
-    """Moves the layers' statistics towards the moments of the window, as Keras does for one batch."""
+    """Moves the layers' statistics towards the moments of the window, as Keras does for a batch."""
     start = 0
     for layer in layers if moments else []:
         channels = slice(start, start + layer.moving_mean.shape[0])
         start = channels.stop
         values = moved_values(layer, tuple(one[channels] for one in moments))
         for variable, value in zip((layer.moving_mean, layer.moving_variance), values, strict=True):
-            # The class's assign: that of the variable may do nothing where moments are still recorded.
+            # The class's assign, because the variable's own is replaced while moments are recorded.
             type(variable).assign(variable, value)
 
 
 def moved_values(layer: Any, moments: Packed) -> tuple[Any, Any]:
-    """A layer's moving mean and variance after a window with these moments."""
+    """Returns a layer's moving mean and variance after a window with these moments."""
     from keras import ops
 
     number, mean, squares = moments  # type: ignore[misc]
@@ -112,7 +112,7 @@ def moved_values(layer: Any, moments: Packed) -> tuple[Any, Any]:
 
 
 class Notes:
-    """Moments in the order in which they were noted, one list per thread: replicas are traced in threads."""
+    """Keeps moments in the order of the calls, in one list per thread, because replicas are traced in threads."""
 
     def __init__(self) -> None:
         self._lists: dict[int, list[Moments]] = {}
@@ -123,12 +123,12 @@ class Notes:
 
 @contextlib.contextmanager
 def recorded(model: Any, may_be_empty: bool = False) -> Iterator[Notes]:
-    """While open, batch normalizations leave their moving statistics as they are and note their moments instead.
+    """Makes batch normalizations note their moments instead of moving their statistics, until the context ends.
 
     There is one entry per normalization, in the order of the calls.
 
     Args:
-        may_be_empty: whether a micro-batch may have no samples, as that of a replica with fewer than the others.
+        may_be_empty: whether a micro-batch may have no samples, on a replica that has fewer than the others.
     """
     layers = [layer for layer in model._flatten_layers() if keeps_statistics(layer)]
     notes = Notes()
@@ -141,12 +141,13 @@ def recorded(model: Any, may_be_empty: bool = False) -> Iterator[Notes]:
 
 @contextlib.contextmanager
 def left_as_they_are(layer: Any, moments: Any, instead: dict[int, Any] | None = None) -> Iterator[None]:
-    """While open, a normalization takes `moments(inputs, mask)`, and assigns nothing to its moving statistics.
+    """Makes a normalization use `moments(inputs, mask)`, and skip the assignment of its moving statistics.
 
-    Others may, such as an average of weights. Nothing takes what Keras would assign, so a graph does not compute it.
+    Other code may still assign them, such as an average of weights. Since nothing uses the values that Keras would
+    assign, a graph does not compute them.
 
     Args:
-        instead: by the id of each of the two variables, what it is assigned in that place.
+        instead: by the id of each of the two variables, a value to assign instead.
     """
     expected: set[tuple[int, int]] = set()  # by thread and variable: replicas are traced in threads
     variables = (layer.moving_mean, layer.moving_variance)
@@ -172,7 +173,7 @@ def left_as_they_are(layer: Any, moments: Any, instead: dict[int, Any] | None = 
 
 
 def see(layer: Any, number: Any, mean: Any, variance: Any) -> None:
-    """What a layer that normalizes by code of accumtune's does with the moments of a micro-batch."""
+    """Notes the moments of a micro-batch, or moves the statistics if none are recorded, for accumtune's own code."""
     moments = Moments(layer, number, mean, variance)
     notes = vars(layer).get("_accumtune_notes")
     if notes is None:
@@ -182,7 +183,7 @@ def see(layer: Any, number: Any, mean: Any, variance: Any) -> None:
 
 
 def keeps_statistics(layer: Any) -> bool:
-    """Whether a layer moves statistics of its batches."""
+    """Returns whether a layer has moving statistics that training changes."""
     import keras
 
     return (
@@ -209,10 +210,10 @@ def _noting(layer: Any, notes: Notes, may_be_empty: bool) -> Any:
             axis, valid = layer.axis % len(inputs.shape), ops.cast(mask, mean.dtype)
             if axis == len(inputs.shape) - 1:
                 number *= ops.mean(valid)
-            else:  # the mask is about this axis too: each channel has its own number of valid entries
+            else:  # the mask covers the axis of channels, so each channel has its own number of valid entries
                 others = [other for other in range(len(inputs.shape)) if other != axis]
                 number = ops.sum(ops.broadcast_to(ops.expand_dims(valid, -1), ops.shape(inputs)), others)
-        if may_be_empty:  # the mean of nothing is NaN, and so would be the gradients of all replicas
+        if may_be_empty:  # the mean of no samples is NaN, which would spread to the gradients of all replicas
             mean, variance = (ops.where(number > 0, value, ops.zeros_like(value)) for value in (mean, variance))
         notes.mine().append(Moments(layer, number, ops.stop_gradient(mean), ops.stop_gradient(variance)))
         return mean, variance

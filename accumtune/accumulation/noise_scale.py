@@ -1,4 +1,4 @@
-"""The gradient noise scale, from norms that accumulation has at hand (no framework).
+"""Computes the gradient noise scale from norms that accumulation gets at little cost (no framework).
 
 McCandlish, Kaplan, Amodei et al., "An Empirical Model of Large-Batch Training" (2018), appendix A.1: the gradient of
 a batch of B samples has the expected squared norm |G|² + tr(Σ) / B. Two batch sizes, b within B, give both unknowns
@@ -9,10 +9,10 @@ without bias, and the simple noise scale is their ratio:
     noise scale = tr(Σ) / |G|², numerator and denominator averaged over windows before they are divided
 
 Here b is the first micro-batch of a window and B the window. After the first micro-step the accumulators hold that
-micro-batch's gradient, after the last one the window's: two norms of what is there already, and no micro-step is
-compiled or run in another way. The norms of the other micro-batches would tell more of a window, but each costs as
-much as one of another window; without them the estimate is as unbiased, and 64 windows give it a standard error of 2 to
-10 %. A loss scale, and what a loss divides by, are factors of both and cancel.
+micro-batch's gradient, and after the last one the window's. So two norms suffice, and no micro-step is compiled or run
+differently. The norms of the other micro-batches would improve a window's estimate, but each costs as much as a norm of
+another window; without them the estimate is unbiased too, and 64 windows give it a standard error of 2 to 10 %. A loss
+scale, and the denominator of a loss, are factors of both and cancel.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-# One norm reads the parameters once, a micro-step at least six times (forward, backward, gradient, sum): two norms in
-# this many micro-steps cost less than 1 % of the memory traffic. In a third as many, 5 % more CPU time was seen.
+# A norm reads the parameters once, a micro-step at least six times (forward, backward, gradient, sum). So two norms in
+# this many micro-steps are less than 1 % of the memory traffic. With two in a third as many, CPU time rose by 5 %.
 MICRO_STEPS_PER_MEASUREMENT = 48
-# An epoch with fewer measurements than this is averaged with the ones before it.
+# An epoch with fewer measurements is averaged with the ones before.
 FEWEST_MEASUREMENTS = 64
 
 
 @dataclass(frozen=True)
 class Norms:
-    """Squared norms of one window's gradients, as numbers or as scalars that a device may still be computing.
+    """Squared norms of one window's gradients: numbers, or scalars that a device may still be computing.
 
     Args:
         micro_batch_size: samples behind `micro`.
@@ -47,7 +47,7 @@ class Norms:
     window: Any
 
     def estimates(self) -> tuple[float, float] | None:
-        """tr(Σ) and |G|², each without bias; None where the gradients are not finite. Waits for the device."""
+        """Returns unbiased estimates of tr(Σ) and |G|²; None if the gradients are not finite. Waits for the device."""
         small, big = self.micro_batch_size, self.effective_batch_size
         # A micro-batch's part is its gradient times its share of the window.
         micro = float(self.micro) * (big / small) ** 2
@@ -58,13 +58,13 @@ class Norms:
 
 
 def noise_scale(estimates: Sequence[tuple[float, float]]) -> float:
-    """tr(Σ) / |G|² in samples; NaN without estimates, and where noise hides the gradient altogether."""
+    """Returns tr(Σ) / |G|² in samples; NaN without estimates, or if |G|² is not positive because of noise."""
     variance, squared_gradient = (sum(column) for column in zip(*estimates, strict=True)) if estimates else (0.0, 0.0)
     return max(variance, 0.0) / squared_gradient if squared_gradient > 0 else math.nan
 
 
 class NoiseMeter:
-    """What the engines give the norms of windows to, and where an epoch's noise scale is read."""
+    """Collects the norms of windows from an engine, and computes the noise scale of each epoch."""
 
     def __init__(self) -> None:
         self._micro_steps = MICRO_STEPS_PER_MEASUREMENT  # the first window is measured
@@ -73,7 +73,7 @@ class NoiseMeter:
         self._epoch: list[tuple[float, float]] = []
 
     def wants(self, samples: Sequence[int]) -> bool:
-        """Whether to measure a window with these micro-batches: equal ones, and not too often."""
+        """Returns whether to measure a window with these micro-batches: only equal ones, and not too often."""
         self._micro_steps += len(samples)
         if self._micro_steps < MICRO_STEPS_PER_MEASUREMENT or not samples[0]:
             return False
@@ -83,13 +83,13 @@ class NoiseMeter:
         return True
 
     def add(self, norms: Norms) -> None:
-        """Takes one window. Only norms that are long computed are looked at, so that no device has to be waited for."""
+        """Adds one window. Norms are read much later, so that no device has to be waited for."""
         self._pending.append(norms)
         if len(self._pending) > FEWEST_MEASUREMENTS:
             self._read(self._pending.popleft())
 
     def end_epoch(self) -> float:
-        """The noise scale of the windows since the last call, in samples; NaN where it cannot be told."""
+        """Returns the noise scale of the windows since the last call, in samples; NaN if it is unknown."""
         while self._pending:
             self._read(self._pending.popleft())
         estimates = self._epoch if len(self._epoch) > len(self._recent) else list(self._recent)
@@ -97,11 +97,11 @@ class NoiseMeter:
         return noise_scale(estimates)
 
     def state(self) -> tuple[int, list[tuple[float, float]]]:
-        """What the next epoch needs of those before, between two epochs."""
+        """Returns, between two epochs, what the next epoch needs from those before."""
         return self._micro_steps, list(self._recent)
 
     def take_up(self, micro_steps: int, recent: Sequence[tuple[float, float]]) -> None:
-        """The state of another meter, to go on from."""
+        """Continues from the state of another meter."""
         self._micro_steps = micro_steps
         self._recent = deque(recent, maxlen=FEWEST_MEASUREMENTS)
 
@@ -116,10 +116,10 @@ AfterMicroStep = Callable[[int, Callable[[], Any]], None]
 
 
 def listening(model: Any, samples: Sequence[int]) -> AfterMicroStep:
-    """What an engine calls after each micro-step of a window: with its index, and what gives the sums' squared norm.
+    """Returns a function to call after each micro-step of a window, with its index and a function for the squared norm.
 
     Args:
-        model: an accumulating one; a callback may have left its meter there.
+        model: an accumulating one, which has the meter of a callback, if there is one.
         samples: of each micro-batch.
     """
     meter: NoiseMeter | None = getattr(model, "_accumtune_noise_meter", None)

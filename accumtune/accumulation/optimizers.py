@@ -1,4 +1,4 @@
-"""The optimizers of a model: Keras has some that hand gradients on to others."""
+"""Finds the optimizers that change a model's variables: some of Keras's pass gradients on to others."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from accumtune.errors import ModelError
 
 
 def updating(optimizer: Any) -> list[Any]:
-    """Those that change variables: the optimizer, or what a LossScaleOptimizer or MultiOptimizer hands gradients to.
+    """Returns the optimizers that change variables: `optimizer`, or those in a LossScaleOptimizer or MultiOptimizer.
 
-    A MultiOptimizer that chooses by a function knows all of them only once it is built.
+    A MultiOptimizer that chooses by a function knows all of them only after it is built.
     """
     inner = getattr(optimizer, "inner_optimizer", None)
     inner = list(getattr(optimizer, "optimizers", ())) if inner is None else [inner]
@@ -18,7 +18,7 @@ def updating(optimizer: Any) -> list[Any]:
 
 
 def check(optimizer: Any) -> None:
-    """Raises ModelError where one of them accumulates by itself."""
+    """Raises ModelError if one of them accumulates gradients itself."""
     for one in updating(optimizer):
         if getattr(one, "gradient_accumulation_steps", None):
             raise ModelError(

@@ -1,4 +1,4 @@
-"""Attributes that objects of the user carry for a while, and what these objects carried before."""
+"""Sets attributes on objects of the user for a while, and restores those of before."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 
 def put(target: Any, attributes: Mapping[str, Any]) -> dict[str, Any]:
-    """Gives an object attributes of its own, past Keras's and torch's tracking; returns those it had."""
+    """Sets attributes on an instance, without Keras's and torch's tracking; returns those that it had."""
     before = {name: vars(target)[name] for name in attributes if name in vars(target)}
     for name, value in attributes.items():
         object.__setattr__(target, name, value)
@@ -16,7 +16,7 @@ def put(target: Any, attributes: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def put_back(target: Any, names: Any, before: Mapping[str, Any]) -> None:
-    """Undoes `put`: what the object had is back, and what its class gives shows through again."""
+    """Undoes `put`: restores the instance's attributes of before, and removes the others."""
     for name in names:
         if name in before:
             object.__setattr__(target, name, before[name])
@@ -26,7 +26,7 @@ def put_back(target: Any, names: Any, before: Mapping[str, Any]) -> None:
 
 @contextlib.contextmanager
 def replaced(target: Any, attributes: Mapping[str, Any]) -> Iterator[None]:
-    """While open, `target` has these attributes of its own."""
+    """Sets these attributes on `target`, until the context ends."""
     before = put(target, attributes)
     try:
         yield

@@ -1,4 +1,4 @@
-"""Validation in micro-batches, and metrics over the batch that get whole batches all the same."""
+"""Validates in micro-batches, while metrics over the batch still get whole batches."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from accumtune.accumulation.patched_attributes import replaced
 
 
 class Validation:
-    """A test function of Keras's that takes its batches in parts.
+    """A test function of Keras that processes its batches in parts.
 
-    Parts are micro-batches while a `fit` asks for that (`_accumtune_validation_size`). Metrics over the batch get the
-    batches as they are, or as many samples at a time as a `fit` asks for (`_accumtune_metric_batch_size`).
+    Parts are micro-batches while a `fit` requests that (`_accumtune_validation_size`). Metrics over the batch get whole
+    batches, or as many samples at a time as a `fit` requests (`_accumtune_metric_batch_size`).
 
     Args:
-        make: has Keras make `model.test_function`, of the `model.test_step` that it finds.
+        make: makes Keras create `model.test_function`, from the present `model.test_step`.
     """
 
     def __init__(self, model: Any, make: Callable[[], Any]) -> None:
@@ -32,7 +32,7 @@ class Validation:
         self._test = model.test_function
 
     def __call__(self, *arguments: Any) -> Any:
-        """`(iterator)`, or `(state, iterator)` on JAX: as Keras calls it. Returns logs, on JAX with the state."""
+        """Called by Keras with `(iterator)`, on JAX with `(state, iterator)`; returns logs, on JAX with the state."""
         size = self._model._accumtune_validation_size
         is_taken_apart = size is not None or self._metrics is not None
         if self._weights is not None and self._weights.is_cut_otherwise():
@@ -63,7 +63,7 @@ class Validation:
         return logs, state
 
     def _in_two_passes(self, batches: Any, size: int, state: list[Any]) -> tuple[Any, list[Any]]:
-        """For a loss over the batch, which gets the outputs of all micro-batches, and metrics with it."""
+        """Evaluates a loss over the batch, and metrics, on the outputs of all micro-batches together."""
         import keras
 
         logs, others = None, []
@@ -97,11 +97,11 @@ class Validation:
         return logs, [(trainable, non_trainable, metrics)]
 
     def end(self, logs: Any) -> Any:
-        """Gives metrics what is left; returns the logs with the results."""
+        """Passes the remaining samples to the metrics; returns the logs with the results."""
         return logs if self._metrics is None else self._metrics.update(logs)
 
     def forget(self) -> None:
-        """Drops what a validation that was interrupted has left."""
+        """Drops what an interrupted validation has left."""
         if self._metrics is not None:
             self._metrics.forget()
         if self._weights is not None:
@@ -109,9 +109,9 @@ class Validation:
 
     @contextlib.contextmanager
     def _step_gives_outputs(self) -> Iterator[None]:
-        """While open, `test_step` gives back `(logs, outputs)` for logs, where metrics may wait for the outputs.
+        """Makes `test_step` return `(logs, outputs)` instead of logs, if metrics need the outputs of a whole batch.
 
-        The logged losses of outputs count as their weights say.
+        The logged losses of outputs are weighted by `OutputLossWeights`.
         """
         metrics, weights, step = self._metrics, self._weights, self._model.test_step
         if metrics is None and weights is None:

@@ -1,4 +1,4 @@
-"""An effective batch as micro-batches, and what each of them counts for (no framework).
+"""Splits an effective batch into micro-batches, and computes the weight of each (no framework).
 
 A window is the micro-batches of one update. A loss of the whole window is a mean or a sum; Keras computes the same
 reduction per micro-batch. If micro-batch j holds `samples[j]` samples and its mean has the denominator `counts[j]`
@@ -7,9 +7,9 @@ reduction per micro-batch. If micro-batch j holds `samples[j]` samples and its m
     loss(window) = sum over j of  samples[j] / sum(samples)  *  factor[j] * loss(j)
     factor[j]    = counts[j] / sum(counts)  /  (samples[j] / sum(samples))
 
-`share[j] = samples[j] / sum(samples)` scales the whole objective; losses added by layers and regularizers need
-nothing more. `factor` corrects one compiled loss: 1 for a plain mean, 1 / share[j] for a sum, and what the masks or
-weights ask for otherwise. Averaged over samples, as Keras's loss trackers do, `factor[j] * loss(j)` is the loss of
+`share[j] = samples[j] / sum(samples)` scales the whole objective; losses added by layers, and regularizers, need
+nothing more. `factor` corrects one compiled loss: it is 1 for a plain mean, 1 / share[j] for a sum, and otherwise
+depends on masks or weights. Averaged over samples, as Keras's loss trackers do, `factor[j] * loss(j)` is the loss of
 the window.
 """
 
@@ -25,13 +25,13 @@ from accumtune.errors import BatchSizeError, ModelError
 
 @dataclass(frozen=True)
 class Accumulation:
-    """How a model accumulates: exactly one of the first two is a number.
+    """How a model accumulates: either `micro_batch_size` or `accumulation_steps` is given.
 
     Args:
         micro_batch_size: fit's batches are effective batches, split into micro-batches of this many samples.
         accumulation_steps: fit's batches are micro-batches, and this many of them make one update.
-        ghost_batch_size: how many samples BatchNormalization normalizes together; None: a micro-batch.
-        whole_batch_loss: whether losses are those of the whole effective batch, in two passes; "auto" where a loss
+        ghost_batch_size: the samples that BatchNormalization normalizes together; None: a micro-batch.
+        whole_batch_loss: whether losses are computed over the whole effective batch, in two passes; "auto": if a loss
             couples the samples of a batch.
     """
 
@@ -48,12 +48,12 @@ class Accumulation:
         ghost_batch_size: object = None,
         whole_batch_loss: object = "auto",
     ) -> Accumulation:
-        """What a user wrote, checked; raises BatchSizeError and ModelError."""
+        """Checks the user's arguments; raises BatchSizeError and ModelError."""
         if (micro_batch_size is None) == (accumulation_steps is None):
             raise BatchSizeError(
                 f"Received {micro_batch_size=} and {accumulation_steps=}.",
                 "exactly one of the two.",
-                "micro_batch_size=32 splits each batch of fit; accumulation_steps=8 joins 8 batches of fit.",
+                "give micro_batch_size=32 to split each batch of fit, or accumulation_steps=8 to join 8 batches.",
             )
         whole = _choice_of_loss(whole_batch_loss)
         ghost = None if ghost_batch_size is None else _whole_number("ghost_batch_size", ghost_batch_size)
@@ -72,7 +72,7 @@ def _choice_of_loss(value: object) -> bool | str:
     raise ModelError(
         f"Received whole_batch_loss={value!r} of type {type(value).__name__}.",
         '"auto", True or False.',
-        'write whole_batch_loss="auto": losses that couple the samples of a batch are computed over all of it.',
+        'give whole_batch_loss="auto": losses that couple the samples of a batch are computed over the whole batch.',
     )
 
 
@@ -81,24 +81,24 @@ def _whole_number(name: str, value: object) -> int:
         raise BatchSizeError(
             f"Received {name}={value!r} of type {type(value).__name__}.",
             "a whole number of at least 1.",
-            f"write, for example, {name}=8.",
+            f"give, for example, {name}=8.",
         )
     return int(value)
 
 
 def check_groups(samples: int, ghost_batch_size: int) -> None:
-    """Raises BatchSizeError where a micro-batch of so many samples would divide a ghost batch."""
+    """Raises BatchSizeError if a micro-batch of so many samples would split a ghost batch."""
     if samples % ghost_batch_size:
         nearest = max(samples - samples % ghost_batch_size, ghost_batch_size)
         raise BatchSizeError(
             f"Received a micro-batch of {samples} samples and ghost_batch_size={ghost_batch_size}.",
-            "a micro-batch that is a multiple of the ghost batch, which is never divided.",
+            "a micro-batch that is a multiple of the ghost batch, since ghost batches are never split.",
             f"use a micro-batch of {nearest}, or a ghost batch of {math.gcd(samples, ghost_batch_size)}.",
         )
 
 
 def split(effective_batch_size: int, micro_batch_size: int) -> list[slice]:
-    """The micro-batches of an effective batch: all full but perhaps the last, in order, none empty.
+    """Returns the micro-batches of an effective batch in order: all full except perhaps the last, none empty.
 
     >>> split(10, 4)
     [slice(0, 4, None), slice(4, 8, None), slice(8, 10, None)]
@@ -110,21 +110,21 @@ def split(effective_batch_size: int, micro_batch_size: int) -> list[slice]:
 
 
 def shares(samples: Sequence[int]) -> list[float]:
-    """The part of a window that each micro-batch is, by samples; they sum to 1 (0 for a window without samples)."""
+    """Returns each micro-batch's share of the window's samples; they sum to 1 (0 for a window without samples)."""
     total = sum(samples)
     return [number / total if total else 0.0 for number in samples]
 
 
 def factors(samples: Sequence[int], counts: Sequence[float] | None = None) -> list[float]:
-    """What corrects one loss of each micro-batch, see the top of this file.
+    """Returns the factors that correct one loss in each micro-batch, see the top of this file.
 
     Args:
         samples: samples per micro-batch, shape `(micro_batches,)`.
-        counts: the denominators of the loss, shape `(micro_batches,)`; None where the loss is a sum.
+        counts: the denominators of the loss, shape `(micro_batches,)`; None if the loss is a sum.
 
     Returns:
-        One factor per micro-batch; 0 where the window or the micro-batch counts for nothing (Keras's own loss of
-        such a batch is 0).
+        One factor per micro-batch; 0 if the window or the micro-batch has no weight (Keras's own loss of such a batch
+        is 0).
     """
     parts = shares(samples)
     if counts is None:

@@ -86,8 +86,8 @@ def for_replicas(config: TrainingConfig, replicas: int) -> TrainingConfig:
 def _warn_where_coupled(config: TrainingConfig, moved: TrainingConfig) -> None:
     if moved.micro_batch_size != config.micro_batch_size and config.batch_coupled_layers:
         warnings.warn(
-            f"{', '.join(config.batch_coupled_layers)} couple the samples of a micro-batch: with micro-batches of "
-            f"{moved.micro_batch_size} instead of {config.micro_batch_size} the training differs.",
+            f"With micro-batches of {moved.micro_batch_size} instead of {config.micro_batch_size} the training "
+            f"differs, because samples of a micro-batch are coupled by {', '.join(config.batch_coupled_layers)}.",
             stacklevel=4,
         )
 

@@ -66,7 +66,7 @@ def test_a_change_of_micro_batch_is_told_where_it_changes_the_training(monkeypat
 
     monkeypatch.setattr(costs, "profile", lambda *args, **kwargs: profile_of())
     coupled = config_of(batch_coupled_layers=["BatchNormalization (bn)"])
-    with pytest.warns(UserWarning, match="BatchNormalization .bn.: with micro-batches of 16 instead of 8"):
+    with pytest.warns(UserWarning, match="With micro-batches of 16 instead of 8.* coupled by BatchNormalization .bn."):
         coupled.for_budget(32 * MIB, None, None)
 
 

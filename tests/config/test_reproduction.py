@@ -151,7 +151,7 @@ def test_weights_of_another_search_are_refused(search, tmp_path):
     config = accumtune.load_config(search / "best_config.json")
     folder = search / "mlruns" / "searches" / "small"
     other = replace(config, source={**config.source, "search_id": "another"})
-    with pytest.raises(ConfigError, match="not of another"):
+    with pytest.raises(ConfigError, match="not to another"):
         other.load_weights(None, folder)
     with pytest.raises(ConfigError, match="There are no weights in"):
         config.load_weights(None, tmp_path)

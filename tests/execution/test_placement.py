@@ -47,7 +47,7 @@ def test_workers_that_share_a_gpu_must_fit_on_it_together():
     places = plan_places(4, GPUS, cores=8, memory_budget_bytes=39 * GIB)
     assert devices_of(places) == ["0", "1", "0", "1"]
     assert "shared by 2" in places[0].description
-    with pytest.raises(BudgetError, match=r"2 workers on GPU 0 with 40.00 GiB each") as caught:
+    with pytest.raises(BudgetError, match=r"2 workers with memory_budget=40.00 GiB each on GPU 0") as caught:
         plan_places(4, GPUS, cores=8, memory_budget_bytes=40 * GIB)  # nothing left for CUDA's own memory
     assert 'memory_budget="40360MiB"' in str(caught.value)
     with pytest.raises(BudgetError, match="without a memory_budget"):

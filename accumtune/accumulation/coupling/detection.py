@@ -1,4 +1,4 @@
-"""What keeps accumulation from being exact: results that depend on which samples share a micro-batch."""
+"""Finds what keeps accumulation from being exact: results that depend on which samples share a micro-batch."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ if TYPE_CHECKING:
 
 
 _ALONG_SAMPLES = "works along the axis of the samples."
-# What a user may set on a layer, model, loss or metric, its class or the function.
+# An attribute that the user may set on a layer, model, loss or metric, its class or its function.
 DECLARATION = "samples_are_independent"
-DECLARED = f"says {DECLARATION} = False."
-HOW_TO_KNOW = f"Try it with data, batch_coupled_layers(model, x, y), or declare it: {DECLARATION} = True."
+DECLARED = f"declares {DECLARATION} = False."
+HOW_TO_KNOW = f"Test it with data, batch_coupled_layers(model, x, y), or declare it: {DECLARATION} = True."
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Coupling:
         name: the layer's or the loss's name.
         kind: its class or function.
         reason: what it does with the batch.
-        is_known: False where it could not be looked at, and accumulation may be exact all the same.
+        is_known: False if it could not be tested, so that accumulation may be exact all the same.
     """
 
     name: str
@@ -44,32 +44,31 @@ class Coupling:
 
 
 def batch_coupled_layers(model: keras.Model, x: Any = None, y: Any = None) -> list[Coupling]:
-    """What keeps accumulated training of `model` from equalling training at the effective batch.
+    """Lists what keeps accumulated training of `model` from equalling training at the effective batch.
 
-    Found are: BatchNormalization and layers derived from it (while trainable, and where the model does not accumulate
-    with a `ghost_batch_size`), SpectralNormalization, recurrent
-    layers with `stateful=True`, normalizations and losses along the axis of the samples, layers whose `add_loss` is
-    not a mean over samples, in-batch losses of Keras (Circle; Dice and Tversky over the whole batch) and overridden
-    `compute_loss`. Losses, layers, Lambdas and models of the user's own are tried out: does a sample's result depend
-    on the other samples, does a forward pass change variables, is a loss a mean over samples also where targets are
-    missing?
+    It finds BatchNormalization and layers derived from it (if they are trainable, and the model does not accumulate
+    with a `ghost_batch_size`), SpectralNormalization, recurrent layers with `stateful=True`, normalizations and losses
+    along the axis of the samples, layers whose `add_loss` is not a mean over samples, in-batch losses of Keras (Circle;
+    Dice and Tversky over the whole batch) and an overridden `compute_loss`. Your own losses, layers, Lambdas and models
+    are tested by running them: does a sample's result depend on the other samples, does a forward pass change
+    variables, is a loss a mean over samples, also with missing targets?
 
     A model that accumulates computes losses that couple samples over the whole effective batch, unless
-    `accumulate(..., whole_batch_loss=False)` says otherwise: they are not listed then. Of a model that does not
+    `accumulate(..., whole_batch_loss=False)` says otherwise, so they are not listed. For a model that does not
     accumulate yet, they are.
 
-    What could not be tried is listed as unknown (`is_known` is False). A subclassed model can be tried once it was
-    trained, or with samples of its data. Where you know better, say so on the layer, model, loss or metric (the
+    Whatever could not be tested is listed as unknown (`is_known` is False). A subclassed model can be tested after it
+    was trained, or with samples of its data. You can also declare the answer on a layer, model, loss or metric (the
     object, its class or the function): `samples_are_independent = True`, or False.
 
     Args:
-        model: a Keras model; losses are looked at when it is compiled.
-        x, y: a few samples of the training data (NumPy arrays, or structures of them), to try the model's own code
+        model: a Keras model; losses are inspected if it is compiled.
+        x, y: a few samples of the training data (NumPy arrays, or structures of them), to test the model's own code
             with; five rows are enough for x. A model that is not built yet is built, as by a call. Default: samples of
-            the last `fit`, where the model accumulates.
+            the last `fit`, if the model accumulates.
 
     Returns:
-        One `Coupling` each, `str()` of which reads well; `[]` means that accumulation is exact.
+        A `Coupling` for each; print it with `str()`. `[]` means that accumulation is exact.
     """
     accumulation = getattr(model, "_accumtune_accumulation", None)
     if accumulation is None or accumulation.ghost_batch_size is None:
@@ -78,7 +77,7 @@ def batch_coupled_layers(model: keras.Model, x: Any = None, y: Any = None) -> li
 
 
 def coupled_with_ghost_batches(model: keras.Model, x: Any = None, y: Any = None) -> list[Coupling]:
-    """What `batch_coupled_layers` would list if the model accumulated with a `ghost_batch_size`."""
+    """Lists what `batch_coupled_layers` would list if the model accumulated with a `ghost_batch_size`."""
     with ghost_batch.set_aside(model):
         return _coupled(model, x, y)
 
@@ -101,9 +100,9 @@ def _coupled(model: Any, x: Any, y: Any) -> list[Coupling]:
 
 
 def couples_samples_in_its_loss(model: keras.Model) -> bool:
-    """Whether a compiled loss, or an overridden `compute_loss`, is (or may be) no mean over samples.
+    """Returns whether a compiled loss, or an overridden `compute_loss`, may be something else than a mean over samples.
 
-    On several devices, where whole batches are refused, what an overridden `compute_loss` does is left to its author.
+    On several devices, where whole batches are refused, an overridden `compute_loss` counts as a mean.
     """
     from accumtune.accumulation.losses.batch_metrics import is_spread
 
@@ -112,17 +111,17 @@ def couples_samples_in_its_loss(model: keras.Model) -> bool:
 
 
 def _takes_whole_batches(model: Any) -> bool:
-    """Whether `model` accumulates with its loss over the whole effective batch, where nothing is left to list."""
+    """Returns whether `model` accumulates with its loss over the whole effective batch; its losses are then exact."""
     accumulation = getattr(model, "_accumtune_accumulation", None)
     chosen = False if accumulation is None else accumulation.whole_batch_loss
     return couples_samples_in_its_loss(model) if chosen == "auto" else bool(chosen)
 
 
 def _with_own_step(model: Any, x: Any, y: Any) -> list[Coupling]:
-    """Of a model with a `train_step` of its own: its layers by name, all else as the step's certificate says."""
+    """Lists the coupling of a model with its own `train_step`: known layers, and what the step's certificate says."""
     certificate, reason = own_train_step.certificate_of(model), ""
     if certificate is None and x is None:
-        reason = "has its own train_step, which is tried with data: unknown."
+        reason = "has its own train_step, which is tested with data: unknown."
     elif certificate is None:
         try:
             own_train_step.certify(model, x, y)
@@ -134,7 +133,7 @@ def _with_own_step(model: Any, x: Any, y: Any) -> list[Coupling]:
 
 
 def runs_code_of_the_user(model: keras.Model) -> bool:
-    """Whether some of a model's layers or losses have to be tried out, best with data."""
+    """Returns whether some of a model's layers or losses must be tested by running them, preferably on data."""
     import keras
 
     if own_train_step.has_own_step(model):
@@ -145,10 +144,9 @@ def runs_code_of_the_user(model: keras.Model) -> bool:
 
 
 def _tried_layers(layers: list[Any], coupled: set[int], calls: dict[int, Any]) -> list[Coupling]:
-    """Layers with code of the user's, inner ones first.
+    """Tests the layers with code of the user's, inner ones first.
 
-    A block is not coupled by itself where a layer in it is: that one is in the list. And where a block is found to be
-    independent, so is what is in it.
+    A block is not listed if a layer in it is. If a block is found to be independent, so are the layers in it.
     """
     found: dict[int, Coupling] = {}
     for layer in sorted(layers, key=lambda layer: len(list(layer._flatten_layers()))):
@@ -174,7 +172,7 @@ def _unknown(layer: Any) -> str:
         does = ", and adds a loss of its own"
     elif {"assign", "assign_add", "assign_sub"} & set(names):
         does = ", and assigns to variables"
-    return f"could not be tried out{does}: unknown. {HOW_TO_KNOW}"
+    return f"could not be tested{does}: unknown. {HOW_TO_KNOW}"
 
 
 def _layer(layer: Any) -> Coupling | None:
@@ -210,7 +208,7 @@ def _axis_of(loss: Any) -> Any:
 
 
 def _has_samples(axis: Any) -> bool:
-    """Whether `axis`, an int or several, has the first one in it."""
+    """Returns whether `axis`, an int or several, includes the first axis."""
     return 0 in (axis if isinstance(axis, (list, tuple)) else (axis,))
 
 
@@ -222,7 +220,7 @@ def _compute_loss(model: Any) -> Coupling | None:
     return Coupling(
         model.name,
         type(model).__name__,
-        "has its own compute_loss, which is exact only where it is a mean over samples.",
+        "has its own compute_loss, which is exact only if it is a mean over samples.",
     )
 
 
@@ -241,7 +239,7 @@ def _losses(model: Any, seen: Samples | None) -> list[Coupling | None]:
     losses = _compiled_losses(model)
     outputs = [output.shape for output in getattr(model, "outputs", None) or []]
     pairs = [] if seen is None else seen.targets_and_predictions(model)
-    # Which loss is whose is known where there is one for each output.
+    # If there is one loss for each output, they correspond.
     return [
         _loss(
             loss,
@@ -253,10 +251,10 @@ def _losses(model: Any, seen: Samples | None) -> list[Coupling | None]:
 
 
 def _metrics(model: Any) -> list[Coupling]:
-    """Metrics over the batch, where it is spread over devices; elsewhere they get whole effective batches."""
+    """Lists metrics over the batch, if it is spread over devices; otherwise they get whole effective batches."""
     from accumtune.accumulation.losses.batch_metrics import own_metrics_of_spread_windows
 
-    reason = f"is taken for one number per batch, of which each device's micro-batches give others. {HOW_TO_KNOW}"
+    reason = f"may be a single number for a batch, which differs for each device's micro-batches. {HOW_TO_KNOW}"
     return [
         Coupling(str(metric.name), type(metric).__name__, reason, is_known=False)
         for metric in own_metrics_of_spread_windows(model)
@@ -283,7 +281,7 @@ def _loss(loss: Any, shapes: list[Any], seen: list[Any]) -> Coupling | None:
     elif _has_samples(_axis_of(loss)):
         reason = _ALONG_SAMPLES
     elif isinstance(loss, keras.losses.Loss) and type(loss).__call__ is not keras.losses.Loss.__call__:
-        reason = "has its own __call__, which is exact only where it is a mean over samples."
+        reason = "has its own __call__, which is exact only if it is a mean over samples."
     else:
         values = loss.call if hasattr(loss, "call") else loss
         reason = why_coupled(values, is_sum(loss), code=loss, shapes=shapes, seen=seen)
@@ -294,7 +292,7 @@ def _loss(loss: Any, shapes: list[Any], seen: list[Any]) -> Coupling | None:
 
 
 def _is_per_sample(loss: Any, function: Any) -> bool:
-    """Whether this is one of Keras's losses that give each sample a value of its own."""
+    """Returns whether this is one of Keras's losses that give each sample its own value."""
     import keras
 
     if isinstance(loss, keras.losses.Circle) or _has_samples(_axis_of(loss)):

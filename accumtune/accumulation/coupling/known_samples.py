@@ -1,4 +1,4 @@
-"""A few samples of the user's data, with which a model's own code is tried out."""
+"""Keeps a few samples of the user's data, on which a model's own code is tested."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-# A trial needs five; among more may be a target that is missing.
+# A test needs five; more may include a missing target.
 _LEAST, _MOST, _MOST_BYTES = 5, 16, 2**24
 
 
@@ -21,7 +21,7 @@ class Samples:
         self.x, self.y = _first((x, y))
 
     def targets_and_predictions(self, model: Any) -> list[tuple[Any, Any]]:
-        """For each output of `model`, its targets and what the model predicts for them; [] where that fails."""
+        """Returns targets and predictions for each output of `model`; [] if the model cannot run."""
         from keras import StatelessScope, ops, tree
 
         if self.y is None:
@@ -31,7 +31,7 @@ class Samples:
             with StatelessScope():
                 y_pred = model(x, training=False) if model._call_has_training_arg else model(x)
             predictions = [np.asarray(ops.convert_to_numpy(ops.cast(leaf, "float32"))) for leaf in tree.flatten(y_pred)]
-        except Exception:  # a model may want other data than its first samples
+        except Exception:  # a model may need other data than its first samples
             return []
         targets = tree.flatten(self.y)
         return list(zip(targets, predictions, strict=True)) if len(targets) == len(predictions) else []
@@ -42,7 +42,7 @@ def note(model: Any, batch: tuple[Any, Any, Any]) -> None:
     if model._accumtune_samples is None:
         try:
             samples = Samples(*batch[:2])
-        except Exception:  # ragged and sparse tensors, strings: nothing is tried with these
+        except Exception:  # ragged and sparse tensors, or strings, are not used
             samples = Samples(None)
         object.__setattr__(model, "_accumtune_samples", samples)
 
@@ -50,7 +50,7 @@ def note(model: Any, batch: tuple[Any, Any, Any]) -> None:
 def _first(structure: Any) -> Any:
     from keras import ops, tree
 
-    # On the host, where the device's memory is not touched.
+    # On the host, so that the device's memory is not used.
     arrays = tree.map_structure(
         lambda leaf: leaf if leaf is None or isinstance(leaf, np.ndarray) else np.asarray(ops.convert_to_numpy(leaf)),
         structure,

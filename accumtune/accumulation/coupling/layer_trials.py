@@ -1,8 +1,8 @@
-"""Does a user's layer look at the batch as a whole, or keep state? It is run on five samples in place of a proof.
+"""Tests, on five samples, whether a user's layer couples the samples of a batch, or keeps state.
 
-A whole layer (or a model that is more than its layers) is called within a `StatelessScope`, so that no variable
-changes and seeds start anew in every scope. Other samples beside the same two must not change their results: batches
-of one shape draw the same noise. Where there is no noise, parts of the batch must give what the batch gives.
+The layer (or a model that is more than its layers) is called within a `StatelessScope`, so that no variable changes and
+seeds start again in every scope. Two samples must have the same results beside other samples; batches of one shape
+draw the same noise. Without noise, parts of the batch must have the results of the batch.
 """
 
 from __future__ import annotations
@@ -19,19 +19,19 @@ STATE = "changes variables of its own in every forward pass, hence several times
 NOT_ALONE = "gives each sample a result that depends on the others in its micro-batch."
 ADDS_LOSS = "adds a loss of its own that is not a mean over samples."
 
-# Made by arithmetic between tensors (`x + shortcut`): an entry of the result depends on these entries alone.
+# Operations between tensors (`x + shortcut`) in which an entry of the result depends only on the same entries.
 _ELEMENTWISE = frozenset(
     "Absolute Add Cast Clip Divide Exp Gelu Log Maximum Minimum Multiply Negative Relu Sigmoid Silu Sqrt Square "
     "Subtract Tanh TrueDivide".split()
 )
-# Keras's by name, but what they run is the user's.
+# Keras's layers that run code of the user's.
 _FOREIGN = frozenset({"Lambda", "TorchModuleWrapper", "JaxLayer", "FlaxLayer", "TFSMLayer"})
-SAMPLES = 5  # seldom the size of another axis
-_FREE_SIZES = (8, 2)  # where an axis has none; a table of positions may be short
+SAMPLES = 5  # rarely the size of another axis
+_FREE_SIZES = (8, 2)  # for axes without a fixed size; a table of positions may be short
 _FIRST, _REST = slice(0, 2), slice(2, SAMPLES)
 _OTHERS = (0, 1, 0, 0, 1)  # the first two samples, beside others
 _LARGE_ELEMENTS = 2**20
-# Of numbers that are made up, for each sample: unlike each other, and 0 and 1 where they are taken for tokens.
+# The largest random number of each sample: they differ, and as tokens they are 0 and 1.
 _LARGEST = (1.9, 0.5, 1.9, 1.2, 0.8)
 
 # The arguments with which a layer was called: `(args, kwargs)`.
@@ -39,7 +39,7 @@ Call = tuple[tuple, dict[str, Any]]
 
 
 def has_code_of_the_user(layer: Any) -> bool:
-    """Whether this layer or model does more than Keras's own layers, which are known."""
+    """Returns whether a layer or model runs other code than that of Keras's layers."""
     import keras
 
     if type(layer).__name__ in _FOREIGN:
@@ -54,12 +54,12 @@ def has_code_of_the_user(layer: Any) -> bool:
 
 
 def recorded_calls(model: Any, x: Any = None) -> dict[int, Call]:
-    """Runs `model` once and returns how each of its layers was called, by the layer's id; {} where it cannot run.
+    """Runs `model` once and returns the arguments of each layer's call, by the layer's id; {} if it cannot run.
 
     Args:
         x: samples of the user's data, NumPy arrays. A model that is not built yet is built with them, as by a call.
-            Where there are none, or they are not what the model itself takes (raw texts, which a task's `fit`
-            prepares), the model's inputs are made up if their shapes are known.
+            Without samples, or if the model does not take them (raw texts, which a task's `fit` prepares), random
+            inputs are used if the shapes are known.
     """
     import keras
 
@@ -71,7 +71,7 @@ def recorded_calls(model: Any, x: Any = None) -> dict[int, Call]:
                 _invoked(model, args, kwargs, training=False)
             with _recording(model, calls), keras.StatelessScope(), _fixed_seeds(model):
                 _invoked(model, args, kwargs, training=True)
-        except Exception:  # a user's model may want what cannot be made up here: other numbers, shapes or arguments
+        except Exception:  # a user's model may need other numbers, shapes or arguments
             calls.clear()
             continue
         break
@@ -79,15 +79,15 @@ def recorded_calls(model: Any, x: Any = None) -> dict[int, Call]:
 
 
 def why_coupled(layer: Any, call: Call | None = None) -> str | None:
-    """Why the results of micro-batches do not make the result of their batch; "" where they do, None where unknown.
+    """Returns why a layer's results in micro-batches differ from the batch's; "" if they do not; None if unknown.
 
     Args:
-        call: how it was called with five samples; where None, its arguments are made up if their shapes are known.
+        call: the arguments with five samples. None: random ones, if the shapes are known.
     """
     for args, kwargs in [call] if call else _made_up(layer):
         try:
             return _tried(layer, args, kwargs)
-        except Exception:  # a user's layer may want what cannot be made up here: other numbers, shapes or arguments
+        except Exception:  # a user's layer may need other numbers, shapes or arguments
             continue
     return None
 
@@ -109,14 +109,14 @@ def _tried(layer: Any, args: tuple, kwargs: dict[str, Any]) -> str | None:
     if whole.changes_state:
         return STATE
     if not whole.equals(run(same, True)):
-        return None  # noise that no seed holds: nothing can be compared
+        return None  # noise that no seed controls: nothing can be compared
     others = run(lambda leaf: ops.take(ops.convert_to_tensor(leaf), np.asarray(_OTHERS), axis=0), True)
     if not whole.agrees(others):
         return NOT_ALONE
     training = whole.equals(run(same, True, skip=1))
-    if not training:  # dropout: what it drops depends on the shape
+    if not training:  # dropout, whose mask depends on the shape
         whole = run(same, False)
-        if not whole.equals(run(same, False, skip=1)):  # noise that never ends: the losses alone can be compared
+        if not whole.equals(run(same, False, skip=1)):  # noise in inference too: only the losses can be compared
             parts = [run(rows(part), True) for part in (_FIRST, _REST)]
             return "" if whole.has_mean_losses(*parts) else ADDS_LOSS
     parts = [run(rows(part), training) for part in (_FIRST, _REST)]
@@ -126,7 +126,7 @@ def _tried(layer: Any, args: tuple, kwargs: dict[str, Any]) -> str | None:
 
 
 class _Results:
-    """What a call gave: outputs and losses as arrays, and whether it changed a weight."""
+    """The results of a call: outputs and losses as arrays, and whether it changed a weight."""
 
     def __init__(self, outputs: list[np.ndarray], losses: list[np.ndarray], changes_state: bool) -> None:
         self.outputs, self.losses, self.changes_state = outputs, losses, changes_state
@@ -136,7 +136,7 @@ class _Results:
         return all(_close(one, another) for one, another in pairs)
 
     def agrees(self, other: _Results) -> bool:
-        """Whether the first two of five samples have the same results, and what is no sample's is the same."""
+        """Returns whether the first two of five samples, and results that belong to no sample, are the same."""
         for one, another in zip(self.outputs, other.outputs, strict=True):
             axis = _axis_of_samples(one)
             if axis is not None:
@@ -147,7 +147,7 @@ class _Results:
         return True
 
     def joins(self, first: _Results, rest: _Results) -> bool:
-        """Whether the results of two parts are those of the whole."""
+        """Returns whether the results of two parts together are those of the whole."""
         for whole, *parts in zip(self.outputs, first.outputs, rest.outputs, strict=True):
             axis = _axis_of_samples(whole)
             if axis is None:
@@ -167,7 +167,7 @@ class _Results:
 
 
 def _run(layer: Any, args: tuple, kwargs: dict[str, Any], training: bool, skip: int) -> _Results:
-    """One call in a scope of its own; with `skip`, further calls come before it, so that it draws other noise."""
+    """Calls the layer in a scope of its own, after `skip` other calls, so that it draws other noise."""
     import keras
     from keras import ops, tree
 
@@ -203,7 +203,7 @@ def _invoked(layer: Any, args: tuple, kwargs: dict[str, Any], training: bool) ->
 
 
 def _in_general_position(layer: Any) -> list[tuple[Any, Any]]:
-    """Other values for weights that begin as zeros or ones: they would hide what they multiply."""
+    """Returns random values for weights that are all zeros or all ones, which could hide an effect."""
     from keras import ops
 
     generator = np.random.default_rng(0)
@@ -240,11 +240,11 @@ def _recording(model: Any, calls: dict[int, Call]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _fixed_seeds(layer: Any) -> Iterator[None]:
-    """While open, generators outside of Keras start from the same seed; they and torch's buffers are put back."""
+    """Starts generators outside of Keras from the same seed; restores them and torch's buffers afterwards."""
     import keras
     from keras.src.random.seed_generator import global_seed_generator
 
-    global_seed_generator()  # it cannot come into being within a scope
+    global_seed_generator()  # it cannot be created within a scope
     numpy_state, python_state = np.random.get_state(), random.getstate()  # noqa: NPY002
     np.random.seed(0)  # noqa: NPY002
     random.seed(0)
@@ -284,7 +284,7 @@ def _fixed_seeds_of_tensorflow() -> Iterator[None]:
 
 
 def _made_up(layer: Any) -> Iterator[Call]:
-    """Random arguments for a call of `layer`, if it is known what it takes."""
+    """Yields random arguments for a call of `layer`, if its input shapes are known."""
     from keras import KerasTensor, tree
 
     generator = np.random.default_rng(0)
@@ -307,7 +307,7 @@ def _made_up(layer: Any) -> Iterator[Call]:
     elif layer.built and len(layer._build_shapes_dict or {}) == 1:
         (shapes,) = layer._build_shapes_dict.values()
 
-        def tensors(dtype: str) -> Any:  # of whatever batch it was built with
+        def tensors(dtype: str) -> Any:  # with any batch size
             return tree.map_shape_structure(lambda shape: KerasTensor((None, *shape[1:]), dtype), shapes)
 
         known = [((tensors(dtype),), {}) for dtype in (layer.compute_dtype, "int32")]
@@ -321,7 +321,7 @@ def _made_up(layer: Any) -> Iterator[Call]:
 
 
 def _five(x: Any) -> Any:
-    """Five samples of NumPy arrays; a few are repeated."""
+    """Returns five samples of NumPy arrays, repeated if there are fewer."""
     from keras import tree
 
     return tree.map_structure(lambda leaf: np.resize(leaf[:SAMPLES], (SAMPLES, *leaf.shape[1:])), x)
@@ -333,7 +333,7 @@ def _has_samples(leaf: Any) -> bool:
 
 
 def _axis_of_samples(array: np.ndarray) -> int | None:
-    """The axis of five samples, or of several entries for each; None where there is none."""
+    """Returns the axis of five samples, or of several entries for each; None if there is none."""
     if array.ndim and array.shape[0] and array.shape[0] % SAMPLES == 0:
         return 0
     return array.shape.index(SAMPLES) if SAMPLES in array.shape else None

@@ -1,7 +1,7 @@
-"""Does a user's loss look at the batch as a whole? It is tried on numbers, its own data's among them.
+"""Tests, on random numbers and on the user's data, whether a user's loss couples the samples of a batch.
 
-Numbers between 0 and 1 would never meet a missing target. So the targets also take the values that mark one (NaN, -1,
-and whatever numbers the function's own code mentions), in unequal parts of the samples.
+Numbers between 0 and 1 would never be a missing target. So the targets also get values that mark a missing one (NaN,
+-1, and the numbers in the function's own code), in unequal parts of the samples.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from typing import Any
 
 import numpy as np
 
-UNKNOWN = "could not be tried out, and may depend on which samples share a micro-batch: unknown."
+UNKNOWN = "could not be tested, and may depend on which samples share a micro-batch: unknown."
 NO_MEAN = "gives one number per micro-batch that is not a mean over samples."
 NO_SUM = "gives one number per micro-batch that is not a sum over samples."
 NOT_ALONE = "gives each sample a value that depends on the others in its micro-batch."
 
 _PARTS = (slice(0, 4), slice(0, 2), slice(2, 4), slice(0, 1), slice(1, 4))
-# How much of each of four samples is marked: a ratio over the batch has another denominator in each part.
+# The share of each of four samples that is marked: a ratio over the batch then has another denominator in each part.
 _MARKED = (0.0, 1.0, 0.6, 0.3)
 _USUAL_MARKS = (float("nan"), 0.0, 1.0, -1.0, 2.0, -100.0, 255.0)
 _MOST_MARKS = 24
@@ -38,22 +38,22 @@ def why_coupled(
     shapes: Sequence[tuple[int | None, ...]] = (),
     seen: Sequence[Pair] = (),
 ) -> str:
-    """Why the losses of micro-batches do not make the loss of their batch; "" where they do.
+    """Returns why the losses of micro-batches do not combine to the loss of their batch; "" if they do.
 
     Args:
-        values: `(y_true, y_pred)` to losses: one per sample (or finer), or one number.
-        is_sum: whether the numbers of micro-batches are added up, not averaged.
-        code: the function or object whose code may mention numbers that mark a missing target.
-        shapes: of the model's outputs, where they are known.
-        seen: four samples or more of the user's targets, with what the model predicts for them.
+        values: from `(y_true, y_pred)` to losses: one per sample (or finer), or one number.
+        is_sum: whether the numbers of micro-batches are summed instead of averaged.
+        code: the function or object whose code may contain numbers that mark a missing target.
+        shapes: of the model's outputs, if they are known.
+        seen: four or more samples of the user's targets, with the model's predictions.
     """
     marks = list(itertools.islice(dict.fromkeys([*_numbers_in(code), *_USUAL_MARKS]), _MOST_MARKS))
-    # A label out of range is an exception on a CPU; on a GPU it would end the process's use of it.
+    # A label out of range raises an exception on a CPU; on a GPU it would make the GPU unusable for this process.
     for device, has_variants in ((_host(), True), (contextlib.nullcontext(), False)):
         with device:
             for y_true, y_pred in [*_four_each(seen), *_four_samples(shapes)]:
                 reason = _tried(values, y_true, y_pred, is_sum)
-                if reason is None:  # a user's function may want other shapes or labels; the next ones have them
+                if reason is None:  # a user's function may need other shapes or labels, which may come next
                     continue
                 variants = _variants(y_true, y_pred, marks) if has_variants else ()
                 reasons = (_tried(values, *variant, is_sum) for variant in variants)
@@ -62,13 +62,13 @@ def why_coupled(
 
 
 def _tried(values: Callable[[Any, Any], Any], y_true: Any, y_pred: Any, is_sum: bool) -> str | None:
-    """As `why_coupled`, for these samples; None where they say nothing."""
+    """Returns the answer of `why_coupled` for these samples; None if they do not decide it."""
     try:
         whole = _computed(values, y_true, y_pred)
         if not whole.ndim and not np.isfinite(whole):
             return None
         parts = [_computed(values, *_rows((y_true, y_pred), part)) for part in _PARTS[1:]]
-    except Exception:  # whatever a user's function raises where it wants other numbers
+    except Exception:  # whatever a user's function raises for numbers that it cannot use
         return None
     if whole.ndim == 0:
         weights = [[1, 1], [1, 1]] if is_sum else [[0.5, 0.5], [0.25, 0.75]]
@@ -84,7 +84,7 @@ def _joined(parts: list[Any], whole: Any) -> Any:
 
 
 def _four_samples(shapes: Sequence[tuple[int | None, ...]]) -> Iterator[Pair]:
-    """Targets and predictions, in the shapes of the model's outputs and in those that losses usually take."""
+    """Yields targets and predictions, in the shapes of the model's outputs and in those that losses usually take."""
     import keras
 
     generator = np.random.default_rng(0)
@@ -98,7 +98,7 @@ def _four_samples(shapes: Sequence[tuple[int | None, ...]]) -> Iterator[Pair]:
 
 
 def _four_each(seen: Sequence[Pair]) -> Iterator[Pair]:
-    """Four samples at a time of the user's own, at most four times."""
+    """Yields the user's samples, four at a time, at most four times."""
     from keras import tree
 
     for y_true, y_pred in seen:
@@ -110,7 +110,7 @@ def _four_each(seen: Sequence[Pair]) -> Iterator[Pair]:
 
 
 def _variants(y_true: Any, y_pred: Any, marks: Sequence[float]) -> Iterator[Pair]:
-    """The same samples with other numbers: where targets are missing or rare, and where predictions end."""
+    """Yields the same samples with missing or rare targets, and with extreme predictions."""
     from keras import tree
 
     generator = np.random.default_rng(1)
@@ -136,14 +136,14 @@ def _variants(y_true: Any, y_pred: Any, marks: Sequence[float]) -> Iterator[Pair
 
 
 def _numbers_in(code: Any, depth: int = 3) -> list[float]:
-    """The numbers that a function mentions, or an object keeps: constants, closures, globals, attributes."""
+    """Returns the numbers in a function or an object: constants, closures, globals, attributes."""
     if isinstance(code, bool) or code is None or depth < 0:
         return []
     if isinstance(code, (int, float, np.number)):
         return [float(code)]
     if isinstance(code, types.CodeType):
         inner = [item for constant in code.co_consts for item in _numbers_in(constant, depth)]
-        # `-1` may be written as 1 with a minus before it.
+        # With their negatives: `-1` may be compiled as 1 and a minus.
         return inner + [-value for value in inner]
     if isinstance(code, types.MethodType):
         return _numbers_in(code.__func__, depth) + _numbers_in(code.__self__, depth - 1)
@@ -186,7 +186,7 @@ def _host() -> Any:
 
     try:
         return keras.device("cpu:0")
-    except Exception:  # JAX may have been started without its CPU
+    except Exception:  # JAX may run without its CPU backend
         return contextlib.nullcontext()
 
 

@@ -1,9 +1,9 @@
-"""Arrays and memory maps, batch by batch, into `fit` and `evaluate`.
+"""Feeds arrays and memory maps to `fit` and `evaluate` batch by batch.
 
-Keras puts the arrays it is given into one big TensorFlow tensor: with a memory budget on the allocator that
-tensor would be counted, and a data set larger than the budget could not be trained on. Here only the batches are
-in the allocator. They come in the order in which Keras's own array adapter would have given them, so that
-training is the same run bit for bit. Under JAX and torch, Keras slices NumPy arrays lazily on its own.
+Keras puts arrays into one big TensorFlow tensor. With a memory budget on the allocator that tensor would count, and a
+data set larger than the budget could not be trained on. Here only batches are in the allocator. They come in the order
+of Keras's own array adapter, so that training is the same, bit for bit. Under JAX and torch, Keras itself slices NumPy
+arrays lazily.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def batch_source(
     shuffle: bool | str = False,
     class_weight: dict[int, float] | None = None,
 ) -> Any:
-    """Gives `fit(x=...)` and `evaluate(x=...)` arrays batch by batch, without a copy of them all on the device.
+    """Returns data for `fit(x=...)` and `evaluate(x=...)` that yield arrays batch by batch, not all on the device.
 
     Args:
         x: inputs: an array, `np.memmap`, or dicts, tuples and lists of them.
@@ -38,9 +38,8 @@ def batch_source(
         class_weight: as in `fit`.
 
     Returns:
-        A `tf.data.Dataset` under TensorFlow, Keras's own adapter under JAX and torch and for tensors that are ragged or
-        sparse, which are on the device already. Hand it to
-        `fit(x=..., shuffle=False)`: shuffling and class weights are in it already.
+        A `tf.data.Dataset` under TensorFlow; Keras's own adapter under JAX and torch, and for ragged or sparse tensors,
+        which are on the device already. Pass it to `fit(x=..., shuffle=False)`: it shuffles and has the class weights.
 
     Raises:
         DataError: the arrays do not have the same number of samples, or cannot be sliced.
@@ -53,7 +52,7 @@ def batch_source(
     is_on_device = any(is_tf_ragged(leaf) or is_tf_sparse(leaf) for leaf in leaves)
     if keras.backend.backend() != "tensorflow" or is_on_device:
         return ArrayDataAdapter(x, y, sample_weight, batch_size=batch_size, shuffle=shuffle, class_weight=class_weight)
-    # The adapter checks the arguments as fit would, and turns class weights into sample weights.
+    # The adapter checks the arguments like fit, and turns class weights into sample weights.
     packed = ArrayDataAdapter(x, y, sample_weight, batch_size=batch_size, class_weight=class_weight)._inputs
     return _tensorflow_batches(packed, batch_size, shuffle)
 
@@ -68,11 +67,10 @@ def training_arguments(
     shuffle: bool | str = False,
     class_weight: dict[int, float] | None = None,
 ) -> dict[str, Any]:
-    """Arguments of `model.fit` that train with these arrays, at the least memory.
+    """Returns arguments of `model.fit` that train with these arrays and need the least memory.
 
-    An accumulating model takes the rows of each micro-batch from the arrays themselves; any other, and arrays that
-    are no NumPy arrays of numbers, get whole batches of a `batch_source`. A class with a `fit` of its own is given the
-    arrays, as its user would.
+    An accumulating model takes the rows of each micro-batch from the arrays. Other models, and arrays that are not
+    NumPy arrays of numbers, use the whole batches of a `batch_source`. A class with its own `fit` gets the arrays.
     """
     from accumtune.accumulation import accumulation_of
     from accumtune.accumulation.data.batches import has_stock_fit, prepares_its_data
@@ -84,13 +82,13 @@ def training_arguments(
         return {name: value for name, value in given.items() if value is not None} | {"batch_size": batch_size}
     if accumulation_of(model) is None or not has_stock_fit(model) or rows_of(x, y, sample_weight, class_weight) is None:
         source = batch_source(x, y, sample_weight, batch_size=batch_size, shuffle=shuffle, class_weight=class_weight)
-        return {"x": source, "shuffle": False}  # it is shuffled, and weighted, already
+        return {"x": source, "shuffle": False}  # the source shuffles, and has the weights
     arrays = {"x": x, "y": y, "sample_weight": sample_weight}
     return {**arrays, "batch_size": batch_size, "shuffle": shuffle, "class_weight": class_weight}
 
 
 def validation_source(model: Any, x: Any, y: Any = None, sample_weight: Any = None, *, batch_size: int) -> Any:
-    """What to give `fit` as `validation_data`: a `batch_source`, or the arrays, where a class prepares its data."""
+    """Returns `validation_data` for `fit`: a `batch_source`, or the arrays for a class that prepares its data."""
     from accumtune.accumulation.data.batches import prepares_its_data
 
     if not prepares_its_data(model):
@@ -99,7 +97,7 @@ def validation_source(model: Any, x: Any, y: Any = None, sample_weight: Any = No
 
 
 def takes_batch_source(model: Any) -> bool:
-    """Whether `fit` of the model takes a `batch_source`: a `fit` of its own may know nothing of Keras's adapters."""
+    """Returns whether the model's `fit` takes a `batch_source`: its own `fit` may not know Keras's adapters."""
     import keras
 
     from accumtune.accumulation.data.batches import prepares_its_data
@@ -123,7 +121,7 @@ def _check(x: Any, y: Any, sample_weight: Any, batch_size: int) -> None:
         raise DataError(
             f"Received arrays with {' and '.join(map(str, sizes)) or 'no'} samples.",
             "the same number of samples, at least 1, in every array of x, y and sample_weight",
-            "look at the arrays' shapes.",
+            "check the shapes of the arrays.",
         )
     if batch_size < 1:
         raise DataError(f"Received {batch_size=}.", "at least 1", "raise batch_size.")
@@ -140,7 +138,7 @@ def _tensorflow_batches(packed: Any, batch_size: int, shuffle: bool | str) -> An
         if array is not None
     ]
     samples = leaves[0].samples
-    # Keras's own adapter orders the indices instead of the data: the same operations with the same seeds.
+    # Keras's own adapter shuffles indices instead of the data: the same operations with the same seeds.
     indices = ArrayDataAdapter(np.arange(samples), batch_size=batch_size, shuffle=shuffle).get_tf_dataset()
 
     def gather(rows: Any) -> Any:
@@ -151,7 +149,7 @@ def _tensorflow_batches(packed: Any, batch_size: int, shuffle: bool | str) -> An
         structure = keras.tree.map_structure(lambda array: None if array is None else next(remaining), packed)
         return keras.tree.lists_to_tuples(structure)
 
-    as_it_is = tf.autograph.experimental.do_not_convert(gather)  # to convert it takes a tenth of a second
+    as_it_is = tf.autograph.experimental.do_not_convert(gather)  # autograph would take a tenth of a second
     dataset = one_at_a_time(indices.map(as_it_is, num_parallel_calls=None))
     if shuffle:
         options = tf.data.Options()
@@ -176,7 +174,7 @@ class _DenseColumn(Column):
 
 
 class _SparseColumn:
-    """A matrix of scipy.sparse, whose rows are a `tf.SparseTensor`: indices, values and shape."""
+    """A matrix of scipy.sparse, whose rows become a `tf.SparseTensor`: indices, values and shape."""
 
     def __init__(self, matrix: Any) -> None:
         self._matrix = matrix.tocsr()
@@ -192,7 +190,7 @@ class _SparseColumn:
 
     def arrays(self, indices: np.ndarray) -> list[np.ndarray]:
         rows = self._matrix[indices]
-        rows.sort_indices()  # as TensorFlow wants them: by rows, then by columns
+        rows.sort_indices()  # in TensorFlow's order: by rows, then by columns
         rows = rows.tocoo()
         places = np.stack([rows.row, rows.col], axis=1).astype(np.int64)
         return [places, rows.data.astype(self.dtype), np.array(rows.shape, np.int64)]
@@ -208,7 +206,7 @@ class _SparseColumn:
 def counted_tensors(
     function: Callable[[np.ndarray], list[np.ndarray]], argument: Any, specs: Sequence[Any]
 ) -> list[Any]:
-    """In a graph of TensorFlow: the arrays that a function gives, as tensors in the device's account.
+    """Calls a function in a TensorFlow graph, and returns its arrays as tensors that the device's allocator counts.
 
     Args:
         function: from the value of `argument` to one array for each of `specs`.
@@ -217,8 +215,8 @@ def counted_tensors(
     """
     import tensorflow as tf
 
-    # One numpy_function for all arrays. It hands over NumPy's own buffer where that is aligned, which no allocator
-    # counts; the copy puts the batch where a batch belongs, into the device's account.
+    # One numpy_function for all arrays. It uses NumPy's own buffer if that is aligned, which no allocator counts;
+    # a batch must count, so it is copied.
     types = [spec.dtype for spec in specs]
     tensors = tf.numpy_function(lambda value: [aligned(array) for array in function(value)], [argument], types)
     for tensor, spec in zip(tensors, specs, strict=True):
@@ -227,7 +225,7 @@ def counted_tensors(
 
 
 def one_at_a_time(dataset: Any) -> Any:
-    """A `tf.data.Dataset` that makes a batch when it is asked for: one that waits is a whole window of memory."""
+    """Makes a `tf.data.Dataset` produce a batch only on request: one in advance would be a whole window of memory."""
     import tensorflow as tf
 
     options = tf.data.Options()

@@ -1,4 +1,4 @@
-"""Arrays of every kind that Keras trains on, by their rows: dense, pandas, scipy.sparse, ragged and sparse tensors."""
+"""Slices and joins, by rows, all kinds of arrays that Keras trains on: dense, pandas, scipy.sparse, ragged, sparse."""
 
 from __future__ import annotations
 
@@ -11,34 +11,34 @@ from accumtune.accumulation.data.row_indices import as_array
 
 
 def is_scipy_sparse(leaf: Any) -> bool:
-    """Whether it is a matrix or an array of `scipy.sparse`."""
+    """Returns whether a leaf is a matrix or an array of `scipy.sparse`."""
     return type(leaf).__module__.startswith("scipy.sparse")
 
 
 def is_tf_ragged(leaf: Any) -> bool:
-    """Whether it is a `tf.RaggedTensor`."""
+    """Returns whether a leaf is a `tf.RaggedTensor`."""
     return type(leaf).__name__ == "RaggedTensor" and type(leaf).__module__.startswith("tensorflow.")
 
 
 def is_tf_sparse(leaf: Any) -> bool:
-    """Whether it is a `tf.SparseTensor`."""
+    """Returns whether a leaf is a `tf.SparseTensor`."""
     return type(leaf).__name__ == "SparseTensor" and type(leaf).__module__.startswith("tensorflow.")
 
 
 def is_dense(leaf: Any) -> bool:
-    """Whether all of its samples take the same memory."""
+    """Returns whether all samples of a leaf take the same memory."""
     return not (is_scipy_sparse(leaf) or is_tf_ragged(leaf) or is_tf_sparse(leaf))
 
 
 def as_rows(leaf: Any) -> Any:
-    """The leaf as it is where it is not dense, else a NumPy array."""
+    """Returns a dense leaf as a NumPy array, and others in a kind that can be sliced."""
     if is_scipy_sparse(leaf):
         return leaf.tocsr()
     return as_array(leaf) if is_dense(leaf) else leaf
 
 
 def part(leaf: Any, rows: slice) -> Any:
-    """Some rows that follow each other, as the same kind of array."""
+    """Returns a range of rows, as the same kind of array."""
     if is_tf_sparse(leaf):
         import tensorflow as tf
 
@@ -51,7 +51,7 @@ def part(leaf: Any, rows: slice) -> Any:
 
 
 def joined(leaves: Sequence[Any]) -> Any:
-    """The rows of several leaves of one kind after each other."""
+    """Concatenates the rows of several leaves of one kind."""
     if is_scipy_sparse(leaves[0]):
         import scipy.sparse
 
@@ -64,9 +64,9 @@ def joined(leaves: Sequence[Any]) -> Any:
 
 
 def first_rows(leaf: Any, count: int) -> Any:
-    """The first rows, again from the front where there are too few; dense ones as a NumPy array."""
+    """Returns the first rows, repeated if there are too few; dense ones as a NumPy array."""
     available = int(leaf.shape[0])
-    # A slice of a memory map reads only what it covers.
+    # Slicing first, because a slice of a memory map reads only its own rows.
     head = as_rows(part(leaf, slice(0, min(count, available))))
     if count <= available:
         return head
@@ -77,7 +77,7 @@ def first_rows(leaf: Any, count: int) -> Any:
 
 
 def described(leaf: Any) -> list[Any]:
-    """Kind, shape of a sample and dtype, as plain data."""
+    """Returns the shape of a sample, the dtype and the kind, as plain data."""
     if is_dense(leaf):
         array = as_array(leaf)
         return [list(array.shape[1:]), str(array.dtype)]
@@ -87,7 +87,7 @@ def described(leaf: Any) -> list[Any]:
 
 
 def bytes_per_row(leaf: Any) -> int:
-    """What a sample takes on a device, on average."""
+    """Returns the mean size of a sample on a device, in bytes."""
     if is_scipy_sparse(leaf):
         total = leaf.nnz * (leaf.dtype.itemsize + 8 * leaf.ndim)  # indices are 64 bits wide in a SparseTensor
     elif is_tf_sparse(leaf):

@@ -1,4 +1,4 @@
-"""Batches as `fit` reads them: micro-batches cut from a batch, or windows counted in an epoch."""
+"""Splits the batches that `fit` reads into micro-batches, and makes an epoch count windows."""
 
 from __future__ import annotations
 
@@ -16,31 +16,31 @@ from accumtune.accumulation.window import Accumulation, split
 from accumtune.errors import BatchSizeError, DataError
 
 _DATA = ("x", "y", "sample_weight")
-KERAS_BATCH_SIZE = 32  # where fit is given none
+KERAS_BATCH_SIZE = 32  # fit's default
 
 
 @dataclass(frozen=True)
 class Window:
-    """The micro-batches of one update, where a batch is expected (torch's data loader yields them)."""
+    """The micro-batches of one update, in place of a batch of torch's data loader."""
 
     micro_batches: list[Any]
 
 
 @dataclass(frozen=True, eq=False)
 class HostBatch:
-    """A batch that stays with the host: Keras on JAX puts what it sees of one on the device, and the next one too."""
+    """A batch that stays on the host: Keras on JAX would put it on the device, and the next one too."""
 
     batch: Any
 
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """A part of a window, whose tensors are made when its micro-step begins.
+    """A part of a window, whose tensors are created when its micro-step begins.
 
     Args:
-        samples: how many there are.
-        take: gives `(x, y, sample_weight)`.
-        form: how many of these the batch had as a tuple; 0 where it was x alone.
+        samples: the number of samples.
+        take: returns `(x, y, sample_weight)`.
+        form: the length of the batch's tuple; 0 if the batch was x alone.
     """
 
     samples: int
@@ -49,26 +49,26 @@ class MicroBatch:
 
 
 def samples_of(batch: Any) -> int:
-    """The samples in a batch (x, y, sample_weight)."""
+    """Returns the number of samples in a batch (x, y, sample_weight)."""
     from keras import tree
 
     return int(next(leaf for leaf in tree.flatten(batch) if leaf is not None).shape[0])
 
 
 def unpacked(batch: Any) -> tuple[Any, Any, Any]:
-    """A batch in any of Keras's forms as (x, y, sample_weight)."""
+    """Turns a batch in any of Keras's forms into (x, y, sample_weight)."""
     from keras.src.trainers.data_adapters import data_adapter_utils
 
     return data_adapter_utils.unpack_x_y_sample_weight(batch)
 
 
 def micro_batches(batch: Any, micro_batch_size: int | None, source: Rows | None, cut: Any = None) -> list[MicroBatch]:
-    """The micro-batches of a batch; all of it where no size is given, or where it fits in one.
+    """Splits a batch into micro-batches; one if no size is given.
 
     Args:
-        batch: what the iterator of an epoch gave, in any of Keras's forms.
-        source: the arrays, where such batches may be numbers of their rows.
-        cut: `cut(leaf, slice)` cuts one array; indexing if None.
+        batch: from the iterator of an epoch, in any of Keras's forms.
+        source: the arrays, if batches may be numbers of their rows.
+        cut: `cut(leaf, slice)` slices one array; None: indexing.
     """
     batch = batch.batch if isinstance(batch, HostBatch) else batch
     numbers = None if source is None else row_numbers(batch)
@@ -88,22 +88,23 @@ def micro_batches(batch: Any, micro_batch_size: int | None, source: Rows | None,
 
 
 def check_samples(batch: Any) -> None:
-    """Raises DataError where arrays of a batch differ in their first axis: they cannot be cut into samples.
+    """Raises DataError if arrays of a batch differ in their first axis, so that they cannot be split into samples.
 
-    Keras checks arrays, but not what a generator, a `PyDataset` or a `tf.data.Dataset` gives.
+    Keras checks arrays, but not the batches of a generator, a `PyDataset` or a `tf.data.Dataset`.
     """
     found = shapes(batch)
     if len({shape[:1] for shape in found}) > 1 or not all(found):
         raise DataError(
             f"Received a batch with arrays of the shapes {', '.join(map(str, found))}.",
-            "arrays whose first axis is that of the samples, as many in each: the batch is cut into smaller ones.",
-            "give each sample one entry in each array: several of them belong on another axis, and what is not of a "
+            "arrays whose first axis is that of the samples, with the same number in each, so that the batch can be "
+            "split.",
+            "give each sample one entry in each array: put several of them on another axis, and data that belong to no "
             "sample (a table, an adjacency matrix) into the model, as a constant or a weight.",
         )
 
 
 def part_of(batch: Any, part: slice, cut: Any = None) -> Any:
-    """A part of each array of a batch."""
+    """Returns a part of each array of a batch."""
     from keras import tree
 
     cut = cut or (lambda leaf, part: leaf[part])
@@ -111,24 +112,24 @@ def part_of(batch: Any, part: slice, cut: Any = None) -> Any:
 
 
 def shapes(batch: Any) -> tuple[tuple[int, ...], ...]:
-    """The shapes of the arrays of a batch."""
+    """Returns the shapes of the arrays of a batch."""
     from keras import tree
 
     return tuple(tuple(leaf.shape) for leaf in tree.flatten(batch) if leaf is not None)
 
 
 def same_shapes(window: list[MicroBatch], accumulation: Accumulation, source: Rows | None) -> bool:
-    """Whether the micro-batches differ in their number of samples at most: as parts of one batch or array do."""
+    """Returns whether the shapes of micro-batches differ at most in the number of samples, as parts of one batch do."""
     if accumulation.micro_batch_size is not None or source is not None:
         return True
     return len({tuple(shape[1:] for shape in shapes(part.take())) for part in window}) <= 1
 
 
 def named_arguments(model: Any, args: tuple, kwargs: dict) -> dict[str, Any]:
-    """The arguments of `fit` by name, as far as they were given."""
+    """Returns the given arguments of `fit` by name."""
     signature = inspect.signature(type(model).fit)
     if any(parameter.kind is parameter.VAR_POSITIONAL for parameter in signature.parameters.values()):
-        signature = inspect.signature(keras_fit())  # of a wrapper, which hands on what it is given
+        signature = inspect.signature(keras_fit())  # a wrapper, which passes its arguments on
     arguments = signature.bind(model, *args, **kwargs).arguments
     given = dict(list(arguments.items())[1:])  # without self
     others = [name for name in given if signature.parameters[name].kind is inspect.Parameter.VAR_KEYWORD]
@@ -136,18 +137,18 @@ def named_arguments(model: Any, args: tuple, kwargs: dict) -> dict[str, Any]:
 
 
 def has_stock_fit(model: Any) -> bool:
-    """Whether `fit` is Keras's own: neither a class's that prepares its data, nor a wrapper around Keras's."""
+    """Returns whether `fit` is Keras's own: neither overridden, to prepare data, nor wrapped."""
     return type(model).fit is keras_fit()
 
 
 def prepares_its_data(model: Any) -> bool:
-    """Whether the model's class has a `fit` of its own, which is to be given what its user would give it."""
+    """Returns whether the model's class overrides `fit`, which must then get the user's data as they are."""
     owner = next(cls for cls in type(model).__mro__ if "fit" in vars(cls))
     return owner.__module__.split(".")[0] != "keras"
 
 
 def keras_fit() -> Any:
-    """Keras's own `fit`, past what a class or an autologger has put in its place."""
+    """Returns Keras's own `fit`, even if a class overrides it or an autologger has wrapped it."""
     import keras
 
     backend = "keras.src.backend."
@@ -156,10 +157,10 @@ def keras_fit() -> Any:
 
 
 def with_rows(model: Any, accumulation: Accumulation, given: dict[str, Any]) -> tuple[dict[str, Any], Rows | None]:
-    """The arguments of Keras's own `fit` that need the least memory, and the arrays behind them.
+    """Returns arguments of Keras's own `fit` that need the least memory, and the arrays behind them.
 
-    Arrays are replaced by the numbers of their rows, unless they are no NumPy arrays or are spread over devices, and
-    validation takes no more samples at once than training, of as many as plain Keras would take.
+    Arrays are replaced by the numbers of their rows, unless they are not NumPy arrays or are spread over devices.
+    Validation uses the same samples as in plain Keras, but no more at once than training.
     """
     import keras
     from keras.src.trainers.data_adapters import array_slicing
@@ -174,9 +175,9 @@ def with_rows(model: Any, accumulation: Accumulation, given: dict[str, Any]) -> 
     arrays = x, y, sample_weight = given.get("x"), given.get("y"), given.get("sample_weight")
     size, steps = accumulation.micro_batch_size, given.get("steps_per_epoch")
     if size is not None and not given.get("validation_batch_size"):
-        # Plain Keras takes the batch of training, which need not fit in memory.
+        # Plain Keras would use the batch of training, which may not fit in memory.
         batch_size = given.get("batch_size") or KERAS_BATCH_SIZE
-        if given.get("validation_steps") and has_validation_arrays(given):  # batches of that size are counted
+        if given.get("validation_steps") and has_validation_arrays(given):  # it counts batches of that size
             samples = given.pop("validation_steps") * batch_size
             given["validation_data"] = part_of(given["validation_data"], slice(0, samples), array_kinds.part)
         given["validation_batch_size"] = min(size, batch_size)
@@ -192,7 +193,7 @@ def with_rows(model: Any, accumulation: Accumulation, given: dict[str, Any]) -> 
 
 
 def has_validation_arrays(given: dict[str, Any]) -> bool:
-    """Whether `fit` cuts the batches of its validation: other data come in batches."""
+    """Returns whether validation data are arrays, which `fit` splits into batches itself."""
     from keras.src.trainers.data_adapters.array_data_adapter import can_convert_arrays
 
     data = given.get("validation_data")
@@ -200,12 +201,12 @@ def has_validation_arrays(given: dict[str, Any]) -> bool:
 
 
 def count_in_windows(epoch: Any, accumulation: Accumulation, counts_batches: bool) -> None:
-    """Makes Keras's iterator of an epoch give and count windows, where these are several batches.
+    """Makes Keras's iterator of an epoch yield and count windows, if these are several batches.
 
     Args:
         epoch: a `keras.src.trainers.epoch_iterator.EpochIterator` that has not begun.
-        counts_batches: whether `steps_per_epoch`, if there is one, was set by a fit of the model's own, and not by
-            the user, who counts updates.
+        counts_batches: whether `steps_per_epoch`, if given, was set by the model's own fit, which counts batches, and
+            not by the user, who counts updates.
     """
     import keras
 
@@ -221,14 +222,14 @@ def count_in_windows(epoch: Any, accumulation: Accumulation, counts_batches: boo
         if epoch.steps_per_epoch % steps:
             raise BatchSizeError(
                 f"Received {accumulation}, and a model whose fit sets steps_per_epoch={epoch.steps_per_epoch}.",
-                "a number of batches that accumulation_steps divides, where a fit of the model's own counts them.",
+                "a number of batches that is a multiple of accumulation_steps, since the model's own fit counts them.",
                 "use accumulate(model, micro_batch_size=...) with the effective batch as fit's batch_size.",
             )
         epoch.steps_per_epoch //= steps
 
 
 def first_micro_batches(epoch: Any, accumulation: Accumulation, source: Rows | None) -> Iterator[Any]:
-    """The iterator of an epoch, for building variables: with a micro-batch in place of a window or of row numbers."""
+    """Yields the first micro-batch of each window of an epoch, for building variables."""
     for begin, end, data in epoch:
         batch = data[0] if isinstance(data, (list, tuple)) else next(data)
         if isinstance(batch, Window):
@@ -237,7 +238,7 @@ def first_micro_batches(epoch: Any, accumulation: Accumulation, source: Rows | N
 
 
 def _windows(batches: Iterator[Any], accumulation_steps: int) -> Iterator[Window]:
-    # The iterator is there already: torch draws from its generator where one is made, as in plain training.
+    # The caller has created the iterator, at the same moment as plain training: torch draws from its generator then.
     while window := list(itertools.islice(batches, accumulation_steps)):
         yield Window(window)
 
@@ -249,14 +250,14 @@ def _host_batches(batches: Iterator[Any]) -> Iterator[HostBatch]:
 
 @functools.cache
 def _make_empty_to_jax() -> None:
-    """To JAX a `HostBatch` is a structure without arrays: nothing is there to put on a device."""
+    """Registers `HostBatch` with JAX as a structure without arrays, so that nothing is put on a device."""
     import jax
 
     jax.tree_util.register_pytree_node(HostBatch, lambda batch: ((), batch), lambda batch, _: batch)
 
 
 def _windowed(adapter: Any, accumulation_steps: int, stays_on_host: bool) -> Any:
-    """The same data; `num_batches` counts windows. Keras takes a DataAdapter wherever it takes data."""
+    """Returns an adapter with the same data, whose `num_batches` counts windows."""
     from keras.src.trainers.data_adapters.data_adapter import DataAdapter
 
     class WindowedAdapter(DataAdapter):

@@ -1,8 +1,8 @@
-"""Arrays that stay where they are: `fit` is handed numbers of rows, and each micro-step takes the rows it needs.
+"""Passes numbers of rows to `fit` instead of arrays, so that each micro-step takes only the rows that it needs.
 
-Keras puts a whole batch on the device, two where it looks ahead, and under TensorFlow the whole data set. With
-accumulation a batch is a window, of which only one micro-batch is needed at a time. So Keras's own adapter shuffles
-and cuts the numbers 0, 1, 2, … instead of the data: the same operations on the same seeds, hence the same order.
+Keras puts a whole batch on the device, two if it prefetches, and under TensorFlow the whole data set. With accumulation
+a batch is a window, of which only one micro-batch is needed at a time. So Keras's own adapter shuffles and splits the
+numbers 0, 1, 2, … instead of the data: the same operations on the same seeds, hence the same order.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ ALIGNMENT = 64
 
 
 class Rows:
-    """The arrays of a `fit`: x, y and sample weights, packed as Keras hands them to a train step.
+    """The arrays of a `fit`: x, y and sample weights, packed as Keras passes them to a train step.
 
     Args:
         packed: `(x, y, sample_weight)` or less, each a structure of NumPy arrays (or memory maps) and None.
@@ -33,11 +33,11 @@ class Rows:
         self.samples = next(column.samples for column in tree.flatten(self._columns) if column is not None)
 
     def adapter(self, batch_size: int | None, shuffle: bool | str) -> Any:
-        """Keras's adapter for these arrays, that gives the numbers of rows instead."""
+        """Returns Keras's adapter for these arrays, but for the numbers of their rows."""
         return _index_adapter(np.arange(self.samples), batch_size, shuffle)
 
     def take(self, indices: np.ndarray) -> tuple[Any, Any, Any]:
-        """These rows as `(x, y, sample_weight)`, tensors of the backend."""
+        """Returns rows as `(x, y, sample_weight)`, tensors of the backend."""
         import keras
         from keras import tree
 
@@ -51,7 +51,7 @@ class Rows:
 
 
 def rows_of(x: Any, y: Any = None, sample_weight: Any = None, class_weight: Any = None) -> Rows | None:
-    """The arguments of `fit` as rows, or None where they are not NumPy arrays of numbers; raises what Keras raises."""
+    """Returns the data of `fit` as rows, or None if they are not NumPy arrays of numbers; checks them like Keras."""
     from keras import tree
     from keras.src.trainers.data_adapters.array_data_adapter import ArrayDataAdapter
 
@@ -68,17 +68,17 @@ def _has_plain_rows(leaf: Any) -> bool:
 
 
 def row_numbers(batch: Any) -> np.ndarray | None:
-    """The numbers of the rows, where `batch` is one of an adapter of `Rows`, else None."""
+    """Returns the numbers of the rows if `batch` comes from an adapter of `Rows`, else None."""
     if isinstance(batch, (tuple, list)) and batch:
         batch = batch[0]
     return np.asarray(batch[_KEY]) if isinstance(batch, Mapping) and set(batch) == {_KEY} else None
 
 
 class Column:
-    """One array, of which rows are taken in the dtype in which Keras would have fed it.
+    """An array whose rows are taken in the dtype in which Keras would feed them.
 
     Args:
-        array: what Keras takes for an array; a memory map is read where rows are taken.
+        array: any array that Keras takes; of a memory map, only the taken rows are read.
     """
 
     def __init__(self, array: Any) -> None:
@@ -95,7 +95,7 @@ class Column:
             self.dtype = _numpy_dtype(keras.config.floatx())
 
     def take(self, indices: np.ndarray) -> np.ndarray:
-        """The rows of these numbers, shape `(len(indices), *row_shape)`."""
+        """Returns the rows of these numbers, shape `(len(indices), *row_shape)`."""
         first, last = int(indices[0]), int(indices[-1])
         if last - first + 1 == len(indices) and np.array_equal(indices, np.arange(first, last + 1)):
             rows = self._array[first : last + 1]  # one contiguous read of a memory map
@@ -105,7 +105,7 @@ class Column:
 
 
 def as_array(leaf: Any) -> np.ndarray:
-    """A NumPy array; of a pandas frame one of numbers, also where its columns have several or nullable dtypes."""
+    """Returns a NumPy array; of numbers for a pandas frame, even if its columns have different or nullable dtypes."""
     import keras
 
     if isinstance(leaf, np.ndarray):
@@ -133,17 +133,17 @@ def _converter(backend: str) -> Any:
 
         if tf.config.list_physical_devices("GPU"):
             return tf.convert_to_tensor
-        # A tensor made of a NumPy array borrows its memory, which no allocator counts: a batch belongs to the device.
+        # A tensor of a NumPy array borrows its memory, which no allocator counts; a batch must count, so it is copied.
         return lambda array: tf.raw_ops.DeepCopy(x=aligned(array))
     if backend == "torch":
         from keras import ops
 
         return ops.convert_to_tensor
-    return lambda array: array  # JAX takes NumPy's arrays where it calls a function
+    return lambda array: array  # JAX's functions take NumPy's arrays
 
 
 def aligned(array: np.ndarray, copy: bool = False) -> np.ndarray:
-    """The array or a copy of it, where TensorFlow borrows memory instead of copying it: at multiples of 64 bytes."""
+    """Returns an array, or a copy, at a multiple of 64 bytes: TensorFlow borrows such memory instead of copying it."""
     if array.dtype.hasobject or (array.ctypes.data % ALIGNMENT == 0 and not copy):
         return array
     memory = np.empty(array.nbytes + ALIGNMENT, np.uint8)
@@ -171,14 +171,13 @@ def _index_adapter(indices: np.ndarray, batch_size: int | None, shuffle: bool | 
         def get_tf_dataset(self) -> Any:
             import tensorflow as tf
 
-            # Nothing to tune: and the thread that tunes makes the end of an epoch wait for its next round, in steps
-            # that double up to a second.
+            # Autotuning is useless here, and its thread delays the end of an epoch by up to a second.
             options = tf.data.Options()
             options.autotune.enabled = False
             return super().get_tf_dataset().with_options(options)
 
         def get_torch_dataloader(self) -> Any:
-            # Numbers are read by the host: on a GPU it would have to wait for all that the GPU still has to do.
+            # The host reads the numbers: on a GPU it would have to wait for all of the GPU's pending work.
             return _batches_on_the_host(iter(super().get_torch_dataloader()))
 
     return IndexAdapter({_KEY: indices}, batch_size=batch_size, shuffle=shuffle)

@@ -1,4 +1,4 @@
-"""What functions on JAX hand on to each other: values that have changed, and sums."""
+"""Passes changed values and sums of gradients from one compiled JAX function to the next."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 
 def changed(values: list[Any], before: list[Any]) -> list[Any]:
-    """The values, with None in place of each that a step has handed through: known while it is traced."""
+    """Replaces each value that a step has not changed by None; which ones is known while it is traced."""
     return [None if value is old else value for value, old in zip(values, before, strict=True)]
 
 
@@ -18,12 +18,12 @@ def with_changes(values: list[Any], before: list[Any]) -> list[Any]:
 
 
 def as_sums(gradients: list[Any]) -> list[Any]:
-    """Gradients as the first summands: in float32, whatever less they have."""
+    """Returns gradients as the first sums: in float32, or in float64 if they are."""
     return [gradient.astype(jnp.float64 if gradient.dtype == jnp.float64 else jnp.float32) for gradient in gradients]
 
 
 def added(variables: list[Any], sums: list[Any], gradients: list[Any]) -> list[Any]:
-    """The sums with one more gradient each."""
+    """Adds a gradient to each sum."""
     totals = []
     for variable, total, gradient in zip(variables, sums, gradients, strict=True):
         gradient = gradient.astype(total.dtype)

@@ -1,8 +1,9 @@
-"""One train function on JAX: a Python loop over a jitted micro-step, and one jitted update.
+"""The train function on JAX: a Python loop over a jitted micro-step, and one jitted update.
 
-The model's state is donated to the update only, so an interrupted window leaves the model whole. What a micro-step
-hands on to the next one (sums, metrics, the non-trainable variables that have changed, such as seeds) is donated from
-micro-step to micro-step. What has not changed is not returned: a compiled function would copy it, frozen weights too.
+The model's state is donated to the update only, so an interrupted window leaves the model intact. Values that a
+micro-step passes to the next one (sums, metrics, changed non-trainable variables such as seeds) are donated from
+micro-step to micro-step. Unchanged values are not returned, because a compiled function would copy them, frozen weights
+too.
 """
 
 from __future__ import annotations
@@ -29,12 +30,12 @@ from accumtune.accumulation.losses import whole_batch_loss as whole
 from accumtune.accumulation.losses.whole_batch_jax import TwoPasses
 from accumtune.accumulation.window import Accumulation, factors, shares
 
-# Compiles a step's functions; memory/device_jax.py replaces it, where memory is measured.
+# Compiles a step's functions; memory/device_jax.py replaces it to measure memory.
 compiled: Callable[..., Any] = jax.jit
 
 
 class JaxTraining:
-    """Trains one window per call; Keras hands it the model's state and the iterator of an epoch."""
+    """Trains one window per call; Keras passes the model's state and the iterator of an epoch."""
 
     def __init__(self, model: Any, accumulation: Accumulation) -> None:
         self.model = model
@@ -51,12 +52,12 @@ class JaxTraining:
         self._first = self._jitted(self._first_step, (None, carried))
         self._next = self._jitted(self._next_step, (None, carried), donate=(0,))
         self._update = self._jitted(self._update_step, (trainable, optimizer, non_trainable), donate=(0, 1))
-        # Only what the denominators need of this forward pass is compiled: masks, seldom predictions.
+        # The compiler keeps only what the denominators need of this forward pass: masks, rarely predictions.
         self._count = self._jitted(self._count_step)
         self._squared_norm = self._jitted(self._squared_norm_step)
 
     def __call__(self, state: Any, iterator: Any) -> tuple[Any, Any]:
-        """Runs `steps_per_execution` windows; returns logs and state. Raises StopIteration where there is no data."""
+        """Runs `steps_per_execution` windows; returns logs and state. Raises StopIteration when the data end."""
         logs = None
         for _ in range(self.model.steps_per_execution):
             window = self._window(iterator)
@@ -104,7 +105,7 @@ class JaxTraining:
             (logs, outputs), carried = result
             self._metrics.take(outputs)
             del inputs, result, outputs
-            batch = None  # gone before the next one is taken
+            batch = None  # freed before the next one is taken
             listener(index, functools.partial(self._squared_norm, carried[0]))
         sums, moments, changed, metrics = carried
         del carried
@@ -115,7 +116,7 @@ class JaxTraining:
 
     @functools.cached_property
     def two_passes(self) -> TwoPasses:
-        """What a loss over the whole effective batch takes."""
+        """The two passes of a loss over the whole effective batch."""
         return TwoPasses(self)
 
     def _train_on_whole_batch(self, state: Any, window: list[Any], first: list[Any]) -> tuple[Any, Any]:
@@ -124,10 +125,10 @@ class JaxTraining:
         trainable, optimizer, changed = self._update(trainable, optimizer, sums, moments, non_trainable)
         return logs, (trainable, carrying.with_changes(changed, non_trainable), optimizer, metrics)
 
-    # What each micro-batch counts for
+    # The weights of micro-batches
 
     def _scales(self, state: Any, window: list[Any], first: Any) -> list[tuple[Any, Any]]:
-        """Share and factors of each micro-batch; `first` is the first one's."""
+        """Returns share and factors of each micro-batch; `first` is the first one's data."""
         samples = [part.samples for part in window]
         parts = [np.asarray(part, _precision()) for part in shares(samples)]
         compiled = losses.flat_losses(self.model)
@@ -152,7 +153,7 @@ class JaxTraining:
         shapes = feeding.shapes(first[0])
         if self.is_jitted and not self.has_mask and shapes not in self._traced:
             self._traced.add(shapes)
-            # Traced before it runs: whether predictions carry a mask shows only then. JAX keeps the trace.
+            # Tracing shows whether predictions have a mask; JAX keeps the trace for the run.
             trainable, non_trainable, optimizer, metrics = state
             self._first.trace(metrics, trainable, non_trainable, optimizer, *first)
         return self.has_mask or not self.is_jitted
@@ -176,7 +177,7 @@ class JaxTraining:
             return function
         if keras.distribution.distribution() is None:
             return compiled(function, donate_argnums=donate)
-        # As Keras does: else what comes back is laid out in another way, and each function compiled once more for it.
+        # As in Keras: otherwise results have another layout, for which each function would be compiled again.
         return compiled(function, donate_argnums=donate, out_shardings=out_shardings)
 
     def _only_step(self, state: Any, batch: Any) -> Any:
@@ -216,7 +217,7 @@ class JaxTraining:
     def _gradients(
         self, metrics: Any, trainable: Any, non_trainable: Any, optimizer: Any, batch: Any, share: Any, scales: Any
     ) -> tuple[Any, ...]:
-        """One forward and backward pass, as in Keras's train_step; gradients of this micro-batch's part."""
+        """Runs a forward and backward pass, as Keras's train_step; returns the gradients of this micro-batch's part."""
         x, y, sample_weight = batch
 
         def objective(trainable: Any) -> tuple[Any, Any]:
@@ -253,7 +254,7 @@ class JaxTraining:
 
 
 def _shardings(model: Any) -> tuple[Any, Any, Any, Any]:
-    """How the state of a model is laid out: trainable, non-trainable, the optimizer's and the metrics' variables."""
+    """Returns the shardings of a model's state: trainable, non-trainable, optimizer's and metrics' variables."""
     if keras.distribution.distribution() is None:
         return None, None, None, None
     shardings: tuple[Any, Any, Any, Any] = model._get_state_sharding_spec()
@@ -268,13 +269,13 @@ def _replicated() -> Any:
 
 
 def _devices() -> int:
-    """Over how many devices Keras spreads a model or its data."""
+    """Returns the number of devices over which Keras spreads a model or its data."""
     distribution = keras.distribution.distribution()
     return 1 if distribution is None else int(np.size(distribution.device_mesh.devices))
 
 
 def _data_parallel_devices() -> int:
-    """Over how many devices Keras spreads a batch; a micro-batch is what one of them holds."""
+    """Returns the number of devices over which Keras spreads a batch; each holds a micro-batch."""
     distribution = keras.distribution.distribution()
     if distribution is None or distribution.batch_dim_name is None:
         return 1
@@ -283,7 +284,7 @@ def _data_parallel_devices() -> int:
 
 
 def _spread(part: feeding.MicroBatch, devices: int) -> feeding.MicroBatch:
-    """A part of a batch, laid out over the devices anew; as it is where it does not divide."""
+    """Spreads a part of a batch over the devices, if its samples can be divided among them."""
     from keras.src.backend.jax.trainer import _distribute_data
 
     if part.samples % devices:

@@ -1,8 +1,9 @@
-"""One train function on TensorFlow: a Python loop over compiled micro-steps, and one compiled update.
+"""The train function on TensorFlow: a Python loop over compiled micro-steps, and one compiled update.
 
-Three functions are compiled: the first micro-step of a window (its gradients are put into the accumulators), every
-further one (its gradients are added in place as they appear) and the update. A window of one micro-batch has a function
-of its own, without accumulators. A `tf.while_loop` in one graph was 1.5 times slower on a CPU and never ended with XLA.
+Three functions are compiled: the first micro-step of a window (it stores its gradients in the accumulators), all
+further ones (they add their gradients in place, as these appear) and the update. A window of one micro-batch has a
+function of its own, without accumulators. A `tf.while_loop` in one graph was 1.5 times slower on a CPU, and did not end
+with XLA.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from accumtune.accumulation.losses import whole_batch_loss as whole
 from accumtune.accumulation.losses.whole_batch_tensorflow import TwoPasses
 from accumtune.accumulation.window import Accumulation, factors, shares
 
-# What gives operations one order as functions are compiled; set where memory is measured, by `memory`.
+# The module that gives operations a fixed order when functions are compiled; `memory` sets it to measure memory.
 ordering: Any = None
 
 # For each micro-step, a micro-batch per replica.
@@ -36,10 +37,10 @@ Window = list[tuple[feeding.MicroBatch, ...]]
 
 
 class TensorFlowTraining:
-    """Trains one window per call; Keras hands it the iterator of an epoch.
+    """Trains one window per call; Keras passes the iterator of an epoch.
 
     With a `tf.distribute` strategy a micro-step is one micro-batch per replica. Sums stay on their replica until the
-    update, which adds them up, clips and applies.
+    update, which sums them over replicas, clips and applies them.
     """
 
     def __init__(self, model: Any, accumulation: Accumulation) -> None:
@@ -52,7 +53,7 @@ class TensorFlowTraining:
         self._weights: list[Any] = []
         self._accumulators: list[Any] = []
         self._normalizations: list[Any] = []
-        # Which weights a batch gives gradients, by which of its leaves are None: found where a step is traced.
+        # Which weights get gradients, by which leaves of the batch are None; found when a step is traced.
         self._has_gradient: dict[tuple[bool, ...], tuple[bool, ...]] = {}
         self._notes = moving_statistics.Notes()
         self._ghosts = GhostBatches(model, accumulation)
@@ -60,12 +61,12 @@ class TensorFlowTraining:
         self._first = self._compiled(self._first_step, around=self._recording)
         self._next = self._compiled(self._next_step, around=self._recording)
         self._update = self._compiled(self._update_step, around=self._updating)
-        # Only what the denominators need of this forward pass is kept in the graph: masks, seldom predictions.
+        # The graph keeps only what the denominators need of this forward pass: masks, rarely predictions.
         self._count = self._compiled(self._count_step, jit_compile=False)
         self._squared_norm = self._compiled(self._squared_norm_step, jit_compile=False)
 
     def __call__(self, iterator: Any) -> Any:
-        """Runs `steps_per_execution` windows; returns the logs. Raises StopIteration where there is no data."""
+        """Runs `steps_per_execution` windows; returns the logs. Raises StopIteration when the data end."""
         is_sized = tensor_slices.has_static_batch(iterator)
         logs = None
         for _ in range(self.model.steps_per_execution):
@@ -78,7 +79,7 @@ class TensorFlowTraining:
         return self.replicas.mean(logs)
 
     def _window(self, iterator: Any) -> Window:
-        """The micro-steps of one update: for each, a micro-batch per replica."""
+        """Returns the micro-steps of one update: for each, a micro-batch per replica."""
         steps: Window = []
         size = self.accumulation.micro_batch_size
         for batch in iterator:
@@ -91,7 +92,7 @@ class TensorFlowTraining:
                 )
                 for part in self.replicas.parts(batch)
             ]
-            # Replicas that got fewer samples have empty micro-batches at the end.
+            # Replicas with fewer samples get empty micro-batches at the end.
             nothing = tensor_slices.empty(columns[0]) if len(columns) > 1 else None
             steps += itertools.zip_longest(*columns, fillvalue=nothing)
             if size is not None or len(steps) == self.accumulation.accumulation_steps:
@@ -115,12 +116,12 @@ class TensorFlowTraining:
             return self._only(first[0], *parts[0])
         self._make_accumulators()
         scales = self._factors(window, first, parts)
-        if len(window) == 1:  # replicas may hold unequal parts of it
+        if len(window) == 1:  # replicas may have unequal parts of it
             share, _, weight = parts[0]
             return self._only(join(first), share, scales[0], weight)
         batch: Any = join(first)
         first.clear()
-        # Sums of several replicas are not together before the update.
+        # The norm is not measured with several replicas, whose sums are separate until the update.
         samples = [step[0].samples for step in window] if self.replicas.number == 1 else [1]
         listener = noise_scale.listening(self.model, samples)
         has_gradient = [False] * len(self._weights)
@@ -134,14 +135,14 @@ class TensorFlowTraining:
                 logs, moments, outputs = self._next(batch, share, scales[index], weight, moments)
             self._metrics.take(outputs)
             has_gradient = [a or b for a, b in zip(has_gradient, self._has_gradient[_absent(batch)], strict=True)]
-            batch = None  # gone before the next one is taken
+            batch = None  # freed before the next one is taken
             listener(index, self._squared_norm)
         self._update(moments, tuple(has_gradient))
         return self._metrics.update(logs)
 
     @functools.cached_property
     def two_passes(self) -> TwoPasses:
-        """What a loss over the whole effective batch takes."""
+        """The two passes of a loss over the whole effective batch."""
         return TwoPasses(self)
 
     def _train_on_whole_batch(self, window: Window, first: list[Any], is_sized: bool) -> Any:
@@ -156,13 +157,13 @@ class TensorFlowTraining:
                 self._accumulators = [gradient_sums.accumulator(variable) for variable in self._weights]
 
     def _choose_weights(self) -> None:
-        """Those that were trainable at the first window: what is compiled knows no others, as in Keras."""
+        """Keeps the weights trainable at the first window, since the compiled functions, as Keras's, do too."""
         weights = list(self.model.trainable_weights)
         if not self._weights or (self.model.run_eagerly and list(map(id, weights)) != list(map(id, self._weights))):
             self._weights, self._accumulators = weights, []
 
     def _parts(self, window: Window, is_sized: bool) -> list[Any]:
-        """Share, factors of 1 and the weight in logged losses, for each micro-step."""
+        """Returns share, factors of 1 and the weight in logged losses, for each micro-step."""
         join, number = self.replicas.join, self.replicas.number
         ones = join([tensor_slices.vector([1.0] * len(loss_shares.flat_losses(self.model)))] * number)
         total = sum(part.samples for step in window for part in step)
@@ -174,10 +175,10 @@ class TensorFlowTraining:
             parts.append((join(share), ones, join(weight)))
         return parts
 
-    # What each micro-batch counts for
+    # The weights of micro-batches
 
     def _factors(self, window: Window, first: list[Any], parts: list[Any]) -> list[Any]:
-        """The factors of the losses, for each micro-step."""
+        """Returns the factors of the losses, for each micro-step."""
         compiled = loss_shares.flat_losses(self.model)
         if not compiled:
             return [ones for _, ones, _ in parts]
@@ -199,7 +200,7 @@ class TensorFlowTraining:
             return True
         shapes = feeding.shapes(first[0])
         if not self.model.run_eagerly and not self.has_mask and shapes not in self._traced:
-            # Traced before it runs: whether predictions carry a mask shows only then.
+            # Tracing shows whether predictions have a mask.
             self._first.get_concrete_function(self.replicas.join(first), *part)
             self._traced.add(shapes)
         return self.has_mask or self.model.run_eagerly
@@ -207,7 +208,7 @@ class TensorFlowTraining:
     def _counted(self, compiled: list[Any], window: Window, samples: list[int]) -> list[Any]:
         batches = (self.replicas.join([part.take() for part in step]) for step in window)
         counts = tf.stack([count for batch in batches for count in self.replicas.parts(self._count(batch))])
-        # That of nothing may be NaN.
+        # The count of an empty micro-batch may be NaN.
         counts = tf.where(tensor_slices.vector(samples)[:, None] > 0, counts, tf.zeros_like(counts))
         relative = tf.math.divide_no_nan(counts, tf.reduce_sum(counts, axis=0))
         is_sum = tf.constant([loss_shares.is_sum(loss) for loss in compiled])
@@ -250,7 +251,7 @@ class TensorFlowTraining:
 
     @contextlib.contextmanager
     def _whole_window(self) -> Iterator[None]:
-        """One micro-batch is an update; but of several replicas, each has seen a part of the window alone."""
+        """The context of a window with one micro-batch; with several replicas, each has only a part of the window."""
         with self._updating(), self._recording() if self.replicas.number > 1 else self._ghosts.active():
             yield
 
@@ -265,7 +266,7 @@ class TensorFlowTraining:
 
     def _first_step(self, batch: Any, share: Any, scales: Any, metric_weight: Any) -> Any:
         gradients, logs, outputs = self._gradients(batch, share, scales, metric_weight)
-        in_place = self.replicas.number == 1 and not self.model.jit_compile  # XLA lays out memory by itself
+        in_place = self.replicas.number == 1 and not self.model.jit_compile  # XLA plans memory itself
         for accumulator, gradient in zip(self._accumulators, gradients, strict=True):
             if gradient is not None:
                 gradient_sums.put(accumulator, gradient, in_place=in_place)
@@ -281,7 +282,7 @@ class TensorFlowTraining:
         return logs, moving_statistics.combined(so_far, self._noted()), outputs
 
     def _squared_norm_step(self) -> Any:
-        """Of what has been summed up so far. `l2_loss` makes no squares of its own to sum."""
+        """Returns the squared norm of the sums so far. `l2_loss` needs no memory for the squares."""
         pairs = zip(self._weights, self._accumulators, strict=True)
         totals = [total for weight, total in pairs if not getattr(weight, "overwrite_with_gradient", False)]
         return tf.add_n([2 * tf.nn.l2_loss(total) for total in totals])
@@ -300,7 +301,7 @@ class TensorFlowTraining:
         self._move(moments)
 
     def _noted(self) -> moving_statistics.Packed:
-        """The moments of the micro-batch that this replica has just seen."""
+        """Returns the moments of this replica's present micro-batch."""
         noted = self._notes.mine()
         self._normalizations = [entry.layer for entry in noted]
         return moving_statistics.packed(noted)
@@ -314,7 +315,7 @@ class TensorFlowTraining:
         return self.model(x, training=training) if self.model._call_has_training_arg else self.model(x)
 
     def _gradients(self, batch: Any, share: Any, scales: Any, metric_weight: Any) -> tuple[list[Any], Any, Any]:
-        """One forward and backward pass, as in Keras's train_step; gradients of this micro-batch's part."""
+        """Runs a forward and backward pass, as Keras's train_step; returns the gradients of this micro-batch's part."""
         model = self.model
         x, y, sample_weight = batch
         self._ghosts.see(x)
@@ -357,13 +358,13 @@ def _first_tensor(batch: Any) -> Any:
 
 
 def _is_empty(batch: Any) -> Any:
-    """Whether a replica's micro-batch has no samples, as a tensor; None where its shape says that it has."""
+    """Returns, as a tensor, whether a replica's micro-batch is empty; None if its static shape has samples."""
     first = _first_tensor(batch)
     return None if first.shape[0] else tf.equal(tf.shape(first)[0], 0)
 
 
 def _nothing_where(is_empty: Any, gradient: Any) -> Any:
-    """TensorFlow's depthwise convolution leaves a gradient over no samples as its memory was (2.21)."""
+    """Zeroes the gradient of an empty micro-batch: TensorFlow's depthwise convolution leaves it uninitialized."""
     if gradient is None or isinstance(gradient, tf.IndexedSlices):
         return gradient
     return tf.where(is_empty, tf.zeros_like(gradient), gradient)

@@ -1,4 +1,4 @@
-"""One train function on torch: backward of each micro-batch's part into `.grad`, and one update."""
+"""The train function on torch: each micro-batch's part is backpropagated into `.grad`, followed by one update."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from accumtune.accumulation.window import Accumulation, factors, shares
 
 
 class TorchTraining:
-    """Trains one window per call; Keras hands it a list with one batch, or with one window of batches."""
+    """Trains one window per call; Keras passes a list with one batch, or with one window of batches."""
 
     def __init__(self, model: Any, accumulation: Accumulation) -> None:
         self.model = model
@@ -47,7 +47,7 @@ class TorchTraining:
     def _train(self, window: list[feeding.MicroBatch]) -> Any:
         model = self.model
         self._ghosts.check_window([part.samples for part in window])
-        model.zero_grad()  # a window that was interrupted may have left gradients
+        model.zero_grad()  # an interrupted window may have left gradients
         self._normalizations, self._moments = [], ()
         self._metrics.forget()
         batch = window[0].take()
@@ -76,7 +76,7 @@ class TorchTraining:
                 self._metrics.take(outputs)
                 self.note_moments(notes.mine())
                 sums = self.collected(sums)
-                batch = None  # gone before the next one is taken
+                batch = None  # freed before the next one is taken
                 listener(index, functools.partial(_squared_norm, model.trainable_weights, sums))
             self._restore(sums)
         self._update()
@@ -85,7 +85,7 @@ class TorchTraining:
 
     @functools.cached_property
     def two_passes(self) -> TwoPasses:
-        """What a loss over the whole effective batch takes."""
+        """The two passes of a loss over the whole effective batch."""
         return TwoPasses(self)
 
     def _only(self, batch: Any) -> Any:
@@ -95,7 +95,7 @@ class TorchTraining:
     def _factors(
         self, window: list[feeding.MicroBatch], first: tuple[Any, Any, Any], samples: list[int]
     ) -> list[list[float]]:
-        """The factors of the losses, one row per micro-batch; `first` is the first one's data."""
+        """Returns the factors of the losses, one row per micro-batch; `first` is the first one's data."""
         compiled = loss_shares.flat_losses(self.model)
         if not compiled:
             return [[] for _ in window]
@@ -136,7 +136,7 @@ class TorchTraining:
         return self.model(x, training=training) if self.model._call_has_training_arg else self.model(x)
 
     def _backward(self, batch: Any, share: Any, scales: Any) -> Any:
-        """One forward and backward pass, as in Keras's train_step; adds this micro-batch's part to `.grad`."""
+        """Runs one forward and backward pass, as Keras's train_step; adds this micro-batch's part to `.grad`."""
         model = self.model
         x, y, sample_weight = batch
         y_pred = self._predict(x, training=True)
@@ -158,7 +158,7 @@ class TorchTraining:
                 variable.value.grad = total.to(variable.value.dtype)
 
     def note_moments(self, noted: list[Any]) -> None:
-        """Takes what batch normalizations noted in a micro-batch."""
+        """Combines the moments of a micro-batch with those of the window so far."""
         with torch.no_grad():
             if self._normalizations:
                 self._moments = moving_statistics.combined(self._moments, moving_statistics.packed(noted))
@@ -167,7 +167,7 @@ class TorchTraining:
                 self._moments = moving_statistics.packed(noted)
 
     def collected(self, sums: list[Any]) -> list[Any]:
-        """The sums that `.grad` cannot hold, after a backward pass."""
+        """Moves sums that `.grad` cannot hold out of it, after a backward pass."""
         return _collected(self.model.trainable_weights, sums)
 
     def _update(self) -> None:
@@ -180,16 +180,16 @@ class TorchTraining:
             else:
                 warnings.warn("The model does not have any trainable weights.", stacklevel=2)
             moving_statistics.moved(self._normalizations, self._moments)
-        model.zero_grad()  # no accumulated gradient outlives its window
+        model.zero_grad()  # no gradient is kept beyond its window
 
 
 def _numbers(values: Any) -> Any:
-    """Numbers of the host as a tensor: for one of Python's, compiled code would be made again and again."""
+    """Returns numbers as a tensor, because compiled code would be recompiled for each Python number."""
     return torch.tensor(values, dtype=torch.float64)
 
 
 def _collected(variables: list[Any], sums: list[Any]) -> list[Any]:
-    """Moves gradients that `.grad` would add in less than float32 into float32 sums of their own."""
+    """Moves gradients that `.grad` would sum with less precision than float32 into float32 sums."""
     for index, variable in enumerate(variables):
         gradient = variable.value.grad
         if gradient is None:
@@ -205,7 +205,7 @@ def _collected(variables: list[Any], sums: list[Any]) -> list[Any]:
 
 
 def _squared_norm(variables: list[Any], sums: list[Any]) -> Any:
-    """Of what has been summed up so far, in sums of its own or in `.grad`."""
+    """Returns the squared norm of the sums so far, in `sums` or in `.grad`."""
     pairs = [
         (variable, variable.value.grad if total is None else total)
         for variable, total in zip(variables, sums, strict=True)

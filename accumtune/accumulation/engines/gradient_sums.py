@@ -1,4 +1,4 @@
-"""Variables of TensorFlow: sums of gradients, and the order in which an optimizer takes them."""
+"""Sums gradients in TensorFlow variables, and orders the assignments of an optimizer."""
 
 from __future__ import annotations
 
@@ -10,33 +10,33 @@ import tensorflow as tf
 
 from accumtune.accumulation.patched_attributes import replaced
 
-# Each replica adds up its own; they are put together at the update.
+# Each replica has its own sum; the update adds these.
 _PER_REPLICA = {
     "synchronization": tf.VariableSynchronization.ON_READ,
     "aggregation": tf.VariableAggregation.SUM,
 }
 
-# A sum of fewer numbers is lost among the small chunks of memory wherever it lies.
+# The place in memory of a sum with fewer elements does not matter.
 SMALL = 2048
 
-# How an optimizer of Keras changes its variables.
+# The methods with which an optimizer of Keras changes its variables.
 _ASSIGNMENTS = ("assign", "assign_add", "assign_sub")
 
 
 def accumulator(variable: Any) -> Any:
-    """A sum for the gradients of a variable: in float32, whatever less the variable has."""
+    """Creates the sum for a variable's gradients: in float32, or in float64 if the variable is."""
     dtype = tf.float64 if variable.dtype == "float64" else tf.float32
     return tf.Variable(tf.zeros(variable.shape, dtype), trainable=False, name="accumulated_gradient", **_PER_REPLICA)
 
 
 @contextlib.contextmanager
 def one_variable_after_the_other(optimizers: list[Any], replicas: int) -> Iterator[None]:
-    """Chains the assignments of an update: else TensorFlow begins all at once, with the temporary values of all.
+    """Chains the assignments of an update. Otherwise TensorFlow starts all at once and holds all temporary values.
 
-    How many it would hold then is chance: the peak of a step differed by a sixth from process to process, where one
-    weight makes most of a model.
+    How many it then holds is random: the peak of a step differed by a sixth from process to process, for a model with
+    one dominant weight.
     """
-    if replicas > 1:  # the updates of several devices cannot be told apart here
+    if replicas > 1:  # the operations of several devices cannot be distinguished here
         yield
         return
     before: list[Any] = []
@@ -47,7 +47,7 @@ def one_variable_after_the_other(optimizers: list[Any], replicas: int) -> Iterat
 
 
 def _chained(optimizer: Any, before: list[Any]) -> contextlib.AbstractContextManager[None]:
-    """While open, what the optimizer assigns waits for `before`, the last assignments, and takes their place."""
+    """Makes each assignment of the optimizer wait for `before`, the last assignments, and replace them."""
     own_decay, own_step = optimizer._apply_weight_decay, optimizer.update_step
 
     def waiting() -> Any:
@@ -83,11 +83,11 @@ def _chained(optimizer: Any, before: list[Any]) -> contextlib.AbstractContextMan
 
 
 def put(total: Any, gradient: Any, *, in_place: bool) -> None:
-    """Makes a gradient the sum, `in_place` in the sum's own memory.
+    """Stores a gradient as the sum; `in_place`: in the sum's own memory.
 
-    An assignment takes the gradient's memory instead, which lies between activations: the sums come to lie in
-    the middle of what the next forward pass needs in one piece. TensorFlow's allocator hands out the pieces that are
-    left with up to half of each wasted: the peak of a CNN was 15 % higher, and another one in each process.
+    A plain assignment takes over the gradient's memory, which lies between activations and fragments the memory for the
+    next forward pass. TensorFlow's allocator may waste half of each fragment: the peak of a CNN was 15 % higher, and
+    differed from process to process.
     """
     gradient = tf.cast(tf.convert_to_tensor(gradient), total.dtype)
     rank = gradient.shape.rank
@@ -100,7 +100,7 @@ def put(total: Any, gradient: Any, *, in_place: bool) -> None:
     tf.raw_ops.ResourceStridedSliceAssign(
         ref=total.handle, begin=zeros, end=zeros, strides=ones, value=gradient, **everything, **nothing
     )
-    # It expects to be called again, and would have each reading copy the variable.
+    # That operation makes later reads copy the variable, unless it is told not to.
     tf.raw_ops.DisableCopyOnRead(resource=total.handle)
 
 
@@ -116,7 +116,7 @@ def add(weight: Any, total: Any, gradient: Any) -> None:
 
 
 def _of_this_replica(total: Any) -> Any:
-    """A sum of several replicas is one variable for each of them, and together these do not take slices."""
+    """Returns this replica's variable of a sum, because a distributed variable does not take slices."""
     context = tf.distribute.get_replica_context()
     copies = context.strategy.experimental_local_results(total)
     return copies[int(tf.get_static_value(context.replica_id_in_sync_group))] if len(copies) > 1 else total

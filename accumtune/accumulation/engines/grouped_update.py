@@ -1,7 +1,7 @@
-"""Updates on torch in groups of variables.
+"""Applies updates on torch in groups of variables.
 
-Keras's optimizers do each step of an update for all variables at once, with up to three temporary values of each: there
-a model with many parameters has its peak. A group is no larger than the largest variable.
+Keras's optimizers run each step of an update for all variables at once, with up to three temporary values for each,
+which is the peak memory of a model with many parameters. A group is no larger than the largest variable.
 """
 
 from __future__ import annotations
@@ -12,13 +12,13 @@ from typing import Any
 
 from accumtune.accumulation.patched_attributes import replaced
 
-# Moves a number of its own at each call, hence is to be called once per update.
+# Optimizers that change a number of their own at each call, which must happen once per update.
 _ONCE_PER_UPDATE = ("torch_nadam",)
 
 
 @contextlib.contextmanager
 def updating_in_groups(optimizers: list[Any]) -> Iterator[None]:
-    """While open, these optimizers change their variables group by group, where they are Keras's own."""
+    """Makes these optimizers change their variables group by group, if they are Keras's own."""
     with contextlib.ExitStack() as changed:
         for optimizer in filter(_treats_variables_alone, optimizers):
             update = _in_groups(optimizer._parallel_update_step)
@@ -40,7 +40,7 @@ def _in_groups(update: Any) -> Any:
 
 
 def groups(sizes: Sequence[int]) -> list[slice]:
-    """Neighbours whose sizes sum to the largest one's at most.
+    """Groups neighbours whose sizes sum to at most the largest size.
 
     >>> groups([3, 1, 9, 4, 4])
     [slice(0, 2, None), slice(2, 3, None), slice(3, 5, None)]

@@ -1,4 +1,4 @@
-"""The replicas of a `tf.distribute` strategy, of which the default strategy has one."""
+"""Runs functions on the replicas of a `tf.distribute` strategy; the default strategy has one."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Replicas:
         strategy: the `tf.distribute.Strategy` that the model was built under.
 
     Raises:
-        ModelError: some of its replicas are in other processes, whose samples are not known here.
+        ModelError: some of its replicas are in other processes, whose samples are unknown here.
     """
 
     def __init__(self, strategy: Any) -> None:
@@ -37,9 +37,9 @@ class Replicas:
         self.scope = strategy.scope if tf.distribute.has_strategy() or self.number > 1 else contextlib.nullcontext
 
     def run(self, function: Callable[..., Any], around: Callable[[], Any]) -> Callable[..., Any]:
-        """`function`, called once per replica with its part of the arguments, within one context `around()`.
+        """Returns a function that calls `function` once per replica with its arguments, within one context `around()`.
 
-        Replicas are traced in threads that take turns; what is replaced on model and optimizer is replaced outside.
+        Replicas are traced in threads that take turns, so replacements on model and optimizer are made outside, once.
         """
 
         def on_each(*args: Any) -> Any:
@@ -50,9 +50,9 @@ class Replicas:
 
     @contextlib.contextmanager
     def _unscaled(self) -> Iterator[None]:
-        """Keras divides some losses by the number of replicas, but none that is one number per batch.
+        """Turns off Keras's division of losses by the number of replicas, which skips losses with one number per batch.
 
-        A replica's micro-batch counts for its share of the window instead, as every other one.
+        Here a replica's micro-batch is weighted by its share of the window, like any other.
         """
         names = ("scale_loss_for_distribution", "unscale_loss_for_distribution") if self.number > 1 else ()
         own = {name: getattr(loss_module, name) for name in names}
@@ -65,7 +65,7 @@ class Replicas:
                 setattr(loss_module, name, function)
 
     def parts(self, value: Any) -> list[Any]:
-        """A structure of per-replica values as one structure per replica."""
+        """Turns a structure of per-replica values into one structure per replica."""
         if self.number == 1:
             return [value]
         leaves = [
@@ -75,7 +75,7 @@ class Replicas:
         return [tree.pack_sequence_as(value, [leaf[index] for leaf in leaves]) for index in range(self.number)]
 
     def join(self, parts: list[Any]) -> Any:
-        """One structure per replica as one structure of per-replica values."""
+        """Turns one structure per replica into one structure of per-replica values."""
         if self.number == 1:
             return parts[0]
 
@@ -89,13 +89,13 @@ class Replicas:
         return tree.map_structure(joined, *parts)
 
     def mean(self, logs: Any) -> Any:
-        """Logs as Keras reports them."""
+        """Reduces logs over replicas, as Keras does."""
         from keras.src.backend.tensorflow.trainer import reduce_per_replica
 
         return logs if self.number == 1 else reduce_per_replica(logs, self.strategy, reduction="auto")
 
     def summed(self, gradients: list[Any]) -> list[Any]:
-        """Within a replica: the gradients of all replicas together, None where there is none."""
+        """Returns, within a replica, the gradients summed over all replicas; None for missing ones."""
         if self.number == 1:
             return gradients
         present = [gradient for gradient in gradients if gradient is not None]
@@ -105,7 +105,7 @@ class Replicas:
 
     @contextlib.contextmanager
     def summed_already(self, optimizers: list[Any]) -> Iterator[None]:
-        """Keras sums over replicas after clipping; gradients from `summed` are clipped together, and once summed."""
+        """Turns off Keras's sum over replicas, which comes after clipping; `summed` comes before."""
         as_they_are = {"_all_reduce_sum_gradients": lambda gradients_and_variables: gradients_and_variables}
         with contextlib.ExitStack() as changed:
             for optimizer in optimizers if self.number > 1 else []:

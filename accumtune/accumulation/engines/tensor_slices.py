@@ -1,4 +1,4 @@
-"""Tensors of TensorFlow: batches, parts of them, and constants."""
+"""Makes TensorFlow tensors: of batches, of their parts, and constants."""
 
 from __future__ import annotations
 
@@ -13,35 +13,35 @@ from accumtune.accumulation.data.batches import MicroBatch, part_of
 
 
 def has_static_batch(iterator: Any) -> bool:
-    """Whether plain Keras would know the samples of a batch while tracing, and weigh the logged losses by them."""
+    """Returns whether batches have a static size, by which plain Keras then weights the logged losses."""
     spec = getattr(iterator, "element_spec", None)
     if spec is None:
         return True
-    # An input that is None has a specification without a shape.
+    # The specification of an input that is None has no shape.
     shapes = [leaf.shape for leaf in tree.flatten(spec) if getattr(leaf, "shape", None) is not None]
     return bool(shapes) and shapes[0][:1].is_fully_defined()
 
 
 def as_tensor(leaf: Any) -> Any:
-    """A leaf of a batch as a tensor, or None where there is none."""
+    """Returns a leaf of a batch as a tensor; None stays None."""
     if leaf is None or isinstance(leaf, tf.experimental.Optional):
         return None
     return leaf if isinstance(leaf, (tf.Tensor, tf.RaggedTensor, tf.SparseTensor)) else tf.convert_to_tensor(leaf)
 
 
 def cut(leaf: Any, part: slice) -> Any:
-    """A part of a tensor along its samples."""
+    """Returns a part of a tensor along its samples."""
     if isinstance(leaf, tf.SparseTensor):
         start = [part.start] + [0] * (len(leaf.shape) - 1)
         return tf.sparse.slice(leaf, start, [part.stop - part.start, *leaf.shape[1:]])
     if isinstance(leaf, tf.RaggedTensor):
         return leaf[part]
-    with tf.device(leaf.device):  # else a slice of host memory would be made, whole window and all, on the GPU
+    with tf.device(leaf.device):  # otherwise slicing host memory would copy the whole window to the GPU
         return leaf[part]
 
 
 def empty(column: list[MicroBatch]) -> MicroBatch:
-    """A micro-batch without samples, for replicas that have fewer than others in the last batch of an epoch."""
+    """Returns a micro-batch without samples, for replicas that have fewer than others in an epoch's last batch."""
     return MicroBatch(0, lambda: part_of(column[0].take(), slice(0, 0), cut))
 
 
@@ -55,6 +55,6 @@ def scalar(value: float) -> Any:
 
 @functools.lru_cache(maxsize=4096)
 def _constant(value: Any) -> Any:
-    """Windows are alike, and making a tensor takes as long as a small layer."""
+    """Caches constants: windows are alike, and creating a tensor takes as long as a small layer."""
     with tf.init_scope():
         return tf.constant(value, tf.float64, shape=[len(value)] if isinstance(value, tuple) else [])
