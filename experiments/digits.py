@@ -6,7 +6,7 @@ in their correlation over the batch, and a few dozen digits do not tell that of 
 
     python experiments/digits.py [--trials 12] [--epochs 6] [--memory-budget 8MiB] [--overwrite]
 
-The same command after an interruption goes on where it was. Without a budget: `--memory-budget none`.
+Run the same command again to resume an interrupted search. Without a budget: `--memory-budget none`.
 """
 
 import argparse

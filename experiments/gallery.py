@@ -24,7 +24,7 @@ def parser(doc, *, trials, epochs, samples, memory_budget):
     options.add_argument("--directory", default="mlruns/searches")
     options.add_argument("--tracking-uri", default=None)
     options.add_argument("--config", default=None, help="where to save the best configuration")
-    options.add_argument("--overwrite", action="store_true", help="begin anew instead of going on")
+    options.add_argument("--overwrite", action="store_true", help="delete the earlier search instead of resuming it")
     return options
 
 

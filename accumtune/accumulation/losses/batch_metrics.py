@@ -1,8 +1,8 @@
 """Metrics that are one number per batch (F1, Dice, R²): they get the whole effective batch, not each micro-batch.
 
-A mean of such numbers over micro-batches depends on their size. So the micro-steps leave these metrics alone and give
-back targets and predictions, which wait on the host; after the update the metrics get them together. Validation, which
-runs in micro-batches too, gives them batches of the size that plain Keras would have taken.
+A mean of such numbers over micro-batches depends on their size. So the micro-steps do not update these metrics, but
+return targets and predictions, which are kept on the host; after the update the metrics get all of them together.
+Validation, which runs in micro-batches too, gives these metrics batches of the size that plain Keras would have taken.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ Outputs = tuple[Any, Any, Any, Any]
 
 
 class WholeWindow:
-    """The metrics of `model` that wait for the whole window (or batch of validation), and what its micro-batches gave.
+    """The metrics of `model` that wait for the whole window (or validation batch), and the outputs kept for them.
 
     Args:
-        is_able: False where a window is spread over devices; metrics then see each micro-batch, as ever.
+        is_able: False if a window is spread over devices; metrics then get each micro-batch.
     """
 
     def __init__(self, model: Any, is_able: bool = True) -> None:
@@ -33,7 +33,7 @@ class WholeWindow:
 
     @contextlib.contextmanager
     def waiting(self) -> Iterator[None]:
-        """While open (and traced), metrics over the batch are not updated."""
+        """Does not update metrics over the batch inside the `with` block (run or traced)."""
         with contextlib.ExitStack() as stack:
             for metric in _own_metrics(self._model) if self._is_able else []:
                 stack.enter_context(_replaced(metric, "update_state", self._unless_number(metric)))
@@ -62,7 +62,7 @@ class WholeWindow:
             self._waiting.append(metric)
 
     def outputs(self, y: Any, y_pred: Any, sample_weight: Any) -> Outputs | tuple[()]:
-        """What a micro-step gives back: nothing where no metric waits."""
+        """Returns what a micro-step returns for the metrics; () if no metric waits."""
         from keras import tree
 
         from accumtune.accumulation.losses.loss_shares import mask_of
@@ -72,15 +72,15 @@ class WholeWindow:
         return y, y_pred, sample_weight, [mask_of(leaf) for leaf in tree.flatten(y_pred)]
 
     def take(self, outputs: Any) -> None:
-        """Keeps what a micro-step gave."""
+        """Keeps the outputs of a micro-step, on the host."""
         if outputs:
             self._given.append(_on_host(tuple(outputs)))
 
     def update(self, logs: Any, batch_size: int | None = None) -> Any:
-        """Updates what waited, in Keras's present state; returns the logs with the results.
+        """Updates the waiting metrics, in Keras's current state; returns the logs with their results.
 
         Args:
-            batch_size: metrics get so many samples at a time, and what is left waits on; None: all of them.
+            batch_size: metrics get this number of samples at a time, and the rest is kept; None: all samples.
         """
         from keras import tree
 
@@ -107,7 +107,7 @@ class WholeWindow:
         return _with_results(logs, results)
 
     def update_within(self, metrics: Any, logs: Any, batch_size: int | None = None) -> tuple[Any, Any]:
-        """As `update`, in the given values of the model's metrics; returns the logs and the new values."""
+        """As `update`, but on the given values of the model's metrics; returns the logs and the new values."""
         from keras import StatelessScope
 
         if not self._given:
@@ -119,7 +119,7 @@ class WholeWindow:
 
     @contextlib.contextmanager
     def noting(self) -> Iterator[list[Outputs]]:
-        """While open (and traced), what the compiled metrics are updated with ends up in the list where some wait."""
+        """Collects in the list what the compiled metrics are updated with, if some wait; in the `with` block."""
         noted: list[Outputs] = []
         compiled = self._model._compile_metrics
         update = compiled.update_state
@@ -137,18 +137,18 @@ class WholeWindow:
             yield noted
 
     def forget(self) -> None:
-        """Drops what an interrupted window has left."""
+        """Drops the outputs of an interrupted window."""
         self._given = []
 
 
 @contextlib.contextmanager
 def tracking(model: Any, share: Any) -> Iterator[None]:
-    """While open, means that are given one number per micro-batch count it by what it is of the window.
+    """Weights a number that is given to a model's `keras.metrics.Mean` by the micro-batch's share of the window.
 
-    So does a model whose `compute_loss`, `compute_metrics` or layers keep `keras.metrics.Mean` of a part of the loss.
+    Models update such means in `compute_loss`, `compute_metrics` or layers, often with a part of the loss.
 
     Args:
-        share: the part of the window that this micro-batch is; None where it is all of it.
+        share: the micro-batch's share of the window; None if it is the whole window.
     """
     import keras
     from keras import ops
@@ -171,7 +171,7 @@ def tracking(model: Any, share: Any) -> Iterator[None]:
 
 
 def own_metrics_of_spread_windows(model: Any) -> list[Any]:
-    """A model's own metrics where its windows are spread over devices: these see each micro-batch by itself."""
+    """Returns a model's own metrics if its windows are spread over devices, where they get each micro-batch alone."""
     return _own_metrics(model) if is_spread(model) else []
 
 
@@ -189,7 +189,7 @@ def is_replicated(model: Any) -> bool:
 
 
 def may_have_own_metrics(model: Any) -> bool:
-    """Whether some metric may be one over the batch; False where batches are spread over devices, which see parts."""
+    """Returns whether some metric may be one over the batch; False if batches are spread over devices."""
     compiled = model._compile_metrics
     if compiled is None or is_spread(model):
         return False
@@ -197,7 +197,7 @@ def may_have_own_metrics(model: Any) -> bool:
 
 
 def _own_metrics(model: Any) -> list[Any]:
-    """Those that are not Keras's, which all count what they see."""
+    """Returns the metrics that may be over the batch; Keras's own are not, except Dice and Tversky."""
     compiled = model._compile_metrics
     return [metric for metric in compiled.metrics if _may_look_at_batches(metric)] if compiled is not None else []
 
@@ -225,7 +225,7 @@ def _is_function(metric: Any) -> bool:
 
 
 def _update(model: Any, metrics: list[Any], outputs: Outputs) -> None:
-    """Updates these of the compiled metrics, and no other."""
+    """Updates only these of the compiled metrics."""
     from keras import ops, tree
     from keras.src import backend
 
@@ -243,7 +243,7 @@ def _update(model: Any, metrics: list[Any], outputs: Outputs) -> None:
 
 
 def _with_results(logs: Any, results: dict[str, Any]) -> Any:
-    """The logs with these results, also where a step of the user's own gives all of the compiled metrics in one."""
+    """Returns the logs with these results, also in nested dicts, which a user's own step may return."""
     return {
         name: _with_results(value, results) if isinstance(value, dict) else results.get(name, value)
         for name, value in logs.items()
@@ -296,7 +296,7 @@ def _rows(y_pred: Any) -> int:
 
 @contextlib.contextmanager
 def _replaced(holder: Any, name: str, value: Any) -> Iterator[None]:
-    # Keras watches attributes for what has to be saved; these are not to be.
+    # Not by Keras's __setattr__, which tracks attributes for saving.
     own = vars(holder).get(name)
     object.__setattr__(holder, name, value)
     try:

@@ -1,8 +1,8 @@
-"""What a loss divides by, found without a forward pass where it does not depend on what the model predicts.
+"""Finds the denominator of a loss without a forward pass, if it does not depend on the predictions' values; on torch.
 
-On TensorFlow and JAX a compiler leaves out of a forward pass what the denominators do not need, which is most often all
-of it. On torch a loss is given predictions of the right shape without values instead. What it computes from them is
-marked as unknown; a denominator that is, or a loss that looks at a value, needs the model's own predictions.
+On TensorFlow and JAX the compiler removes everything from the forward pass that the denominators do not need, most
+often all of it. On torch the loss gets predictions of the right shape without values instead. Everything computed from
+them is marked as unknown. If the denominator is unknown, or the loss reads a value, the model's predictions are needed.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from keras import tree
 
 
 class Unknown(torch.Tensor):
-    """A tensor whose values mean nothing; what is computed from it is one too."""
+    """A tensor whose values are not known; tensors computed from it are Unknown too."""
 
     @classmethod
     def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -30,17 +30,17 @@ _LOOKS = {"item", "tolist", "numpy", "__array__", "__bool__", "__float__", "__in
 
 
 class LooksAtValues(Exception):
-    """A loss took a value out of a tensor, or put one into a tensor that is known."""
+    """A loss read a value of an Unknown tensor, or wrote unknown values into another tensor."""
 
 
 class BlankPredictions:
-    """Predictions without values, for batches of shapes that the model has been run on."""
+    """Makes predictions without values, for batches of shapes with which the model has run."""
 
     def __init__(self) -> None:
         self._structures: dict[Any, Any] = {}
 
     def learn(self, x: Any, y_pred: Any) -> None:
-        """Takes the shapes of what a model predicted for a batch."""
+        """Notes the shapes of the model's predictions for a batch."""
         samples = _samples(x)
         leaves = [(tuple(leaf.shape), leaf.dtype, leaf.device) for leaf in tree.flatten(y_pred)]
         if all(shape[:1] == (samples,) for shape, _, _ in leaves):
@@ -48,7 +48,7 @@ class BlankPredictions:
             self._structures[_shapes(x)] = (tree.map_structure(lambda _: None, y_pred), blanks)
 
     def counts(self, x: Any, count: Callable[[Any], list[Any]]) -> list[float] | None:
-        """What `count(predictions)` gives; None where it takes the model's own predictions."""
+        """Returns the numbers of `count(predictions)`; None if it needs the model's own predictions."""
         if _shapes(x) not in self._structures:
             return None
         structure, blanks = self._structures[_shapes(x)]
@@ -59,7 +59,7 @@ class BlankPredictions:
         ]
         try:
             found = count(tree.pack_sequence_as(structure, leaves))
-        except Exception:  # a loss of a user, on values that mean nothing: its own predictions tell what is wrong
+        except Exception:  # a user's loss, with meaningless values: with real predictions a true error comes again
             return None
         return None if any(isinstance(number, Unknown) for number in found) else [float(number) for number in found]
 

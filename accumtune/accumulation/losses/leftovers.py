@@ -1,4 +1,7 @@
-"""Tensors that a forward pass leaves on layers: of one micro-batch, where a loss over the whole batch wants all."""
+"""Refuses losses over the whole batch that read tensors which a forward pass leaves on layers.
+
+Such a tensor is of one micro-batch only.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,7 @@ _NOTHING = object()
 
 
 class Leftovers:
-    """What a model's forward passes leave on its layers (`self.z = z`), out of reach while its loss is computed.
+    """The tensors that a model's forward passes leave on its layers (`self.z = z`), hidden while its loss is computed.
 
     Args:
         model: a built model.
@@ -26,7 +29,7 @@ class Leftovers:
 
     @contextlib.contextmanager
     def noted(self) -> Iterator[None]:
-        """Notes which attributes a forward pass (traced or run) gives new tensors, in the first window."""
+        """Notes the attributes to which a forward pass (traced or run) assigns tensors, in the first window."""
         if self._is_sure:
             yield
             return
@@ -39,14 +42,14 @@ class Leftovers:
                     self._names.setdefault(id(layer), (layer, set()))[1].add(name)
 
     def end(self) -> None:
-        """The first window is through."""
+        """Ends the first window: nothing is noted from now on."""
         self._is_sure = True
 
     @contextlib.contextmanager
     def hidden(self) -> Iterator[None]:
-        """While open, layers lack these attributes.
+        """Removes these attributes from the layers inside the `with` block.
 
-        Raises ModelError at its end, where one was read (or asked for) before it was given a value again.
+        Raises ModelError at its end if one of them was read before it was assigned again.
         """
         missed: list[tuple[Any, str]] = []
         with contextlib.ExitStack() as undone:
@@ -84,10 +87,10 @@ def _refusal(layer: Any, name: str) -> ModelError:
 
 
 class _Lacking:
-    """A class's attribute that an instance has only once it is set.
+    """A class's attribute that an instance has only after it is set.
 
     Args:
-        missed: where instances are put that were asked for it before.
+        missed: a list that gets the instances on which it was read before.
     """
 
     def __init__(self, name: str, missed: list[tuple[Any, str]]) -> None:
@@ -102,7 +105,7 @@ class _Lacking:
         return vars(layer)[self._name]
 
     def __set__(self, layer: Any, value: Any) -> None:
-        # Keras looks at the old value before it sets a new one.
+        # Keras reads the old value before it sets a new one.
         self._missed[:] = [(one, name) for one, name in self._missed if one is not layer or name != self._name]
         vars(layer)[self._name] = value
 
@@ -115,7 +118,7 @@ def _of_keras() -> frozenset[str]:
 
 
 def _tensors_of(layer: Any) -> dict[str, list[Any]]:
-    """The tensors in a layer's attributes, also those in a list, tuple or dict."""
+    """Returns the tensors in a layer's attributes, also those in a list, tuple or dict, by attribute."""
     from keras import KerasTensor, ops
 
     found = {}

@@ -1,4 +1,4 @@
-"""What a compiled loss divides by, and how each micro-batch's loss is made part of the window's.
+"""The denominators of compiled losses, and the factors that make a micro-batch's loss a part of the window's loss.
 
 `model.compute_loss` stays Keras's own (or the user's): while it is traced, the loss functions inside
 `model._compile_loss` are replaced by ones that multiply by their factor (see window.py) or report their denominator.
@@ -19,26 +19,26 @@ SUMS = ("sum", "none", None)
 
 
 def flat_losses(model: Any) -> list[Any]:
-    """The built loss functions of a compiled model, in the order of the factors."""
+    """Returns the built loss functions of a compiled model, in the order of the factors."""
     compiled = model._compile_loss
     return [] if compiled is None else [entry.loss for entry in compiled._flat_losses]
 
 
 def is_sum(loss: Any) -> bool:
-    """Whether the losses of micro-batches add up to the window's as they are."""
+    """Returns whether the window's loss is the sum of its micro-batches' losses."""
     return getattr(loss, "reduction", "sum_over_batch_size") in SUMS
 
 
 def may_depend_on_data(loss: Any, has_sample_weight: bool) -> bool:
-    """Whether what a loss divides by may be another number than the samples times a constant.
+    """Returns whether a loss's denominator may differ from a constant times the number of samples.
 
-    Masks of the predictions come on top: whether there are any is seen when the model is traced.
+    Masks of the predictions are not considered here; tracing the model shows whether there are any.
     """
     if is_sum(loss):
         return False
     if has_sample_weight and getattr(loss, "reduction", None) == "mean_with_sample_weight":
         return True
-    # Losses may mask their own values: SparseCategoricalCrossentropy(ignore_class=...) and Circle do, a user's may.
+    # Losses may mask their own values: SparseCategoricalCrossentropy(ignore_class=...) and Circle do; a user's may.
     arguments = getattr(loss, "_fn_kwargs", {})
     is_stock = type(loss).__module__.startswith("keras.") and type(loss) is not keras_losses.Circle
     is_wrapped = type(loss).__name__ == "LossFunctionWrapper" and not loss.fn.__module__.startswith("keras.")
@@ -49,14 +49,14 @@ def may_depend_on_data(loss: Any, has_sample_weight: bool) -> bool:
 def scaled(
     model: Any, factors: Any, on_mask: Callable[[], None], metric_weight: Any = None, is_empty: Any = None
 ) -> Iterator[None]:
-    """While open, compiled losses multiply by their factor: a tensor of shape `(losses,)`.
+    """Multiplies each compiled loss by its factor, inside the `with` block.
 
     Args:
-        factors: None where the micro-batch is the whole window, and nothing is to be corrected.
-        on_mask: called (while tracing) when predictions carry a mask.
-        metric_weight: what a micro-batch counts for in the logged loss of each output (a scalar tensor); None
-            leaves that to Keras, which takes the samples where it knows their number.
-        is_empty: whether the micro-batch has no samples (a scalar tensor), where that may be.
+        factors: a tensor of shape `(losses,)`; None if the micro-batch is the whole window.
+        on_mask: called (while tracing) if predictions have a mask.
+        metric_weight: the micro-batch's weight in the logged loss of each output (a scalar tensor); None: Keras's
+            weight, the number of samples if Keras knows it.
+        is_empty: whether the micro-batch has no samples (a scalar tensor); None: it always has some.
     """
 
     def scale(index: int, loss: Any) -> Callable[..., Any]:
@@ -85,7 +85,7 @@ def scaled(
 
 @contextlib.contextmanager
 def _values(loss: Any) -> Iterator[list[Any]]:
-    """While open, what `loss.call` returns ends up in the list."""
+    """Collects in the list what `loss.call` returns, inside the `with` block."""
     values: list[Any] = []
     own = vars(loss).get("call")
     call = loss.call
@@ -105,7 +105,7 @@ def _values(loss: Any) -> Iterator[list[Any]]:
 
 
 def _refuse_weighted_number(loss: Any, sample_weight: Any, mask: Any) -> None:
-    """Keras multiplies one number per batch by the mean (or sum) of the weights: a product of two sums."""
+    """Raises ModelError for weights: Keras multiplies one number per batch by the weights' mean, which is not a sum."""
     if sample_weight is None and (mask is None or not is_sum(loss)):
         return
     received = "a mask" if sample_weight is None else "sample weights or class weights"
@@ -119,7 +119,7 @@ def _refuse_weighted_number(loss: Any, sample_weight: Any, mask: Any) -> None:
 
 @contextlib.contextmanager
 def counting(model: Any) -> Iterator[list[Any]]:
-    """While open, compiled losses compute nothing but their denominators, which end up in the list."""
+    """Makes compiled losses compute only their denominators, and collects these in the list; in the `with` block."""
     counted: list[Any] = []
 
     def count(index: int, loss: Any) -> Callable[..., Any]:
@@ -150,7 +150,7 @@ def _replaced(model: Any, replace: Callable[[int, Any], Any], metrics: list[Any]
 
 
 class _Weighted:
-    """A metric whose updates all carry the given weight."""
+    """A metric whose updates all have the given weight."""
 
     def __init__(self, metric: Any, weight: Any) -> None:
         self.metric, self.weight = metric, weight
@@ -160,7 +160,7 @@ class _Weighted:
 
 
 def without_nothing(loss: Any, is_empty: Any) -> Any:
-    """The loss, and 0 where there are no samples: a mean over none is NaN, and in Keras perhaps not one number."""
+    """Returns the loss, or 0 if there are no samples: a mean over none is NaN, and in Keras may have shape (0,)."""
     if is_empty is None:
         return loss
     loss = ops.sum(loss) if tuple(loss.shape) == (0,) else loss
@@ -178,17 +178,17 @@ def check_scalar(loss: Any) -> None:
 
 
 def mask_of(tensor: Any) -> Any:
-    """The mask that Keras attached to a tensor, or None."""
+    """Returns the mask that Keras attached to a tensor, or None."""
     from keras.src import backend
 
     return backend.get_keras_mask(tensor)
 
 
 def denominator(loss: Any, y_true: Any, y_pred: Any, sample_weight: Any) -> Any:
-    """What `loss` divides the sum of its values by, as a scalar tensor; for a sum, 1.
+    """Returns the denominator of a loss, a scalar tensor; 1 for a sum.
 
-    Follows `keras.losses.Loss.__call__` and `reduce_weighted_values` line by line (Keras 3.14 and 3.15). A loss that
-    hides its values (a `__call__` of its own, or `call` returning one number per batch) is taken for a mean over
+    Follows `keras.losses.Loss.__call__` and `reduce_weighted_values` line by line (Keras 3.14 and 3.15). A loss whose
+    values are not visible (an own `__call__`, or a `call` that returns one number per batch) is treated as a mean over
     samples; `batch_coupled_layers` reports it.
     """
     from keras import tree
@@ -224,5 +224,5 @@ def _size(values: Any) -> Any:
 
 
 def _valid(mask: Any, values: Any) -> Any:
-    """Keras divides by the values, having multiplied by (mask's entries / valid entries)."""
+    """Returns the denominator with a mask: Keras first multiplies by (entries of the mask / valid entries)."""
     return ops.sum(ops.cast(mask, values.dtype)) * _size(values) / _size(ops.cast(mask, values.dtype))

@@ -1,8 +1,8 @@
-"""The logged losses of a model's outputs in validation on TensorFlow: each batch counts there as in plain Keras.
+"""Weights the logged losses of a model's outputs in validation on TensorFlow as plain Keras does.
 
-Keras knows the samples of a batch from its shape while it traces. Where the last batch may be smaller it does not, and
-logs a mean over batches. So a part of a batch counts for what it is of that batch; where nobody knows beforehand which
-one is the last, that counts by its samples.
+Keras takes the number of samples from a batch's static shape. If the last batch may be smaller, there is no static
+number, and Keras logs a mean over batches. So a part of a batch is weighted by its share of that batch; if the number
+of batches is not known beforehand, the last one is weighted by its own samples.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from accumtune.accumulation.patched_attributes import replaced
 
 
 def output_loss_weights(model: Any) -> OutputLossWeights | None:
-    """What gives parts their weights; None where Keras's own are right, or batches are spread over devices."""
+    """Returns the weights for a model's validation; None if Keras's are right, or batches are spread over devices."""
     import keras
 
     is_needed = keras.backend.backend() == "tensorflow" and model._compile_loss is not None
@@ -25,34 +25,34 @@ def output_loss_weights(model: Any) -> OutputLossWeights | None:
 
 
 class OutputLossWeights:
-    """Cuts what validation takes at the ends of batches as plain Keras would take them, and weighs the pieces."""
+    """Splits the parts of validation where plain Keras's batches would end, and weights the pieces."""
 
     def __init__(self, model: Any) -> None:
         import tensorflow as tf
 
         self._model = model
-        self._weight = tf.Variable(-1.0, trainable=False)  # below 0: as Keras weighs
+        self._weight = tf.Variable(-1.0, trainable=False)  # below 0: Keras's own weight
         self._value = -1.0
         self._is_sized = False
         self._seen = 0
 
     def is_cut_otherwise(self) -> bool:
-        """Whether a `fit` validates in other batches than plain Keras, and losses of outputs are logged."""
+        """Returns whether a `fit` validates in other batches than plain Keras, and logs losses of outputs."""
         is_stated = self._model._accumtune_metric_batch_size is not None
         return self._model._accumtune_is_validating and is_stated and bool(self._model._compile_loss.metrics)
 
     def begin(self) -> None:
-        """An evaluation begins."""
+        """Begins an evaluation."""
         self._seen = 0
 
     def look_at(self, batches: Any) -> None:
-        """Notes whether Keras would know the samples of these batches."""
+        """Notes whether these batches have a static number of samples."""
         from accumtune.accumulation.engines.tensor_slices import has_static_batch
 
         self._is_sized = has_static_batch(batches)
 
     def pieces(self, part: Any, samples_of_batch: int) -> Iterator[Any]:
-        """The part of a batch, or where it goes beyond the end of a batch of plain Keras, what lies on each side."""
+        """Yields the part of a batch, split where a batch of plain Keras would end; sets the weight of each piece."""
         from accumtune.accumulation.engines.tensor_slices import cut
 
         samples = samples_of(part)
@@ -71,7 +71,7 @@ class OutputLossWeights:
             yield part if len(ends) == 1 else part_of(part, slice(start - first, end - first), cut)
 
     def leave_to_keras(self) -> None:
-        """What comes next counts as in Keras."""
+        """Uses Keras's own weights from now on."""
         self._set(-1.0)
 
     def _set(self, weight: float) -> None:
@@ -81,7 +81,7 @@ class OutputLossWeights:
 
     @contextlib.contextmanager
     def applied(self) -> Iterator[None]:
-        """While open (and traced), the logged losses count by the weight."""
+        """Applies the weight to the logged losses inside the `with` block (run or traced)."""
         import tensorflow as tf
 
         compiled = self._model._compile_loss

@@ -39,16 +39,16 @@ class TwoPasses:
         self._loss_in_test = engine._jitted(self._loss_in_test_step, donate=(0,))
 
     def sum_up(self, state: Any, window: list[Any], first: list[Any]) -> tuple[Any, ...]:
-        """Both passes of a window; empties the lists.
+        """Runs both passes of a window; empties the lists.
 
         Args:
-            state: of the model, as Keras has it.
+            state: the model's, as in Keras's train_step.
             window: its micro-batches.
             first: the data of the first one.
 
         Returns:
-            The logs, the sums of gradients, the moments of batch normalizations, and the non-trainable and metrics'
-            variables.
+            The logs, the sums of gradients, the moments of BatchNormalization layers, the non-trainable variables and
+            those of metrics.
         """
         trainable, non_trainable, optimizer, metrics = state
         samples = [part.samples for part in window]
@@ -94,7 +94,12 @@ class TwoPasses:
         return logs, (trainable, carrying.with_changes(changed, non_trainable), metrics)
 
     def _first_pass(self, trainable: Any, non_trainable: Any, window: list[Any], first: list[Any]) -> tuple[Any, ...]:
-        """Non-trainable variables before each micro-batch and after all; losses of layers, moments, what to join."""
+        """Runs the first pass.
+
+        Returns:
+            The non-trainable variables before each micro-batch and after the last, the losses of layers, the moments,
+            and the outputs and data to join.
+        """
         states, of_layers, given, moments = [non_trainable], [], [], None
         for part in window:
             x, y, sample_weight = first.pop() if first else part.take()
@@ -145,7 +150,7 @@ class TwoPasses:
         sample_weight: Any,
         of_layers: Any,
     ) -> Any:
-        """The loss of the window, its gradients with respect to outputs, losses of layers and weights; the metrics."""
+        """Computes the window's loss, its gradients by outputs, losses of layers and weights, and the metrics."""
         model = self.model
 
         def packed(floats: Any) -> Any:
@@ -170,7 +175,7 @@ class TwoPasses:
     def _value(
         self, state: Any, x: Any, y: Any, y_pred: Any, sample_weight: Any, of_layers: Any, *, training: bool
     ) -> tuple[Any, list[Any]]:
-        """The loss, by Keras, and the non-trainable and metrics' variables after it."""
+        """Returns Keras's loss, and the non-trainable variables and those of metrics after it."""
         model = self.model
         groups = (model.trainable_variables, model.non_trainable_variables, model.metrics_variables)
         mapping = [
@@ -185,7 +190,7 @@ class TwoPasses:
 
     def _logged(self, metrics: Any, loss: Any, x: Any, y: Any, y_pred: Any, sample_weight: Any) -> Any:
         count = next(leaf for leaf in tree.flatten(y_pred) if leaf is not None).shape[0]
-        # Of data that are not looked at, Keras wants the number of samples.
+        # Keras needs the number of samples, even if nothing reads x.
         x = jnp.zeros(count) if x is None else x
         with self._left.hidden():
             return self.model._update_metrics_variables(metrics, loss, x, y, y_pred, sample_weight)
@@ -211,7 +216,7 @@ class TwoPasses:
     def _backward_step(
         self, sums: Any, trainable: Any, non_trainable: Any, x: Any, gradients: Any, of_layers: Any
     ) -> tuple[Any, Any]:
-        """A forward pass as the first was, and the gradient that comes to it; gives the outputs."""
+        """Repeats a micro-batch's forward pass and adds its part of the gradient; returns the sums and the outputs."""
 
         def outputs(trainable: Any) -> tuple[Any, Any]:
             with moving_statistics.recorded(self.model), self.engine._ghosts.active(x):

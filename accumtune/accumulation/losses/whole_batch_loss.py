@@ -1,14 +1,14 @@
-"""The loss of the whole effective batch, where it is not a mean over samples (contrastive losses, Dice, correlation).
+"""The loss of the whole effective batch, if it is not a mean over samples (contrastive losses, Dice, correlation).
 
-A window is run twice ("GradCache": Gao, Zhang, Han and Callan, "Scaling Deep Contrastive Learning Batch Size under
-Memory Limited Setup", 2021). The first pass keeps the outputs of each micro-batch and nothing else. Keras's own loss
-of all outputs together gives the gradient with respect to each output. The second pass runs each micro-batch again,
-with the random seeds that it had in the first, and propagates its part of that gradient:
+A window runs twice ("GradCache": Gao, Zhang, Han and Callan, "Scaling Deep Contrastive Learning Batch Size under
+Memory Limited Setup", 2021). The first pass keeps only the outputs of each micro-batch. Keras's own loss of all outputs
+together gives the gradient with respect to each output. The second pass runs each micro-batch again, with the random
+seeds of the first pass, and propagates its part of that gradient:
 
     dL/dw  =  dL/dw directly  +  sum over micro-batches j of  (d outputs[j] / dw)^T  dL/d outputs[j]
 
-Losses that layers add are outputs too: those of a window are a mean over its samples. The engines have one file each
-that runs the passes; what they share is here, and imports no framework.
+Losses that layers add are outputs too; a window's is the mean over its samples. Each engine runs the passes in a file
+of its own; this file has the parts that they share, and imports no framework.
 """
 
 from __future__ import annotations
@@ -24,17 +24,17 @@ from accumtune.errors import DataError, ModelError
 
 _FALSE = "accumulate(model, ..., whole_batch_loss=False), which takes a mean of the losses of micro-batches"
 
-# Of what the second pass computes, relative to the largest output: above rounding, below what another draw changes.
+# Allowed differences of the second pass's outputs, relative to the largest: above rounding, below other random draws.
 _TOLERANCES = {"float64": 1e-4, "float32": 2e-2}
 _TOLERANCE_OF_HALF_PRECISION = 0.1
 
 
 def is_wanted(model: Any) -> bool:
-    """Whether a model's windows need two passes; found once for each `compile`. No, where it does not accumulate."""
+    """Returns whether a model's windows need two passes; found once for each `compile`. False without accumulation."""
     from accumtune.accumulation.coupling.detection import couples_samples_in_its_loss
 
     accumulation = getattr(model, "_accumtune_accumulation", None)
-    if has_own_step(model):  # its step is taken as it is
+    if has_own_step(model):
         return False
     chosen = False if accumulation is None else accumulation.whole_batch_loss
     if chosen != "auto":
@@ -47,7 +47,7 @@ def is_wanted(model: Any) -> bool:
 
 
 def check_devices(model: Any, devices: int) -> None:
-    """Raises ModelError where the outputs of a window are spread over devices."""
+    """Raises ModelError if the outputs of a window are spread over devices."""
     if devices > 1:
         raise ModelError(
             f"Received model {model.name!r} on {devices} replicas, and a loss over the whole effective batch.",
@@ -69,7 +69,7 @@ def _has_state(what: str) -> ModelError:
 
 
 def seed_states(model: Any) -> list[Any]:
-    """The variables from which a forward pass draws its random numbers."""
+    """Returns the variables of the seeds from which a forward pass draws its random numbers."""
     from keras.src.random.seed_generator import global_seed_generator
 
     layers = model._flatten_layers(include_self=True)
@@ -80,7 +80,7 @@ def seed_states(model: Any) -> list[Any]:
 
 @contextlib.contextmanager
 def without_state(model: Any, states: Sequence[Any]) -> Iterator[None]:
-    """Raises ModelError after a forward pass (traced or run) that has changed anything but seeds and metrics."""
+    """Raises ModelError after a forward pass (traced or run) that changed variables other than seeds and metrics."""
     known = [*states, *model.metrics_variables]
     with _assignments() as assigned:
         yield
@@ -93,7 +93,7 @@ def without_state(model: Any, states: Sequence[Any]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def without_changes(model: Any, states: Sequence[Any]) -> Iterator[None]:
-    """Raises ModelError after a loss (traced or run) that has changed anything but seeds and metrics."""
+    """Raises ModelError after a loss (traced or run) that changed variables other than seeds and metrics."""
     known = [*states, *model.metrics_variables]
     with _assignments() as assigned:
         yield
@@ -107,7 +107,7 @@ def without_changes(model: Any, states: Sequence[Any]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _assignments() -> Iterator[list[Any]]:
-    """While open, variables that are assigned to end up in the list; some that are replaced on the instance do not."""
+    """Collects assigned variables in the list, inside the `with` block; not those whose own `assign` is replaced."""
     import keras
 
     kind, assigned = keras.Variable, list[Any]()
@@ -140,7 +140,7 @@ def _owns(layer: Any, variable: Any) -> bool:
 
 @contextlib.contextmanager
 def metrics_at_rest(model: Any) -> Iterator[None]:
-    """While open, metrics keep their values: those that layers update have seen the micro-batch in the first pass."""
+    """Keeps the metrics' values inside the `with` block: the first pass has updated those of layers already."""
     with contextlib.ExitStack() as changed:
         for variable in model.metrics_variables:
             changed.enter_context(replaced(variable, {"assign": lambda value: value}))
@@ -151,10 +151,10 @@ def metrics_at_rest(model: Any) -> Iterator[None]:
 
 
 def losses_of_layers(model: Any, losses: Sequence[Any] | None = None) -> list[Any]:
-    """What layers have added in the forward pass just made, each as one number; without regularizers.
+    """Returns the losses that layers added in the last forward pass, each as one number; without regularizers.
 
     Args:
-        losses: `model.losses`, where they were collected elsewhere.
+        losses: `model.losses` of that pass; None: read them from the model.
     """
     losses = list(model.losses if losses is None else losses)
     regularizers = sum(weight.regularizer is not None for weight in model.trainable_weights)
@@ -163,7 +163,7 @@ def losses_of_layers(model: Any, losses: Sequence[Any] | None = None) -> list[An
 
 @contextlib.contextmanager
 def with_losses_of_layers(model: Any, losses: Sequence[Any]) -> Iterator[None]:
-    """While open, `model.losses` are these, and the regularizers."""
+    """Makes `model.losses` these losses and the regularizers', inside the `with` block."""
     if not losses:
         yield
         return
@@ -172,7 +172,7 @@ def with_losses_of_layers(model: Any, losses: Sequence[Any]) -> Iterator[None]:
 
 
 def mean_losses(losses: Sequence[Sequence[Any]], shares: Sequence[float]) -> list[Any]:
-    """The losses that layers added in a window, from those of its micro-batches."""
+    """Returns the losses that layers added in a window: the means of its micro-batches' losses, by their shares."""
     if len({len(of_one) for of_one in losses}) > 1:
         numbers = sorted({len(of_one) for of_one in losses})
         raise ModelError(
@@ -187,11 +187,11 @@ def mean_losses(losses: Sequence[Sequence[Any]], shares: Sequence[float]) -> lis
 
 
 def joined(parts: Sequence[Any], samples: Sequence[int], name: str, concatenate: Callable[[list[Any]], Any]) -> Any:
-    """Structures of arrays of all micro-batches as one, along the samples.
+    """Returns the structures of arrays of all micro-batches as one, concatenated along the samples.
 
     Args:
-        samples: of each micro-batch.
-        name: what they are, for errors.
+        samples: the number of samples of each micro-batch.
+        name: the arrays' name in errors.
 
     Raises:
         DataError: micro-batches differ in shape.
@@ -225,13 +225,13 @@ def joined(parts: Sequence[Any], samples: Sequence[int], name: str, concatenate:
 
 
 class Outputs:
-    """A model's outputs as a list of arrays with their masks, and back in the model's own structure."""
+    """Flattens a model's outputs to a list of arrays with their masks, and restores the model's structure."""
 
     def __init__(self) -> None:
         self._structure: Any = None
 
     def flat(self, y_pred: Any) -> tuple[list[Any], list[Any]]:
-        """The arrays and their masks, None where there is none; notes the structure."""
+        """Returns the arrays and their masks (None: no mask); notes the structure."""
         from keras import tree
 
         self._structure = tree.map_structure(lambda _: None, y_pred)
@@ -239,7 +239,7 @@ class Outputs:
         return leaves, [None if leaf is None else loss_shares.mask_of(leaf) for leaf in leaves]
 
     def packed(self, leaves: Sequence[Any], masks: Sequence[Any]) -> Any:
-        """The structure with these arrays, which carry their masks again."""
+        """Returns the structure of these arrays, with their masks attached."""
         from keras import tree
         from keras.src import backend
 
@@ -253,13 +253,13 @@ _NAMES = ("outputs", "masks of outputs", "inputs", "targets", "sample weights")
 
 
 def joined_all(given: Sequence[Any], samples: Sequence[int], concatenate: Callable[[list[Any]], Any]) -> list[Any]:
-    """Outputs, their masks, inputs, targets and sample weights of the window, from those of its micro-batches."""
+    """Joins the outputs, their masks, inputs, targets and sample weights of a window's micro-batches."""
     columns = zip(zip(*given, strict=True), _NAMES, strict=True)
     return [joined(column, samples, name, concatenate) for column, name in columns]
 
 
 def reads_inputs(model: Any) -> bool:
-    """Whether loss or metrics may look at `x`, which is else not joined."""
+    """Returns whether the loss or the metrics may read `x`; only then it is joined."""
     import keras
 
     own = (type(model).compute_loss, type(model).compute_metrics)
@@ -268,18 +268,18 @@ def reads_inputs(model: Any) -> bool:
 
 
 class Replay:
-    """Makes sure, in the first window, that the second pass computes what the first has computed."""
+    """Checks in the first window that the second pass computes the same outputs as the first."""
 
     def __init__(self) -> None:
         self._is_sure = False
         self._outputs: list[Any] | None = None
 
     def begin(self, outputs: list[Any]) -> None:
-        """Takes the joined outputs of the first pass."""
+        """Notes the joined outputs of the first pass."""
         self._outputs = None if self._is_sure else outputs
 
     def compare(self, again: list[Any], part: slice) -> None:
-        """Raises ModelError where a micro-batch's outputs are others than before."""
+        """Raises ModelError if a micro-batch's outputs differ from the first pass's."""
         from keras import ops
 
         for one, other in zip(self._outputs or [], again, strict=True) if self._outputs is not None else ():
@@ -298,5 +298,5 @@ class Replay:
                 )
 
     def end(self) -> None:
-        """The window is through."""
+        """Ends the window: later ones are not compared."""
         self._is_sure, self._outputs = True, None

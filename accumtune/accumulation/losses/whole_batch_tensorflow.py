@@ -40,7 +40,7 @@ class TwoPasses:
         self._loss_in_test = engine._compiled(self._loss_in_test_step, around=self._left.hidden)
 
     def sum_up(self, window: list[Any], first: list[Any], is_sized: bool) -> tuple[Any, Any, list[bool]]:
-        """Both passes of a window; empties the lists.
+        """Runs both passes of a window; empties the lists.
 
         Args:
             window: its micro-steps.
@@ -93,7 +93,7 @@ class TwoPasses:
         return self._loss_in_test(*joined, of_layers, count, count if is_sized else tensor_slices.scalar(1.0))
 
     def _first_pass(self, window: list[Any], first: list[Any], parts: list[Any]) -> tuple[Any, ...]:
-        """Seeds, losses of layers, moments, and what is to be joined, of each micro-batch."""
+        """Returns the seeds, losses of layers, moments, and outputs and data to join, of each micro-batch."""
         seeds, of_layers, given, moments = [], [], [], None
         for step, part in zip(window, parts, strict=True):
             x, y, sample_weight = first.pop() if first else step[0].take()
@@ -145,7 +145,7 @@ class TwoPasses:
         count: Any,
         metric_weight: Any,
     ) -> Any:
-        """The loss of the window, its gradients with respect to outputs and losses of layers, and the metrics."""
+        """Computes the window's loss, its gradients with respect to outputs and losses of layers, and the metrics."""
         model, weights = self.model, self.engine._weights
         inputs = (leaves, masks, x, y, sample_weight, of_layers, count, metric_weight)
         y_pred = self._outputs.packed(leaves, masks)
@@ -176,7 +176,7 @@ class TwoPasses:
         *,
         training: bool,
     ) -> Any:
-        """The loss, by Keras, which has been logged."""
+        """Returns Keras's loss; updates the logged loss."""
         model = self.model
         with (
             whole.without_changes(model, self._states),
@@ -204,7 +204,7 @@ class TwoPasses:
         return self.model.compute_metrics(x, y, y_pred, sample_weight=sample_weight)
 
     def _backward_step(self, x: Any, seeds: Any, gradients: Any, of_layers: Any) -> Any:
-        """A forward pass as the first was, and the gradient that comes to it; gives the outputs."""
+        """Repeats a micro-batch's forward pass and adds its part of the gradient; returns the outputs."""
         self.engine._ghosts.see(x)
         weights = self.engine._weights
         for state, seed in zip(self._states, seeds, strict=True):
@@ -227,7 +227,7 @@ class TwoPasses:
 
 
 def _gradients(tape: Any, loss: Any, sources: list[list[Any]]) -> Iterator[list[Any]]:
-    """Dense gradients for lists of tensors, None where there is none."""
+    """Yields dense gradients for each list of tensors; None for a tensor without one."""
     flat = [source for group in sources for source in group if source is not None]
     found = iter(tape.gradient(loss, flat) if flat else [])
     for group in sources:

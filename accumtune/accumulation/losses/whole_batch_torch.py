@@ -36,7 +36,7 @@ class TwoPasses:
         self._left = Leftovers(self.model)
 
     def sum_up(self, window: list[Any], first: list[Any]) -> tuple[Any, list[Any]]:
-        """Both passes of a window; empties the lists. Gives the logs, and sums that `.grad` cannot hold.
+        """Runs both passes of a window; empties the lists. Returns the logs, and sums that `.grad` cannot hold.
 
         Args:
             window: its micro-batches.
@@ -107,7 +107,7 @@ class TwoPasses:
             return self.model.compute_metrics(x, y, y_pred, sample_weight=sample_weight)
 
     def _first_pass(self, window: list[Any], first: list[Any], of_window: list[float]) -> tuple[Any, ...]:
-        """Random states, losses of layers, and what is to be joined, of each micro-batch."""
+        """Returns the random states, losses of layers, and the outputs and data to join, of each micro-batch."""
         randomness, of_layers, given = [], [], []
         for part, share in zip(window, of_window, strict=True):
             x, y, sample_weight = first.pop() if first else part.take()
@@ -145,7 +145,7 @@ class TwoPasses:
     def _loss(
         self, leaves: Any, masks: Any, x: Any, y: Any, sample_weight: Any, of_layers: Any, count: int
     ) -> tuple[Any, Any, Any]:
-        """The loss of the window, its gradients with respect to outputs and losses of layers, and the metrics."""
+        """Computes the window's loss, its gradients with respect to outputs and losses of layers, and the metrics."""
         model = self.model
         leaves, of_layers = _leaves_of_a_graph(leaves), _leaves_of_a_graph(of_layers)
         y_pred = self._outputs.packed(leaves, masks)
@@ -159,7 +159,7 @@ class TwoPasses:
     def _value(
         self, x: Any, y: Any, y_pred: Any, sample_weight: Any, of_layers: Any, count: int, *, training: bool
     ) -> Any:
-        """The loss, by Keras, which has been logged."""
+        """Returns Keras's loss; updates the logged loss."""
         model = self.model
         with whole.without_changes(model, self._states), whole.with_losses_of_layers(model, of_layers):
             loss = model._compute_loss(x=x, y=y, y_pred=y_pred, sample_weight=sample_weight, training=training)
@@ -169,7 +169,7 @@ class TwoPasses:
 
     @contextlib.contextmanager
     def _randomness_kept(self) -> Iterator[None]:
-        """Leaves all random states as they are, whatever the second pass draws."""
+        """Restores all random states after the second pass."""
         kept = _random_state(self._states)
         try:
             yield
@@ -182,7 +182,7 @@ def _leaves_of_a_graph(leaves: Any) -> list[Any]:
 
 
 def _random_state(states: list[Any]) -> tuple[Any, ...]:
-    """Of Keras's generators, and of torch's own, from which a torch module draws."""
+    """Returns the states of Keras's generators and of torch's own, from which torch modules draw."""
     with torch.no_grad():
         seeds = [state.value.clone() for state in states]
     on_gpu = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
