@@ -1,9 +1,10 @@
-"""The certificate of a model's own `train_step`: tried on the user's first samples before the first update.
+"""Certifies a model's own `train_step`: tests it on the user's first samples, before the first update.
 
-From one state the step runs on seven samples and on three parts of them, with the same random draws. It is certified
-where the gradients of the parts, averaged or added up, are those of the whole; where the operations that lead to them
-are linear once samples have been added up (`dataflow.py`); and where what else the step assigns does not depend on the
-samples. Data and weights are varied, so that what they have not met yet (padding, other sizes) is met here.
+From one state the step runs on seven samples and on three parts of them, with the same random draws. It is certified if
+three conditions hold: the gradients of the parts, averaged or added up, are those of the whole; the operations that
+compute them are linear once samples have been added up (`dataflow.py`); and the other variables that the step assigns
+do not depend on the samples. Data and weights are varied, so that cases which the first samples lack (padding, other
+sizes) are tested too.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ _CLIPPING = "let the optimizer clip (clipnorm=, global_clipnorm=, clipvalue=). O
 
 @dataclass(eq=False)
 class Run:
-    """What one run of a step did; arrays are on the host."""
+    """The results of one run of a step; arrays are on the host."""
 
     recording: Recording
     gradients: list[Any] = field(default_factory=list)
@@ -50,7 +51,7 @@ class Run:
 
 
 class Trial(Protocol):
-    """Runs a model's step without a trace in the model, on one backend."""
+    """Runs a model's step on one backend, without changing the model."""
 
     rules: Rules
 
@@ -66,22 +67,22 @@ class Trial(Protocol):
         metric_state: Any = None,
         change_of_weights: float = 0.0,
     ) -> Run:
-        """One run; where it `is_last`, the weights seem to change by `update`, or by the gradients."""
+        """Runs the step once; if it `is_last`, the step sees weights changed by `update`, or by the gradients."""
         ...
 
 
 class ConditionError(Exception):
-    """A condition in a step, of which only one branch can be tried."""
+    """A step has a condition, of which only one branch can be tested."""
 
 
 def certify(model: Any, trial: Trial, batch: Any) -> Certificate:
-    """The certificate of a model's step.
+    """Returns the certificate of a model's step.
 
     Args:
         batch: seven samples (x, y, sample_weight), NumPy arrays.
 
     Raises:
-        CustomTrainStepError: the step can or may not be accumulated exactly.
+        CustomTrainStepError: accumulating the step is not exact, or may not be.
     """
     findings = _Findings(model)
     for index, (data, change) in enumerate(variants(batch)):
@@ -94,7 +95,7 @@ def certify(model: Any, trial: Trial, batch: Any) -> Certificate:
 
 
 class _SaysNothing(Exception):
-    """A variant of the data on which the step cannot be tried."""
+    """The step cannot be tested on a variant of the data."""
 
     def __init__(self, seen: str, fix: str = "look at what it computes for the first samples.") -> None:
         super().__init__(seen)
@@ -102,7 +103,7 @@ class _SaysNothing(Exception):
 
 
 class _Findings:
-    """What every variant so far allows."""
+    """The ways of accumulating (mean, sum, last) that all variants of the data so far allow."""
 
     def __init__(self, model: Any) -> None:
         self.model = model

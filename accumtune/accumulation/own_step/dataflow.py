@@ -1,9 +1,9 @@
-"""The operations of a training step, and whether what it makes of a batch is linear in the samples.
+"""Checks the operations of a training step: are its gradients linear in the samples?
 
 Numbers alone cannot tell: a clipping that does not clip today, or a mean over tokens of samples that have equally many,
-is exact on one batch and not on the next. So every operation on the way to the gradients is looked at. Once samples
-have been added up, only linear operations may follow, and nothing may go back into the samples. What is smooth and not
-linear shows in the numbers as well; what is linear in pieces shows here.
+is exact on one batch and not on the next. So every operation that leads to the gradients is checked. Once samples have
+been added up, only linear operations may follow, and no sum may flow back into the samples. Comparing numbers finds
+smooth nonlinear functions too; only this check finds those that are piecewise linear.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ Shape = tuple[int, ...]
 
 @dataclass(frozen=True)
 class Operation:
-    """One operation of a step: keys of its inputs and outputs, their shapes, which inputs depend on samples."""
+    """One operation of a step: the keys and shapes of its inputs and outputs, and which inputs depend on samples."""
 
     name: str
     inputs: tuple[Any, ...]
@@ -30,16 +30,16 @@ class Operation:
 
 @dataclass(frozen=True)
 class Rules:
-    """What the operations of a backend do to numbers that samples were added up to.
+    """The names of a backend's operations, by what they do to sums over samples.
 
     Args:
-        linear: linear in their inputs together.
+        linear: linear in all inputs together.
         products: linear in each input alone.
-        linear_in: linear in one input alone, by its position. A derivative is, in what is handed back to it.
+        linear_in: linear in one input alone, given by its position; a derivative is, in its incoming gradient.
         choices: linear in all inputs but the first.
-        reductions: add up samples (those of derivatives do, whatever their name).
-        only_shapes: their results depend on the shape of what they get, not on its values.
-        decisions: bring a number to Python, which may decide by it.
+        reductions: add up samples (derivatives do too, whatever their name).
+        only_shapes: the results depend on the inputs' shapes, not on their values.
+        decisions: return a number to Python, whose code may depend on it.
     """
 
     linear: frozenset[str]

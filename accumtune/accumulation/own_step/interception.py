@@ -1,4 +1,4 @@
-"""What is taken from a model's own `train_step` while it runs: gradients, assignments, the numbers that it reports."""
+"""Intercepts gradients, assignments and reported numbers of a model's own `train_step` while it runs."""
 
 from __future__ import annotations
 
@@ -16,7 +16,11 @@ _SEED = "seed_generator_state"
 
 
 def packed(batch: tuple[Any, Any, Any], form: int) -> Any:
-    """(x, y, sample_weight) in the form in which the step got its data from Keras."""
+    """Returns (x, y, sample_weight) in the form of the data that Keras gives the step.
+
+    Args:
+        form: the length of the tuple; 0: x alone, without a tuple.
+    """
     return batch[:form] if form else batch[0]
 
 
@@ -25,9 +29,9 @@ Handed = Callable[[list[Any], Any, Callable[[list[Any]], Any]], Any]
 
 @contextlib.contextmanager
 def intercepted(optimizer: Any, handed: Handed) -> Iterator[None]:
-    """While open, `handed(gradients, variables, apply)` stands in for the optimizer's apply and apply_gradients.
+    """Calls `handed(gradients, variables, apply)` instead of the optimizer's apply and apply_gradients, in the block.
 
-    `apply(gradients)` is what the step asked for, with other gradients.
+    `apply(gradients)` makes the step's own call, with these gradients.
     """
     own_apply, own_apply_gradients = optimizer.apply, optimizer.apply_gradients
 
@@ -52,14 +56,14 @@ def intercepted(optimizer: Any, handed: Handed) -> Iterator[None]:
 
 
 class Overlay(keras.StatelessScope):
-    """A scope in which variables seem to be assigned, and which knows what was assigned to which."""
+    """A scope whose assignments to variables are seen only inside it; it notes them."""
 
     def __init__(self, state_mapping: Any = None) -> None:
         super().__init__(state_mapping, collect_losses=True)  # else what layers add as losses would be lost
         self.assigned: dict[int, tuple[Any, Any]] = {}
 
     def get_current_value(self, variable: Any) -> Any:
-        """Also of variables that are not assigned here: regularizers ask for these."""
+        """Returns a variable's value; also if it is not assigned here, which regularizers need."""
         value = super().get_current_value(variable)
         return variable._value if value is None else value
 
@@ -68,7 +72,7 @@ class Overlay(keras.StatelessScope):
         self.assigned[id(update[0])] = update
 
     def keep(self, model: Any) -> None:
-        """Assigns, after the scope, what counts in every micro-step: metrics and seeds."""
+        """Assigns, after the scope, the variables that change in every micro-step: those of metrics and seeds."""
         metrics = {id(variable) for metric in metrics_of(model) for variable in metric.variables}
         for variable, value in self.assigned.values():
             if id(variable) in metrics or is_seed(variable):
@@ -76,12 +80,12 @@ class Overlay(keras.StatelessScope):
 
 
 def is_seed(variable: Any) -> bool:
-    """Whether a variable is the state of a seed generator, which every micro-step moves."""
+    """Returns whether a variable is the state of a seed generator, which changes in every micro-step."""
     return str(variable.name) == _SEED
 
 
 def metrics_of(model: Any) -> list[Any]:
-    """The metrics of a model, also those that its own `metrics` leaves out."""
+    """Returns the metrics of a model, also those that its own `metrics` property omits."""
     every = [*model.metrics, *keras.Model.metrics.fget(model)]
     return list({id(metric): metric for metric in every}.values())
 
@@ -90,12 +94,12 @@ def metrics_of(model: Any) -> list[Any]:
 def weighed_scalars(
     model: Any, share: Any, kinds: Sequence[str] | None, noted: list[Any] | None = None
 ) -> Iterator[None]:
-    """While open, means that are given one number per micro-batch count it by what it is of the window.
+    """Weights a number that the step gives to a `keras.metrics.Mean` by the micro-batch's share of the window.
 
     Args:
-        share: the part of the window that this micro-batch is.
-        kinds: for each call, whether the numbers of micro-batches average or add up; None: all average.
-        noted: takes the numbers, in the order of the calls.
+        share: the micro-batch's share of the window.
+        kinds: for each call, whether the numbers of micro-batches are averaged or added up; None: all are averaged.
+        noted: a list that gets the numbers, in the order of the calls.
     """
     from keras import ops
 
@@ -125,7 +129,7 @@ def weighed_scalars(
 
 
 def joined_logs(so_far: Sequence[Any] | None, logs: Any, kinds: Sequence[str], share: Any) -> list[Any]:
-    """The leaves of a micro-step's logs, together with those of the micro-steps before."""
+    """Returns the leaves of a micro-step's logs, combined with those of the earlier micro-steps."""
     from keras import ops, tree
 
     def part(leaf: Any, kind: str) -> Any:

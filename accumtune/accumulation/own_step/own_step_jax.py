@@ -1,4 +1,4 @@
-"""A model's own `train_step` on JAX: windows of its micro-steps."""
+"""Accumulates with a model's own `train_step` on JAX."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ class OwnStepJax(JaxTraining):
                 leaves, sums, new = self._last(trainable, optimizer, carried, non_trainable, batch, share)
                 state = (new[0], with_changes(new[1], non_trainable), new[2], new[3])
                 carried = (sums,)
-            batch = None  # gone before the next one is taken
+            batch = None  # freed before the next one is taken
             listener(index, functools.partial(self._squared_norm, carried[0]))
         return tree.pack_sequence_as(self._structure, list(leaves)), state
 
@@ -93,7 +93,7 @@ class OwnStepJax(JaxTraining):
     def _micro_step(
         self, so_far: Any, metrics: Any, trainable: Any, non_trainable: Any, optimizer: Any, batch: Any, share: Any
     ) -> Any:
-        """A micro-step that is not the last: nothing stays of it but gradients, metrics, seeds and logs."""
+        """Runs a micro-step that is not the last, of which only gradients, metrics, seeds and logs are kept."""
         state = (trainable, non_trainable, optimizer, metrics)
         sums, leaves, moments, new = self._run(state, batch, share, so_far, None)
         return sums, leaves, moments, new[3], _seeds(self.model, new[1])
@@ -161,13 +161,13 @@ def _with_seeds(model: Any, values: Any, seeds: Any) -> list[Any]:
 
 @contextlib.contextmanager
 def _moments_in_place(model: Any, so_far: Any) -> Iterator[list[tuple[Any, float]]]:
-    """While open, moving statistics become the moments of a batch: a step returns them where it returns the others.
+    """Makes layers set their moving statistics to the batch's moments, in the block: the step then returns these.
 
-    The list gets each normalization and how many entries a channel has.
+    The list gets each BatchNormalization layer and the number of its entries per channel.
 
     Args:
-        so_far: the moments of the window's other micro-batches, where this one is the last: then the statistics
-            become what they are after the window, which the step may go on with.
+        so_far: the moments of the window's other micro-batches, if this one is the last: then moving statistics are set
+            to their values after the window, which the step may use.
     """
     counts: list[tuple[Any, float]] = []
 

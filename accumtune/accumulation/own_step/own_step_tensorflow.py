@@ -1,4 +1,4 @@
-"""A model's own `train_step` on TensorFlow: windows of its micro-steps."""
+"""Accumulates with a model's own `train_step` on TensorFlow."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ class OwnStepTensorFlow(TensorFlowTraining):
                 leaves, moments = self._next(batch, part, moments, leaves)
             else:
                 leaves = self._last(batch, part, moments, leaves)
-            batch = None  # gone before the next one is taken
+            batch = None  # freed before the next one is taken
             listener(index, self._squared_norm)
         return tree.pack_sequence_as(self._structure, list(leaves))
 
@@ -86,7 +86,7 @@ class OwnStepTensorFlow(TensorFlowTraining):
         return leaves, statistics.combined(moments, mine)
 
     def _micro_step(self, batch: Any, share: Any, leaves: Any) -> tuple[Any, Any]:
-        """A micro-step that is not the last: nothing stays of it but gradients, metrics, seeds and logs."""
+        """Runs a micro-step that is not the last, of which only gradients, metrics, seeds and logs are kept."""
 
         def handed(gradients: list[Any], variables: list[Any], apply: Callable[[list[Any]], Any]) -> None:
             self._sum_up(gradients, variables, share, is_first=leaves is None)

@@ -1,9 +1,9 @@
 """Models with a `train_step` of their own: the step runs once per micro-batch, and updates once per window.
 
-What the step hands to its optimizer is taken instead of applied, weighted and summed; the last micro-step hands the
-sum on. What else the step assigns (an EMA of weights, a counter) counts in the last micro-step only: the others run in
-a scope that keeps nothing but metrics and seeds. Whether all this equals the step at the effective batch is what
-`certificate.py` finds out.
+The gradients that the step passes to its optimizer are not applied but weighted and added up; the last micro-step
+applies the sum. Other assignments of the step (an EMA of weights, a counter) are kept in the last micro-step only: the
+others run in a scope that keeps only metrics and seeds. `certificate.py` tests whether this equals the step at the
+effective batch.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ MEAN, SUM, LAST = "mean", "sum", "last"
 
 @dataclass(frozen=True)
 class Certificate:
-    """How the gradients and logs of a model's own step on micro-batches make those of their effective batch.
+    """How gradients and logs of micro-batches combine to those of their effective batch, for a model's own step.
 
     Args:
-        reduction: "mean" where gradients are averaged over samples, "sum" where they are added.
+        reduction: "mean" if gradients are averaged over samples, "sum" if they are added up.
         scalars: the same for each number that the step gives to a `keras.metrics.Mean`, in the order of the calls.
-        logs: the same for each leaf of what the step returns, "last" where the last micro-step's is the window's.
-        has_gradient: for each variable that is handed to the optimizer, whether it has a gradient.
+        logs: the same for each leaf of the step's logs; "last" if the last micro-step's value is the window's.
+        has_gradient: whether a variable has a gradient, for each variable that is passed to the optimizer.
     """
 
     reduction: str
@@ -36,14 +36,14 @@ class Certificate:
 
 
 def has_own_step(model: Any) -> bool:
-    """Whether the model's class, or the model itself, has a `train_step` of its own."""
+    """Returns whether the model's class, or the model itself, has its own `train_step`."""
     import keras
 
     return "train_step" in vars(model) or type(model).train_step is not keras.Model.train_step
 
 
 def can_be_evaluated(model: Any) -> bool:
-    """Whether Keras's `evaluate` has a loss: a `train_step` of the model's own may have the only one (a VAE, a GAN)."""
+    """Returns whether Keras's `evaluate` has a loss: only the model's own `train_step` may have one (a VAE, a GAN)."""
     import keras
 
     has_loss = model._compile_loss is not None or type(model).compute_loss is not keras.Model.compute_loss
@@ -51,12 +51,12 @@ def can_be_evaluated(model: Any) -> bool:
 
 
 def certificate_of(model: Any) -> Certificate | None:
-    """What was certified for an accumulating model; None before its first batch."""
+    """Returns the certificate of an accumulating model; None before its first batch."""
     return vars(model).get("_accumtune_certificate")
 
 
 def accept(model: Any, certificate: Certificate) -> None:
-    """Keeps a certificate with a model that accumulates, and says so once."""
+    """Keeps a certificate with a model that accumulates, and prints it."""
     import keras
 
     put(model, {"_accumtune_certificate": certificate})
@@ -71,7 +71,7 @@ def accept(model: Any, certificate: Certificate) -> None:
 
 
 def refusal(model: Any, seen: str, fix: str) -> CustomTrainStepError:
-    """The error for a step that cannot be accumulated."""
+    """Returns the error for a step that cannot be accumulated."""
     return CustomTrainStepError(
         f"Received model {model.name!r}, whose class {type(model).__name__} has its own train_step: {seen}",
         "a step with one optimizer and one apply, whose gradients are means or sums over samples, so that those of "
@@ -81,10 +81,10 @@ def refusal(model: Any, seen: str, fix: str) -> CustomTrainStepError:
 
 
 def certify(model: Any, x: Any, y: Any = None, sample_weight: Any = None) -> Certificate:
-    """Tries the step of a compiled model on samples of its data, and leaves the model as it was (but built).
+    """Tests the step of a compiled model on samples of its data; does not change the model, except that it is built.
 
     Raises:
-        CustomTrainStepError: it cannot be accumulated exactly; says what was seen.
+        CustomTrainStepError: accumulating the step is not exact; the message says what the test saw.
     """
     import keras
 

@@ -1,4 +1,4 @@
-"""What a trial of a model's own step needs on every backend: nothing that it does stays."""
+"""The parts of a test of a model's own step that all backends share: running it without changing the model."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _PLAIN = (bool, int, float, str, type(None))
 
 
 def first_samples(model: Any, takes: list[Callable[[], Any]]) -> Any:
-    """Seven samples of a window on the host; `takes` give its micro-batches."""
+    """Returns seven samples of a window on the host; each of `takes` returns one of its micro-batches."""
     batches: list[Any] = []
     samples = 0
     for take in takes:
@@ -60,10 +60,10 @@ def _on_host(model: Any, leaf: Any) -> Any:
 
 @contextlib.contextmanager
 def unchanged(model: Any, has_state: bool = True) -> Iterator[None]:
-    """After it, variables and random generators are as before. Raises where a step has changed what it should not.
+    """Restores variables and random generators after the block; raises if the step has changed anything else.
 
     Args:
-        has_state: whether the state is in the variables now (on JAX `fit` has it elsewhere).
+        has_state: whether the model's state is in its variables (on JAX, not during `fit`).
     """
     every = [*model.variables, *model.optimizer.variables] if has_state else []
     variables = {id(one): one for one in every}.values()
@@ -85,7 +85,7 @@ def unchanged(model: Any, has_state: bool = True) -> Iterator[None]:
 
 
 def check_writes(model: Any, operations: list[str]) -> None:
-    """Raises CustomTrainStepError where a step has written to something that is no variable of Keras."""
+    """Raises CustomTrainStepError if a step has written to something other than a Keras variable."""
     if operations:
         seen = f"it writes past Keras ({', '.join(dict.fromkeys(operations))}), so that each micro-step would."
         raise own.refusal(model, seen, "keep what changes as variables (self.add_weight), and assign() to these.")
@@ -127,7 +127,7 @@ def _generators() -> Iterator[None]:
 
 @contextlib.contextmanager
 def other_optimizers(model: Any) -> Iterator[list[str]]:
-    """While open, optimizers other than the model's do nothing; the list gets their names."""
+    """Makes all optimizers but the model's do nothing, in the block; the list gets their names when they are used."""
     from keras.src.optimizers.base_optimizer import BaseOptimizer
 
     used: list[str] = []
@@ -149,9 +149,9 @@ def other_optimizers(model: Any) -> Iterator[list[str]]:
 
 @contextlib.contextmanager
 def fixed_statistics(model: Any) -> Iterator[None]:
-    """While open, batch normalizations take constants for the mean and variance of a batch, and move nothing.
+    """Makes BatchNormalization use a constant mean and variance in the block, and not update its moving statistics.
 
-    That they normalize with the micro-batch's is known, and no matter of the step.
+    It would normalize each micro-batch by itself, which is known and not a property of the step.
     """
 
     def fixed(layer: Any) -> Callable[..., Any]:
@@ -173,7 +173,7 @@ def fixed_statistics(model: Any) -> Iterator[None]:
 
 @contextlib.contextmanager
 def full_precision(model: Any) -> Iterator[None]:
-    """While open, layers compute in the precision of their variables: in less, rounding would hide what is compared."""
+    """Makes layers compute in their variables' precision, in the block: rounding in less would hide differences."""
     with contextlib.ExitStack() as stack:
         for layer in model._flatten_layers():
             policy = layer.dtype_policy
@@ -197,7 +197,7 @@ def run(
     is_last: bool = True,
     metric_state: Any = None,
 ) -> certificates.Run:
-    """One run of a step whose state is in variables, in a scope that keeps nothing."""
+    """Runs a step once whose state is in variables, in a scope that keeps nothing."""
     found = certificates.Run(recording)
 
     def handed(gradients: list[Any], variables: list[Any], apply: Any) -> None:
@@ -242,7 +242,7 @@ def run(
 
 
 def changed_weights(values: list[Any], change: float) -> list[Any]:
-    """The values of weights, with others in their place where there is a `change`."""
+    """Returns the values of weights, randomly changed by the factor `change`."""
     generator = np.random.default_rng(1)
 
     def changed(value: Any) -> Any:
@@ -255,7 +255,7 @@ def changed_weights(values: list[Any], change: float) -> list[Any]:
 
 @contextlib.contextmanager
 def other_weights(model: Any, change: float) -> Iterator[None]:
-    """While open, the weights have other values, where there is a `change`."""
+    """Changes the weights by the factor `change` in the block."""
     variables = model.trainable_variables if change else []
     before = [ops.copy(variable.value) for variable in variables]
     for variable, value in zip(variables, changed_weights(before, change), strict=True):
@@ -268,7 +268,7 @@ def other_weights(model: Any, change: float) -> Iterator[None]:
 
 
 def array(value: Any) -> Any:
-    """A tensor on the host, in float64."""
+    """Returns a tensor on the host, in float64."""
     value = ops.convert_to_tensor(value)
     if keras.backend.backend() != "jax" and "float" in keras.backend.standardize_dtype(value.dtype):
         value = ops.cast(value, "float64")

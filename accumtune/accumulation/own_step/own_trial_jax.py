@@ -1,4 +1,4 @@
-"""Tries a model's own `train_step` on JAX, operation by operation of its jaxpr."""
+"""Tests a model's own `train_step` on JAX, running its jaxpr operation by operation."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from accumtune.accumulation.patched_attributes import replaced
 
 
 def certified(model: Any, state: Any, takes: list[Callable[[], Any]], form: int) -> own.Certificate:
-    """The certificate of a model in this state, from the first samples of a window."""
+    """Returns the certificate of a model in this state, from the first samples of a window."""
     batch = trials.first_samples(model, takes)
     with trials.unchanged(model, has_state=False):
         return certificates.certify(model, JaxTrial(model, state, form), batch)
@@ -116,7 +116,7 @@ class JaxTrial:
 
 
 class _Interpreter:
-    """Evaluates a jaxpr, notes its operations, and has random ones give what `draws` makes of their numbers."""
+    """Evaluates a jaxpr, records its operations, and replaces the results of random ones by those of `draws`."""
 
     def __init__(self, recording: Recording, draws: Any) -> None:
         self.recording, self._draws = recording, draws

@@ -1,4 +1,4 @@
-"""Tries a model's own `train_step` on TensorFlow, eagerly."""
+"""Tests a model's own `train_step` on TensorFlow, eagerly."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ from accumtune.errors import CustomTrainStepError
 
 
 def certified(model: Any, takes: list[Callable[[], Any]], form: int) -> own.Certificate:
-    """The certificate of a model, from the first samples of a window."""
+    """Returns the certificate of a model, from the first samples of a window."""
     batch = trials.first_samples(model, takes)
     condition = _trace(model, _tensors(batch, form))
-    if condition:  # variables are created under one; now they are there
+    if condition:  # a condition may only create variables: then it is gone in a second trace
         condition = _trace(model, _tensors(batch, form))
     if condition:
         seen = f"it has a condition ({condition}), of which only one branch can be tried."
@@ -39,7 +39,7 @@ def certified(model: Any, takes: list[Callable[[], Any]], form: int) -> own.Cert
 
 
 def _trace(model: Any, data: Any) -> str:
-    """Traces the step, which creates its variables and computes nothing; returns the name of a condition in it."""
+    """Traces the step, which creates its variables; returns the name of a condition in it, or ""."""
 
     def step(data: Any) -> None:
         graph = tf.compat.v1.get_default_graph()
@@ -105,11 +105,11 @@ def _dense(gradient: Any) -> Any:
 
 
 class _Recorder:
-    """Notes TensorFlow's eager operations while open."""
+    """Records TensorFlow's eager operations inside the `with` block."""
 
     def __init__(self, recording: Recording) -> None:
         self.recording = recording
-        self._kept: list[Any] = []  # an id is one tensor's as long as it lives
+        self._kept: list[Any] = []  # kept alive, so that no id is used twice
         self.wrote: list[str] = []
         self._is_on = False
 
@@ -132,7 +132,7 @@ class _Recorder:
         self, op_type: Any, inputs: Any, attrs: Any, outputs: Any, op_name: Any = None, graph: Any = None
     ) -> None:
         name = op_type.decode() if isinstance(op_type, bytes) else op_type
-        if name.startswith(("Assign", "ResourceScatter")):  # what Keras assigns stays in the scope
+        if name.startswith(("Assign", "ResourceScatter")):  # not by Keras, whose assignments stay in the scope
             self.wrote.append(name)
         if not self._is_on or graph is not None:
             return
@@ -149,7 +149,7 @@ def _shaped(values: Any) -> list[tuple[Any, Any]]:
 
 @contextlib.contextmanager
 def _drawn_from(draws: Any, recorder: _Recorder) -> Iterator[None]:
-    """While open, random operations give what `draws` makes of their numbers."""
+    """Replaces the results of random operations by those of `draws`, in the block."""
 
     def held(draw: Callable[..., Any]) -> Callable[..., Any]:
         def call(*args: Any, **kwargs: Any) -> Any:

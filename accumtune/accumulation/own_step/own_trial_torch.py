@@ -1,4 +1,4 @@
-"""Tries a model's own `train_step` on torch."""
+"""Tests a model's own `train_step` on torch."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from accumtune.accumulation.patched_attributes import replaced
 
 
 def certified(model: Any, takes: list[Callable[[], Any]], form: int) -> own.Certificate:
-    """The certificate of a model, from the first samples of a window."""
+    """Returns the certificate of a model, from the first samples of a window."""
     batch = trials.first_samples(model, takes)
     with trials.unchanged(model):
         found = certificates.certify(model, TorchTrial(model, form), batch)
@@ -40,7 +40,7 @@ class TorchTrial:
         recorder.mark([leaf for leaf in tree.flatten(data) if leaf is not None])
         self._runs += 1
         for variable in self.model.trainable_variables:
-            # Another number in each run: a step that does not begin by zero_grad() shows.
+            # Another number in each run, so that a step without zero_grad() is found.
             variable.value.grad = torch.full_like(variable.value, 1e3 * self._runs)
         recorder.allow([variable.value.grad for variable in self.model.trainable_variables])
         one_hot = replaced(torch.nn.functional, {"one_hot": _one_hot})
@@ -63,7 +63,7 @@ _NLL = ("nll_loss_forward", "nll_loss2d_forward")
 
 
 def _one_hot(labels: Any, num_classes: int = -1) -> Any:
-    """torch's, which brings numbers to Python to check them."""
+    """As torch's one_hot, which reads numbers in Python to check them."""
     if num_classes < 0:
         num_classes = int(labels.max()) + 1
     return (labels.unsqueeze(-1) == torch.arange(num_classes, device=labels.device)).long()
@@ -74,18 +74,18 @@ def _key(tensor: Any) -> Any:
 
 
 class _Recorder(TorchDispatchMode):
-    """Notes torch's operations while open, and has random ones give what `draws` makes of their numbers."""
+    """Records torch's operations in the `with` block, and replaces the results of random ones by those of `draws`."""
 
     def __init__(self, recording: Recording, draws: Any) -> None:
         super().__init__()
         self.recording, self._draws = recording, draws
-        self._kept: list[Any] = []  # memory is one tensor's, or that of its views, as long as it lives
+        self._kept: list[Any] = []  # kept alive, so that no address is used twice
         self._is_on = True
         self.wrote: list[str] = []
         self._made: set[Any] = set()
 
     def allow(self, values: list[Any]) -> None:
-        """Says that a step may write to these."""
+        """Allows a step to write to these tensors."""
         self._kept.append(values)
         self._made.update(_key(value) for value in values)
 
@@ -123,7 +123,7 @@ class _Recorder(TorchDispatchMode):
 
     def _drawn(self, function: Any, args: Any, result: Any) -> Any:
         name = function.overloadpacket.__name__
-        if name == "native_dropout":  # of CUDA: it gives what it drew as its second result
+        if name == "native_dropout":  # on CUDA; its second result is the mask
             mask = torch.as_tensor(self._draws.next(result[1].cpu().numpy())).to(result[1].device)
             return args[0] * mask / (1 - args[1]), mask
         if not isinstance(result, torch.Tensor):

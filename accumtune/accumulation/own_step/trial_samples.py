@@ -1,4 +1,4 @@
-"""The samples and the random draws with which a model's own `train_step` is tried."""
+"""The samples and the random draws with which a model's own `train_step` is tested."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ SAMPLES = 7
 
 
 class NotPerSampleError(Exception):
-    """A draw of random numbers that cannot be cut into samples."""
+    """A draw of random numbers cannot be split by samples."""
 
 
 class Draws:
-    """The random numbers of a run on all samples, of which a run on some of them gets its part.
+    """Records the random numbers of a run on all samples, and gives a run on some samples its part of them.
 
     Args:
-        of: the draws of the run on all samples; None records.
-        samples: which of them are run now.
-        by_view: whether draws for several views of each sample come view by view, or sample by sample.
+        of: the draws of the run on all samples; None: record them.
+        samples: the samples of this run.
+        by_view: whether draws for several views of each sample are ordered view by view, or sample by sample.
     """
 
     def __init__(self, of: Draws | None = None, samples: slice = slice(0, SAMPLES), by_view: bool = True) -> None:
@@ -30,7 +30,7 @@ class Draws:
         self._of, self._samples, self._by_view = of, samples, by_view
 
     def next(self, value: Any) -> np.ndarray:
-        """What takes the place of a draw."""
+        """Returns the numbers that replace a draw."""
         value = np.asarray(value)
         self.values.append(value)
         if self._of is None:
@@ -56,7 +56,7 @@ class Draws:
 
 
 def seven(batch: Any) -> Any:
-    """Seven samples of a batch on the host; a few are repeated."""
+    """Returns seven samples of a batch on the host; repeats samples of a smaller batch."""
     from keras import tree
 
     return tree.map_structure(
@@ -65,7 +65,7 @@ def seven(batch: Any) -> Any:
 
 
 def variants(batch: Any) -> Iterator[tuple[Any, float]]:
-    """The samples as they are and changed, with how much the weights are changed."""
+    """Yields the samples unchanged and in changed variants, each with a factor by which to change the weights."""
     from keras import tree
 
     generator = np.random.default_rng(0)
