@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import keras
 import keras_tuner
 import pytest
 
@@ -63,6 +64,142 @@ def test_the_tutorial_runs_from_top_to_bottom(tmp_path):
         done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, timeout=400)
         assert done.returncode == 0, done.stdout + done.stderr
     assert (tmp_path / "best_config.json").exists() and (tmp_path / "digits.keras").exists()
+
+
+# The blocks of a page run from top to bottom as one script, after names that a reader is assumed to have
+
+NAMES = """
+import os
+import sys
+from concurrent.futures import ThreadPoolExecutor
+
+import accumtune
+import keras
+import keras_tuner
+import numpy as np
+import tensorflow as tf
+
+x, x_val = np.random.default_rng(0).normal(size=(320, 16)).astype("float32")[:256], np.ones((64, 16), "float32")
+y, y_val = x.sum(axis=1, keepdims=True), x_val.sum(axis=1, keepdims=True)
+dataset = tf.data.Dataset.from_tensor_slices((x, y))
+hp = keras_tuner.HyperParameters()
+pool = ThreadPoolExecutor(1)
+
+
+def make_network(hp):
+    return keras.Sequential([keras.layers.Dense(hp.Choice("width", [4, 8])), keras.layers.Dense(1)])
+
+
+def build_model(hp):
+    model = make_network(hp)
+    model.compile(keras.optimizers.Adam(hp.Choice("learning_rate", [1e-3, 1e-2])), loss="mse")
+    return model
+
+
+model = build_model(hp)
+"""
+OWN_STEP = """
+class MyModel(keras.Sequential):
+    def train_step(self, data):
+        x, y = data
+        with tf.GradientTape() as tape:
+            loss = keras.ops.mean(keras.ops.square(self(x, training=True) - y))
+        self.optimizer.apply(tape.gradient(loss, self.trainable_variables), self.trainable_variables)
+        return {"loss": loss}
+
+
+model = MyModel([keras.layers.Dense(1)])
+model.compile("sgd")
+"""
+NORMALIZED = """
+my_layer = keras.layers.Dense(4)
+model = keras.Sequential([my_layer, keras.layers.BatchNormalization(), keras.layers.Dense(1)])
+model.compile("sgd", "mse")
+"""
+RECORDS = """
+def parse(record):
+    values = tf.io.parse_tensor(record, tf.float32)
+    return tf.ensure_shape(values[:16], (16,)), tf.ensure_shape(values[16:], (1,))
+
+
+os.makedirs("data")
+for file in ("data/train-0.tfrecord", "data/validation.tfrecord"):
+    with tf.io.TFRecordWriter(file) as writer:
+        for row in np.concatenate([x, y], axis=1):
+            writer.write(tf.io.serialize_tensor(row).numpy())
+tuner = accumtune.RandomSearch(build_model, objective="val_loss", max_trials=2, memory_budget="64MiB")
+"""
+SEARCHED = """
+import mlflow
+
+tuner = accumtune.RandomSearch(
+    build_model, objective="val_loss", max_trials=2, memory_budget="64MiB", project_name="my_search",
+    register_as="digits",
+)
+tuner.search(x, y, validation_data=(x_val, y_val), epochs=1)
+tuner.get_best_config().save("best_config.json")
+mlflow.set_tracking_uri("sqlite:///mlruns/mlflow.db")
+(search_run,) = mlflow.search_runs(search_all_experiments=True, filter_string="tags.`accumtune.kind` = 'search'").run_id
+"""
+SHORT = {"epochs=5": "epochs=1"}
+FEW = {**SHORT, "max_trials=20": "max_trials=2"}
+SMALL = {**FEW, "2GiB": "64MiB"}
+# page: what is defined before it, and what is smaller than on the page
+SHORT_PAGES = {
+    "concepts/exactness.md": (NORMALIZED, {}),
+    "concepts/noise-scale.md": ("", {}),
+    "concepts/own-train-step.md": (OWN_STEP, {}),
+    "how-to/mixed-precision.md": ("", {}),
+}
+LONG_PAGES = {
+    "how-to/cluster.md": ("", {'executor="ray"': "executor=pool", '"/shared/searches"': '"searches"'}),
+    "how-to/keras-tuner.md": ("", SMALL),
+    "how-to/migrate.md": ("", {**FEW, "8GiB": "64MiB"}),
+    "how-to/production.md": (
+        SEARCHED,
+        {'"runs:/0123456789abcdef/best_config.json"': 'f"runs:/{search_run}/best_config.json"', "1GiB": "32MiB",
+         "verify(build_model, x, y)": "verify(build_model, x, y, peak_tolerance=0.5)", "epochs=100": "epochs=1"},
+    ),
+    "how-to/several-gpus.md": ("", {"20GiB": "64MiB"}),
+    "how-to/shared-gpu.md": ("", {}),
+    "how-to/tf-data.md": (RECORDS, SHORT),
+    "index.md": ("", SMALL),
+}  # fmt: skip
+# Pages whose code runs elsewhere: the tutorial above.
+OTHER_PAGES = {"tutorial.md"}
+
+
+def script_of(page, before, changes):
+    code = "\n".join(BLOCK.findall((DOCS / "pages" / page).read_text()))
+    for old, new in changes.items():
+        assert old in code, f"{page} does not have {old!r}"
+        code = code.replace(old, new)
+    return "\n".join([NAMES, before, code])
+
+
+@pytest.mark.skipif(os.environ.get("KERAS_BACKEND", "tensorflow") != "tensorflow", reason="the pages use tf.data")
+@pytest.mark.parametrize("page", SHORT_PAGES)
+def test_the_blocks_of_a_short_page_run(page, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    policy = keras.mixed_precision.global_policy()
+    try:
+        exec(compile(script_of(page, *SHORT_PAGES[page]), page, "exec"), {"__name__": "page"})
+    finally:
+        keras.mixed_precision.set_global_policy(policy)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", LONG_PAGES)
+def test_the_blocks_of_a_long_page_run(page, tmp_path):
+    """Those that make a tuner, which starts processes. Each page is a process of its own."""
+    (tmp_path / "page.py").write_text(script_of(page, *LONG_PAGES[page]))
+    done = subprocess.run([sys.executable, "page.py"], cwd=tmp_path, capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_the_code_of_every_page_runs():
+    pages = {str(page.relative_to(DOCS / "pages")) for page in DOCS.rglob("*.md") if BLOCK.search(page.read_text())}
+    assert pages == {*SHORT_PAGES, *LONG_PAGES, *OTHER_PAGES}
 
 
 def accepted(function):
