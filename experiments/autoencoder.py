@@ -1,8 +1,8 @@
-"""Which batch should a variational autoencoder with a train_step of its own train with?
+"""Which batch should a variational autoencoder with its own train_step train with?
 
-Keras's example of one overrides `train_step`: it draws from a distribution that the encoder gives, and adds up two
-losses. Nothing is changed here for accumulation. Before the first trial, accumtune tries the step on a few digits, and
-says whether its gradients are means or sums over samples, or refuses it.
+As in Keras's example, `train_step` draws from the encoder's distribution and adds up two losses. It needs no change for
+accumulation. Before the first trial, accumtune tests the step on a few digits, and prints whether its gradients are
+means or sums over samples, or refuses it.
 
     python experiments/autoencoder.py [--trials 6] [--epochs 12] [--samples 720] [--memory-budget 4MiB]
 """

@@ -1,8 +1,8 @@
-"""With how many digits at a time should a network learn without labels, on a device of 8 MiB?
+"""With which effective batch should a network learn digits without labels, on a device of 8 MiB?
 
-It sees each handwritten digit in two versions, turned and stretched by chance, and learns features that are alike for
-both, and of which no two say the same ("Barlow Twins": Zbontar et al. 2021). Whether two features say the same shows
-in their correlation over the batch, and a few dozen digits do not tell that of 64 features. More do not fit in 8 MiB.
+It sees each handwritten digit in two versions, randomly turned and stretched, and learns features that are equal for
+both versions and not correlated with each other ("Barlow Twins": Zbontar et al. 2021). The loss is a correlation over
+the batch, which a few dozen digits estimate badly for 64 features. More do not fit in 8 MiB.
 
     python experiments/digits.py [--trials 12] [--epochs 6] [--memory-budget 8MiB] [--overwrite]
 
@@ -33,7 +33,7 @@ WEIGHT_OF_PAIRS = 0.005 * 8192 / FEATURES
 
 
 def barlow_twins(y_true, features):
-    """How far the correlations between the features of both versions, over the batch, are from 1 and 0."""
+    """Returns how far the correlations of both versions' features, over the batch, are from the identity matrix."""
     centred = features - ops.mean(features, axis=0)
     normalized = centred / (ops.std(features, axis=0) + 1e-3)
     first, second = normalized[:, 0], normalized[:, 1]
@@ -59,7 +59,7 @@ def build_model(hp):
 
 
 def two_versions(pictures, random):
-    """Each picture twice, turned, stretched and moved by chance, with noise."""
+    """Returns each picture twice, randomly turned, stretched and moved, with noise."""
     centre = np.array([7.5, 7.5])
     versions = np.empty((len(pictures), 2, 16, 16, 1), "float32")
     for picture, both in zip(pictures, versions, strict=True):

@@ -1,15 +1,15 @@
 """With BatchNormalization in the model, how many trainings does it take to find the best effective batch?
 
 BatchNormalization normalizes with the statistics of a micro-batch, so 2 x 16 and 32 x 1 are not the same training
-although both make one update per 32 pictures. In ghost batches, groups of one size whatever the micro-batch, they are:
-one training per effective batch is enough. This search of Fashion-MNIST can be made both ways.
+although both make one update per 32 pictures. In ghost batches, groups of one size whatever the micro-batch, they are
+the same: one training per effective batch is enough. This search of Fashion-MNIST runs either way.
 
     python experiments/fashion_mnist.py [--epochs 3] [--samples 4096]
     python experiments/fashion_mnist.py --ghost-batch-size none
     python experiments/fashion_mnist.py --no-normalization
 
-With `none` each micro-batch is normalized by itself, so the grid is that of all pairs. `--no-normalization` leaves the
-layers out.
+With `none` each micro-batch is normalized by itself, so the search covers all pairs. `--no-normalization` removes the
+BatchNormalization layers.
 """
 
 import gallery  # first: it sets TensorFlow's log level

@@ -1,15 +1,15 @@
 """How much of a pretrained backbone can be fine-tuned within a budget: the head, its last block, or all of it?
 
-Frozen layers need no gradients, no optimizer slots and no accumulator, and what lies below the first trained layer
-keeps no activations: the budget then holds larger micro-batches. A BERT from KerasHub learns to tell from a docstring
-which package it is from (numpy, scipy, scikit-learn, Keras, MLflow: all installed with accumtune).
+Frozen layers need no gradients, no optimizer slots and no accumulator, and layers below the first trained one keep no
+activations: so larger micro-batches fit in the budget. A BERT from KerasHub learns to classify docstrings by their
+package (numpy, scipy, scikit-learn, Keras, MLflow: all installed with accumtune).
 
     pip install keras-hub
     python experiments/fine_tuning.py [--trials 6] [--epochs 3] [--samples 768] [--memory-budget 24MiB]
     python experiments/fine_tuning.py --preset bert_small_en_uncased --memory-budget 1GiB
 
-Without `--preset` the backbone is small and has random weights, for a machine without a network: its accuracy says
-nothing about pretrained ones, the memory figures are what they would be at this size.
+Without `--preset` the backbone is small and has random weights, so that the script runs without a network connection:
+its accuracy says nothing about pretrained backbones, but the memory figures are valid for this size.
 """
 
 import functools
@@ -91,7 +91,7 @@ def load_data(samples, preset):
 
 
 def print_by_share(candidates):
-    """For each share of the backbone that was trained: its best loss, and how many docstrings fitted at once."""
+    """Prints the best loss, and how many docstrings fit at once, for each trained share of the backbone."""
     print(f"\n{'trained':>10} {'best val_loss':>14} {'largest micro-batch':>20} {'its peak':>12}")
     for share in ("head", "last block", "all"):
         tried = [it for it in candidates if it.hyperparameters["trained"] == share]

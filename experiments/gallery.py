@@ -1,4 +1,4 @@
-"""What the searches of the gallery share: their options, and how they end. `digits.py` does without it."""
+"""The options of the gallery's searches and the lines that they end with. `digits.py` does not use it."""
 
 import argparse
 import os
@@ -10,11 +10,11 @@ os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "1")
 
 
 def parser(doc, *, trials, epochs, samples, memory_budget):
-    """Options of a search, with its defaults; a script may add its own.
+    """Returns a parser for the options of a search, with its defaults; a script may add its own.
 
     Args:
         doc: the script's docstring; its first line is the question.
-        trials, epochs, samples, memory_budget: defaults. Smaller ones give a shorter search, and a poorer answer.
+        trials, epochs, samples, memory_budget: defaults. Smaller ones give a shorter search and a worse result.
     """
     options = argparse.ArgumentParser(description=doc.splitlines()[0])
     options.add_argument("--trials", type=int, default=trials)
@@ -29,7 +29,7 @@ def parser(doc, *, trials, epochs, samples, memory_budget):
 
 
 def arguments(options, project_name):
-    """The tuner's arguments that come from the command line."""
+    """Returns the tuner's arguments from the command line."""
     return {
         "max_trials": options.trials,
         "memory_budget": options.memory_budget,

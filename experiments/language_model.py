@@ -1,8 +1,8 @@
-"""Which batch should a small transformer train with, when a few sequences at a time are all that fits?
+"""Which batch should a small transformer train with, if only a few sequences fit at a time?
 
 A byte-level language model on the source of Python's own standard library. Sequences are paragraphs of code, padded
-to one length: the padding is masked, the loss is a mean over real bytes, and micro-batches hold different numbers of
-them. accumtune weights each by what it holds; a mean of micro-batch means would favour the short paragraphs.
+to one length. The padding is masked: the loss is a mean over the other bytes, of which micro-batches have different
+numbers. accumtune weights each micro-batch by that number; a mean of micro-batch means would favour short paragraphs.
 
     python experiments/language_model.py [--trials 6] [--epochs 2] [--samples 1536] [--memory-budget 24MiB]
 """

@@ -1,12 +1,12 @@
-"""A training job: takes the configuration that a search has found, on another day and perhaps another machine.
+"""A training job that uses the configuration of a search, later and perhaps on another machine.
 
     python experiments/production.py models:/digits@best      # the registry's best, or best_config.json, runs:/...
         [--epochs 20] [--module digits] [--job production] [--model production/digits.keras]
 
-It verifies the configuration here, trains, logs to the search's MLflow experiment, and ends with a plain Keras model.
-Killed and started again, it goes on after the last whole epoch and comes to the same weights: what an epoch sees
-depends on the seed and the epoch's number alone. `--module` names the file with `build_model(hp)`, `load_data()` and,
-where the loss is over the batch, `VALIDATION_BATCH_SIZE`.
+It verifies the configuration on this machine, trains, logs to the search's MLflow experiment, and saves a plain Keras
+model. If it is killed and started again, it resumes after the last complete epoch and reaches the same weights: the
+data and random numbers of an epoch depend only on the seed and the epoch's number. `--module` names the file with
+`build_model(hp)`, `load_data()` and, if the loss is over the batch, `VALIDATION_BATCH_SIZE`.
 """
 
 import argparse
@@ -28,7 +28,7 @@ DEFAULT_TRACKING_URI = "sqlite:///mlruns/mlflow.db"
 
 
 class EpochOrder(keras.utils.PyDataset):
-    """Batches in an order that depends on the seed and the epoch alone."""
+    """Batches in an order that depends only on the seed and the epoch."""
 
     def __init__(self, x, y, batch_size, seed):
         super().__init__()
@@ -47,8 +47,7 @@ class EpochOrder(keras.utils.PyDataset):
 
 
 class SeedByEpoch(keras.callbacks.Callback):
-    """The order of the samples, and the seeds of dropout and augmentation: no backup holds them, so each epoch sets
-    its own."""
+    """Sets the order of the samples, and the seeds of dropout and augmentation, at each epoch: no backup has them."""
 
     def __init__(self, data, seed):
         super().__init__()
@@ -62,8 +61,10 @@ class SeedByEpoch(keras.callbacks.Callback):
 
 
 class WholeBackup(keras.callbacks.BackupAndRestore):
-    """Keras writes weights and epoch into two files, one after the other: killed in between, it would train an epoch
-    twice, or find half a file. Here both lie in a folder that gets its name when they are whole."""
+    """Saves weights and epoch in a folder that is renamed when both are complete.
+
+    Keras writes two files one after the other: killed in between, it would train an epoch twice, or read half a file.
+    """
 
     def __init__(self, folder):
         self._folder = Path(folder)
@@ -88,7 +89,7 @@ class LogToMlflow(keras.callbacks.Callback):
 
 
 def load_config(options):
-    """The job's own copy where it was begun before: the registry's alias may have moved since."""
+    """Loads the job's own copy if it was started before: the registry's alias may point to another model by now."""
     copy = Path(options.job) / "best_config.json"
     if copy.exists():
         print("Goes on with what was begun.")

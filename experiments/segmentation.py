@@ -1,8 +1,8 @@
-"""What does a U-Net lose when a budget holds only one to four pictures at a time?
+"""What does a U-Net lose if only one to four pictures at a time fit in the budget?
 
 Nothing, if its layers do not couple the samples: this one uses GroupNormalization where U-Nets mostly have
-BatchNormalization, which would normalize over one to four pictures. The task is made from what ships with
-scikit-learn: find the strokes of handwritten digits that lie on crops of two photographs.
+BatchNormalization, which would normalize over one to four pictures. The task is made from data in scikit-learn: find
+the strokes of handwritten digits on crops of two photographs.
 
     python experiments/segmentation.py [--trials 6] [--epochs 6] [--samples 160] [--memory-budget 24MiB]
 """

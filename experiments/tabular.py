@@ -1,8 +1,8 @@
 """Does accumulation help a multilayer perceptron on a table? No, and this shows why.
 
 Its memory is parameters, optimizer slots and gradients: nearly the same for a batch of 1 and of 1024. A smaller
-micro-batch saves next to nothing and costs speed. The search finds the best batch all the same; the table at the end
-shows what the pairs that make a larger one would need.
+micro-batch saves almost nothing and costs speed. The search still finds the best batch; the table at the end shows what
+the pairs for a larger one would need.
 
     python experiments/tabular.py [--trials 6] [--epochs 6] [--samples 4096] [--memory-budget 192MiB]
 """

@@ -1,4 +1,4 @@
-"""What the benchmarks share: `--json` and `--results`, tables, and the environment of their child processes."""
+"""The shared parts of benchmarks: `--json` and `--results`, tables, and the environment of their child processes."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ MIB = 2**20
 
 
 def parser(doc: str | None, results: Path | None = None) -> argparse.ArgumentParser:
-    """A parser whose help is the script's docstring, with `--json`.
+    """Returns a parser whose help is the script's docstring, with `--json`.
 
     Args:
         doc: the script's `__doc__`.
@@ -30,14 +30,14 @@ def parser(doc: str | None, results: Path | None = None) -> argparse.ArgumentPar
 
 
 def keep(path: Path | None, figures: Any) -> None:
-    """Writes figures as JSON, where a path is given."""
+    """Writes figures as JSON, if a path is given."""
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(figures, indent=2) + "\n")
 
 
 def child_environment(**more: str) -> dict[str, str]:
-    """Of a process that finds accumtune in this repository, with quiet frameworks."""
+    """Returns the environment of a process that imports accumtune from this repository, with quiet frameworks."""
     path = os.pathsep.join([str(REPOSITORY), *filter(None, [os.environ.get("PYTHONPATH")])])
     return {**os.environ, "PYTHONPATH": path, "TF_CPP_MIN_LOG_LEVEL": "3", **more}
 

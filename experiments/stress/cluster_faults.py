@@ -1,7 +1,8 @@
-"""Break a Ray cluster while searches run on it, and look whether a trial was lost, doubled or left behind.
+"""Breaks a Ray cluster while searches run on it, and checks whether a trial was lost, run twice or left running.
 
-Several nodes on this machine (`ray.cluster_utils.Cluster`), each with one core and a GPU that exists only in Ray's
-books; searches in processes of their own, whose trials train a tiny model and wait in each epoch. At random moments
+The cluster has several nodes on this machine (`ray.cluster_utils.Cluster`), each with one core and a GPU that exists
+only for Ray. Searches run in processes of their own; their trials train a tiny model and wait in each epoch. Faults at
+random moments:
 
     node killed     a node that runs a trial, by SIGKILL; another one takes its place
     worker killed   the Ray worker that runs a trial
@@ -9,9 +10,9 @@ books; searches in processes of their own, whose trials train a tiny model and w
     node lost       a node, for good
     node added
 
-After each fault the processes of the trials that it has hit must be gone; after each search every trial must have
-ended exactly once, have all its epochs once, stand in MLflow exactly once with no run left RUNNING, and every GPU of
-the cluster must be free.
+After each fault the processes of its trials must be gone. After each search every trial must have ended exactly once,
+with each of its epochs once, and have exactly one run in MLflow, none of which is RUNNING; and every GPU of the cluster
+must be free.
 
     python experiments/stress/cluster_faults.py [--faults 30] [--seed 0] [--quick]
 """

@@ -1,13 +1,13 @@
-"""SIGKILL a search at random moments, resume it, and look whether anything was lost, doubled or left behind.
+"""Kills searches at random moments, resumes them, and checks whether a trial was lost, run twice or left running.
 
-Each round is a small search with real trials and an SQLite store of its own. It is killed a few times, each time at a
-moment drawn from the length of an undisturbed search (its start, the probes, trials, the report, the upload), and
-then run to its end. After that:
+Each round is a small search with real trials and an SQLite store of its own. It gets a SIGKILL a few times, each time
+at a random moment within the duration of an undisturbed search (its start, the probes, trials, the report, the upload),
+and then runs to its end. After that:
 
-- no trial that had completed at a kill was started again, and as many trials as asked for have completed;
-- every run of MLflow belongs to one trial, each trial has one, one parent has them all, and none is RUNNING;
-- each epoch that a journal holds of the attempt that counts is in MLflow once, with its value; and what stood in a
-  journal at a kill still stands there;
+- no trial that had completed at a kill has started again, and `max_trials` trials have completed;
+- every run of MLflow belongs to one trial, each trial has one, all have one parent, and none is RUNNING;
+- each epoch of a trial's last attempt in a journal is in MLflow once, with its value; and every line that was in a
+  journal at a kill is still there;
 - no process of a killed search is left.
 
     python experiments/stress/crash.py [--kills 50] [--seed 0] [--length SECONDS] [--quick]

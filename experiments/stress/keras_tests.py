@@ -1,12 +1,12 @@
-"""Runs those of Keras's own tests that train with accumulation switched on, beside the untouched ones.
+"""Runs Keras's own tests that train, with and without accumulation, and compares the outcomes.
 
 FOLDER holds Keras's unpacked source distribution, of the version that is installed:
 
     pip download --no-deps --no-binary :all: keras==3.15.1 && tar xzf keras-3.15.1.tar.gz
     python experiments/stress/keras_tests.py keras-3.15.1 [--micro-batch-sizes 2 3] [--only trainers]
 
-Set KERAS_BACKEND for another backend than TensorFlow. Needs pytest, and what Keras's tests import beside it. Exits with
-1 where a test passes only without accumulation and no reason is documented below.
+Set KERAS_BACKEND for another backend than TensorFlow. Needs pytest and the packages that Keras's tests import. Exits
+with 1 if a test passes only without accumulation and no reason is documented below.
 """
 
 from __future__ import annotations

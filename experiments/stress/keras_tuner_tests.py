@@ -1,4 +1,4 @@
-"""Runs Keras Tuner's own tests of its tuners with accumtune's tuners in their place, beside the untouched ones.
+"""Runs Keras Tuner's own tests with its tuners and with accumtune's, and compares the outcomes.
 
 FOLDER holds Keras Tuner's unpacked tests. The wheel of version 1.3.5 is the last that ships them; they run against the
 installed version, whose modules get their old names back:
@@ -6,8 +6,8 @@ installed version, whose modules get their old names back:
     pip download --no-deps keras-tuner==1.3.5 && unzip -d keras-tuner-1.3.5 keras_tuner-1.3.5-py3-none-any.whl
     python experiments/stress/keras_tuner_tests.py keras-tuner-1.3.5 [--only engine/tuner_test]
 
-Exits with 1 where a test passes only with stock and no reason is documented below. A test that passes may still be
-hollow, where none of its trials completed: those are listed as notes.
+Exits with 1 if a test passes only with Keras Tuner's tuners and no reason is documented below. A test can pass although
+none of its trials completed: such tests are listed as notes.
 """
 
 from __future__ import annotations

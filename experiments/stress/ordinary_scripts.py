@@ -1,11 +1,11 @@
-"""Runs scripts of Keras Tuner users as they are, and with accumtune's tuner in the place of Keras Tuner's.
+"""Runs scripts of Keras Tuner users with Keras Tuner's tuner and with accumtune's.
 
-Nothing else of a script is changed: `kt.RandomSearch(` becomes `accumtune.RandomSearch(`.
+Only the tuner's name changes in a script: `kt.RandomSearch(` becomes `accumtune.RandomSearch(`.
 
     python experiments/stress/ordinary_scripts.py [--only NAME ...] [--ours-only]
 
-Prints how each ended; exits with 1 where one works with stock Keras Tuner alone. A script that accumtune refuses
-(an `AccumtuneError`) counts as refused, and its message is printed.
+Prints how each ended; exits with 1 if one works only with Keras Tuner's. A script that raises an `AccumtuneError`
+counts as refused, and its message is printed.
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
-"""Runs somebody else's tests as they are and with accumtune switched on, and tells what passes only without.
+"""Runs another project's tests with and without accumtune, and lists those that pass only without it.
 
-A suite's own files are read where they lie, and nothing of them is kept here. Each run is a child process with a pytest
-plugin, which switches accumtune on (or not) and writes the outcome of each test into a file, a line each: a run that is
-killed keeps what it had.
+The suite's files are not copied. Each run is a child process with a pytest plugin, which switches accumtune on (or not)
+and writes the outcome of each test as a line of a file: so a killed run keeps its earlier outcomes.
 """
 
 from __future__ import annotations

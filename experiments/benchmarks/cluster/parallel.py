@@ -1,12 +1,12 @@
-"""How close N workers come to N times the speed.
+"""Measures how close N workers come to N times the speed.
 
     python experiments/benchmarks/cluster/parallel.py [--workers 8] [--trials 64] [--seconds 60] [--quick]
 
-Real trials in processes of their own wait instead of computing (two cores would be the limit otherwise): the time from
-the first trial's start to the last one's end against waiting alone, divided by the workers. They wait for a minute; a
-trial of a real search takes from ten seconds to hours, and what it costs to start and end one does not depend on that.
-Where that time goes is told per trial. It is computing and the disk, so `--seconds 20` is for a machine that does
-nothing else: eight workers have two cores to start their processes on.
+Real trials in processes of their own wait instead of computing (otherwise two cores would be the limit). The time from
+the first trial's start to the last one's end is compared with the waiting alone, divided by the workers. Trials wait
+for a minute; those of a real search take from ten seconds to hours, but starting and ending one costs the same. The
+script prints where that time goes, per trial. It is computing and the disk, so use `--seconds 20` only on a machine
+that does nothing else: eight workers start their processes on two cores.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
-"""What exact accumulation costs: throughput and peak memory beside Keras's own accumulation and two limits.
+"""Measures the cost of exact accumulation: throughput and peak memory, compared with Keras's own and two limits.
 
     python experiments/benchmarks/engine/accumulation.py --clock cpu --rounds 3 --windows 3 --results FOLDER \\
         --backends tensorflow tensorflow+xla jax torch
     python experiments/benchmarks/engine/accumulation.py --markdown      # the published table, from records/
 
-With `--results`, each configuration (a backend and a workload) leaves a JSON file there and is not measured again while
-that file exists: a long table can be made in pieces.
+With `--results`, each configuration (a backend and a workload) writes a JSON file there and is not measured again while
+that file exists: a long table can be measured in parts.
 
 Ways to train at the same effective batch, each in a process of its own (`ways.py`):
 
@@ -13,13 +13,13 @@ Ways to train at the same effective batch, each in a process of its own (`ways.p
 - keras: `gradient_accumulation_steps=k`, fit with batches of m;
 - full: plain Keras, fit with the effective batch;
 - limit: k forward and backward passes of one micro-batch and one update, without input, metrics and sums;
-- floor (memory alone): parameters, slots, one accumulator and the passes of one micro-batch, whose gradients are used
-  up as they appear.
+- floor (memory only): parameters, slots, one accumulator and the passes of one micro-batch, whose gradients are added
+  up at once.
 
-The processes of a configuration take turns, a few windows each, ours between Keras's own and the limit, so that a
-ratio compares neighbours in time; the table has medians of the ratios over the rounds. A window is timed inside `fit`,
-from the end of the first to the end of the last one, its logs on the host. Peaks are those of processes of their own;
-how they are counted is in `counted_memory.py`. What designs gave is in `records/README.md`.
+The processes of a configuration alternate, a few windows each, ours between Keras's own and the limit, so that a ratio
+compares times close to each other; the table has medians of the ratios over the rounds. Windows are timed inside `fit`,
+from the end of the first to the end of the last one, with its logs on the host. Peaks are measured in processes of
+their own, see `counted_memory.py`. `records/README.md` has the results of earlier designs.
 """
 
 from __future__ import annotations
@@ -157,7 +157,7 @@ def printed(row: dict) -> str:
 
 
 def summary(rows: list[dict]) -> dict[str, float]:
-    """Over all configurations: what the project promises."""
+    """Returns the summary over all configurations, which the documentation publishes."""
     to_keras = [row["speed_to"]["keras"] for row in rows]
     peak_to_keras = [row["peak_to"]["keras"] for row in rows]
     return {

@@ -1,12 +1,12 @@
-"""Peak memory of a process that trains, in bytes that were asked for: the resident set has too much beside them.
+"""Counts the peak memory of a process that trains, in requested bytes: the resident set has much more.
 
 - TensorFlow, and any GPU: the peak that the allocator counts.
-- JAX on a CPU, which counts nothing: XLA plans where each array of a compiled function lies before it runs. At each
-  call, the arrays that are alive and, by the plan, results that take no argument's place and temporary values; the most
-  over all calls.
-- torch on a CPU: its profiler writes down every piece that the allocator gives and takes back; the highest sum.
+- JAX on a CPU, whose allocator counts nothing: XLA plans the memory of a compiled function before it runs. At each
+  call: the arrays that are alive and, by the plan, temporary values and results that do not reuse an argument's memory;
+  the maximum over all calls.
+- torch on a CPU: its profiler records every allocation and release; the highest sum.
 
-What libraries hold besides for a moment (a convolution's packed operands) is in none of these, whoever trains.
+None of these includes short-lived buffers of libraries (a convolution's packed operands).
 """
 
 from __future__ import annotations

@@ -1,13 +1,13 @@
-"""What ghost batches cost: a training step with them beside one with plain BatchNormalization, same micro-batch.
+"""Measures the cost of ghost batches: a training step with them, compared with one with plain BatchNormalization.
 
     KERAS_BACKEND=tensorflow python experiments/benchmarks/engine/ghost_batch.py [--json PATH] [--peaks]
         [--models mobilenet resnet efficientnet unet] [--micro-batch 32] [--ghost-batch 8] [--image 64] [--rounds 7]
         [--jit auto|true|false] [--clock wall|cpu]
 
-Three models that differ in their ghost batch alone train in one process and take turns, one window of two micro-batches
-each; a figure is the median over the rounds of the ratio. `one group` is a ghost batch as large as the micro-batch.
-`--clock cpu` counts the seconds of all threads, which a busy machine disturbs less. With `--peaks`, each is measured
-once more in a process of its own; `counted_memory.py` says how.
+Three models that differ only in their ghost batch train alternately in one process, one window of two micro-batches
+each, with the same micro-batch; a figure is the median ratio over the rounds. `one group` is a ghost batch as large as
+the micro-batch. `--clock cpu` adds up the seconds of all threads, which depend less on other work. With `--peaks`, the
+memory of each is measured in a process of its own, see `counted_memory.py`.
 """
 
 from __future__ import annotations

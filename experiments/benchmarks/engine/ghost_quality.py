@@ -1,4 +1,4 @@
-"""What ghost batches do to quality: networks with BatchNormalization, normalized in groups of several sizes.
+"""Measures how ghost batches change quality: networks with BatchNormalization, in groups of several sizes.
 
     python experiments/benchmarks/engine/ghost_quality.py [--tasks fashion_mnist segmentation] [--seeds 3]
         [--effective 32 128 512] [--epochs 5] [--samples 8192] [--json PATH]
@@ -7,8 +7,8 @@ The networks and the data of `experiments/fashion_mnist.py` and `experiments/seg
 BatchNormalization in the place of GroupNormalization), trained once for each seed, effective batch and column:
 
 - `plain`: Keras at the whole effective batch;
-- `ghost 32`, `ghost 16`: the effective batch in groups of so many samples;
-- `micro 8`, `micro 2`: accumulated over micro-batches of so many samples, without ghost batches.
+- `ghost 32`, `ghost 16`: the effective batch in groups of 32 or 16 samples;
+- `micro 8`, `micro 2`: accumulated over micro-batches of 8 or 2 samples, without ghost batches.
 
 All columns of a row start from the same weights and see the same batches. The learning rate grows with the root of the
 effective batch, from 1e-3 at 32. A cell is the mean of the last epoch's val_loss over the seeds, and its largest

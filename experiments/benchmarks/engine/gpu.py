@@ -1,21 +1,21 @@
-"""On one CUDA device: is the predicted peak the measured one, what stops at the limit, what does accumulation cost?
+"""Measures on one CUDA device: predicted and measured peaks, the limit, and the cost of accumulation.
 
 For each backend that sees the device and each workload:
 
 - predicted, measured: the peak of a micro-batch that was not probed, two micro-steps per update, from a profile under
   the budget, and from a process of its own under the same budget;
-- four times: what became of four times the largest micro-batch that fits: out of memory at the budget, or its peak
-  (XLA seems to compute activations again where a program would not fit in its allocator's limit);
-- ours, keras: samples per second inside `fit`, exact accumulation and Keras's own, taking turns (`accumulation.py`).
+- four times: the outcome of four times the largest micro-batch that fits: out of memory at the budget, or its peak
+  (XLA seems to recompute activations if a program would not fit in its allocator's limit);
+- ours, keras: samples per second inside `fit`, exact accumulation and Keras's own, alternating (`accumulation.py`).
 
     python experiments/benchmarks/engine/gpu.py [--backends jax torch tensorflow] [--memory-budget 2GiB] [--jobs 1]
         [--json PATH]
 
-Memory is measured first, `--jobs` at once where the device has room for so many budgets; speed one after the other.
-Needs Keras, Keras Tuner, SciPy and cloudpickle beside a backend; neither TensorFlow nor MLflow. Without a CUDA device
-it says so and ends with 0. `--cpu` runs it on the CPU all the same, to try the script out; the figures then say
-nothing about GPUs. The JSON file has each figure as soon as it is known: a run that is cut off was not for nothing.
-What fails is named, the rest goes on, and the exit code is 1.
+Memory is measured first, `--jobs` at once if the device has room for so many budgets; speed one after the other. The
+script needs Keras, Keras Tuner, SciPy, cloudpickle and a backend; neither TensorFlow nor MLflow. Without a CUDA device
+it prints a line and exits with 0. `--cpu` runs it on the CPU, to test the script; the figures then say nothing about
+GPUs. Each figure is written to the JSON file at once, so an interrupted run loses little. If a measurement fails, its
+reason is printed, the others continue, and the exit code is 1.
 """
 
 from __future__ import annotations

@@ -1,12 +1,12 @@
-"""What it costs to measure the gradient noise scale while accumulating, as a share of the training.
+"""Measures what it costs to measure the gradient noise scale while accumulating, as a share of the training.
 
     python experiments/benchmarks/engine/noise_scale.py [--backends tensorflow jax torch] [--json PATH]
 
-Each backend has a process of its own, in which two copies of a model take turns, one of them with the callback
-`GradientNoiseScale`: a few windows of one, the same of the other, the order drawn anew for each round. The workloads
-are the hard ones: many parameters for few samples, where a norm costs most beside a pass, and a model so small that
-calling a function is what costs. CPU seconds of all threads, so that a busy machine disturbs less; the cost is the
-median over the rounds of the ratio, the spread its quartiles.
+Each backend has a process of its own, in which two copies of a model train alternately, one of them with the callback
+`GradientNoiseScale`: a few windows of one, the same of the other, in random order in each round. The workloads are the
+most expensive ones: many parameters for few samples, where a norm costs most relative to a pass, and a model so small
+that the overhead of calls dominates. Times are CPU seconds of all threads, which depend less on other work; the cost is
+the median ratio over the rounds, the spread its quartiles.
 """
 
 from __future__ import annotations

@@ -1,13 +1,13 @@
-"""What a `train_step` of the model's own costs: a step like Keras's, beside the engine's own path for the same model.
+"""Measures the cost of a model's own `train_step`: one that does the same as Keras's, compared with Keras's.
 
     python experiments/benchmarks/engine/own_train_step.py [--json PATH] [--peaks] [--clock wall|cpu]
         [--backends tensorflow jax torch] [--models mlp cnn tiny] [--rounds 7] [--jit auto|true|false]
 
-Two copies of a model train in one process and take turns, an epoch of a few windows each: one with Keras's step, one
-whose class overrides it with the same computation. A figure is the median over the rounds of the ratio, with its
-quartiles; `certificate` is the seconds of the one trial before the first update. `--clock cpu` counts those of all
-threads, which a busy machine disturbs less. With `--peaks`, each is measured once more in a process of its own, without
-the trial; `counted_memory.py` says how.
+Two copies of a model train alternately in one process, an epoch of a few windows each: one with Keras's step, one whose
+class overrides it with the same computation. A figure is the median ratio over the rounds, with its quartiles;
+`certificate` is the time of the test before the first update, in seconds. `--clock cpu` adds up the seconds of all
+threads, which depend less on other work. With `--peaks`, the memory of each is measured in a process of its own,
+without that test, see `counted_memory.py`.
 """
 
 from __future__ import annotations

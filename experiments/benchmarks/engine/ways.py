@@ -3,7 +3,7 @@
     python ways.py WAY WORKLOAD JIT CLOCK
 
 reads a number of windows from each line of standard input, trains that many, and answers with a line of JSON: seconds
-per window after the first, and the peak of memory in bytes. Memory is counted where there is no clock ("none"), for one
+per window after the first, and the peak of memory in bytes. Memory is counted only without a clock ("none"), for one
 line.
 """
 

@@ -1,4 +1,4 @@
-"""What a loss over the whole effective batch costs: time per sample and peak memory of its two passes.
+"""Measures the cost of a loss over the whole effective batch: time per sample and peak memory of its two passes.
 
     python experiments/benchmarks/engine/whole_batch_loss.py --backends tensorflow jax torch --workloads mlp cnn
 

@@ -1,21 +1,20 @@
-"""How close is predicted to measured peak memory, and does what is promised to fit really run?
+"""Measures how close predicted and measured peak memory are, and whether sizes that are predicted to fit do run.
 
-Each architecture has a budget, and is given to `accumtune.profile(...)` as a user would. From that profile alone:
+Each architecture has a budget and is profiled by `accumtune.profile(...)`, as a user would. From that profile alone:
 
 - the peak at sizes that did not run is predicted, and then measured in a process of its own, with 1 and 4 micro-steps
-  per update, without a limit (what a limit that is nearly full adds, the picks show: there the allocator counts more
-  than it was asked for);
-- the largest micro-batch that fits is picked, and trained with 1 and 4 accumulation steps under an allocator limit of
+  per update, without a limit (near a limit the allocator counts more than was requested, which the chosen sizes test);
+- the largest micro-batch that fits is chosen, and trained with 1 and 4 accumulation steps under an allocator limit of
   the budget;
-- a ninth more than the pick is tried: when it does not run, the pick is at least 0.9 of the true largest (of the
-  sizes 1 to 256).
+- a ninth more than the chosen size is run: if it does not fit, the chosen size is at least 0.9 of the true largest (of
+  the sizes 1 to 256).
 
 Published anchors: 1.6 % to 3 % (LLMem, IJCAI 2024), about 16 % (DNNMem, 2020).
 
     python experiments/benchmarks/memory/prediction.py [--only NAME ...] [--results FOLDER] [--table]
 
-Each architecture leaves a file in the folder and is not run again while that is there, so that the benchmark can be
-stopped, resumed, and shared out among processes by `--only`. `--table` runs nothing and prints what there is.
+Each architecture writes a file in the folder and does not run again while that exists, so the benchmark can be stopped
+and resumed, and divided among processes by `--only`. `--table` runs nothing and prints the existing results.
 """
 
 from __future__ import annotations

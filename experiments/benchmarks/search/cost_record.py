@@ -1,11 +1,11 @@
-"""Trains the exhaustive grid of a task of `search_cost.py`, once, and writes what it came to.
+"""Trains the exhaustive grid of a task of `search_cost.py`, once, and writes its results.
 
     KERAS_HOME=... python experiments/benchmarks/search/cost_record.py fashion text
 
-The grid's losses are those of plain Keras at the effective batch, which is what both ways of accumulation compute (one
-model per batch and width, its weights put back between learning rates). Each micro-batch is then measured on both
-sides in a process of its own under TensorFlow's limitable allocator: the peak, and CPU seconds of all threads, because
-the machine is not ours alone. What a trial takes beside training, and one that runs out of memory, is measured too.
+The grid's losses are those of plain Keras at the effective batch, which both ways of accumulation compute (one model
+per batch and width, its weights restored between learning rates). Each micro-batch is then measured on both sides in a
+process of its own, with TensorFlow's allocator limited: the peak, and CPU seconds of all threads, which depend less on
+other work. The time of a trial beside its training, and of one that runs out of memory, is measured too.
 """
 
 from __future__ import annotations

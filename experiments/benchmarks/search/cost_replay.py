@@ -1,7 +1,7 @@
-"""A search over a recorded grid: the real tuners, oracles, profiles and journals, with a table in place of training.
+"""Searches a recorded grid: with the real tuners, oracles, profiles and journals, and a table instead of training.
 
-Keras Tuner's side is its own tuner with its own oracle, whose `run_trial` looks the result up, or fails as training
-fails without memory. accumtune's side is its own tuner too: only the executor, which would start processes, answers
+Keras Tuner's side is its own tuner with its own oracle; `run_trial` looks the result up, or fails as training does when
+it runs out of memory. accumtune's side is its own tuner too: only the executor, which would start processes, answers
 from the record.
 """
 

@@ -1,8 +1,8 @@
-"""The tasks of `search_cost.py`: two that are trained, and three made ones whose best effective batch is known.
+"""The tasks of `search_cost.py`: two that are trained, and three synthetic ones whose best effective batch is known.
 
-A record is what a task's exhaustive grid came to: the validation loss of every effective batch, learning rate and
-width after each epoch, and what every micro-batch costs in memory and time, with accumulation by accumtune and by
-Keras. `cost_record.py` makes the records of the trained tasks; those of the made ones are formulas.
+A record has the results of a task's exhaustive grid: the validation loss of every effective batch, learning rate and
+width after each epoch, and the memory and time of every micro-batch, with accumulation by accumtune and by Keras.
+`cost_record.py` makes the records of the trained tasks; those of the synthetic ones are formulas.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""How many of the package's files a trial passes through in the process of the search.
+"""Counts the package's files whose code runs for a trial, in the process of the search.
 
     python experiments/benchmarks/search/files_per_trial.py
 

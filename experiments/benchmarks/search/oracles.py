@@ -1,14 +1,14 @@
-"""Which oracle finds the best effective batch soonest: real oracles, a made objective, no training.
+"""Compares how soon oracles find the best effective batch: real oracles, a synthetic objective, no training.
 
     python experiments/benchmarks/search/oracles.py --seeds 8
 
 The space has 10 effective batches, 5 learning rates and 4 widths; the objective is smooth, and its best effective
-batch is small, in the middle, or the largest. A search meets the target when it has tried something within 1 % of the
-best of all 200, in at most 45 trials.
+batch is small, in the middle, or the largest. A search meets the target with a trial within 1 % of the best of all 200,
+in at most 45 trials.
 
-"stock" is Keras Tuner's Bayesian optimization over the pairs of micro-batch size and accumulation steps, of which half
-do not fit and fail; it cannot reach an effective batch that needs more steps than are listed. All others search the
-effective batch, of which every one can be run.
+"stock" is Keras Tuner's Bayesian optimization over the pairs of micro-batch size and accumulation steps. Half of the
+pairs do not fit and fail; an effective batch that needs more steps than are listed cannot be reached. All others search
+the effective batch, of which every one can run.
 """
 
 from __future__ import annotations

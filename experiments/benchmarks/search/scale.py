@@ -1,10 +1,10 @@
-"""What a trial costs beside its training does not grow with the number of trials.
+"""Measures how the cost of a trial beside its training grows with the number of trials.
 
     python experiments/benchmarks/search/scale.py --trials 2000
 
-Trials of a free model: the executor answers at once with made outcomes, everything else is real: the oracle and its
-files, journals, profiles, the choice of the pair, and with tracking on a replay into MLflow (SQLite). The cost of the
-last tenth of the trials is compared with that of the first.
+Trials train nothing: the executor answers at once with made-up outcomes. Everything else is real: the oracle and its
+files, journals, profiles, the choice of the pair, and with tracking the copy in MLflow (SQLite). The cost of the last
+tenth of the trials is compared with that of the first.
 """
 
 from __future__ import annotations

@@ -1,21 +1,20 @@
-"""What a search costs: stock Keras Tuner on (micro-batch, accumulation steps) against accumtune.
+"""Compares the cost of a search: stock Keras Tuner on (micro-batch, accumulation steps), and accumtune.
 
     python experiments/benchmarks/search/search_cost.py [--seeds 8] [--tasks fashion text made] [--json PATH]
         [--known PATH] [--ours RandomSearch BayesianOptimization OptunaSearch]
 
 Both sides have the same space (pairs of micro-batch and accumulation steps, learning rate, width), `max_trials`,
-seeds and allocator limit. Stock accumulates with Keras's own `gradient_accumulation_steps`, and a trial without memory
-fails; that three in a row would end its search with an error is not held against it (they are counted). Real training
-of hundreds of searches would take weeks, so the exhaustive grid of each task is trained once (`cost_record.py`; the
-made tasks are formulas), and the real tuners then search the record (`cost_replay.py`): proposals, profiles,
-reuse and journals are the products' own, only training is looked up.
+seeds and allocator limit. Stock accumulates with Keras's own `gradient_accumulation_steps`, and a trial that runs out
+of memory fails. Three failures in a row would end its search with an error; here they are only counted. Real training
+of hundreds of searches would take weeks, so the exhaustive grid of each task is trained once (`cost_record.py`;
+synthetic tasks are formulas), and the real tuners then search the record (`cost_replay.py`): proposals, profiles, reuse
+and journals are the products' own, only training is looked up.
 
-A search has met the target when it has trained something within 1 % of the best of the exhaustive grid: of all that
-the listed pairs reach under the budget (accumtune may take more steps than are listed, and get beyond that). What it
-needed is what it had spent by then: samples presented (probes included), and wall time, that is recorded seconds of
-training, starts, probes, and of waiting for memory (TensorFlow's allocator waits ten seconds before it gives up; "no
-wait" leaves these out). A search that does not get there counts with all that it spent. Ratios are stock's need over
-ours, of the same seed.
+A search meets the target with a trial within 1 % of the best of the exhaustive grid, that is of all listed pairs under
+the budget (accumtune may take more steps than are listed, and reach a better result). Its cost is what it has spent by
+then: samples presented (probes included), and wall time, which is recorded seconds of training, starts, probes, and of
+waiting for memory (TensorFlow's allocator waits ten seconds before it gives up; "no wait" omits these). A search that
+does not meet the target counts with all that it spent. Ratios are stock's cost to ours, for the same seed.
 """
 
 from __future__ import annotations

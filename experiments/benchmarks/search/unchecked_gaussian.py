@@ -1,7 +1,7 @@
-"""scikit-learn's Gaussian process without its checks of each call: the same bits, four times sooner.
+"""scikit-learn's Gaussian process without the checks of each call: the same results, four times faster.
 
-Keras Tuner's BayesianOptimization asks it for one point at a time, thousands of times per proposal; that is most of
-what the replayed searches of `search_cost.py` take. A test compares the two bit by bit.
+Keras Tuner's BayesianOptimization predicts one point at a time, thousands of times per proposal; that is most of the
+time of the replayed searches of `search_cost.py`. A test compares the two bit by bit.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
-"""What tracking costs a search: without it, with SQLite, with a server that is down and with one that never answers.
+"""Measures the cost of tracking: a search without it, with SQLite, with a server that is down, and a silent one.
 
     python experiments/benchmarks/tracking/overhead.py [--rounds 2] [--quick]
 
-The same small search (digits, real trials) in all four ways at once, several rounds. An epoch waits rather than
-computes: the wall time of computing trials differs by a fifth from one time to the next, and of 1 % nothing could be
-said. What the tracker computes, which would slow down trials that compute, stands beside it.
+The same small search (digits, real trials) runs in all four ways at once, in several rounds. An epoch waits rather than
+computes: the wall time of computing trials varies by a fifth, which would hide a difference of 1 %. The CPU time of the
+tracker, which would slow down computing trials, is printed too.
 """
 
 from __future__ import annotations
