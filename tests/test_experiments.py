@@ -66,7 +66,7 @@ def test_the_same_command_again_trains_nothing_and_doubles_nothing(digits):
 
     folder, _ = digits
     before = {trial.trial_id: trial.ended_at for trial in read_search(folder / "mlruns/searches/digits").trials}
-    assert "not the model that trial" not in run_experiment(folder, *DIGITS), "nobody has edited it"
+    assert "the model of trial" not in run_experiment(folder, *DIGITS), "nobody has edited it"
     after = {trial.trial_id: trial.ended_at for trial in read_search(folder / "mlruns/searches/digits").trials}
     assert before == after
     client = mlflow.MlflowClient(tracking_uri=f"sqlite:///{folder}/mlruns/mlflow.db")

@@ -368,7 +368,7 @@ def tokens(mixes):
     return model
 
 
-@holds("what could not be tried out, as unknown (give it data, or declare it)")
+@holds("what could not be tested, as unknown (give it data, or declare it)")
 @pytest.mark.parametrize("mixes", [True, False])
 def test_a_model_over_tokens_is_unknown_until_it_has_data(mixes):
     x, y = np.random.default_rng(0).integers(0, 9, (8, 6)), numbers(8, 2)

@@ -198,7 +198,7 @@ def test_what_makes_trials_incomparable_is_named(tmp_path, monkeypatch):
     session = Journal(tmp_path / "search" / "search.jsonl").events()
     refused = {
         r"epochs: 1 → 4": {"epochs": 4},
-        r"data: content: edited": {"x": X + 1},
+        r"data: content: code or values have changed": {"x": X + 1},
         r"data: shapes: \(64, 16\) float32, .* → \(32, 16\)": {"x": X[:32], "y": Y[:32]},
         r"validation data: content": {"validation_data": (X, 1 - Y)},
         r"objective: val_loss \(min\) → loss \(min\)": {"objective": "loss"},
