@@ -21,9 +21,15 @@ def promised(text):
 
 def held():
     """What tests of this folder are marked with."""
-    modules = [importlib.import_module(path.stem) for path in Path(__file__).parent.glob("test_*.py")]
-    tests = [test for module in modules for test in vars(module).values()]
-    return {promise for test in tests for promise in getattr(test, "promises", [])}
+    promises = set()
+    for path in Path(__file__).parent.glob("test_*.py"):
+        try:
+            module = importlib.import_module(path.stem)
+        except pytest.skip.Exception:  # its tests are for another backend, and marked with nothing
+            continue
+        for test in vars(module).values():
+            promises |= set(getattr(test, "promises", []))
+    return promises
 
 
 def test_the_page_promises_what_tests_hold():
