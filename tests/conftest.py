@@ -26,7 +26,7 @@ settings.load_profile("any time")
 
 @pytest.fixture(scope="session")
 def digits(tmp_path_factory):
-    """A finished digits search, one for all workers of pytest-xdist: its folder and what it printed."""
+    """Runs the digits search once for all workers of pytest-xdist; gives its folder and what it printed."""
     base = tmp_path_factory.getbasetemp()
     folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "digits"
     folder.mkdir(exist_ok=True)
@@ -49,7 +49,7 @@ def executor():
 
 @pytest.fixture
 def in_child(executor, tmp_path):
-    """A function in a process of its own, whose memory is measured and limited as a trial's is.
+    """Runs functions in processes of their own, whose memory is measured and limited as a trial's is.
 
     `in_child(function, *arguments, budget_bytes=...)` gives the outcome. Define the function inside the test.
     """
@@ -83,10 +83,9 @@ def value_in_child(in_child):
 
 @pytest.fixture(scope="module")
 def one_fork_server(executor):
-    """For modules with many searches, profiles or verifications: a server for each would import the framework again.
+    """Shares one fork server among a module's searches, profiles and verifications: each would import the framework.
 
-    How a search ends its server and what that takes along is tested in scripts, which are processes of their own, and
-    in tests/execution.
+    Scripts, which are processes of their own, and tests/execution test how a search ends its own server.
     """
     from shared_server import SharedServer
 

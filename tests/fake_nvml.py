@@ -1,4 +1,4 @@
-"""A driver's library (NVML) with as many GPUs as a test wants, divided or not."""
+"""A fake of the driver's library (NVML), with any number of GPUs, divided or not."""
 
 import sys
 from types import ModuleType, SimpleNamespace

@@ -1,4 +1,4 @@
-"""Runs scripts of `experiments/` as a person would."""
+"""Runs scripts of `experiments/` as a user does."""
 
 import subprocess
 import sys

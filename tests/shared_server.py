@@ -1,4 +1,4 @@
-"""Many users of one fork server."""
+"""Several executors that share one fork server."""
 
 from concurrent.futures import Future
 
@@ -6,7 +6,7 @@ from accumtune.worker.transport.outcome import Outcome
 
 
 class SharedServer:
-    """An executor of one's own, over a server that others use too: closing it ends one's own tasks."""
+    """An executor over a server that others use too: closing it ends only its own tasks."""
 
     def __init__(self, server):
         self.backend = server.backend

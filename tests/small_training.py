@@ -1,4 +1,4 @@
-"""A training that takes a second and draws random numbers: what is interrupted in tests, and goes on elsewhere."""
+"""A training of one second that draws random numbers, for tests that interrupt and resume it."""
 
 import keras
 import numpy as np

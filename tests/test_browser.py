@@ -1,4 +1,4 @@
-"""What a person sees who opens the printed address: MLflow's page in a headless Chromium."""
+"""MLflow's page at the printed address, in a headless Chromium."""
 
 import html
 import os
@@ -60,7 +60,7 @@ def wait_for(address):
 
 
 def look(address, tmp_path, *words, tries=3):
-    """What a page says once its scripts have run; again, as long as words are missing that it is to say."""
+    """Returns the text of a page after its scripts have run; waits until it has the expected words."""
     for _ in range(tries):
         page = dump(address, tmp_path)
         if all(word in page for word in words):

@@ -1,4 +1,4 @@
-"""The command line, as a person or a pipeline calls it."""
+"""The command line, called as a user or a pipeline does."""
 
 import argparse
 import json
@@ -170,7 +170,7 @@ def test_a_search_is_found_by_its_directory_and_by_its_name(tmp_path, monkeypatc
 
 
 def test_a_limit_is_a_number_of_rows(monkeypatch, capsys):
-    """Also where untrained candidates of the Pareto front would come on top."""
+    """Also if untrained candidates of the Pareto front come first."""
     pairs = ((16, 1, True), (8, 2, False), (4, 4, False), (2, 8, False))
     found = [
         Candidate(0.5, 100.0 * micro, 10.0 * micro, micro, steps, 16, {}, "0", is_trained=is_trained)
@@ -248,7 +248,7 @@ def test_ui_of_a_search_on_a_server_needs_no_command(tmp_path, capsys, monkeypat
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_the_ui_that_is_ended_takes_its_server_along(number, tmp_path):
-    """MLflow starts a server and waits for it; ended itself, it would leave the server behind."""
+    """MLflow starts a server process and waits for it; ending only MLflow would leave the server running."""
     wait = "import time; time.sleep(60)"
     server = f"import subprocess, sys; p = subprocess.Popen([sys.executable, '-c', {wait!r}]); print(p.pid); p.wait()"
     command = [sys.executable, "-u", "-c", server]
@@ -359,7 +359,7 @@ def folder(tmp_path, monkeypatch, config):
 @pytest.mark.parametrize("ending", ENDINGS)
 @pytest.mark.parametrize("where", ["module", "load"])
 def test_whatever_ends_the_users_code_is_no_answer(folder, ending, where, capfd):
-    """1 would be "it does not hold", and 0, as a script's own sys.exit(0) has it, that it does."""
+    """Exit code 1 would mean that a configuration does not fit, and 0, as of the user's sys.exit(0), that it does."""
     name = f"users_{ending}_{where}"
     lines = [ENDINGS[ending], "def build_model(hp): ...", "def load(): return [1], [2]"]
     if where == "load":

@@ -1,4 +1,4 @@
-"""Tab completion of the installed command: the protocol by which a shell asks, and a real bash in a terminal."""
+"""Tab completion of the installed command: by the shell's protocol, and in a real bash in a terminal."""
 
 import os
 import pty
@@ -40,7 +40,7 @@ def environment(folder):
 
 
 def offered(folder, line):
-    """What the command answers a shell that asks where a line ends; it writes to the descriptor 8."""
+    """Returns the completions that the command offers at the end of a line; it writes them to descriptor 8."""
     asked = {"_ARGCOMPLETE": "1", "_ARGCOMPLETE_IFS": "\n", "_ARGCOMPLETE_SHELL": "bash", "COMP_TYPE": "9",
              "COMP_LINE": line, "COMP_POINT": str(len(line)), "_ARGCOMPLETE_COMP_WORDBREAKS": " \t\n\"'><=;|&(:",
              "_ARGCOMPLETE_SUPPRESS_SPACE": "0"}  # fmt: skip
@@ -102,7 +102,7 @@ def terminal(folder):
 
 @pytest.mark.skipif(REGISTER is None or shutil.which("bash") is None, reason="needs bash and argcomplete's script")
 def test_tab_in_a_real_shell(terminal):
-    """As `accumtune --help` says. What Tab adds comes after what was typed; Ctrl-U empties the line."""
+    """Set up as `accumtune --help` says. Tab adds text to the line; Ctrl-U deletes the line."""
     terminal.type("", "READY> ")
     terminal.type('eval "$(register-python-argcomplete accumtune)"; echo "registered: $?"\n', "registered: 0.*READY> ")
     for typed, completed in (

@@ -1,4 +1,4 @@
-"""The documentation builds without a warning, and what its code calls is there."""
+"""The documentation builds without a warning, its code runs, and its lists are complete."""
 
 import ast
 import importlib.util
@@ -203,7 +203,7 @@ def test_the_code_of_every_page_runs():
 
 
 def accepted(function):
-    """The keyword arguments that a public name takes, those of the tuners' `**kwargs` included."""
+    """Returns the keyword arguments that a public name takes, those of the tuners' `**kwargs` included."""
     names = set(inspect.signature(function).parameters)
     if isinstance(function, type) and issubclass(function, keras_tuner.Tuner):
         for taken_too in (accumtune.Tuner, keras_tuner.Tuner, keras_tuner.Oracle):
@@ -212,7 +212,7 @@ def accepted(function):
 
 
 def unknown_names(code):
-    """What a block uses of accumtune and accumtune does not have: names and keyword arguments."""
+    """Yields names and keyword arguments that a block uses and accumtune does not have."""
     for node in ast.walk(ast.parse(code)):
         if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "accumtune":
             if node.attr not in accumtune.__all__:
@@ -253,7 +253,7 @@ def test_every_error_has_its_line():
 
 
 def test_every_tag_param_and_metric_of_a_run_has_its_line():
-    """Those of a made search with one trial; what ends in a name of the user's is told in words."""
+    """Those of a made-up search with one trial; names that end in a user's name are described in words."""
     trial = TrialRecord(
         Path(), "0", status="failed", reason="r", reused_from="1", memory_source="s", device="d", objective_value=1.0,
         hyperparameters={"effective_batch_size": 4, "micro_batch_size": 2, "accumulation_steps": 2},
@@ -272,7 +272,7 @@ def test_every_tag_param_and_metric_of_a_run_has_its_line():
 
 
 def missing_scripts(text):
-    """Scripts of `experiments/` that a text names and that are not there; `README.md`'s table leaves the folder out."""
+    """Returns the missing scripts of `experiments/` that a text names; `README.md`'s table omits the folder."""
     named = re.findall(r"experiments/[\w/]+\.py", text)
     named += [f"experiments/benchmarks/{script}" for script in re.findall(r"\| `(\w+/\w+\.py)", text)]
     return [script for script in named if not (ROOT / script).is_file()]

@@ -1,4 +1,4 @@
-"""Every error read by a person: it says what was received, what was expected and how to fix it.
+"""Every error says what was received, what was expected and how to fix it.
 
 `pytest tests/test_errors.py -v` lists all places where one is raised.
 """
@@ -56,7 +56,7 @@ def calls():
 
 
 def faults(call):
-    """What is wrong with the message of a call, as far as its text can tell."""
+    """Returns the faults of a call's message that can be seen in its text."""
     texts = [*call.args, *(keyword.value for keyword in call.keywords)]
     if any(isinstance(text, ast.Starred) for text in texts):
         return  # passed on from another process, where it was made

@@ -1,4 +1,4 @@
-"""The README's main job on a smaller setting, and what production does with its result."""
+"""The README's digits search in a smaller form, and production with its result."""
 
 import os
 import re
@@ -26,7 +26,7 @@ def test_the_search_stays_in_its_budget_and_says_what_it_found(digits):
 
 
 def test_the_budget_bites_and_the_search_says_what_accumulation_has_won(digits):
-    """Micro-batches of 256 and 512 do not fit, and nothing has probed or predicted that they would."""
+    """Micro-batches of 256 and 512 do not fit, and no probe or prediction says that they would."""
     folder, output = digits
     assert "probed micro-batch 64" in output
     assert re.search("^(What accumulation won|Accumulation is not needed): ", output, re.MULTILINE)
@@ -100,7 +100,7 @@ def test_production_trains_with_the_result_and_leaves_a_plain_keras_model(digits
 
 
 def test_the_registered_model_is_a_warm_start(digits, monkeypatch, tmp_path):
-    """On another machine: the search's folder is not there, the registry is."""
+    """As on another machine: with the registry, without the search's folder."""
     import mlflow
 
     folder, _ = digits

@@ -1,4 +1,4 @@
-"""The notebook of the gallery runs from top to bottom, and is kept without outputs."""
+"""The gallery's notebook runs from top to bottom, and is stored without outputs."""
 
 import pytest
 from running import EXPERIMENTS

@@ -1,4 +1,4 @@
-"""Each search of the gallery runs, small, and ends in what it is there to show."""
+"""Each search of the gallery runs in a small form, and its last lines show the intended result."""
 
 import gzip
 import os
@@ -23,9 +23,9 @@ SCRIPTS = {
 
 @pytest.fixture(scope="module")
 def shared(tmp_path_factory):
-    """One folder for all: an MLflow store, which takes seconds to make, and Fashion-MNIST's files as Keras keeps them.
+    """One folder for all: an MLflow store, which takes seconds to create, and Fashion-MNIST's files as Keras has them.
 
-    With noise for pictures: nothing is downloaded.
+    The pictures are noise: nothing is downloaded.
     """
     shared = tmp_path_factory.mktemp("gallery")
     folder = shared / "datasets" / "fashion-mnist"

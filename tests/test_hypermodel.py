@@ -1,4 +1,4 @@
-"""The hypermodel around the user's."""
+"""The hypermodel that wraps the user's."""
 
 import copy
 import pickle
@@ -22,7 +22,7 @@ class Classifier(keras_tuner.HyperModel):
 
 
 def test_it_has_what_the_users_has():
-    """As `tuner.hypermodel` of a stock tuner does."""
+    """As `tuner.hypermodel` of Keras Tuner's own tuners has."""
     hypermodel = AccumulationHyperModel(Classifier(["cat", "dog"]))
     for one in (hypermodel, copy.deepcopy(hypermodel), pickle.loads(pickle.dumps(hypermodel))):
         assert one.classes == ["cat", "dog"] and one.to_names([1, 0]) == ["dog", "cat"]

@@ -35,7 +35,7 @@ FLOORS = [
 
 
 def floor_of(module):
-    """The number of the floor of `accumtune.<module>`; the longest name decides."""
+    """Returns the number of the layer of `accumtune.<module>`; the longest matching name decides."""
     found = [
         (len(name), number)
         for number, floor in enumerate(FLOORS)

@@ -1,4 +1,4 @@
-"""The production job killed in the middle: started again, it comes to the weights of one that was left alone."""
+"""The production job, killed and started again, reaches the same weights as one that was not killed."""
 
 import json
 import os
@@ -70,7 +70,7 @@ def weights_of(path):
 
 
 def kill_after(folder, name, epoch, script=SCRIPT):
-    """SIGKILL once so many epochs are backed up; where in the next one it hits is chance."""
+    """Sends SIGKILL after this number of epochs is backed up, at a random moment of the next epoch."""
     process = start(folder, name, script)
     deadline = time.monotonic() + 200
     while max((int(path.name[6:]) for path in (folder / name / "job").glob("epoch-*")), default=0) < epoch:
@@ -102,7 +102,7 @@ def test_killed_and_resumed_is_as_if_nothing_had_happened(job):
 
 @pytest.mark.slow
 def test_without_seeds_for_each_epoch_it_would_be_another_training(job):
-    """The negative control: order and dropout that go on from wherever the process stands."""
+    """Negative control: the order of samples and dropout depend on the process's random state."""
     script = job / "careless.py"
     text = SCRIPT.read_text()
     assert "SeedByEpoch(data, seed), " in text

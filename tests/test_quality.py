@@ -1,4 +1,4 @@
-"""The linter and the type checker are part of the one test command."""
+"""The linter and the type checker run with the tests."""
 
 import subprocess
 import sys

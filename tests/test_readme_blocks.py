@@ -1,7 +1,7 @@
-"""Every code block of the README runs: Python as one script from top to bottom, shell by whoever runs it anyway.
+"""Every code block of the README runs: Python as one script from top to bottom, shell in other tests or in CI.
 
-A comment before a block, `<!-- in the test: OLD → NEW; ... -->`, makes it small or replaces what is not here; readers
-of the README do not see it. What is a person's own (data, a pool of machines) is made in `BEFORE`.
+A comment before a block, `<!-- in the test: OLD → NEW; ... -->`, makes it smaller or replaces what a test does not
+have; readers of the README do not see it. `BEFORE` defines what a user would have: data and a pool of machines.
 """
 
 import re
@@ -21,13 +21,13 @@ from concurrent.futures import ThreadPoolExecutor
 from sklearn.datasets import load_digits
 
 digits = load_digits()
-# As large as usual pictures: the peak of a model for 64 features would be as large as what differs by chance.
+# As large as usual pictures: the peak of a model for 64 features would be as small as its random variation.
 pictures = digits.images.repeat(4, axis=1).repeat(4, axis=2).reshape(len(digits.images), -1) / 16
 x, x_val = pictures[:192], pictures[192:256]
 y, y_val = digits.target[:192], digits.target[192:256]
 pool = ThreadPoolExecutor(1)
 """
-# What is no code, by its language.
+# Blocks that are not code, by their language.
 NO_CODE = {"text": "what a search prints", "bibtex": "an entry for a list of literature"}
 
 
@@ -68,8 +68,8 @@ def test_the_python_blocks_run_one_after_the_other(tmp_path):
 
 
 def test_the_shell_blocks_are_run_elsewhere(digits):
-    """Installing takes minutes and a network: `.ci/run` takes its command from the README, and runs this test with it.
-    The script of the first block is what the fixture has run."""
+    """Installing takes minutes and a network connection: `.ci/run` reads its command from the README and runs it. The
+    fixture has run the script of the first block."""
     first, development = [block.code.strip() for block in with_language("sh")]
     assert first.startswith("python3 -m venv .venv && .venv/bin/pip install -e . && ")
     assert first.endswith(f" && .venv/bin/python experiments/{DIGITS[0]}")

@@ -1,4 +1,4 @@
-"""What is released: a wheel and an sdist that run without the repository, with one version and a licence in them."""
+"""The released wheel and sdist run without the repository, and have one version and a licence."""
 
 import json
 import os
@@ -34,7 +34,7 @@ def released(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def elsewhere(released, tmp_path_factory):
-    """An empty folder, and the environment of a process that finds accumtune in the wheel alone."""
+    """An empty folder, and the environment of a process that imports accumtune from the wheel only."""
     site = tmp_path_factory.mktemp("site")
     (wheel,) = released.glob("*.whl")
     run(sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--no-index", "--target", site, wheel)

@@ -1,4 +1,4 @@
-"""The benchmark of search costs counts what it should: from made searches, and with real tuners on a small record."""
+"""The benchmark of search costs counts correctly: made-up searches, and real tuners on a small record."""
 
 import itertools
 import sys

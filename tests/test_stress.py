@@ -1,4 +1,4 @@
-"""What the scripts of experiments/stress conclude; their runs take minutes and need the suites of others."""
+"""The conclusions of the scripts in experiments/stress; the scripts themselves take minutes and need other projects."""
 
 import importlib.util
 import subprocess

@@ -1,4 +1,4 @@
-"""Runs on whatever KERAS_BACKEND says, in true float64."""
+"""Fixtures of exactness: tests run on the backend of KERAS_BACKEND, in float64 throughout."""
 
 import os
 
@@ -10,7 +10,7 @@ from precision import let_keras_compute_in_float64, set_precision
 
 @pytest.fixture(autouse=True)
 def float64(monkeypatch):
-    """Exactness is tested in float64, where a difference is a mistake and not rounding."""
+    """Uses float64, where a difference is an error and not rounding."""
     let_keras_compute_in_float64(monkeypatch.setitem)
     set_precision("float64")
     yield

@@ -1,4 +1,4 @@
-"""Has a plain training draw the random numbers of an accumulating one: those of its micro-batches in a row."""
+"""Makes plain training draw the random numbers of accumulated training: one draw after the other for micro-batches."""
 
 import collections
 import contextlib
@@ -25,12 +25,12 @@ class _Known(SeedGenerator):
 
 @contextlib.contextmanager
 def draws_in_parts(parts, draws=1):
-    """While open, a draw for a batch is made of those that its micro-batches would make.
+    """Replaces a draw for a batch by the draws of its micro-batches, inside the `with` block.
 
-    Every micro-step moves a generator of Keras's on, so a micro-batch's draw has another seed than the next one's.
+    Every micro-step advances Keras's seed generators, so each micro-batch draws with another seed.
 
     Args:
-        parts: the samples of a batch -> those of its micro-batches.
+        parts: returns the numbers of samples of a batch's micro-batches, from that of the batch.
         draws: how often a step draws from one generator.
     """
     calls = collections.defaultdict(itertools.count)

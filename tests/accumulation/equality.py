@@ -1,4 +1,4 @@
-"""Is accumulated training the same training? What is compared: everything that training leaves behind."""
+"""Compares accumulated training with plain training: everything that a training changes."""
 
 from dataclasses import dataclass, field
 
@@ -34,7 +34,7 @@ class Trained:
 
 
 class Events(keras.callbacks.Callback):
-    """Writes down what callbacks see: the steps, and the updates made so far."""
+    """Records what callbacks see: the steps, and the number of updates so far."""
 
     def __init__(self):
         super().__init__()
@@ -52,7 +52,7 @@ def as_array(value):
 
 
 def train(build, data, micro_batch_size=None, accumulation_steps=None, seed=7, **fit):
-    """Builds and fits a model, accumulating where one of the two sizes is given."""
+    """Builds and fits a model, accumulating if one of the two sizes is given."""
     keras.utils.set_random_seed(seed)
     model = build()
     if micro_batch_size or accumulation_steps:
@@ -64,7 +64,7 @@ def train(build, data, micro_batch_size=None, accumulation_steps=None, seed=7, *
 
 
 def largest_difference(one, other):
-    """Over weights and optimizer state, relative to 1 or the value."""
+    """Returns the largest difference of weights and optimizer state, relative to the value or 1."""
     pairs = zip(one.weights() + one.optimizer_state(), other.weights() + other.optimizer_state(), strict=True)
     return max(float(np.max(np.abs(a - b) / np.maximum(1, np.abs(b)), initial=0)) for a, b in pairs)
 
@@ -81,7 +81,7 @@ def assert_same_training(accumulated, plain, tolerance=FLOAT64, history=True):
 
 
 def assert_exact(build, data, micro_batch_sizes=(3,), tolerance=FLOAT64, history=True, **fit):
-    """Both forms against plain Keras: micro-batches cut from batches of 8, and two batches of 4 joined."""
+    """Compares both forms with plain Keras: batches of 8 split into micro-batches, and two batches of 4 joined."""
     plain = train(build, data, **fit)
     for size in micro_batch_sizes:
         assert_same_training(train(build, data, micro_batch_size=size, **fit), plain, tolerance, history)

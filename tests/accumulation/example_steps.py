@@ -1,7 +1,6 @@
-"""Small models whose steps have the shapes of Keras's examples (keras-io) that override `train_step`.
+"""Small models with the steps of those of Keras's examples (keras-io) that override `train_step`.
 
-Written for the tests: the shape of the step is the example's, the layers are small ones of one kind, with dropout where
-nothing speaks against it.
+The step is that of the example; the layers are small, with dropout where that makes sense.
 """
 
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""Small models with a `train_step` of their own, in the shapes of Keras's examples, on every backend."""
+"""Small models with their own `train_step`, like those of Keras's examples, for every backend."""
 
 import keras
 import numpy as np

@@ -9,11 +9,11 @@ def set_precision(dtype):
 
 
 def let_keras_compute_in_float64(set_item):
-    """Lifts a rule of Keras on JAX and torch: where dtypes are promoted, float64 becomes float32.
+    """Switches off a rule of Keras on JAX and torch: promoting dtypes turns float64 into float32.
 
-    With it, a model of float64 adds, divides, averages and normalizes in float32, and sums of a batch (a bias's
-    gradient, a mean) depend on how they are grouped: plain Keras has no more than 1e-7 then, on either side of a
-    comparison. `test_float64_as_keras_has_it` leaves the rule as it is.
+    With the rule, a float64 model adds, divides, averages and normalizes in float32, and sums over a batch (a bias's
+    gradient, a mean) depend on how they are grouped: both sides of a comparison are only exact to 1e-7.
+    `test_float64_as_keras_has_it` keeps the rule.
     """
     from keras.src.backend.common import dtypes
 

@@ -1,10 +1,10 @@
-"""What the documentation promises of exactness, and which tests hold it."""
+"""Marks the tests that check the lines of the documentation's exactness lists."""
 
 from collections.abc import Callable
 
 
 def holds(promise: str) -> Callable:
-    """Marks a test that holds a promise: a line of a list in `concepts/exactness.md`, word for word."""
+    """Marks a test that checks a line of a list in `concepts/exactness.md`, word for word."""
 
     def mark(test):
         test.promises = [promise, *getattr(test, "promises", [])]

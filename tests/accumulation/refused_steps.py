@@ -1,4 +1,4 @@
-"""Small models in the shapes of those of Keras's examples (keras-io) whose steps cannot be accumulated exactly."""
+"""Small models with the steps of those of Keras's examples (keras-io) that cannot be accumulated exactly."""
 
 from dataclasses import dataclass
 from typing import Any

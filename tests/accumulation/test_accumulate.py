@@ -1,4 +1,4 @@
-"""The public functions: what they take and refuse, and what a saved model is."""
+"""The public functions: arguments that they accept and refuse, and saved models."""
 
 import contextlib
 import pickle

@@ -1,4 +1,4 @@
-"""Whatever is called before and after `accumulate`, and on whatever data: each training is that of plain Keras."""
+"""Random sequences of calls around `accumulate`, with all kinds of data: each training equals plain Keras's."""
 
 import gc
 import weakref
@@ -238,7 +238,7 @@ TestAnyOrder = AnyOrder.TestCase
     ids=lambda value: str(value) if isinstance(value, dict) else getattr(value, "__name__", type(value).__name__),
 )
 def test_plain_training_and_then_accumulation(kind, case, form):
-    """Keras's compiled function was left in place: of 6 batches it trained on 2."""
+    """Keras's compiled function must be replaced: otherwise it would train on 2 of 6 batches."""
     machine = AnyOrder()
     machine.build(kind, case)
     for change in (lambda: machine.accumulate(form), machine.use, machine.stop, lambda: machine.accumulate(form)):
@@ -258,7 +258,7 @@ def test_the_comparison_would_notice_other_masks():
 
 @pytest.mark.skipif(BACKEND == "jax", reason="Keras's optimizers refuse it on JAX")
 def test_trainable_is_looked_at_when_keras_looks_at_it():
-    """Without `compile`, a compiled function of TensorFlow goes on as it was; torch sees the change."""
+    """Without `compile`, TensorFlow's compiled function does not see the change; torch does."""
 
     def run(size):
         keras.utils.set_random_seed(1)

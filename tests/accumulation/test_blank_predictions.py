@@ -1,4 +1,4 @@
-"""Denominators that are found with predictions whose values mean nothing, and those that cannot be."""
+"""Denominators that can be found with predictions without values, and those that cannot."""
 
 import numpy as np
 import pytest

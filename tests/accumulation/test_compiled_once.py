@@ -59,7 +59,7 @@ def counting_compiler(monkeypatch):
 
 @pytest.mark.skipif(BACKEND != "torch", reason="see the test before")
 def test_torch_compiles_nothing_again_for_what_a_micro_batch_counts_for(monkeypatch):
-    """Weights that differ from micro-batch to micro-batch, or are all alike: the same code."""
+    """Whether the micro-batches' weights differ or are all equal, the compiled code is the same."""
     counted = []
     for weights in (np.ones(EFFECTIVE), np.linspace(0.1, 2.0, EFFECTIVE)):
         counter = counting_compiler(monkeypatch)

@@ -1,4 +1,4 @@
-"""What cannot be exact is reported, and what can be is not."""
+"""Parts of a model that cannot be exact are reported, and only those."""
 
 import keras
 import numpy as np
@@ -38,7 +38,7 @@ class InBatchLoss(keras.losses.Loss):
 
 
 class DerivedLoss(keras.losses.MeanSquaredError):
-    """Keras's in name, the user's in what it does."""
+    """A loss of the user's, derived from one of Keras's."""
 
     def call(self, y_true, y_pred):
         return in_batch(y_true, y_pred)
@@ -113,7 +113,7 @@ class Centers(layers.Layer):
 
 
 class MovingAverage(layers.Layer):
-    """As vector quantizers have it: a weight that is not trained, but moved by every forward pass."""
+    """As in vector quantizers: a weight that is not trained, but changed by every forward pass."""
 
     def build(self, shape):
         self.average = self.add_weight(shape=(shape[-1],), initializer="zeros", trainable=False)
@@ -128,7 +128,7 @@ class MovingAverage(layers.Layer):
 
 
 class Block(layers.Layer):
-    """Is not coupled by itself: what is in it is."""
+    """Does not couple samples itself, but a layer in it does."""
 
     def __init__(self, inner):
         super().__init__()
@@ -397,7 +397,7 @@ class Noisy(layers.Layer):
 
 
 class Gate(layers.Layer):
-    """What it mixes counts for nothing at first."""
+    """Mixes samples with a factor that is 0 at first."""
 
     def build(self, shape):
         self.gate = self.add_weight(shape=(shape[-1],), initializer="zeros")

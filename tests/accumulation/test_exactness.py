@@ -1,4 +1,4 @@
-"""The table of what is exact: accumulated training against plain Keras at the effective batch."""
+"""The list of what is exact: compares accumulated training with plain Keras at the effective batch."""
 
 import keras
 import numpy as np
@@ -28,7 +28,7 @@ from accumtune.memory.machine import device_memory
 @pytest.mark.parametrize("micro_batch_size", [1, 3, 4, 8, 9])
 @holds("micro-batches of any size, the ragged last window included")
 def test_micro_batches_of_any_size(micro_batch_size):
-    """Divides the batch or not, equals it, exceeds it."""
+    """Sizes that divide the batch, that do not, that equal it, and that exceed it."""
     assert_exact(dense(metrics=["mae"]), regression(), [micro_batch_size])
 
 
@@ -47,7 +47,7 @@ def test_float32():
 
 
 def test_float64_as_keras_has_it(monkeypatch):
-    """On JAX and torch much of it is float32 (see conftest.py): a sum over a batch differs by how it is grouped."""
+    """On JAX and torch Keras computes much in float32 (see precision.py): sums depend on how they are grouped."""
     if BACKEND != "tensorflow":
         monkeypatch.setitem(dtypes.BIT64_TO_BIT32_DTYPE, "float64", "float32")
     is_exact = BACKEND == "tensorflow" or (BACKEND == "jax" and not device_memory().is_gpu)

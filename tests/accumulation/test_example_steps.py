@@ -1,4 +1,4 @@
-"""Steps in the shapes of Keras's examples: exact against their own training at the effective batch, or refused."""
+"""Steps of Keras's examples: equal to their own training at the effective batch, or refused."""
 
 
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Updates on torch in groups of variables: the same numbers, and no temporary values of all variables at once."""
+"""Updates on torch in groups of variables: the same numbers, without temporary values of all variables at once."""
 
 import contextlib
 

@@ -1,4 +1,4 @@
-"""The few samples of a training with which a model's own code is tried out."""
+"""The few samples of a training with which a model's own code is tested."""
 
 import keras
 import numpy as np

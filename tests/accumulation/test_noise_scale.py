@@ -1,4 +1,4 @@
-"""The gradient noise scale against its closed form, and training that does not notice that it is measured."""
+"""The gradient noise scale equals its closed form, and measuring it does not change the training."""
 
 import math
 

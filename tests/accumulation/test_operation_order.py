@@ -1,4 +1,4 @@
-"""A step's operations run in one order where memory is measured, and train as they do in any order."""
+"""A step's operations run in one order if memory is measured, and train the same as in any order."""
 
 import keras
 import numpy as np

@@ -1,4 +1,4 @@
-"""What belongs to the update, and every optimizer that makes it."""
+"""Every optimizer, and the parts of an update: clipping, schedules, EMA, weight decay, loss scaling."""
 
 import keras
 import pytest

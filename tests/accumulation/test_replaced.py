@@ -1,4 +1,4 @@
-"""What an object of the user was given is still there when a training is over."""
+"""Attributes that a user sets on objects are still there after a training."""
 
 import keras
 import numpy as np

@@ -1,4 +1,4 @@
-"""`fit` is handed the numbers of rows, and the rows are taken where a micro-step needs them."""
+"""`fit` gets the indices of rows, and the rows are taken when a micro-step needs them."""
 
 import keras
 import numpy as np

@@ -1,4 +1,4 @@
-"""What changes during a window besides the weights: moving statistics, seeds, the loss scale."""
+"""State that changes during a window besides the weights: moving statistics, seeds, the loss scale."""
 
 import keras
 import numpy as np

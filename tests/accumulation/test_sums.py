@@ -1,4 +1,4 @@
-"""Memory on TensorFlow: an update holds the values of one assignment at a time, and the sums stay where they are."""
+"""Memory on TensorFlow: an update keeps the values of one assignment at a time; accumulators keep their addresses."""
 
 import contextlib
 import os

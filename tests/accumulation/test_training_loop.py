@@ -1,4 +1,4 @@
-"""The ways into `fit`: kinds of data, epochs and steps, interruptions, what is left behind."""
+"""`fit` in all ways: kinds of data, epochs and steps, interruptions, and the state after them."""
 
 import keras
 import numpy as np

@@ -1,4 +1,4 @@
-"""Losses over the whole effective batch: two passes equal one gradient over all micro-batches called in order."""
+"""Losses over the whole effective batch: two passes equal one gradient of all micro-batches, called in order."""
 
 import contextlib
 import functools

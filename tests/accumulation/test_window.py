@@ -1,4 +1,4 @@
-"""The arithmetic of a window, as statements about means and sums."""
+"""The arithmetic of a window: shares, means and sums."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""Files: broken, hostile or of another version, they raise one clear error and nothing else."""
+"""Files that are broken, hostile or of another version raise one clear error."""
 
 import json
 import os

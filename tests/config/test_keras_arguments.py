@@ -1,4 +1,4 @@
-"""What comes closest in plain Keras, and whether its differences are what is said of them."""
+"""The closest equivalent in plain Keras, and the differences that are reported with it."""
 
 import keras
 import numpy as np

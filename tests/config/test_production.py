@@ -1,4 +1,4 @@
-"""A configuration put to work in the process at hand."""
+"""A configuration builds and trains a model in this process."""
 
 import subprocess
 import sys

@@ -1,4 +1,4 @@
-"""A real server on the loopback that writes down who asks: no address out of a file or a store gets a token."""
+"""No address from a file or a store gets a token: a real server on the loopback records the requests."""
 
 import json
 import threading

@@ -1,4 +1,4 @@
-"""The value: read back as written, and what makes none is refused."""
+"""A configuration is read back as it was written, and invalid values are refused."""
 
 import copy
 import json

@@ -1,4 +1,4 @@
-"""A configuration tried out on this machine, against what it promised."""
+"""Verifying a configuration on this machine: its peak and speed compared with the configuration's."""
 
 from types import SimpleNamespace
 

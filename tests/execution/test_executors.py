@@ -1,4 +1,4 @@
-"""A task is a process: it ends with a result, an exception, or no word at all, and takes nothing else along."""
+"""A task is a process: it ends with a result, an exception or without a message, and affects no other process."""
 
 import os
 import subprocess

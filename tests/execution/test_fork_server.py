@@ -1,4 +1,4 @@
-"""Whatever becomes of a task, of the process that forks it or of a file system: the next task starts."""
+"""The next task starts, whatever happens to a task, to the process that forks it or to a file system."""
 
 import ctypes
 import errno

@@ -1,4 +1,4 @@
-"""Devices and cores divided among workers: pure plans, and what a child really finds."""
+"""Dividing devices and cores among workers: plans, and the devices and threads of real children."""
 
 import os
 import sys

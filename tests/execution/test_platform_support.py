@@ -1,4 +1,4 @@
-"""What needs Linux says so at once; what does not works without what only Linux has."""
+"""Functions that need Linux raise an error at once on other systems; all others work there."""
 
 import subprocess
 import sys

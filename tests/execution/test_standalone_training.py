@@ -1,4 +1,4 @@
-"""A HyperModel's own `fit` that brings arguments of its own is given the others, and trains nothing twice."""
+"""A HyperModel's own `fit` that sets some arguments gets the others, and trains nothing twice."""
 
 from types import SimpleNamespace
 

@@ -1,4 +1,4 @@
-"""A build function that never returns is ended, whoever calls it."""
+"""A build function that never returns is ended after a time limit, wherever it is called."""
 
 import keras_tuner
 import pytest

@@ -1,4 +1,4 @@
-"""What is held only while programs are compiled is no part of a training's peak."""
+"""Memory that is used only while programs are compiled is not part of a training's peak."""
 
 import functools
 

@@ -1,4 +1,4 @@
-"""The search for the largest size that runs, on made-up steps whose need under a limit is known."""
+"""The search for the largest size that runs, on made-up steps whose memory under a limit is known."""
 
 import pytest
 from hypothesis import example, given, settings

@@ -1,4 +1,4 @@
-"""A known allocation gives a known peak, a limit bites on a real allocation, and each backend's words are read."""
+"""A known allocation gives a known peak, limits stop real allocations, and each backend's messages are recognized."""
 
 import os
 import signal

@@ -1,4 +1,4 @@
-"""What the operating system and NVIDIA's driver say of the device."""
+"""The device's properties from the operating system and NVIDIA's driver."""
 
 import sys
 

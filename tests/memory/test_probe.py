@@ -1,4 +1,4 @@
-"""Probes run real updates in real processes; what is promised from them runs under the limit."""
+"""Probes run real updates in real processes; sizes that are predicted to fit run under the limit."""
 
 import os
 

@@ -1,4 +1,4 @@
-"""The arithmetic of predictions, on made-up measurements of steps whose cost is known."""
+"""The arithmetic of predictions, with made-up measurements of steps whose cost is known."""
 
 import json
 from dataclasses import replace

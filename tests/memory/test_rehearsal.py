@@ -1,4 +1,4 @@
-"""What probes asked of TensorFlow's allocator tells what a size takes that never ran."""
+"""Predicting the memory of a size that never ran, from the probes' requests to TensorFlow's allocator."""
 
 import json
 import os

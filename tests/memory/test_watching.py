@@ -1,4 +1,4 @@
-"""Running out of memory is noticed early, and only when it has happened."""
+"""Running out of memory is detected early, and only if it has happened."""
 
 import os
 import threading

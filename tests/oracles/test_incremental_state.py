@@ -1,4 +1,4 @@
-"""A state is saved by what is new in it, and read back whole."""
+"""Only new parts of an oracle's state are saved, and the whole state is read back."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""What an oracle is told of a trial."""
+"""The information about a trial that an oracle gets."""
 
 import math
 import warnings

@@ -1,4 +1,4 @@
-"""The search process leaves the device to its trials."""
+"""The direction of an objective is found without using the device, which trials need."""
 
 import subprocess
 import sys

@@ -1,4 +1,4 @@
-"""What a tuner refuses before anything runs."""
+"""Arguments that a tuner refuses before anything runs."""
 
 import keras_tuner
 import pytest

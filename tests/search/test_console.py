@@ -1,4 +1,4 @@
-"""What the terminal shows: lines into a file, a live view on a terminal, nothing with verbose=0."""
+"""The printed output: lines in a file, a live view on a terminal, nothing with verbose=0."""
 
 import io
 import os

@@ -1,7 +1,7 @@
-"""A search that is gone at any write: resumed, it has lost nothing and trained nothing twice.
+"""A search that is killed at any write and resumed has lost nothing and trained nothing twice.
 
-The real oracles, session, runner and journals, with an executor that trains nothing, so that every moment can be
-tried. `experiments/stress/crash.py` kills real searches at random moments.
+The oracles, session, runner and journals are real; the executor trains nothing, so that every moment can be tested.
+`experiments/stress/crash.py` kills real searches at random moments.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""Every way a trial or a search can end, and how the search goes on."""
+"""Every way in which a trial or a search can end, and how the search continues."""
 
 import os
 import signal

@@ -1,4 +1,4 @@
-"""What a training will end with, from its epochs so far and from those that ended."""
+"""Forecasting a training's result from its epochs so far and from finished trainings."""
 
 import math
 import statistics

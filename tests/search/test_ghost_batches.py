@@ -1,4 +1,4 @@
-"""Which ghost batch a search has."""
+"""The choice of a search's ghost batch."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""A search deletes and replaces nothing that it has not made."""
+"""A search deletes and replaces only files that it has written itself."""
 
 
 import pytest

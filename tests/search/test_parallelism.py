@@ -1,4 +1,4 @@
-"""Several trials at once: what a search makes of workers, devices and an executor."""
+"""Several trials at once: workers, devices and executors of a search."""
 
 import signal
 import subprocess

@@ -1,4 +1,4 @@
-"""What is written when a search begins and ends, and what its user is told."""
+"""The records and messages at the beginning and the end of a search."""
 
 import pytest
 
@@ -34,7 +34,7 @@ def report(tmp_path, kind=Results, is_hurried=False):
 
 
 def test_a_search_has_ended_when_its_report_is_there(tmp_path):
-    """The background brings what the journal says: an end before the report would be a finished run without one."""
+    """A background thread copies the journal: an end before the report would finish the run without a report."""
     results = report(tmp_path)
     assert results.at_report == ["search_started", "saved"]
     assert names(results.journal) == ["search_started", "saved", "search_ended"]

@@ -1,4 +1,4 @@
-"""What a session that goes on may change, and what it is refused for."""
+"""Changes with which a session may resume a search, and changes that are refused."""
 
 import json
 import linecache
@@ -223,7 +223,7 @@ def test_what_makes_trials_incomparable_is_named(tmp_path, monkeypatch):
 
 
 def test_what_is_found_out_by_building(tmp_path):
-    """Shuffled anew, one rate and one trial more, a callback that writes and a larger budget go on."""
+    """Data in another order, one more rate, one more trial, a callback that writes and a larger budget are allowed."""
     run(tmp_path, max_trials=1)
     with pytest.raises(SearchDirectoryError, match=r"hyperparameter effective_batch_size: \[4, 8, 16\] → \[4, 8\]"):
         run(tmp_path, micro_batch_sizes=(4,))

@@ -1,4 +1,4 @@
-"""The choice among candidates: what the front and the policies promise, for any candidates."""
+"""The choice among candidates: properties of the Pareto front and the policies, for any candidates."""
 
 import dataclasses
 import math

@@ -1,4 +1,4 @@
-"""What a Keras Tuner user may rely on: any oracle, any objective, callbacks, conditions, Hyperband, pruning."""
+"""Features of Keras Tuner that work as before: oracles, objectives, callbacks, conditions, Hyperband, pruning."""
 
 import time
 

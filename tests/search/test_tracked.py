@@ -1,4 +1,4 @@
-"""A real search with tracking: what it leaves in MLflow, and what it leaves alone."""
+"""A real search with tracking: what it writes to MLflow, and the user's MLflow state that it does not change."""
 
 import io
 import json

@@ -1,4 +1,4 @@
-"""One training for all trials that ask for it."""
+"""Trials that need the same training share one."""
 
 from concurrent.futures import ThreadPoolExecutor
 from threading import Event

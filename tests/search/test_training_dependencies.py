@@ -1,4 +1,4 @@
-"""What a configuration holds of `fit`, and what it says it cannot hold."""
+"""The parts of `fit` that a configuration records, and those that it reports as not recorded."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""What a trial's process is told, and what its report counts as."""
+"""The task of a trial's process, and how its report is judged."""
 
 import math
 

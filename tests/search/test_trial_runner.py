@@ -1,4 +1,4 @@
-"""The states of a trial: what its process came to decides whether there is another attempt, and with which pair."""
+"""The states of a trial: the outcome of its process decides whether it is repeated, and with which pair."""
 
 from concurrent.futures import Future
 

@@ -1,4 +1,4 @@
-"""Searches from one end to the other: real processes, real training."""
+"""Whole searches, with real processes and real training."""
 
 import json
 

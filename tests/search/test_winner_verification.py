@@ -1,4 +1,4 @@
-"""The winner has run under the budget before anybody relies on it."""
+"""The best configuration has run under the budget before it is returned."""
 
 import argparse
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""Made searches: folders with the journals and the report that a real search writes."""
+"""Made-up searches: folders with the journals and the report that a real search writes."""
 
 import math
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""What a store holds, brought there by a sync and read back through MLflow's client."""
+"""The content of an MLflow store after a sync, read through MLflow's client."""
 
 import re
 import sqlite3

@@ -1,4 +1,4 @@
-"""The line that says what accumulation has won: from made candidates, and where it stands."""
+"""The line on what accumulation has won: for made-up candidates, and where it is printed."""
 
 import math
 

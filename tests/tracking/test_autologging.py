@@ -1,4 +1,4 @@
-"""What MLflow's autologging notes of a plain fit it notes of an accumulated one."""
+"""MLflow's autologging records the same for an accumulated fit as for a plain one."""
 
 import keras
 import mlflow

@@ -1,4 +1,4 @@
-"""Syncs that are interrupted, killed, two at once, or into a store that was wiped: the next one makes it whole."""
+"""After an interrupted or killed sync, two at once, or a wiped store, the next sync completes the store."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""The journal: what was appended is read back, whatever happened in between."""
+"""Events appended to a journal are read back, whatever happens in between."""
 
 import json
 import math

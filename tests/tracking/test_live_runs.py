@@ -1,4 +1,4 @@
-"""A store while its search still runs, or was stopped and goes on."""
+"""A store while its search is running, or is stopped and resumed."""
 
 from made_search import report
 from stored_runs import Runs, sync, wait_until

@@ -1,4 +1,4 @@
-"""A search holds its directory, whatever becomes of its process."""
+"""A search locks its directory, whatever happens to its process."""
 
 import errno
 import fcntl

@@ -1,4 +1,4 @@
-"""The line of advice that the gradient noise scale becomes: whose it is, and where it stands."""
+"""The line of advice from the gradient noise scale: which trial's scale it uses, and where it is printed."""
 
 import math
 from pathlib import Path

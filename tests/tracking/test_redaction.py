@@ -1,4 +1,4 @@
-"""No secret leaves with a text or an address, whatever characters it holds."""
+"""Secrets in texts and addresses are replaced, whatever characters they contain."""
 
 import pytest
 from hypothesis import given

@@ -1,4 +1,4 @@
-"""The report: what a person reads and sees, from made searches."""
+"""The report's note and pictures, for made-up searches."""
 
 import csv
 import dataclasses

@@ -1,4 +1,4 @@
-"""Real MLflow servers: on SQLite and on PostgreSQL, and one that fails in every way there is."""
+"""Real MLflow servers on SQLite and on PostgreSQL, and servers that fail in every way."""
 
 import glob
 import os

@@ -1,4 +1,4 @@
-"""Files of others are read without trust; files of ours are replaced without surprise."""
+"""Other people's files are read without trusting them; our own files are replaced atomically."""
 
 import os
 import stat

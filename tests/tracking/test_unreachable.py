@@ -1,4 +1,4 @@
-"""Stores that are dead, silent or hang: no search waits for them, and nothing is lost."""
+"""Stores that are down, silent or hang: no search waits for them, and nothing is lost."""
 
 import contextlib
 import os

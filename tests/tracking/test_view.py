@@ -1,4 +1,4 @@
-"""The saved view: there when it can be, and a person's own once a person has touched it."""
+"""The saved view is created if possible, and not changed again after a user has edited it."""
 
 import base64
 import json

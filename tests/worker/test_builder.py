@@ -1,4 +1,4 @@
-"""What the build function returns is checked, and its learning rate scaled where that was asked for."""
+"""The build function's result is checked, and its learning rate is scaled if the user wants that."""
 
 import keras
 import keras_tuner

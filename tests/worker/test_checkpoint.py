@@ -1,4 +1,4 @@
-"""A training that is interrupted and goes on in another process is the same training."""
+"""A training that is interrupted and resumed in another process is the same training."""
 
 import os
 import time

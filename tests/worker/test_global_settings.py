@@ -1,4 +1,4 @@
-"""What a script sets at its top holds in the processes of its trials."""
+"""Settings that a script makes at its top are valid in its trials' processes."""
 
 import os
 

@@ -1,4 +1,4 @@
-"""What Keras trains on, a trial trains on: sparse matrices, ragged tensors, pandas frames, torch's loaders."""
+"""A trial trains on all data that Keras trains on: sparse matrices, ragged tensors, pandas frames, torch's loaders."""
 
 import keras
 import numpy as np

@@ -1,4 +1,4 @@
-"""A task's process: memory is set up before anything of the user's is made again, and measures that too."""
+"""A task's process sets up its memory before the user's objects are unpickled, and measures these too."""
 
 import os
 

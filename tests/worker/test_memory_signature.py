@@ -1,4 +1,4 @@
-"""Models that take different memory have different signatures, and those that only differ in numbers share one."""
+"""Models that need different memory have different signatures; models that differ only in values share one."""
 
 import keras
 import numpy as np

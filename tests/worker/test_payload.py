@@ -1,4 +1,4 @@
-"""What can be sent to a trial, and what an error says about the rest."""
+"""Objects that can be sent to a trial, and the errors for those that cannot."""
 
 import errno
 import os

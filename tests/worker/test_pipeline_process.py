@@ -1,4 +1,4 @@
-"""What a `tf.data` pipeline keeps is in no trial's memory budget, and training on it is the same training."""
+"""A `tf.data` pipeline's memory does not count in a trial's budget, and training on it is the same training."""
 
 import itertools
 import os

@@ -1,4 +1,4 @@
-"""TensorFlow's notes do not reach the terminal; what matters does, also the last words of a process that crashes."""
+"""TensorFlow's notes are not printed; important messages are, also the last ones of a process that crashes."""
 
 import subprocess
 import sys

@@ -1,4 +1,4 @@
-"""A HyperModel's own fit is a trial's training where it trains the model that it is given, and is refused where not."""
+"""A HyperModel's own fit is accepted if it trains the model that it gets, and refused otherwise."""
 
 import keras
 import keras_tuner

@@ -1,4 +1,4 @@
-"""A trial's weights come back whole, or there is an error: never a model that is random in part, in silence."""
+"""A trial's weights are loaded completely, or an error is raised: never a model with some random weights."""
 
 import json
 from types import SimpleNamespace
