@@ -3,6 +3,7 @@
 import fcntl
 import os
 import signal
+import subprocess
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 os.environ.setdefault("KERAS_BACKEND", "tensorflow")
@@ -11,6 +12,7 @@ os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "1")
 # A retry of MLflow that outlives its test draws no random number between a seed and the model that it is for.
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_BACKOFF_JITTER", "0")
 
+import forked
 import pytest
 from hypothesis import settings
 from running import DIGITS, run_experiment
@@ -22,6 +24,25 @@ if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
 # No test asserts on time: hypothesis's own limit of 200 ms for an example would, on a busy machine.
 settings.register_profile("any time", deadline=None)
 settings.load_profile("any time")
+
+
+def pytest_configure(config):
+    if not hasattr(config, "workerinput"):  # one for all workers of pytest-xdist
+        config.add_cleanup(forked.start())
+
+
+@pytest.fixture(scope="session", autouse=True)
+def forked_fork_servers():
+    """Starting one costs no import; `started_fork_servers` is for tests of just that."""
+    forked.fork_the_fork_servers()
+
+
+@pytest.fixture
+def started_fork_servers(monkeypatch):
+    """Fork servers begin as they do for users: with an interpreter of their own."""
+    from accumtune.execution import fork_server_client
+
+    monkeypatch.setattr(fork_server_client, "subprocess", subprocess)
 
 
 @pytest.fixture(scope="session")
@@ -79,27 +100,3 @@ def value_in_child(in_child):
         return outcome.result["value"]
 
     return run
-
-
-@pytest.fixture(scope="module")
-def one_fork_server(executor):
-    """Shares one fork server among a module's searches, profiles and verifications: each would import the framework.
-
-    Scripts, which are processes of their own, and tests/execution test how a search ends its own server.
-    """
-    from shared_server import SharedServer
-
-    from accumtune.execution import standalone_profile as costs
-    from accumtune.execution import standalone_training as training
-    from accumtune.search import processes
-
-    open_executor = processes.open_executor
-
-    def shared(pool, backend):
-        return SharedServer(executor) if pool is None else open_executor(pool, backend)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(processes, "open_executor", shared)
-        patch.setattr(costs, "LocalExecutor", lambda backend: SharedServer(executor))
-        patch.setattr(training, "LocalExecutor", lambda backend: SharedServer(executor))
-        yield

@@ -1,8 +1,9 @@
 """Runs scripts of `experiments/` as a user does."""
 
-import subprocess
 import sys
 from pathlib import Path
+
+import forked
 
 EXPERIMENTS = Path(__file__).parent.parent / "experiments"
 # The README's main job on a smaller setting.
@@ -11,8 +12,15 @@ DIGITS = ("digits.py", "--trials", "3", "--epochs", "2", "--register-as", "digit
 
 def run_experiment(folder, script, *arguments):
     """Runs a script of `experiments/` in a folder and returns what it printed."""
-    done = subprocess.run(
+    done = forked.run(
         [sys.executable, str(EXPERIMENTS / script), *arguments], cwd=folder, capture_output=True, text=True, timeout=500
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
+
+
+# Before what must work where accumtune is not installed: no module of it can be imported, nor is there one already.
+WITHOUT_ACCUMTUNE = """
+import sys
+sys.modules.update({name: None for name in ("accumtune", *sys.modules) if name.partition(".")[0] == "accumtune"})
+"""

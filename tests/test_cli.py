@@ -13,6 +13,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import forked
 import pytest
 
 from accumtune import cli
@@ -43,7 +44,7 @@ def build_huge(hp):
 
 
 @pytest.fixture
-def call(tmp_path, monkeypatch, capfd, one_fork_server):
+def call(tmp_path, monkeypatch, capfd):
     """`accumtune ...` in a folder that has train.py."""
     (tmp_path / "train.py").write_text(textwrap.dedent(MODULE))
     monkeypatch.chdir(tmp_path)
@@ -65,7 +66,7 @@ def test_probe_answers_how_large_a_micro_batch_fits(tmp_path):
     command += ["probe", "train:build_model", "--data", "train:load", "--memory-budget", "16MiB"]
     command += ["--micro-batch-sizes", "4", "16", "--json", "--plot", "probe.png"]
     environment = {**os.environ, "TF_CPP_MIN_LOG_LEVEL": "2"}
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=200)
+    done = forked.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=200)
     answer = json.loads(done.stdout)
     assert done.returncode == 0
     assert (tmp_path / "probe.png").read_bytes().startswith(b"\x89PNG")

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import forked
 import keras
 import keras_tuner
 import pytest
@@ -61,7 +62,7 @@ def test_the_tutorial_runs_from_top_to_bottom(tmp_path):
     (probe,) = re.findall(r"^```sh\n(.*?)\n```", text, re.MULTILINE | re.DOTALL)
     first = f"import sys; from accumtune.cli import main; sys.exit(main({probe.split()[1:]}))"
     for script in (first, "\n".join(search), training):
-        done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, timeout=400)
+        done = forked.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, timeout=400)
         assert done.returncode == 0, done.stdout + done.stderr
     assert (tmp_path / "best_config.json").exists() and (tmp_path / "digits.keras").exists()
 

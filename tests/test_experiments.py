@@ -2,12 +2,12 @@
 
 import os
 import re
-import subprocess
 import sys
 from dataclasses import replace
 
+import forked
 import pytest
-from running import DIGITS, EXPERIMENTS, run_experiment
+from running import DIGITS, EXPERIMENTS, WITHOUT_ACCUMTUNE, run_experiment
 
 import accumtune
 from accumtune import cli
@@ -82,13 +82,12 @@ def test_production_trains_with_the_result_and_leaves_a_plain_keras_model(digits
     output = run_experiment(folder, "production.py", "models:/digits@best", "--epochs", "2", "--warm-start")
     assert "a plain Keras model" in output and "peak memory" in output
     script = (
-        "import sys; sys.modules['accumtune'] = None\n"
-        "import keras\n"
+        WITHOUT_ACCUMTUNE + "import keras\n"
         # Without the loss, which is digits.py's own.
         "print(keras.models.load_model('production/digits.keras', compile=False).count_params())"
     )
     environment = {**os.environ, "TF_CPP_MIN_LOG_LEVEL": "2"}
-    done = subprocess.run([sys.executable, "-c", script], cwd=folder, env=environment, capture_output=True, text=True)
+    done = forked.run([sys.executable, "-c", script], cwd=folder, env=environment, capture_output=True, text=True)
     assert done.returncode == 0 and int(done.stdout) > 0, done.stderr
     client = mlflow.MlflowClient(tracking_uri=f"sqlite:///{folder}/mlruns/mlflow.db")
     experiment = client.get_experiment_by_name("digits")

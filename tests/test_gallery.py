@@ -3,9 +3,9 @@
 import gzip
 import os
 import re
-import subprocess
 import sys
 
+import forked
 import numpy as np
 import pytest
 from running import EXPERIMENTS, run_experiment
@@ -62,7 +62,7 @@ def test_the_gallery_is_described_and_its_scripts_are_short():
 
 def test_the_gpu_benchmark_says_so_where_there_is_no_gpu(tmp_path):
     """An empty PATH hides nvidia-smi where there is one."""
-    done = subprocess.run(
+    done = forked.run(
         [sys.executable, str(EXPERIMENTS / "benchmarks" / "engine" / "gpu.py"), "--json", str(tmp_path / "gpu.json")],
         env={**os.environ, "PATH": str(tmp_path)}, capture_output=True, text=True,
     )  # fmt: skip

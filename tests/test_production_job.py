@@ -3,10 +3,10 @@
 import json
 import os
 import signal
-import subprocess
 import sys
 import time
 
+import forked
 import numpy as np
 import pytest
 from running import EXPERIMENTS
@@ -54,7 +54,7 @@ def start(folder, name, script):
         "--job", f"{name}/job", "--model", f"{name}/model.keras", "--tracking-uri", "sqlite:///mlflow.db",
     ]  # fmt: skip
     log = open(folder / f"{name}.log", "a")
-    return subprocess.Popen(command, cwd=folder, stdout=log, stderr=log)
+    return forked.Popen(command, cwd=folder, stdout=log, stderr=log)
 
 
 def finish(folder, name, script=SCRIPT):

@@ -5,11 +5,11 @@ have; readers of the README do not see it. `BEFORE` defines what a user would ha
 """
 
 import re
-import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+import forked
 import pytest
 from running import DIGITS
 
@@ -62,7 +62,7 @@ def with_language(language):
 def test_the_python_blocks_run_one_after_the_other(tmp_path):
     script = tmp_path / "readme.py"
     script.write_text("\n".join([BEFORE, *(block.small() for block in with_language("python"))]))
-    done = subprocess.run([sys.executable, str(script)], cwd=tmp_path, capture_output=True, text=True, timeout=500)
+    done = forked.run([sys.executable, str(script)], cwd=tmp_path, capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "[2/2]   → val_loss" in done.stdout and (tmp_path / "best_config.json").exists()
 

@@ -1,9 +1,9 @@
 """The conclusions of the scripts in experiments/stress; the scripts themselves take minutes and need other projects."""
 
 import importlib.util
-import subprocess
 import sys
 
+import forked
 import pytest
 from running import EXPERIMENTS
 
@@ -70,7 +70,7 @@ def test_nothing_but_the_tuner_is_exchanged():
 
 @pytest.mark.parametrize("script", ["keras_tests", "keras_tuner_tests", "ordinary_scripts"])
 def test_each_says_what_it_needs(script):
-    done = subprocess.run(
+    done = forked.run(
         [sys.executable, STRESS / f"{script}.py", "--help"], capture_output=True, text=True, check=True
     )
     assert "python experiments/stress/" in done.stdout

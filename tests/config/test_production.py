@@ -1,11 +1,12 @@
 """A configuration builds and trains a model in this process."""
 
-import subprocess
 import sys
 
+import forked
 import numpy as np
 import pytest
 from made_config import build_model, config_of, data, hyperparameters
+from running import WITHOUT_ACCUMTUNE
 
 
 def test_build_replays_the_hyperparameters_and_accumulates():
@@ -57,10 +58,9 @@ def test_a_model_that_was_trained_so_loads_without_accumtune(tmp_path):
     model.save(tmp_path / "model.keras")
     np.save(tmp_path / "x.npy", data(64)[0])
     script = (
-        "import sys; sys.modules['accumtune'] = None\n"
-        "import keras, numpy; model = keras.models.load_model('model.keras')\n"
+        WITHOUT_ACCUMTUNE + "import keras, numpy; model = keras.models.load_model('model.keras')\n"
         "numpy.save('y.npy', model.predict(numpy.load('x.npy'), verbose=0))"
     )
-    done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True)
+    done = forked.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     np.testing.assert_allclose(np.load(tmp_path / "y.npy"), model.predict(data(64)[0], verbose=0), rtol=1e-6)

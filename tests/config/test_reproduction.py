@@ -3,10 +3,10 @@
 import json
 import os
 import shutil
-import subprocess
 import sys
 from dataclasses import replace
 
+import forked
 import numpy as np
 import pytest
 from made_config import config_of
@@ -100,7 +100,7 @@ def fresh(search, tmp_path_factory):
 
 def run(folder, script):
     environment = {**os.environ, "TF_CPP_MIN_LOG_LEVEL": "3"}
-    done = subprocess.run(
+    done = forked.run(
         [sys.executable, "-c", script], cwd=folder, env=environment, capture_output=True, text=True, timeout=300
     )
     assert done.returncode == 0, done.stdout + done.stderr

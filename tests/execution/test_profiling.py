@@ -9,7 +9,6 @@ from accumtune import errors
 
 X = np.zeros((64, 32, 32, 3), "float32")
 Y = np.zeros((64, 1), "float32")
-pytestmark = pytest.mark.usefixtures("one_fork_server")
 
 
 def build(hp):

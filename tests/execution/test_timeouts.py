@@ -1,8 +1,8 @@
 """A build function that never returns is ended after a time limit, wherever it is called."""
 
+import keras
 import keras_tuner
 import pytest
-from shared_server import SharedServer
 
 from accumtune import errors
 from accumtune.execution.timeouts import DEFAULT_SECONDS, preparation_seconds
@@ -18,12 +18,13 @@ def build(hp):
 
 
 @pytest.fixture
-def searched(executor, tmp_path, monkeypatch):
-    monkeypatch.setattr(processes, "open_executor", lambda pool, backend: SharedServer(executor))
-    files = SearchDirectory(tmp_path / "search")
-    return processes.SearchProcesses(
-        files, None, executor.backend, memory_budget_bytes=None, micro_batch_sizes=(8,), timeout_seconds=1.0
-    )
+def searched(tmp_path):
+    searched = processes.SearchProcesses(
+        SearchDirectory(tmp_path / "search"), None, keras.backend.backend(), memory_budget_bytes=None,
+        micro_batch_sizes=(8,), timeout_seconds=1.0,
+    )  # fmt: skip
+    yield searched
+    searched.close()
 
 
 def test_discovering_inspecting_and_probing_end(searched):

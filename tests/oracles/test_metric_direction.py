@@ -1,8 +1,8 @@
 """The direction of an objective is found without using the device, which trials need."""
 
-import subprocess
 import sys
 
+import forked
 import keras_tuner
 import pytest
 
@@ -46,6 +46,6 @@ print("TAKEN" if context.context()._context_handle is not None else "FREE")
 @pytest.mark.parametrize("whose, expected", [("ours", "FREE"), ("theirs", "TAKEN")])
 def test_the_search_process_does_not_take_the_device(whose, expected, tmp_path):
     command = [sys.executable, "-c", SCRIPT, whose, str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    done = forked.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert done.stdout.split()[-1] == expected

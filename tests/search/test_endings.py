@@ -7,6 +7,7 @@ import sys
 import time
 from pathlib import Path
 
+import forked
 import keras
 import keras_tuner
 import pytest
@@ -17,8 +18,6 @@ import accumtune
 from accumtune import errors
 from accumtune.search import failure_limits, scheduler
 from accumtune.tracking.journal import Journal, read_search
-
-pytestmark = pytest.mark.usefixtures("one_fork_server")
 
 
 class Misbehaving(keras_tuner.HyperModel):
@@ -161,7 +160,7 @@ tuner.search(X, Y, validation_data=(X, Y), epochs=2)
 def test_a_killed_search_goes_on_without_training_anything_twice(tmp_path):
     script = tmp_path / "script.py"
     script.write_text(SCRIPT.format(tests=str(Path(__file__).parent), directory=str(tmp_path)))
-    process = subprocess.Popen([sys.executable, str(script)], stdout=subprocess.DEVNULL)
+    process = forked.Popen([sys.executable, str(script)], stdout=subprocess.DEVNULL)
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline and process.poll() is None:
         if len(read_search(tmp_path / "search").with_status("completed")) >= 2:
@@ -171,7 +170,7 @@ def test_a_killed_search_goes_on_without_training_anything_twice(tmp_path):
     process.wait()
     completed = read_search(tmp_path / "search").with_status("completed")
     before = {trial.trial_id: trial.objective_value for trial in completed}
-    subprocess.run([sys.executable, str(script)], check=True, stdout=subprocess.DEVNULL, timeout=120)
+    forked.run([sys.executable, str(script)], check=True, stdout=subprocess.DEVNULL, timeout=120)
     record = read_search(tmp_path / "search")
     assert len(record.with_status("completed")) == 4 and record.status == "finished"
     for trial in record.trials:
@@ -186,7 +185,7 @@ def test_ctrl_c_ends_the_trials_at_once_and_the_search_can_go_on(tmp_path):
     script = tmp_path / "script.py"
     text = SCRIPT.format(tests=str(Path(__file__).parent), directory=str(tmp_path))
     script.write_text(text.replace("epochs=2", "epochs=100_000").replace("max_trials=4", "max_trials=1"))
-    process = subprocess.Popen([sys.executable, str(script)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = forked.Popen([sys.executable, str(script)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline and not any(t.epochs for t in read_search(tmp_path / "search").trials):
         time.sleep(0.05)
@@ -203,6 +202,6 @@ def test_ctrl_c_ends_the_trials_at_once_and_the_search_can_go_on(tmp_path):
     assert not Path(f"/proc/{trial.pid}").exists()
     assert read_search(tmp_path / "search").status == "interrupted"
     script.write_text(text.replace("max_trials=4", "max_trials=1"))
-    subprocess.run([sys.executable, str(script)], check=True, stdout=subprocess.DEVNULL, timeout=120)
+    forked.run([sys.executable, str(script)], check=True, stdout=subprocess.DEVNULL, timeout=120)
     (trial,) = read_search(tmp_path / "search").trials
     assert trial.status == "completed" and len(trial.epochs) == 2

@@ -91,7 +91,6 @@ class Recording(accumtune.RandomSearch):
         self.calls.append(f"set_state {state['calls'] > 0}")
 
 
-@pytest.mark.usefixtures("one_fork_server")
 def test_a_subclass_s_methods_are_called_around_the_trials(tmp_path):
     arguments = {
         "objective": keras_tuner.Objective("score", "min"), "micro_batch_sizes": (4,), "accumulation_steps": (2,),

@@ -9,8 +9,6 @@ from accumtune.search import ownership
 from accumtune.tracking.journal import Journal
 from accumtune.tracking.lock import held
 
-pytestmark = pytest.mark.usefixtures("one_fork_server")
-
 
 @pytest.mark.parametrize("name", ["", ".", "..", "a/b", "/tmp/a", "a\\b", " ", "a\0b", None, 3])
 def test_a_project_name_is_the_name_of_a_folder(tmp_path, name):

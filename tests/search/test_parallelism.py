@@ -7,6 +7,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import forked
 import pytest
 from test_crash import Trainings, session
 
@@ -71,7 +72,7 @@ def start(folder, seconds, patience=7.0):
     script = folder / "script.py"
     tests = str(Path(__file__).parent)
     script.write_text(SCRIPT.format(tests=tests, directory=str(folder), seconds=seconds, patience=patience))
-    return subprocess.Popen([sys.executable, str(script)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return forked.Popen([sys.executable, str(script)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
 def training(folder, epochs=1):

@@ -25,8 +25,6 @@ from accumtune.worker.identity.data_identity import content_digest, describe_arr
 from accumtune.worker.identity.training_identity import describe_training, exact, text_of
 from accumtune.worker.transport.task_directory import SearchDirectory
 
-pytestmark = pytest.mark.usefixtures("one_fork_server")
-
 # Digests
 
 

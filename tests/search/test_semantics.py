@@ -13,7 +13,6 @@ import accumtune
 from accumtune.tracking.journal import Journal
 
 X, Y = data()
-pytestmark = pytest.mark.usefixtures("one_fork_server")
 COMMON = {
     "memory_budget": "16MiB", "micro_batch_sizes": (4, 8), "accumulation_steps": (1, 2), "tracking_uri": False,
     "project_name": "search",

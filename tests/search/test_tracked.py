@@ -8,12 +8,14 @@ import subprocess
 import sys
 from contextlib import redirect_stdout
 
+import forked
 import mlflow
 import mlflow.sklearn
 import numpy as np
 import pytest
 from mlflow.utils.autologging_utils import AUTOLOGGING_INTEGRATIONS
 from models import build_plain, data
+from running import WITHOUT_ACCUMTUNE
 
 import accumtune
 from accumtune.errors import SearchDirectoryError
@@ -107,8 +109,8 @@ def test_the_best_model_is_registered_with_signature_alias_and_configuration(tra
     assert np.allclose(model.predict(X[:4]), best.predict(X[:4], verbose=0), atol=1e-6)
     path = client.download_artifacts(version.run_id, version.tags["accumtune.config"], str(folder))
     assert accumtune.load_config(path).effective_batch_size
-    script = "import sys; sys.modules['accumtune'] = None\nimport mlflow.keras; mlflow.keras.load_model(sys.argv[1])"
-    subprocess.run([sys.executable, "-c", script, local], check=True)
+    script = WITHOUT_ACCUMTUNE + "import mlflow.keras; mlflow.keras.load_model(sys.argv[1])"
+    forked.run([sys.executable, "-c", script, local], check=True)
 
 
 def test_no_secret_of_the_environment_is_written_down(tracked):

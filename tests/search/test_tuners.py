@@ -24,8 +24,6 @@ from accumtune import errors
 from accumtune.accumulation import accumulation_of
 from accumtune.tracking.journal import Journal, read_search
 
-pytestmark = pytest.mark.usefixtures("one_fork_server")
-
 
 def test_a_search_trains_different_things_within_the_budget_and_resumes(tmp_path):
     tuner = search(make(tmp_path, max_trials=3))

@@ -81,7 +81,7 @@ def test_without_data_the_choice_says_that_it_has_not_run():
     assert "predicted" not in predicted_choice(select(world.candidates[:1])).reason
 
 
-def test_a_search_runs_its_winner_once_and_keeps_what_that_took(tmp_path, one_fork_server):
+def test_a_search_runs_its_winner_once_and_keeps_what_that_took(tmp_path):
     from models import build_fixed, data
 
     x, y = data()

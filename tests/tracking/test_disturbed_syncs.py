@@ -4,11 +4,11 @@ import json
 import os
 import signal
 import sqlite3
-import subprocess
 import sys
 import threading
 import time
 
+import forked
 import pytest
 from made_search import MadeSearch, report
 from stored_runs import Runs, sync
@@ -70,7 +70,7 @@ def test_a_killed_process_leaves_what_the_next_completes(finished, new_uri):
     uri = new_uri()
     script = "import sys\nfrom accumtune.tracking.mlflow.tracker import Tracker\n"
     script += "Tracker(sys.argv[1], sys.argv[2]).sync()"
-    process = subprocess.Popen([sys.executable, "-c", script, str(finished.folder), uri])
+    process = forked.Popen([sys.executable, "-c", script, str(finished.folder), uri])
     # Kill it when the first trial is there.
     with sqlite3.connect(uri.removeprefix("sqlite:///")) as connection:
         while connection.execute("select count(*) from runs").fetchone()[0] < 2 and process.poll() is None:

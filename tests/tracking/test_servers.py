@@ -13,6 +13,7 @@ import time
 import urllib.request
 from pathlib import Path
 
+import forked
 import mlflow
 import pytest
 
@@ -260,7 +261,7 @@ def test_two_searches_write_into_one_new_database_at_once(tmp_path):
     uri = f"sqlite:///{tmp_path / 'new' / 'mlflow.db'}"
     here = os.path.dirname(__file__)
     processes = [
-        subprocess.Popen([sys.executable, "-c", script, here, str(tmp_path / name), name, uri], stderr=subprocess.PIPE)
+        forked.Popen([sys.executable, "-c", script, here, str(tmp_path / name), name, uri], stderr=subprocess.PIPE)
         for name in "ab"
     ]
     for process in processes:

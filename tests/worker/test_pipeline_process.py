@@ -104,7 +104,6 @@ def test_a_pipeline_larger_than_the_budget_trains_in_what_arrays_take(run, pipel
     assert peak == pytest.approx(probed, rel=0.05)
 
 
-@pytest.mark.usefixtures("one_fork_server")
 def test_a_configuration_is_verified_on_it_too():
     hypermodel = FirstUpdates(ModelBuilder(build), 8, 16)
     objective = keras_tuner.Objective("loss", "min")
