@@ -34,9 +34,8 @@ def start():
     listener.bind(os.environ[_ADDRESS])
     listener.listen(64)
     # Not `-m`: it is no module of a package. Its standard input is open for as long as this process lives.
-    process = subprocess.Popen(
-        [sys.executable, "-W", "ignore", __file__, str(listener.fileno())], stdin=subprocess.PIPE, pass_fds=[listener.fileno()]
-    )
+    command = [sys.executable, "-W", "ignore", __file__, str(listener.fileno())]
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, pass_fds=[listener.fileno()])
     listener.close()
 
     def end():

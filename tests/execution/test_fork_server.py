@@ -56,7 +56,7 @@ def settled(condition):
 
 
 @pytest.fixture
-def own_executor(tmp_path, monkeypatch):
+def own_executor(tmp_path, monkeypatch, started_fork_servers):
     """A server of one's own, and a process that inherits orphans as PID 1 does."""
     (tmp_path / "cloudpickle.py").write_text(f"open({str(tmp_path / 'executed')!r}, 'w').close()")
     monkeypatch.chdir(tmp_path)
