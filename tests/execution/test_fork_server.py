@@ -12,6 +12,7 @@ import sys
 import time
 from pathlib import Path
 
+import keras  # noqa: F401 - importing TensorFlow fails while sys.path has the Path of a test
 import pytest
 
 from accumtune.execution import fork_server as forkserver

@@ -250,3 +250,9 @@ def test_what_was_taken_under_a_full_limit_is_needed_for_the_next_one():
     # Under that very limit it takes it again.
     assert profile.predict_peak_memory(98, 2, "117MiB") == int(0.98 * 117 * MIB)
     assert profile.predict_peak_memory(98, 2, "118MiB") == profile.predict_peak_memory(98, 2)
+
+
+def test_a_budget_with_ample_room_takes_two_probes():
+    assert drive(40_000, [8, 32, 128, 512], slope=1)[0] == [8, 512]
+    # The negative control: where only the slope can tell, one in between.
+    assert len(drive(2000, [8, 32, 128, 512], slope=1)[0]) == 3
