@@ -194,7 +194,7 @@ def test_the_blocks_of_a_short_page_run(page, tmp_path, monkeypatch):
 def test_the_blocks_of_a_long_page_run(page, tmp_path):
     """Those that make a tuner, which starts processes. Each page is a process of its own."""
     (tmp_path / "page.py").write_text(script_of(page, *LONG_PAGES[page]))
-    done = subprocess.run([sys.executable, "page.py"], cwd=tmp_path, capture_output=True, text=True, timeout=500)
+    done = forked.run([sys.executable, "page.py"], cwd=tmp_path, capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stdout + done.stderr
 
 
