@@ -108,7 +108,7 @@ def main():
 
     print(f"\nThe gradients of its train_step are, over samples, a {config.trial['own_train_step']}.")
     found = tuner.get_best_models()[0].evaluate(other_digits, verbose=0, return_dict=True)
-    print(f"Of the best model's loss, {found['reconstruction']:.1f} is ink and {found['divergence']:.1f} divergence.")
+    print(f"The best model's loss: {found['reconstruction']:.1f} reconstruction, {found['divergence']:.1f} divergence.")
 
 
 if __name__ == "__main__":

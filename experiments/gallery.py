@@ -19,7 +19,7 @@ def parser(doc, *, trials, epochs, samples, memory_budget):
     options = argparse.ArgumentParser(description=doc.splitlines()[0])
     options.add_argument("--trials", type=int, default=trials)
     options.add_argument("--epochs", type=int, default=epochs)
-    options.add_argument("--samples", type=int, default=samples, help="to train with")
+    options.add_argument("--samples", type=int, default=samples, help="samples to train with")
     options.add_argument("--memory-budget", default=memory_budget)
     options.add_argument("--directory", default="mlruns/searches")
     options.add_argument("--tracking-uri", default=None)

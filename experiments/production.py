@@ -92,7 +92,7 @@ def load_config(options):
     """Loads the job's own copy if it was started before: the registry's alias may point to another model by now."""
     copy = Path(options.job) / "best_config.json"
     if copy.exists():
-        print("Goes on with what was begun.")
+        print("Resuming the job that was started before.")
         return accumtune.load_config(copy)
     config = accumtune.load_config(options.config, tracking_uri=options.tracking_uri)
     config.save(copy)
@@ -146,12 +146,12 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("config", nargs="?", default="best_config.json", help="a path, runs:/... or models:/name@best")
     parser.add_argument("--tracking-uri", default=None, help="MLflow's; default: the search's")
-    parser.add_argument("--module", default="digits", help="has build_model(hp) and load_data()")
+    parser.add_argument("--module", default="digits", help="the module with build_model(hp) and load_data()")
     parser.add_argument("--epochs", type=int, default=20)
-    parser.add_argument("--job", default="production/job", help="what a restart needs; removed at the end")
+    parser.add_argument("--job", default="production/job", help="a folder for what a restart needs; removed at the end")
     parser.add_argument("--model", default="production/digits.keras", help="where to save the trained model")
     parser.add_argument("--warm-start", action="store_true", help="begin with the best trial's weights")
-    parser.add_argument("--peak-tolerance", type=float, default=0.25, help="of the promised peak memory")
+    parser.add_argument("--peak-tolerance", type=float, default=0.25, help="relative to the peak memory")
     parser.add_argument("--no-verify", action="store_true")
     options = parser.parse_args()
 

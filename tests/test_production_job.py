@@ -93,7 +93,7 @@ def test_killed_and_resumed_is_as_if_nothing_had_happened(job):
     (state / "writing" / "latest.weights.h5").write_bytes(b"half")
     (state / "writing" / "training_metadata.json").write_text("")
     assert_equal(finish(job, "killed"), alone)
-    assert "Goes on with what was begun" in (job / "killed.log").read_text() and not state.exists()
+    assert "Resuming the job that was started before" in (job / "killed.log").read_text() and not state.exists()
     client = mlflow.MlflowClient(tracking_uri=f"sqlite:///{job}/mlflow.db")
     assert client.get_run(run_id).info.status == "FINISHED", "one run, of two processes"
     steps = [point.step for point in client.get_metric_history(run_id, "val_loss")]

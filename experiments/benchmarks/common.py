@@ -22,7 +22,7 @@ def parser(doc: str | None, results: Path | None = None) -> argparse.ArgumentPar
         results: where `--results` keeps one file per row by default; without it there is no such option.
     """
     made = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
-    made.add_argument("--json", type=Path, metavar="PATH", help="write all figures there, too")
+    made.add_argument("--json", type=Path, metavar="PATH", help="also write all figures to this file")
     if results is not None:
         text = f"a folder of one JSON file per row; what is there is not measured again (default: {results})"
         made.add_argument("--results", type=Path, default=results, help=text)

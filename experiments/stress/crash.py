@@ -191,8 +191,8 @@ _SHARE_OF_TRIALS = 0.6
 def main() -> int:
     made = parser(__doc__)
     made.add_argument("--kills", type=int, default=50)
-    made.add_argument("--seed", type=int, default=0, help="of the first search; the next ones count up")
-    made.add_argument("--length", type=float, default=None, help="seconds of an undisturbed search, where known")
+    made.add_argument("--seed", type=int, default=0, help="the first search's; later ones add 1 each")
+    made.add_argument("--length", type=float, default=None, help="seconds of an undisturbed search, if known")
     made.add_argument("--quick", action="store_true", help="four kills of one search")
     options = made.parse_args()
     kills = KILLS_PER_SEARCH if options.quick else options.kills

@@ -53,7 +53,7 @@ def run(source: str, timeout_seconds: float = 900) -> tuple[str, str]:
 def main() -> int:
     made = parser(__doc__)
     made.add_argument("--only", nargs="+", help="names of scripts")
-    made.add_argument("--ours-only", action="store_true", help="leave out the runs with stock Keras Tuner")
+    made.add_argument("--ours-only", action="store_true", help="do not run with stock Keras Tuner")
     options = made.parse_args()
 
     rows = []

@@ -96,8 +96,8 @@ def main() -> int:
     made = parser(__doc__)
     made.add_argument("--workers", type=int, default=8)
     made.add_argument("--trials", type=int, default=64)
-    made.add_argument("--seconds", type=float, default=60.0, help="that each trial waits")
-    made.add_argument("--quick", action="store_true", help="four workers, eight trials of two seconds: does it run?")
+    made.add_argument("--seconds", type=float, default=60.0, help="how long each trial waits")
+    made.add_argument("--quick", action="store_true", help="four workers, eight trials of two seconds")
     options = made.parse_args()
     if options.quick:
         options.workers, options.trials, options.seconds = 4, 8, 2.0

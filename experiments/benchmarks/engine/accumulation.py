@@ -217,7 +217,7 @@ def main() -> None:
     options.add_argument("--windows", type=int, default=5, help="windows per round; the first is not timed")
     options.add_argument("--quick", action="store_true", help="two workloads, two rounds")
     options.add_argument(
-        "--clock", choices=("wall", "cpu"), default="wall", help="cpu: seconds of all threads, on a busy machine"
+        "--clock", choices=("wall", "cpu"), default="wall", help="cpu: seconds of all threads, for a busy machine"
     )
     options.add_argument("--results", type=Path, help="a folder of JSON files, one per configuration")
     options.add_argument("--markdown", action="store_true", help="prints the recorded table, and measures nothing")

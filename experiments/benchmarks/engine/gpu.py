@@ -240,7 +240,7 @@ def main() -> int:
     made.add_argument("--backends", nargs="+", choices=BACKENDS, default=list(BACKENDS))
     made.add_argument("--workloads", nargs="+", choices=list(WORKLOADS), default=list(WORKLOADS))
     made.add_argument("--memory-budget", default="2GiB")
-    made.add_argument("--cpu", action="store_true", help="run without a CUDA device, to try the script out")
+    made.add_argument("--cpu", action="store_true", help="run without a CUDA device, to test the script")
     made.add_argument("--jobs", type=int, default=1, help="memory measurements at once")
     made.add_argument("--one", nargs=3, metavar=("PART", "BACKEND", "WORKLOAD"), help=argparse.SUPPRESS)
     options = made.parse_args()
@@ -256,7 +256,7 @@ def main() -> int:
     if device is None and not options.cpu:
         print("No CUDA device here (nvidia-smi found none): nothing was measured.")
         return 0
-    print(f"{device or 'CPU, to try the script out'}; budget {options.memory_budget}", flush=True)
+    print(f"{device or 'CPU, to test the script'}; budget {options.memory_budget}", flush=True)
     return 0 if measure(options, told) else 1
 
 

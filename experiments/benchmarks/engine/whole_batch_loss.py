@@ -204,7 +204,7 @@ def main() -> None:
     options.add_argument("--workloads", nargs="*", choices=WORKLOADS, default=list(WORKLOADS))
     options.add_argument("--rounds", type=int, default=5)
     options.add_argument("--windows", type=int, default=4, help="windows per round; the first is not timed")
-    options.add_argument("--clock", choices=["cpu", "wall"], default="cpu", help="cpu: what other work does not change")
+    options.add_argument("--clock", choices=["cpu", "wall"], default="cpu", help="cpu: seconds of all threads")
     arguments = options.parse_args()
     columns = {"backend": "<10", "workload": "<11"}
     columns |= {f"{way} ms": ">9.1f" for way in WAYS}

@@ -204,7 +204,7 @@ def summarize(results: Sequence[dict[str, Any]]) -> str:
 def main() -> int:
     options = parser(__doc__, results=RESULTS)
     options.add_argument("--only", nargs="+", choices=list(ARCHITECTURES), help="these architectures")
-    options.add_argument("--table", action="store_true", help="run nothing")
+    options.add_argument("--table", action="store_true", help="print the existing results, run nothing")
     arguments = options.parse_args()
     names = arguments.only or list(ARCHITECTURES)
     files = {name: arguments.results / f"{name.replace(' ', '_')}.json" for name in ARCHITECTURES}

@@ -196,8 +196,8 @@ def main() -> None:
     made.add_argument("--rounds", type=int, default=2)
     made.add_argument("--trials", type=int, default=4, help="of each search")
     made.add_argument("--epochs", type=int, default=60, help="of each trial")
-    made.add_argument("--epoch-seconds", type=float, default=1.0, help="that an epoch waits")
-    made.add_argument("--quick", action="store_true", help="small sizes: does it run?")
+    made.add_argument("--epoch-seconds", type=float, default=1.0, help="how long an epoch waits")
+    made.add_argument("--quick", action="store_true", help="small sizes, to test the script")
     options = made.parse_args()
     if options.quick:
         options.rounds, options.trials, options.epochs, options.epoch_seconds = 1, 2, 2, 0.1
