@@ -61,8 +61,8 @@ def accept(model: Any, certificate: Certificate) -> None:
 
     put(model, {"_accumtune_certificate": certificate})
     text = (
-        f"accumtune: the train_step of {type(model).__name__} was tried on the first samples, and accumulates: its "
-        f"gradients are {certificate.reduction}s over samples."
+        f"accumtune: the train_step of {type(model).__name__} was tested on the first samples and can be accumulated: "
+        f"its gradients are {certificate.reduction}s over samples."
     )
     if keras.config.is_interactive_logging_enabled():
         print(text)

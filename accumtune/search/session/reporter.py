@@ -166,7 +166,7 @@ def setup_advice(
         texts.append(f"The model's results depend on which samples share a micro-batch, {consequence}: {layers}")
     if own_train_step:
         texts.append(
-            "The models' own train_step was tried on the training data and can be accumulated: its gradients are "
+            "The models' own train_step was tested on the training data and can be accumulated: its gradients are "
             f"{own_train_step.replace('mean', 'means').replace('sum', 'sums')} over samples."
         )
     if whole_batch_loss:
