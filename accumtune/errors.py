@@ -10,7 +10,7 @@
     │   └── BuildError              the user's build function raised, or returned something other than a model
     ├── DataError               data that cannot be split into batches
     │   └── UnsendableDataError     ... or that cannot be sent to another process
-    ├── SearchError             a search that cannot go on
+    ├── SearchError             a search that cannot continue
     │   ├── SearchDirectoryError    its directory is corrupt, or belongs to another search
     │   ├── SearchFailedError       too many trials in a row failed
     │   ├── NoResultError           nothing to choose from
@@ -92,7 +92,7 @@ class UnsendableDataError(DataError):
 
 
 class SearchError(AccumtuneError):
-    """A search that cannot go on."""
+    """A search that cannot continue."""
 
 
 class SearchDirectoryError(SearchError):

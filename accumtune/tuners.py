@@ -55,7 +55,7 @@ class GridSearch(Tuner):
 
 
 class Hyperband(Tuner):
-    """`keras_tuner.Hyperband` under a memory budget: a promoted trial goes on from its earlier weights.
+    """`keras_tuner.Hyperband` under a memory budget: a promoted trial continues from its earlier weights.
 
     Takes `max_epochs`, `factor` and `hyperband_iterations` as Keras Tuner's does; the other arguments are those of
     `accumtune.Tuner`.

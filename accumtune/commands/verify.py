@@ -45,11 +45,11 @@ def run(options: argparse.Namespace) -> int:
 
     config = load_config(options.config, tracking_uri=options.tracking_uri)
     with only_the_answer() as answer:
-        told, holds = _verify(config, options)
+        result, holds = _verify(config, options)
         if options.json:
-            print_json(asdict(told), answer)
+            print_json(asdict(result), answer)
         else:
-            print(told, file=answer)
+            print(result, file=answer)
     return 0 if holds else 1
 
 
@@ -57,5 +57,5 @@ def _verify(config: TrainingConfig, options: argparse.Namespace) -> tuple[Any, b
     build_model, (x, y) = load_object(options.build_model), load_data(options.data)
     if not options.whole:
         return config.verify(build_model, x, y, peak_tolerance=options.peak_tolerance), True
-    told = config.reproduce(build_model, x, y, validation_data=load_validation_data(options.data))
-    return told, told.holds(options.objective_tolerance, options.peak_tolerance)
+    result = config.reproduce(build_model, x, y, validation_data=load_validation_data(options.data))
+    return result, result.holds(options.objective_tolerance, options.peak_tolerance)

@@ -140,11 +140,11 @@ def _refuse_third_argument(hypermodel: Any, fit_args: Sequence[Any]) -> None:
 
 
 def _refuse_missing_data(hypermodel: Any, fit_args: Sequence[Any], fit_kwargs: Mapping[str, Any]) -> None:
-    """Refuses a search without data, unless the user's own `fit` brings them."""
+    """Refuses a search without data, unless the user's own `fit` loads them."""
     if not fit_args and fit_kwargs.get("x") is None and own_fit(hypermodel) is None:
         raise SearchError(
             "Received search() without data.",
-            "the data that model.fit takes, or a keras_tuner.HyperModel whose `fit` brings its own data.",
+            "the data that model.fit takes, or a keras_tuner.HyperModel whose `fit` loads its own data.",
             "tuner.search(x, y, validation_data=(x_val, y_val), ...).",
         )
 

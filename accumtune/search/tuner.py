@@ -300,7 +300,7 @@ class Tuner(keras_tuner.Tuner):
     # The state of an earlier session, and this one's
 
     def _read_newer_state(self) -> None:
-        """Reads the state anew, where another process has searched since this tuner read it."""
+        """Reads the state again if another process has searched since this tuner read it."""
         if self._reporter.position() == self._position and not persistent_oracle.is_looking(self.oracle):
             return
         self._repairs = state_files.repair_state_files(self._files.path)

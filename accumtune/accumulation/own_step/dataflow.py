@@ -52,7 +52,7 @@ class Rules:
 
 
 def positions(*names: str) -> dict[str, int]:
-    """Names of operations, separated by spaces, by the position of the input that they are linear in."""
+    """Returns the position of the linear input for each name; `names[i]` lists those that are linear in input i."""
     return {name: index for index, together in enumerate(names) for name in together.split()}
 
 
@@ -65,7 +65,7 @@ class Recording:
     _dependent: set[Any] = field(default_factory=set)
 
     def mark(self, keys: Sequence[Any]) -> None:
-        """Says that these depend on samples: data, and what is drawn for each of them."""
+        """Marks values that depend on samples: data, and random numbers drawn for each sample."""
         self._dependent.update(keys)
 
     def add(
@@ -75,7 +75,7 @@ class Recording:
         outputs: Sequence[tuple[Any, Shape]],
         into: Sequence[Any] = (),
     ) -> None:
-        """Notes an operation; `into` are keys of what it writes to."""
+        """Records an operation; `into` are the keys of the tensors that it writes to."""
         depends = tuple(key in self._dependent for key, _ in inputs)
         if any(depends) and name not in self.rules.only_shapes:
             self._dependent.update(key for key, _ in outputs)
@@ -92,7 +92,7 @@ class Recording:
         )
 
     def leading_to(self, keys: Sequence[Any]) -> list[Operation]:
-        """The operations on the way to these results."""
+        """Returns the operations that compute these results."""
         wanted, found = set(keys), list[Operation]()
         for operation in reversed(self.operations):
             if wanted.intersection(operation.outputs):
@@ -105,7 +105,7 @@ Traced = tuple[Recording, Sequence[Any]]
 
 
 def why_not_linear(rules: Rules, whole: Traced, other: Traced, sizes: tuple[int, int]) -> str:
-    """What keeps the results of a step from being linear in the samples; "" where nothing does.
+    """Returns why the results of a step are not linear in the samples; "" if they are.
 
     Args:
         whole, other: the step on different numbers of samples, with the keys of its results.

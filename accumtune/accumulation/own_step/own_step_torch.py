@@ -1,4 +1,4 @@
-"""A model's own `train_step` on torch: windows of its micro-steps."""
+"""Accumulates with a model's own `train_step` on torch."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ class OwnStepTorch(TorchTraining):
                 structure, leaves, moments = self._micro_step(data, share, leaves, moments)
             else:
                 structure, leaves = self._last_micro_step(data, share, leaves, moments)
-            data = None  # gone before the next one is taken
+            data = None  # freed before the next one is taken
             listener(index, functools.partial(_squared_norm, self._sums))
         self._sums = []
         return tree.pack_sequence_as(structure, leaves)

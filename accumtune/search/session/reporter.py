@@ -77,8 +77,8 @@ class Reporter:
             status, reason: how the search ended.
             best: the best candidate; None: the report looks for it.
             save: saves Keras Tuner's state.
-            is_hurried: skips the report and MLflow, after a second Ctrl-C. The next session or `accumtune sync` brings
-                MLflow up to date.
+            is_hurried: skips the report and MLflow, after a second Ctrl-C. The next session or `accumtune sync` updates
+                MLflow.
         """
         try:
             save()

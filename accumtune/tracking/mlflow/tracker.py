@@ -198,7 +198,7 @@ class Tracker:
     def _try(self, is_fresh: bool) -> bool:
         try:
             self._run(is_fresh)
-        except Exception as error:  # the search goes on; `stop` returns the message
+        except Exception as error:  # the search continues; `stop` returns the message
             self._fault = error_line(error, str(self.tracking_uri))
             return False
         self._fault = ""
