@@ -9,6 +9,7 @@ Saving, pickling and cloning use the class and its configuration, so they give a
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import gc
 import types
@@ -16,6 +17,7 @@ import weakref
 from typing import Any
 
 from accumtune.accumulation import compatibility, ghost_batch, optimizers
+from accumtune.accumulation.losses import whole_batch_loss
 from accumtune.accumulation.own_step import own_train_step
 from accumtune.accumulation.patched_attributes import put, put_back, replaced
 from accumtune.accumulation.window import Accumulation
@@ -31,7 +33,9 @@ def install(model: Any, accumulation: Accumulation) -> Any:
     _check(model)
     if accumulation.ghost_batch_size is not None:
         ghost_batch.check(model)
-    if accumulation.whole_batch_loss is True and own_train_step.has_own_step(model):
+    chosen = whole_batch_loss.choice_of(model, accumulation.whole_batch_loss)
+    accumulation = dataclasses.replace(accumulation, whole_batch_loss=chosen)
+    if chosen is True and own_train_step.has_own_step(model):
         seen = "and whole_batch_loss=True, which is about the loss of compile."
         raise own_train_step.refusal(model, seen, "leave out whole_batch_loss.")
     compatibility.check()
@@ -225,7 +229,6 @@ def _begin_epoch(model: Any, epoch: Any) -> None:
 def _fit(model: Any, own: Any) -> Any:
     """Returns the model's new `fit`; `own` is the one that this instance had already, or None."""
     from accumtune.accumulation.data import batches as feeding
-    from accumtune.accumulation.losses import whole_batch_loss
 
     @functools.wraps(own or type(model).fit)
     def fit(*args: Any, **kwargs: Any) -> Any:

@@ -101,8 +101,13 @@ def fitted(config: TrainingConfig, profile: Profile, budget_bytes: int, backend:
     share, ghost = _share(config), config.ghost_batch_size
     fitting = [size for size in _micro_batch_sizes(config) if profile.fits(size, share // size, budget_bytes)]
     if not fitting:
+        least = ghost or 1
+        takes = ""
+        if profile.measured_sizes():
+            predicted = format_bytes(profile.predict_peak_memory(least, share // least))
+            takes = f" (predicted {predicted}{profile.what_the_window_takes(least, share // least)})"
         raise BudgetTooSmallError(
-            f"Not even micro-batch {ghost or 1} fits in {format_bytes(budget_bytes)} on {profile.device}.",
+            f"Not even micro-batch {least} fits in {format_bytes(budget_bytes)} on {profile.device}{takes}.",
             f"a memory budget in which {'one sample' if ghost is None else f'{ghost} samples'} can be trained",
             f"raise the budget, or search a smaller model.{budget_hint(backend)}",
         )

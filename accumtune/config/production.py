@@ -40,10 +40,15 @@ def accumulate(config: TrainingConfig, model: Any) -> Any:
     accumulating = accumulation.accumulate(
         model,
         micro_batch_size=config.micro_batch_size,
-        whole_batch_loss=config.whole_batch_loss or "auto",
+        whole_batch_loss=choice_of_loss(config),
         ghost_batch_size=config.ghost_batch_size,
     )
     return fit_by_default(accumulating, config.fit_arguments()["batch_size"])
+
+
+def choice_of_loss(config: TrainingConfig) -> bool | str:
+    """As `accumtune.accumulate` takes it."""
+    return "auto" if config.whole_batch_loss is None else config.whole_batch_loss
 
 
 def builder_of(config: TrainingConfig, build_model: Any) -> Any:
@@ -54,6 +59,7 @@ def builder_of(config: TrainingConfig, build_model: Any) -> Any:
         build_model,
         learning_rate_scaling=config.learning_rate_scaling,
         base_effective_batch_size=config.base_effective_batch_size,
+        whole_batch_loss=choice_of_loss(config),
     )
 
 

@@ -53,7 +53,8 @@ class TrainingConfig:
             "sum" over samples: the gradients of the model's own `train_step`.
         precision_policy, backend, versions, device, data_shapes: of the search.
         batch_coupled_layers: what couples the samples of a micro-batch; with none, every micro-batch trains the same.
-        whole_batch_loss: whether the loss is computed over the whole effective batch, in two passes.
+        whole_batch_loss: whether the loss is computed over the whole effective batch, in two passes; None: "auto", as
+            in `accumtune.accumulate`.
         policy, reason: how it was chosen among the candidates, and why it won.
         source: `experiment`, `run_id`, `search_id`, `trial_id` and `tracking_uri` of the search, without passwords.
         schema_version: of the JSON.
@@ -91,7 +92,7 @@ class TrainingConfig:
     device: str | None = None
     data_shapes: Any = field(default=None, hash=False)
     batch_coupled_layers: Sequence[str] = field(default=(), hash=False)
-    whole_batch_loss: bool = False
+    whole_batch_loss: bool | None = None
     policy: str | None = None
     reason: str | None = None
     source: Mapping[str, str | None] = field(default_factory=dict, hash=False)

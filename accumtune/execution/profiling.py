@@ -22,7 +22,7 @@ from accumtune.memory.cpu_simulation import Trace
 from accumtune.memory.device import memory_limit_environment
 from accumtune.memory.prediction.confirmation import MOST_FAILURES, MOST_TRIES, next_to_run
 from accumtune.memory.prediction.exploration import next_probe_size
-from accumtune.memory.prediction.profile import HEADROOM, LARGEST_EXTRAPOLATION, Measurement, Profile
+from accumtune.memory.prediction.profile import HEADROOM, LARGEST_EXTRAPOLATION, NO_LOSS, Measurement, Profile
 from accumtune.tracking.small_files import write_atomically
 from accumtune.worker.transport.outcome import Outcome, finished
 from accumtune.worker.transport.task_directory import TaskDirectory
@@ -49,6 +49,7 @@ class ModelFacts:
     appeared: Mapping[str, Any] = field(default_factory=lambda: {"space": [], "values": {}})
     identity: Mapping[str, str] = field(default_factory=dict)
     parameters: int = 0
+    loss_bytes: tuple[float, ...] = NO_LOSS
 
     def completed(self, hyperparameters: Mapping[str, Any]) -> dict[str, Any]:
         """Returns Keras Tuner's configuration of hyperparameters, with those that appeared."""
@@ -136,6 +137,7 @@ class Profiler:
                 signature=facts.signature,
                 memory_budget_bytes=self._memory_budget_bytes,
                 sample_bytes=facts.sample_bytes,
+                loss_bytes=facts.loss_bytes,
             )
             while (size := self._next_size(profile, facts)) is not None:
                 measurements, trace = self._probe(hyperparameters, size)

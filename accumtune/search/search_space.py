@@ -30,6 +30,7 @@ class SearchSpace:
         micro_batch_sizes, accumulation_steps: the values to search.
         ghost_batch_size: as the user gave it, see `ghost_batches.check`.
         memory_budget_bytes: in which a ghost batch must fit; None for no limit.
+        whole_batch_loss: as the user asked.
     """
 
     def __init__(
@@ -42,6 +43,7 @@ class SearchSpace:
         accumulation_steps: Sequence[int],
         ghost_batch_size: int | str | None,
         memory_budget_bytes: int | None,
+        whole_batch_loss: bool | str = "auto",
     ) -> None:
         self._oracle = oracle
         self._hypermodel = hypermodel
@@ -54,7 +56,8 @@ class SearchSpace:
         self._initial_space = oracle.hyperparameters.copy()
         self.search_over = search_over
         self.batch_coupled_layers: list[str] = []
-        self.whole_batch_loss = False
+        self.asked_whole_batch_loss = whole_batch_loss
+        self.whole_batch_loss: bool | None = None
         self.own_train_step: str | None = None
         self._is_discovered = False
         self._wants_data = False
@@ -125,14 +128,15 @@ class SearchSpace:
     def set_state(self, state: Mapping[str, Any]) -> None:
         self.search_over = state.get("search_over", self.search_over)
         self.batch_coupled_layers = state.get("batch_coupled_layers", [])
-        self.whole_batch_loss = state.get("whole_batch_loss", False)
+        self.whole_batch_loss = state.get("whole_batch_loss")
         self.own_train_step = state.get("own_train_step")
         self.ghost_batch_size = ghost_batches.resolved(self._asked_ghost_batch_size, state.get(ghost_batches.NAME))
 
     def _discover(self, space: Any) -> dict[str, Any]:
         discovered = self._processes.discover(self._hypermodel, space)
         self.batch_coupled_layers = discovered["batch_coupled_layers"]
-        self.whole_batch_loss = discovered["whole_batch_loss"]
+        is_mean = self.asked_whole_batch_loss is not False
+        self.whole_batch_loss = True if discovered["whole_batch_loss"] else None if is_mean else False
         self.own_train_step = discovered["own_train_step"]
         asked, left = self._asked_ghost_batch_size, discovered["coupled_with_ghost_batches"]
         if isinstance(asked, int) and discovered["against_ghost_batches"]:

@@ -58,6 +58,8 @@ class Tuner(keras_tuner.Tuner):
             Training is then the same in every micro-batch that is a multiple of it; other sizes are left out of
             `micro_batch_sizes`. `"auto"`: if nothing else couples samples, 32, or the largest listed micro-batch below
             32 that fits. None: each micro-batch is normalized by itself.
+        whole_batch_loss: as in `accumtune.accumulate`. `"auto"` computes losses that couple samples over the whole
+            effective batch, in two passes. False takes a mean of the losses of micro-batches, and searches their size.
         learning_rate_scaling: None, `"linear"` or `"sqrt"`: how the learning rate grows with the effective batch.
         base_effective_batch_size: the effective batch at which the learning rate is used as the build function sets
             it; default: the smallest.
@@ -107,6 +109,7 @@ class Tuner(keras_tuner.Tuner):
         accumulation_steps: Sequence[int] = DEFAULT_ACCUMULATION_STEPS,
         search_over: SearchOver = "auto",
         ghost_batch_size: int | Literal["auto"] | None = "auto",
+        whole_batch_loss: bool | Literal["auto"] = "auto",
         learning_rate_scaling: str | None = None,
         base_effective_batch_size: int | None = None,
         trial_timeout_seconds: float | None = None,
@@ -127,6 +130,7 @@ class Tuner(keras_tuner.Tuner):
         require_linux("A search")
         check_tuner_arguments(kwargs, Tuner.__init__, type(self), oracle, hypermodel)
         check_choice("search_over", search_over, ("auto", "effective_batch_size", "pairs"))
+        check_choice("whole_batch_loss", whole_batch_loss, ("auto", True, False))
         check_choice("learning_rate_scaling", learning_rate_scaling, (None, "linear", "sqrt"))
         self.memory_budget_bytes = None if memory_budget is None else parse_budget(memory_budget)
         listed = check_sizes("micro_batch_sizes", micro_batch_sizes)
@@ -164,12 +168,13 @@ class Tuner(keras_tuner.Tuner):
                 hypermodel,
                 learning_rate_scaling=learning_rate_scaling,
                 base_effective_batch_size=self.base_effective_batch_size,
+                whole_batch_loss=whole_batch_loss,
                 **compiled_with,
             ),
         )
         self._space = SearchSpace(
             oracle, model, self._processes, search_over, listed, self.accumulation_steps, asked_ghost_batch_size,
-            self.memory_budget_bytes,
+            self.memory_budget_bytes, whole_batch_loss,
         )  # fmt: skip
         self._results = SearchResults(self._files, oracle.objective)
         self._reporter = Reporter(self._files, self._results, tracking_uri)
@@ -231,8 +236,8 @@ class Tuner(keras_tuner.Tuner):
         return self._space.batch_coupled_layers
 
     @property
-    def whole_batch_loss(self) -> bool:
-        """Whether the loss is computed over the whole effective batch, in two passes."""
+    def whole_batch_loss(self) -> bool | None:
+        """Whether the loss is computed over the whole effective batch, in two passes; None: it is a mean of samples."""
         return self._space.whole_batch_loss
 
     def search(self, *fit_args: Any, **fit_kwargs: Any) -> None:

@@ -93,7 +93,7 @@ class SearchRecord:
     accumulation_steps: tuple[int, ...] = ()
     search_over: str | None = None
     batch_coupled_layers: tuple[str, ...] = ()
-    whole_batch_loss: bool = False
+    whole_batch_loss: bool | None = None
     own_train_step: str | None = None
     learning_rate_scaling: str | None = None
     base_effective_batch_size: int | None = None

@@ -23,6 +23,7 @@ class ModelBuilder:
         optimizer, loss, metrics: as in `keras_tuner.Tuner`, override what the model was compiled with.
         learning_rate_scaling: None, `"linear"` or `"sqrt"`: how the learning rate grows with the effective batch.
         base_effective_batch_size: the effective batch at which the learning rate is used as the build function sets it.
+        whole_batch_loss: as in `accumtune.accumulate`, for all models.
     """
 
     hypermodel: Any
@@ -31,6 +32,7 @@ class ModelBuilder:
     metrics: Any = None
     learning_rate_scaling: str | None = None
     base_effective_batch_size: int | None = None
+    whole_batch_loss: bool | str = "auto"
 
     def declare_hyperparameters(self, hp: Any) -> None:
         declare = getattr(self.hypermodel, "declare_hyperparameters", None)
@@ -45,6 +47,8 @@ class ModelBuilder:
             UncompiledModelError: the model was not compiled.
         """
         import keras
+
+        from accumtune.accumulation.losses.whole_batch_loss import chosen_for
 
         build: Callable[[Any], Any] = getattr(self.hypermodel, "build", self.hypermodel)
         model = build(hp)
@@ -64,6 +68,7 @@ class ModelBuilder:
             )
         if self.learning_rate_scaling is not None:
             scale_learning_rate(model.optimizer, self._learning_rate_factor(hp))
+        chosen_for(model, self.whole_batch_loss)
         return model
 
     def _recompile(self, model: Any) -> None:

@@ -40,6 +40,8 @@ def test_another_budget_changes_the_micro_batch_and_nothing_else():
 def test_a_budget_in_which_nothing_fits():
     with pytest.raises(BudgetTooSmallError, match="Not even micro-batch 1 fits in 5.0 MiB on CPU"):
         moving.fitted(config_of(), profile_of(), 5 * MIB, "tensorflow")
+    with pytest.raises(BudgetTooSmallError, match="of which .* loss over the whole batch; a smaller eff"):
+        moving.fitted(config_of(), profile_of(loss_bytes=(0, MIB, 0)), 64 * MIB, "tensorflow")
 
 
 def test_ghost_batches_are_kept_and_never_divided(monkeypatch):

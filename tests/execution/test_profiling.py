@@ -1,11 +1,14 @@
 """`accumtune.profile`: probes in processes of their own, under the budget, predict what fits."""
 
+from dataclasses import replace
+
 import keras
 import numpy as np
 import pytest
 
 import accumtune
 from accumtune import errors
+from accumtune.execution.profiling import Profiler
 
 X = np.zeros((64, 32, 32, 3), "float32")
 Y = np.zeros((64, 1), "float32")
@@ -65,3 +68,29 @@ def test_a_model_that_does_not_train_says_why():
     with pytest.raises(errors.BuildError) as caught:
         accumtune.profile(build, X[..., :2], Y, micro_batch_sizes=(2,))
     assert "Traceback" in str(caught.value) and "shape" in str(caught.value)
+
+
+def in_batch_softmax(y_true, y_pred):
+    ops, logits = keras.ops, keras.ops.matmul(y_pred[:, 0], keras.ops.transpose(y_pred[:, 1]))
+    return ops.mean(keras.losses.sparse_categorical_crossentropy(ops.arange(ops.shape(logits)[0]), logits, True))
+
+
+def build_two_towers(hp):
+    pairs = keras.Input((2, 64))
+    hidden = keras.layers.Dense(512, activation="relu")(pairs)
+    model = keras.Model(pairs, keras.layers.Dense(16)(keras.layers.Dense(512, activation="relu")(hidden)))
+    model.compile("adam", in_batch_softmax)
+    return model
+
+
+@pytest.mark.skipif(keras.backend.backend() == "torch", reason="on a CPU torch counts the pages of the process")
+def test_the_matrix_of_an_in_batch_loss_is_predicted_from_small_windows(monkeypatch):
+    """A window of 2,048 samples, where at most 32 were probed; and what the prediction would be without."""
+    pairs = np.random.default_rng(0).normal(size=(2048, 2, 64)).astype("float32"), np.zeros((2048, 1), "float32")
+    profile = accumtune.profile(build_two_towers, *pairs, micro_batch_sizes=(4, 16))
+    monkeypatch.setattr(Profiler._probe, "__defaults__", ((128,), None))
+    (measured,) = accumtune.profile(build_two_towers, *pairs, micro_batch_sizes=(16,)).measurements
+    assert measured.accumulation_steps == 128
+    predicted = profile.predict_peak_memory(16, 128)
+    assert predicted == pytest.approx(measured.peak_memory_bytes, rel=0.15)
+    assert replace(profile, loss_bytes=(0, 0, 0)).predict_peak_memory(16, 128) < 0.7 * measured.peak_memory_bytes

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from accumtune.errors import BudgetError
+from accumtune.memory.loss_memory import fitted
 from accumtune.memory.prediction.exploration import next_probe_size
 from accumtune.memory.prediction.profile import Measurement, Profile
 
@@ -110,6 +111,53 @@ def test_the_window_of_data_is_counted():
     assert profile.predict_peak_memory(8, 3) == (90 - 8) * MIB
     # Twice the window while it is cut, before anything runs, and what is left of the 90 if 64 of them were that
     assert profile.predict_peak_memory(8, 100) == (90 - 64 + 2 * 800) * MIB
+
+
+def test_a_loss_that_compares_all_samples_with_each_other_is_counted():
+    """Beside what there is without samples, while no micro-batch runs: it grows with the square of the window."""
+    points = measured(4, 2, 50), measured(8, 2, 60)
+    profile = profile_of(*points, sample_bytes=2**10, loss_bytes=(2**12, 12, 0))
+    assert profile.predict_peak_memory(8, 4) == pytest.approx(profile_of(*points).predict_peak_memory(8, 4), rel=0.01)
+    samples = 8 * 512
+    loss = 2**12 * samples + 12 * samples**2
+    assert profile.predict_peak_memory(8, 512) == pytest.approx(40 * MIB + loss, rel=0.01)
+    assert not profile.fits(8, 512, 200 * MIB) and profile.fits(8, 64, 200 * MIB)
+    # What such a window has taken says nothing of its micro-batch.
+    after = profile.with_measurement(measured(8, 512, 250))
+    assert after.predict_peak_memory(8, 4) == profile.predict_peak_memory(8, 4)
+    blind = replace(profile, loss_bytes=(0, 0, 0))
+    assert blind.fits(8, 512, 200 * MIB) and blind.with_measurement(measured(8, 512, 250)).predict_peak_memory(
+        8, 4
+    ) > 4 * profile.predict_peak_memory(8, 4)
+
+
+def test_what_a_loss_takes_is_told_from_three_batches():
+    n = 64
+    for per in [(1000, 0, 0), (1000, 12, 0), (0, 12, 0), (0, 0, 4), (0, 12, 4)]:
+        peaks = [2**14 + sum(b * (n * k) ** power for power, b in enumerate(per, 1)) for k in (1, 2, 4)]
+        found = fitted(n, *peaks)
+        assert sum(b * 4096**power for power, b in enumerate(found, 1)) == pytest.approx(
+            sum(b * 4096**power for power, b in enumerate(per, 1)), rel=0.1
+        )
+
+
+def test_a_window_that_its_loss_did_not_fit_in_says_nothing_of_the_micro_batch():
+    """It rules out windows of as many samples, with any micro-batch, and no smaller one."""
+    budget = 200 * MIB
+    points = [measured(size, steps, 40 + size, limit_mib=200) for size in (4, 8) for steps in (1, 2)]
+    # Predicted 40 + 12 bytes for each of 3,584² pairs: 187 MiB, with margin just within the budget.
+    profile = profile_of(*points, sample_bytes=64, loss_bytes=(0, 12, 0), memory_budget_bytes=budget)
+    assert profile.fits(8, 440, budget) and profile.is_peak_of_the_loss(8, 440)
+    failed = profile.with_measurement(measured(8, 440, None, limit_mib=200))
+    assert not failed.fits(8, 440, budget) and not failed.fits(4, 880, budget) and not failed.fits(8, 448, budget)
+    assert failed.fits(8, 64, budget) and failed.largest_micro_batch_size(accumulation_steps=2) == (
+        profile.largest_micro_batch_size(accumulation_steps=2)
+    )
+    # Of a loss that nobody could measure, only what has run tells.
+    unknown = replace(failed, loss_bytes=(0, 0, 0))
+    assert unknown.fits(8, 2, budget) and not unknown.fits(8, 440, budget)
+    # Without a window on the device it is the micro-batch.
+    assert not replace(unknown, sample_bytes=0).fits(8, 2, budget)
 
 
 def test_quadratic_memory_is_not_promised_too_much_inside_the_measured_range():

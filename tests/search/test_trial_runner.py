@@ -1,6 +1,7 @@
 """The states of a trial: the outcome of its process decides whether it is repeated, and with which pair."""
 
 from concurrent.futures import Future
+from dataclasses import replace
 
 import pytest
 
@@ -85,6 +86,21 @@ def test_without_a_smaller_micro_batch_it_is_infeasible(tmp_path):
     result = run(tmp_path, executor)[1]()
     assert result.status == "infeasible" and executor.micro_batches == [8, 4, 2, 1]
     assert "micro-batch 1 ran out of memory" in result.reason
+
+
+def test_a_loss_that_runs_out_of_memory_is_named_and_no_smaller_micro_batch_is_tried(tmp_path):
+    class OfALoss(Profiles):
+        def profile(self, space):
+            return replace(super().profile(space), loss_bytes=(0.0, 2.0**20, 0.0))
+
+    executor = Outcomes(OUT_OF_MEMORY)
+    result = run(tmp_path / "a", executor, OfALoss())[1]()
+    assert result.status == "infeasible" and executor.micro_batches == [8]
+    assert "loss over all 16 samples" in result.reason and "256.0 MiB" in result.reason
+    # Known before: no attempt is made.
+    result = run(tmp_path / "b", Outcomes(), OfALoss(), budget=2**27)[1]()
+    assert result.status == "infeasible" and "of which 256.0 MiB hold the effective" in result.reason
+    assert "a smaller effective batch needs less" in result.reason
 
 
 def test_with_ghost_batches_an_infeasible_trial_names_the_micro_batch_that_it_would_need(tmp_path):

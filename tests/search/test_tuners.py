@@ -1,6 +1,7 @@
 """Whole searches, with real processes and real training."""
 
 import json
+from dataclasses import replace
 
 import keras
 import keras_tuner
@@ -214,6 +215,28 @@ def test_losses_over_the_batch_are_searched_over_effective_batches_and_said_to_b
     best = tuner.get_best_models()[0]
     best_value = min(trial.objective_value for trial in trained)
     assert best.evaluate(X, Y, batch_size=32, verbose=0) == pytest.approx(best_value, rel=1e-4)
+    assert config.reproduce(build_correlated, X, Y, validation_data=(X, Y)).difference <= 1e-6
+    # A tenth of a MiB: its peaks differ by more than a tenth from process to process.
+    assert config.verify(build_correlated, X, Y, peak_tolerance=1.0).peak_memory_bytes < 2**22
+
+
+def test_a_search_may_take_a_mean_of_the_losses_of_micro_batches(tmp_path):
+    """Then the micro-batch decides, is searched, and is what the configuration trains with."""
+    sizes = {"micro_batch_sizes": (4,), "accumulation_steps": (2,)}
+    tuner = make(tmp_path, build=build_correlated, max_trials=1, whole_batch_loss=False, **sizes)
+    record = search(tuner, epochs=1).record()
+    assert tuner.search_over == "pairs" and "correlation" in tuner.batch_coupled_layers[0]
+    assert record.whole_batch_loss is False and any("so micro-batch sizes are searched" in it for it in record.advice)
+    config = tuner.get_best_config()
+    assert config.whole_batch_loss is False
+    model = config.build(build_correlated)
+    assert accumulation_of(model).whole_batch_loss is False and accumtune.batch_coupled_layers(model)
+    trained = config.reproduce(build_correlated, X, Y, validation_data=(X, Y))
+    assert trained.difference <= 1e-6
+    whole = replace(config, whole_batch_loss=True).reproduce(build_correlated, X, Y, validation_data=(X, Y))
+    assert abs(whole.metrics["loss"] - trained.metrics["loss"]) > 1e-3  # the negative control: another training
+    with pytest.raises(errors.SearchDirectoryError, match="whole_batch_loss: False"):
+        search(make(tmp_path, build=build_correlated, max_trials=2, **sizes))
 
 
 def test_batch_normalization_is_searched_in_ghost_batches(tmp_path):

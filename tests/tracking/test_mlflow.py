@@ -7,11 +7,14 @@ import posixpath
 import re
 import shlex
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from made_search import report
 from stored_runs import Runs, dump, sync
 
+from accumtune.tracking.journal import read_search
+from accumtune.tracking.mlflow import run_content
 from accumtune.tracking.mlflow import ui as browsing
 from accumtune.tracking.mlflow.run_content import clean_name
 from accumtune.tracking.mlflow.tracker import Tracker
@@ -133,6 +136,15 @@ def test_two_names_stay_two(made, uri):
     params, metrics = runs["00"].data.params, runs["00"].data.metrics
     assert sorted(params.values()) == list("1234567") and (params["a_b"], params["a"]) == ("2", "7")
     assert sorted(metrics.values()) == [1.0, 2.0, 3.0] and metrics["m_1_"] == 3.0
+
+
+@pytest.mark.parametrize("whole, said", [(True, "True"), (False, "False"), (None, None)])
+def test_each_run_says_whether_its_loss_is_that_of_the_whole_batch(made, whole, said):
+    made.start(whole_batch_loss=whole)
+    made.complete("0")
+    search = read_search(made.folder)
+    for run in (run_content.search_run(search, {}, None), run_content.trial_run(search.trials[0], search)):
+        assert run.params.get("whole_batch_loss") == said
 
 
 NAMES = st.text(alphabet="aä_|*./\\ -:", max_size=6) | st.text(max_size=4) | st.integers(240, 260).map("n".__mul__)

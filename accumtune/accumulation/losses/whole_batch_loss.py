@@ -24,9 +24,31 @@ from accumtune.errors import DataError, ModelError
 
 _FALSE = "accumulate(model, ..., whole_batch_loss=False), which takes a mean of the losses of micro-batches"
 
+_CHOICE = "_accumtune_choice_of_loss"
+
 # Allowed differences of the second pass's outputs, relative to the largest: above rounding, below other random draws.
 _TOLERANCES = {"float64": 1e-4, "float32": 2e-2}
 _TOLERANCE_OF_HALF_PRECISION = 0.1
+
+
+def chosen_for(model: Any, choice: bool | str) -> None:
+    """Makes every `accumulate(model, whole_batch_loss="auto")` mean a search's or configuration's choice."""
+    put(model, {_CHOICE: choice})
+
+
+def choice_of(model: Any, asked: bool | str = "auto") -> bool | str:
+    """What was asked for, or where that is "auto" what `chosen_for` was told."""
+    return getattr(model, _CHOICE, asked) if asked == "auto" else asked
+
+
+def would_be_wanted(model: Any) -> bool:
+    """Whether the windows of a model that does not accumulate yet will need two passes."""
+    from accumtune.accumulation.coupling.detection import couples_samples_in_its_loss
+
+    chosen = choice_of(model)
+    if has_own_step(model):
+        return False
+    return couples_samples_in_its_loss(model) if chosen == "auto" else bool(chosen)
 
 
 def is_wanted(model: Any) -> bool:

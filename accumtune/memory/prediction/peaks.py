@@ -14,6 +14,8 @@ from accumtune.memory.prediction.monotone_curve import Curve, curves_of, curves_
 # chunk of less than twice the requested size, and counts all of it (a model with a large embedding: 114 MiB of 117 for
 # every micro-batch from 102 to 123).
 CROWDED = 0.9
+# A peak of which a loss over the whole window takes a larger share says little of what is beside it.
+_OF_THE_LOSS = 0.5
 
 
 def group_of(accumulation_steps: int) -> int:
@@ -27,25 +29,40 @@ class MeasuredPeaks:
     Args:
         measurements: the points.
         window_bytes: the data of a whole window, by micro-batch size and accumulation steps.
+        moment_bytes: the most that a window takes at a moment when no micro-batch runs, its data included.
 
     Attributes:
         points: the peaks in bytes by (micro-batch size, group), without the window's data and without crowded ones.
     """
 
-    def __init__(self, measurements: Sequence[Measurement], window_bytes: Callable[[int, int], int]) -> None:
-        self._window_bytes = window_bytes
+    def __init__(
+        self,
+        measurements: Sequence[Measurement],
+        window_bytes: Callable[[int, int], int],
+        moment_bytes: Callable[[int, int], int],
+    ) -> None:
+        self._window_bytes, self._moment_bytes = window_bytes, moment_bytes
         peaks: dict[int, dict[int, float]] = {}
         statics: dict[int, float] = {}
+        uncertain: dict[int, float] = {}
         crowded: dict[int, set[int]] = {}
         for point in measurements:
             if point.peak_memory_bytes is not None:
                 size, group = point.micro_batch_size, group_of(point.accumulation_steps)
                 window = window_bytes(size, point.accumulation_steps)
+                moment = moment_bytes(size, point.accumulation_steps)
+                is_of_the_loss = moment > max(2 * window, _OF_THE_LOSS * point.peak_memory_bytes)
+                if is_of_the_loss and point.accumulation_steps > group:
+                    continue  # with fewer samples at once, such a micro-batch needs less
                 above = peaks.setdefault(group, {})
                 above[size] = max(above.get(size, 0.0), float(point.peak_memory_bytes - window))
                 if point.memory_limit_bytes and point.peak_memory_bytes > CROWDED * point.memory_limit_bytes:
                     crowded.setdefault(group, set()).add(size)
-                statics[group] = min(statics.get(group, np.inf), float(point.peak_memory_bytes - 2 * window))
+                static = float(point.peak_memory_bytes - moment)
+                if not is_of_the_loss:
+                    statics[group] = min(statics.get(group, np.inf), static)
+                uncertain[group] = max(uncertain.get(group, 0.0), static)
+        statics = {group: statics.get(group, uncertain[group]) for group in peaks}
         self.points = {
             (size, group): peak
             for group, sizes in peaks.items()
@@ -91,7 +108,7 @@ class MeasuredPeaks:
         window = self._window_bytes(micro_batch_size, accumulation_steps)
         curves = self._known(known, accumulation_steps)
         running = max(curve.at(micro_batch_size) for curve in curves) + window
-        return int(np.ceil(max(running, curves[-1].static + 2 * window)))
+        return int(np.ceil(max(running, curves[-1].static + self._moment_bytes(micro_batch_size, accumulation_steps))))
 
     def _known(self, known: Mapping[int, Curve], accumulation_steps: int) -> list[Curve]:
         """Returns the curves whose maximum is the peak: several micro-steps never need less than one."""

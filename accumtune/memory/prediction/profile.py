@@ -49,6 +49,7 @@ HEADROOM = 0.02
 # No size beyond this multiple of the largest measured one is predicted to fit: a floor can hide a slope.
 LARGEST_EXTRAPOLATION = 4
 _LISTS = "measurements", "traces"
+NO_LOSS = (0.0, 0.0, 0.0)
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,8 @@ class Profile:
         memory_budget_bytes: the limit that the probes ran under, if any.
         sample_bytes: the bytes of one sample's data (inputs, targets and weight) if the data of a whole window are on
             the device at once, as a pipeline's batches are; 0 if each micro-step takes its samples from arrays.
+        loss_bytes: the bytes per sample, per pair and per triple of samples that a loss over the whole effective batch
+            needs between the two passes, outputs and targets included; zeros for other losses.
         traces: the probes' requests to the allocator, a trace per micro-batch size, where they were recorded.
     """
 
@@ -72,13 +75,15 @@ class Profile:
     signature: str = ""
     memory_budget_bytes: int | None = None
     sample_bytes: int = 0
+    loss_bytes: tuple[float, ...] = NO_LOSS
     traces: tuple[Trace, ...] = ()
     _peaks: MeasuredPeaks = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "measurements", tuple(self.measurements))
         object.__setattr__(self, "traces", tuple(self.traces))
-        object.__setattr__(self, "_peaks", MeasuredPeaks(self.measurements, self._window_bytes))
+        object.__setattr__(self, "loss_bytes", tuple(self.loss_bytes))
+        object.__setattr__(self, "_peaks", MeasuredPeaks(self.measurements, self._window_bytes, self._moment_bytes))
 
     @cached_property
     def _rehearsal(self) -> Rehearsal | None:
@@ -123,15 +128,22 @@ class Profile:
         """Returns the peak as measured under that limit, or else as rehearsed under it; None if neither is known."""
         group = group_of(accumulation_steps)
         window = self._window_bytes(micro_batch_size, accumulation_steps)
-        measured = [
-            point.peak_memory_bytes + window - self._window_bytes(micro_batch_size, point.accumulation_steps)
+        measured = {
+            point.accumulation_steps:
+                point.peak_memory_bytes + window - self._window_bytes(micro_batch_size, point.accumulation_steps)
             for point in self.measurements
             if (point.micro_batch_size, group_of(point.accumulation_steps)) == (micro_batch_size, group)
             and point.memory_limit_bytes == limit_bytes and point.peak_memory_bytes is not None
-        ]  # fmt: skip
-        if measured or self._rehearsed is None:
-            return max(measured, default=None)
-        return self._rehearsed.within(micro_batch_size, accumulation_steps, limit_bytes)
+        }  # fmt: skip
+        if accumulation_steps in measured or not any(self.loss_bytes):
+            known = max(measured.values(), default=None)
+        else:
+            small = [peak for steps, peak in measured.items() if not self.is_peak_of_the_loss(micro_batch_size, steps)]
+            known = max([*small, self._moment_peak(micro_batch_size, accumulation_steps)]) if small else None
+        if known is not None or self._rehearsed is None:
+            return known
+        within = self._rehearsed.within(micro_batch_size, accumulation_steps, limit_bytes)
+        return within and max(within, self._moment_peak(micro_batch_size, accumulation_steps))
 
     def _peak_with_room(self, micro_batch_size: int, accumulation_steps: int) -> int:
         if self._rehearsed is None or not self._peaks:
@@ -140,7 +152,7 @@ class Profile:
         if running is None:
             running = self._rehearsed.with_room(micro_batch_size, accumulation_steps)
         window = self._window_bytes(micro_batch_size, accumulation_steps)
-        return int(np.ceil(max(running + window, self._peaks.static(accumulation_steps) + 2 * window)))
+        return max(int(np.ceil(running + window)), self._moment_peak(micro_batch_size, accumulation_steps))
 
     def largest_rehearsed(self, accumulation_steps: int, limit_bytes: float, highest: int) -> int:
         """Returns the largest size up to `highest` expected to run under a limit, without a margin; 0 for none."""
@@ -182,14 +194,20 @@ class Profile:
 
     def fits(self, micro_batch_size: int, accumulation_steps: int, budget_bytes: int) -> bool:
         """Returns whether a step runs under a limit of `budget_bytes`, as measured, or as predicted with a margin."""
-        _, failed = self.bracket(accumulation_steps, budget_bytes)
+        samples = micro_batch_size * accumulation_steps
+        if any(
+            self.is_peak_of_the_loss(point.micro_batch_size, point.accumulation_steps) and _samples_of(point) <= samples
+            for point in self._failures(budget_bytes)
+        ):
+            return False  # a smaller micro-batch would not help
+        _, failed = self.bracket(accumulation_steps, budget_bytes, samples)
         # After a failure, predictions above the largest size that has run are not trusted.
         if failed is not None:
             largest_that_ran = self._largest_that_ran(group_of(accumulation_steps))
             if micro_batch_size > min(largest_that_ran, failed - 1):
                 return False
         # Without the window's data on the device, all steps from the second on are alike.
-        steps = accumulation_steps if self.sample_bytes else group_of(accumulation_steps)
+        steps = accumulation_steps if self._keeps_window else group_of(accumulation_steps)
         for point in self.measurements:
             is_larger = point.micro_batch_size >= micro_batch_size and point.accumulation_steps >= steps
             if is_larger and point.has_run_within(budget_bytes):
@@ -243,22 +261,81 @@ class Profile:
         sizes = self.measured_sizes()
         return not sizes or not sizes[0] <= micro_batch_size <= sizes[-1]
 
-    def bracket(self, accumulation_steps: int, budget_bytes: int) -> tuple[int, int | None]:
-        """Returns the largest size that has run under the budget (0: none) and the smallest that has failed."""
+    def bracket(
+        self, accumulation_steps: int, budget_bytes: int, samples: int | None = None
+    ) -> tuple[int, int | None]:
+        """Returns the largest size that has run under the budget (0: none) and the smallest that has failed.
+
+        Args:
+            samples: the effective batch in question. A failure with more samples does not count if the window was too
+                large, and not its micro-batch. None: each size's own, with so many steps.
+        """
         group, ran, failed = group_of(accumulation_steps), 0, None
         for point in self.measurements:
-            limit = point.memory_limit_bytes
-            if point.is_feasible:
-                if group_of(point.accumulation_steps) >= group and point.has_run_within(budget_bytes):
-                    ran = max(ran, point.micro_batch_size)
-            elif group_of(point.accumulation_steps) <= group:
-                # A failure under a slightly lower limit counts too.
-                if limit is None or limit >= (1 - HEADROOM) * budget_bytes - MIB:
-                    failed = min(failed or point.micro_batch_size, point.micro_batch_size)
+            if point.is_feasible and group_of(point.accumulation_steps) >= group and point.has_run_within(budget_bytes):
+                ran = max(ran, point.micro_batch_size)
+        for point in self._failures(budget_bytes):
+            is_larger = _samples_of(point) > (samples or point.micro_batch_size * accumulation_steps)
+            if group_of(point.accumulation_steps) <= group and not (is_larger and self._is_of_the_window(point)):
+                failed = min(failed or point.micro_batch_size, point.micro_batch_size)
         return ran, failed
+
+    def _failures(self, budget_bytes: int) -> list[Measurement]:
+        """Returns what ran out of the budget, or of a slightly lower limit."""
+        least = (1 - HEADROOM) * budget_bytes - MIB
+        limits = [(point, point.memory_limit_bytes) for point in self.measurements if not point.is_feasible]
+        return [point for point, limit in limits if limit is None or limit >= least]
+
+    def is_peak_of_the_loss(self, micro_batch_size: int, accumulation_steps: int) -> bool:
+        """Returns whether the peak is that of a loss over the whole window, which is the same for any micro-batch."""
+        if not any(self.loss_bytes) or not self._peaks:
+            return False
+        at_once = self._moment_peak(micro_batch_size, accumulation_steps)
+        return self._peak_with_room(micro_batch_size, accumulation_steps) <= at_once
+
+    def what_the_window_takes(self, micro_batch_size: int, accumulation_steps: int) -> str:
+        """Returns part of a message, to follow the predicted peak; empty if the window takes less than half of it."""
+        samples = micro_batch_size * accumulation_steps
+        kept = max(self.sample_bytes * samples, self.bytes_at_once(samples) if any(self.loss_bytes) else 0)
+        if kept <= self.predict_peak_memory(micro_batch_size, accumulation_steps) / 2:
+            return ""
+        return (
+            f", of which {format_bytes(kept)} hold the effective batch's data, or its outputs and their loss over the "
+            "whole batch; a smaller effective batch needs less"
+        )
+
+    def _is_of_the_window(self, failed: Measurement) -> bool:
+        """Returns whether the micro-batch of a failure has run, or would run, in a smaller window."""
+        if not self._keeps_window:
+            return False
+        group = group_of(failed.accumulation_steps)
+        return self.is_peak_of_the_loss(failed.micro_batch_size, failed.accumulation_steps) or any(
+            point.micro_batch_size >= failed.micro_batch_size
+            and group_of(point.accumulation_steps) >= group
+            and _samples_of(point) < _samples_of(failed)
+            and failed.memory_limit_bytes is not None
+            and point.has_run_within(failed.memory_limit_bytes)
+            for point in self.measurements
+        )
+
+    @property
+    def _keeps_window(self) -> bool:
+        return bool(self.sample_bytes or any(self.loss_bytes))
 
     def _window_bytes(self, micro_batch_size: int, accumulation_steps: int) -> int:
         return self.sample_bytes * micro_batch_size * accumulation_steps
+
+    def _moment_bytes(self, micro_batch_size: int, accumulation_steps: int) -> int:
+        return self.bytes_at_once(micro_batch_size * accumulation_steps)
+
+    def _moment_peak(self, micro_batch_size: int, accumulation_steps: int) -> int:
+        moment = self._moment_bytes(micro_batch_size, accumulation_steps)
+        return int(np.ceil(self._peaks.static(accumulation_steps) + moment))
+
+    def bytes_at_once(self, effective_batch_size: int) -> int:
+        """Returns what an effective batch needs while no micro-batch runs: its data, or its outputs and their loss."""
+        loss = sum(per * float(effective_batch_size) ** power for power, per in enumerate(self.loss_bytes, start=1))
+        return max(2 * self.sample_bytes * effective_batch_size, int(np.ceil(loss)))
 
     def _largest_that_ran(self, group: int) -> int:
         """Returns the largest size that ran with as many accumulators, or more."""
@@ -321,3 +398,7 @@ class Profile:
 
 def _key(measurement: Measurement) -> tuple[int, int, bool]:
     return measurement.micro_batch_size, measurement.accumulation_steps, measurement.is_feasible
+
+
+def _samples_of(measurement: Measurement) -> int:
+    return measurement.micro_batch_size * measurement.accumulation_steps

@@ -204,13 +204,14 @@ class SearchSession:
     def _decisive_settings(self) -> dict[str, Any]:
         """Returns the settings that decide the results of trials; None stands for "not set"."""
         tuner = self._tuner
-        objective = tuner.oracle.objective
+        objective, asked = tuner.oracle.objective, self._parts.space.asked_whole_batch_loss
         return {
             "objective": f"{objective.name} ({objective.direction})",
             "executions_per_trial": tuner.executions_per_trial,
             "learning_rate_scaling": tuner.learning_rate_scaling,
             "base_effective_batch_size": tuner.base_effective_batch_size if tuner.learning_rate_scaling else None,
             "ghost_batch_size": tuner.ghost_batch_size,
+            "whole_batch_loss": None if asked == "auto" else str(asked),
             "seed": tuner.oracle.seed,
             "search_over": tuner.search_over,
             "backend": self._parts.processes.backend,
@@ -256,7 +257,7 @@ class SearchSession:
             effective_batch_sizes=tuner.effective_batch_sizes,
             learning_rate_scaling=tuner.learning_rate_scaling,
             batch_coupled_layers=tuner.batch_coupled_layers,
-            whole_batch_loss=tuner.whole_batch_loss,
+            whole_batch_loss=bool(tuner.whole_batch_loss),
             own_train_step=self._parts.space.own_train_step,
             searches_pairs=tuner.search_over == "pairs",
             samples=count_samples(self._fit_args, self._fit_kwargs),

@@ -256,6 +256,13 @@ class TrialRunner:
             profile.signature,
             out_of_memory(pair.micro_batch_size, pair.accumulation_steps, settings.memory_budget_bytes),
         )
+        if profile.is_peak_of_the_loss(pair.micro_batch_size, pair.accumulation_steps):
+            takes = format_bytes(profile.bytes_at_once(pair.effective_batch_size))
+            reason = (
+                f"the loss over all {pair.effective_batch_size} samples at once, which takes about {takes} by itself, "
+                "ran out of memory; no smaller micro-batch needs less, a smaller effective batch does"
+            )
+            return TrialResult("infeasible", values, reason=reason)
         smaller = next_smaller_pair(
             pair, settings.micro_batch_sizes, settings.searches_pairs, settings.ghost_batch_size
         )
@@ -328,13 +335,7 @@ def _why_infeasible(profile: Profile, values: Mapping[str, Any], budget: int | N
     elif any(measurement.is_feasible for measurement in profile.measurements):
         effective = values["effective_batch_size"]
         predicted = profile.predict_peak_memory(smallest, effective // smallest)
-        kept = profile.sample_bytes * effective
-        why = f"predicted {format_bytes(predicted)}"
-        if kept > predicted / 2:
-            why += (
-                f", of which {format_bytes(kept)} hold the effective batch's data, or its outputs for a loss over the "
-                "whole batch; a smaller effective batch needs less"
-            )
+        why = f"predicted {format_bytes(predicted)}{profile.what_the_window_takes(smallest, effective // smallest)}"
     else:
         why = "every probe ran out of memory"
     least = "micro-batch 1" if smallest == 1 else f"a micro-batch of one ghost batch ({smallest} samples)"

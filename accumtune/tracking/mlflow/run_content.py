@@ -63,7 +63,8 @@ class RunContent:
 
 def trial_run(trial: TrialRecord, search: SearchRecord) -> RunContent:
     """Returns the content of one trial's run."""
-    params = {clean_name(name): _param(name, value) for name, value in trial.hyperparameters.items()}
+    of_all = {} if search.whole_batch_loss is None else {"whole_batch_loss": search.whole_batch_loss}
+    params = {clean_name(name): _param(name, value) for name, value in {**of_all, **trial.hyperparameters}.items()}
     scalars = _scalars(trial, search)
     # A user's metric with one of these names is renamed, so that the two are not mixed.
     taken = set(_scalar_values(trial, search))
@@ -98,7 +99,7 @@ def search_run(search: SearchRecord, statuses: Mapping[str, int], note: str | No
         "micro_batch_sizes": ", ".join(map(str, search.micro_batch_sizes)),
         "accumulation_steps_searched": ", ".join(map(str, search.accumulation_steps)),
         "search_over": search.search_over,
-        "whole_batch_loss": True if search.whole_batch_loss else None,
+        "whole_batch_loss": search.whole_batch_loss,
         "own_train_step": search.own_train_step,
         "learning_rate_scaling": search.learning_rate_scaling,
         "ghost_batch_size": search.ghost_batch_size,

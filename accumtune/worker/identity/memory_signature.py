@@ -18,7 +18,7 @@ from accumtune.worker.data.trees import leaves, map_tree
 from accumtune.worker.identity.object_description import describe, plain_attributes
 
 # The version of the measurement. A new one discards cached profiles.
-_HOW_IT_IS_MEASURED = 5
+_HOW_IT_IS_MEASURED = 6
 # Variables that select other kernels and compilers, with other workspaces.
 _ENVIRONMENT = ("TF_ENABLE_ONEDNN_OPTS", "TF_XLA_FLAGS", "XLA_FLAGS", "PYTORCH_CUDA_ALLOC_CONF", "TF_GPU_ALLOCATOR")
 
@@ -44,11 +44,11 @@ def describe_model(
     import keras
 
     from accumtune.accumulation import batch_coupled_layers
-    from accumtune.accumulation.coupling.detection import couples_samples_in_its_loss
     from accumtune.accumulation.data.batches import prepares_its_data
     from accumtune.accumulation.data.row_indices import rows_of
+    from accumtune.accumulation.losses.whole_batch_loss import would_be_wanted
 
-    outputs = _bytes_of_outputs(model, sample) if couples_samples_in_its_loss(model) else 0
+    outputs = _bytes_of_outputs(model, sample) if would_be_wanted(model) else 0
     takes_rows = not (is_pipeline or prepares_its_data(model)) and rows_of(*sample) is not None
     facts = {
         "architecture": _architecture(model, hyperparameters),
@@ -127,6 +127,8 @@ def _bytes_of_outputs(model: Any, sample: Any) -> int:
     """
     import keras
 
+    from accumtune.accumulation.losses.whole_batch_loss import reads_inputs
+
     def spec(leaf: Any) -> Any:
         if leaf is None:
             return None
@@ -138,7 +140,8 @@ def _bytes_of_outputs(model: Any, sample: Any) -> int:
         sizes = [math.prod(leaf.shape[1:]) * _bytes_per_element(leaf.dtype) for leaf in outputs if leaf is not None]
     except Exception:  # a user's model may not know its outputs; the targets often have the same size
         sizes = [sum(map(bytes_per_row, leaves(y)))]
-    return int(2 * sum(sizes) + sum(map(bytes_per_row, leaves((y, sample_weight)))))
+    inputs = x if reads_inputs(model) else None
+    return int(2 * sum(sizes) + sum(map(bytes_per_row, leaves((inputs, y, sample_weight)))))
 
 
 def _bytes_per_element(dtype: Any) -> int:

@@ -1,0 +1,136 @@
+"""Measures what a loss over the whole effective batch takes by itself: it may compare every sample with every other."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import keras
+import numpy as np
+from keras import tree
+
+from accumtune.accumulation.losses import whole_batch_loss
+from accumtune.memory.device import Device
+from accumtune.memory.prediction.profile import NO_LOSS
+
+# Batches that are tried: these, twice and four times as many, as long as their outputs take no more than that. All
+# triples of 256 samples are 64 MiB.
+_SAMPLES, _MOST_OUTPUT_BYTES = 64, 2**24
+# With JAX nothing is run, and XLA plans otherwise for small matrices (it fuses their products).
+_PLANNED_SAMPLES = 512
+# What is a smaller share of what the largest batch takes is the allocator's rounding.
+_LEAST_SHARE = 0.1
+
+
+def loss_bytes(model: Any, sample: tuple[Any, Any, Any], device: Device) -> tuple[float, float, float]:
+    """Bytes per sample, pair and triple of samples that loss and gradient take: outputs, targets and all between.
+
+    Args:
+        model: a compiled model whose loss is that of the whole effective batch.
+        sample: `(x, y, sample_weight)` of one sample.
+        device: the opened one, without a limit.
+
+    Returns:
+        Zeros where the loss does not run on made-up outputs, or the device counts whole pages of the process.
+    """
+    if device.memory_source == "process high-water mark":
+        return NO_LOSS
+    try:
+        outputs = model.compute_output_spec(tree.map_structure(_spec, sample[0]))
+        if keras.backend.backend() == "jax":
+            smallest = _PLANNED_SAMPLES
+            peaks = [_planned_bytes(model, sample, outputs, smallest * factor) for factor in (1, 2, 4)]
+        else:
+            row_bytes = sum(math.prod(leaf.shape[1:]) * 8 for leaf in tree.flatten(outputs) if leaf is not None)
+            smallest = max(2, min(_SAMPLES, _MOST_OUTPUT_BYTES // (4 * max(row_bytes, 1))))
+            peaks = [_peak_bytes(model, sample, outputs, smallest * factor, device) for factor in (1, 2, 4)]
+    except Exception:  # whatever a user's loss raises for numbers that mean nothing
+        return NO_LOSS
+    return fitted(smallest, *peaks)
+
+
+def fitted(samples: int, one: float, two: float, four: float) -> tuple[float, float, float]:
+    """Bytes per sample, pair and triple, from the peaks of so many samples, of twice and of four times as many.
+
+    Only differences count, for something is there without any sample. Of two of them there are two terms: the first
+    two, or, where that grows faster than pairs do, the last two.
+    """
+    first, second, largest = two - one, four - two, 4 * samples
+    triples = max(0.0, (second - 4 * first) / (28 * samples**3))
+    if triples * largest**3 >= _LEAST_SHARE * four:
+        return 0.0, max(0.0, (first - 7 * samples**3 * triples) / (3 * samples**2)), triples
+    pairs = max(0.0, min((second - 2 * first) / (6 * samples**2), second / (12 * samples**2)))
+    if pairs * largest**2 >= _LEAST_SHARE * four:
+        return max(0.0, (first - 3 * samples**2 * pairs) / samples), pairs, 0.0
+    return four / largest, 0.0, 0.0
+
+
+def _spec(leaf: Any) -> Any:
+    if leaf is None:
+        return None
+    return keras.KerasTensor((1, *leaf.shape[1:]), keras.backend.standardize_dtype(leaf.dtype))
+
+
+def _peak_bytes(model: Any, sample: tuple[Any, Any, Any], outputs: Any, samples: int, device: Device) -> int:
+    generator = np.random.default_rng(0)
+
+    def predicted(spec: Any) -> Any:
+        values = generator.uniform(0.1, 0.9, (samples, *spec.shape[1:]))
+        return keras.ops.convert_to_tensor(values, dtype=spec.dtype)
+
+    def repeated(leaf: Any) -> Any:
+        return None if leaf is None else keras.ops.convert_to_tensor(np.repeat(np.asarray(leaf)[:1], samples, axis=0))
+
+    before = device.current_memory_bytes()
+    device.reset_peak()
+    x, y, sample_weight = tree.map_structure(repeated, sample)
+    x = x if whole_batch_loss.reads_inputs(model) else None
+    y_pred = tree.map_structure(predicted, outputs)
+
+    def loss(y_pred: Any) -> Any:
+        return model._compute_loss(x=x, y=y, y_pred=y_pred, sample_weight=sample_weight, training=True)
+
+    _GRADIENTS[keras.backend.backend()](loss, y_pred, model)
+    return device.peak_memory_bytes() - before
+
+
+def _tensorflow_gradients(loss: Callable[[Any], Any], y_pred: Any, model: Any) -> Any:
+    import tensorflow as tf
+
+    def gradients(y_pred: Any) -> Any:
+        with tf.GradientTape() as tape:
+            tape.watch(y_pred)
+            value = loss(y_pred)
+        return value, tape.gradient(value, tree.flatten(y_pred))
+
+    return tf.function(gradients, jit_compile=model.jit_compile, autograph=False)(y_pred)
+
+
+def _torch_gradients(loss: Callable[[Any], Any], y_pred: Any, model: Any) -> Any:
+    leaves = [leaf.requires_grad_() for leaf in tree.flatten(y_pred) if leaf.is_floating_point()]
+    loss(y_pred).backward()
+    return [leaf.grad for leaf in leaves]
+
+
+_GRADIENTS = {"tensorflow": _tensorflow_gradients, "torch": _torch_gradients}
+
+
+def _planned_bytes(model: Any, sample: tuple[Any, Any, Any], outputs: Any, samples: int) -> int:
+    """What XLA plans for loss and gradient, arguments included."""
+    import jax
+
+    def spec(leaf: Any) -> Any:
+        if leaf is None:
+            return None
+        return jax.ShapeDtypeStruct((samples, *leaf.shape[1:]), jax.dtypes.canonicalize_dtype(leaf.dtype))
+
+    def loss(y_pred: Any, x: Any, y: Any, sample_weight: Any) -> Any:
+        with keras.StatelessScope():
+            return model._compute_loss(x=x, y=y, y_pred=y_pred, sample_weight=sample_weight, training=True)
+
+    x, y, sample_weight = tree.map_structure(spec, sample)
+    x = x if whole_batch_loss.reads_inputs(model) else None
+    given = tree.map_structure(spec, outputs), x, y, sample_weight
+    stats = jax.jit(jax.value_and_grad(loss)).lower(*given).compile().memory_analysis()
+    return int(stats.argument_size_in_bytes + stats.temp_size_in_bytes + stats.output_size_in_bytes)
