@@ -72,6 +72,8 @@ class Profiler:
         micro_batch_sizes: those that the search uses.
         on_probe: called with a line of text for each probe.
         timeout_seconds: the time limit of a process that builds or probes.
+        only_listed: whether no other size will be asked for. Then nothing more is probed once the largest listed size
+            has run under the budget.
     """
 
     def __init__(
@@ -85,6 +87,7 @@ class Profiler:
         micro_batch_sizes: Sequence[int],
         on_probe: Callable[[str], None] = lambda line: None,
         timeout_seconds: float = DEFAULT_SECONDS,
+        only_listed: bool = False,
     ) -> None:
         self._executor = executor
         self._payload_file = payload_file
@@ -94,6 +97,7 @@ class Profiler:
         self._micro_batch_sizes = tuple(sorted(micro_batch_sizes))
         self._on_probe = on_probe
         self._timeout_seconds = timeout_seconds
+        self._only_listed = only_listed
         self._facts: dict[str, ModelFacts] = {}
         self._profiles: dict[str, Profile] = {}
         self._numbers = itertools.count()
@@ -194,6 +198,10 @@ class Profiler:
     def _next_size(self, profile: Profile, facts: ModelFacts) -> int | None:
         if self._memory_budget_bytes is not None and facts.static_bytes > self._memory_budget_bytes:
             return None  # the parameters alone are too large
+        if self._only_listed and self._memory_budget_bytes is not None:
+            largest_that_ran, _ = profile.bracket(max(_PROBED_ACCUMULATION_STEPS), self._memory_budget_bytes)
+            if largest_that_ran >= self._micro_batch_sizes[-1]:
+                return None
         size = next_probe_size(profile, self._memory_budget_bytes, self._micro_batch_sizes)
         if size is None and not any(measurement.is_feasible for measurement in profile.measurements):
             # Not even the smallest listed size fits: probe smaller ones.

@@ -109,6 +109,7 @@ class SearchProcesses:
             micro_batch_sizes=self._micro_batch_sizes,
             on_probe=on_probe,
             timeout_seconds=self._timeout_seconds,
+            only_listed=True,
         )
 
     def runs(

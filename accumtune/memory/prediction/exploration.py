@@ -9,6 +9,8 @@ from accumtune.memory.prediction.profile import LARGEST_EXTRAPOLATION, MARGIN, M
 
 # Once the slope is known, the next probe may be this many times as large.
 LARGEST_PROBE_STEP = 8
+# A size clearly fits if, even were the whole peak to grow with it, the budget is this many times the peak.
+CLEAR_ROOM = 1.5
 # A size within this factor of a measured one is not worth a probe.
 SMALLEST_PROBE_STEP = 1.2
 
@@ -16,9 +18,9 @@ SMALLEST_PROBE_STEP = 1.2
 def next_probe_size(profile: Profile, budget_bytes: int | None, micro_batch_sizes: Sequence[int]) -> int | None:
     """Returns the size to probe next, or `None` when enough is known.
 
-    First the smallest, then larger ones, each at most eightfold (any factor if steps are rehearsed), until the largest
-    that should fit is measured. Without a budget, until most of the peak grows with the micro-batch, and at most four
-    sizes.
+    First the smallest, then larger ones, each at most eightfold (any factor where it clearly fits, or if steps are
+    rehearsed), until the largest that should fit is measured. Without a budget, until most of the peak grows with the
+    micro-batch, and at most four sizes.
 
     Args:
         profile: the measurements so far.
@@ -47,7 +49,8 @@ def next_probe_size(profile: Profile, budget_bytes: int | None, micro_batch_size
         # The prediction was wrong: bisect between the sizes that ran and failed.
         halfway = [size for size in larger if size * size <= measured[-1] * failed] or larger[:1]
         return halfway[-1] if halfway else None
-    within_reach = [size for size in larger if size <= _reach(profile)] or larger[:1]
+    reach = _reach(profile)
+    within_reach = [s for s in larger if s <= reach or _clearly_fits(profile, s, budget_bytes)] or larger[:1]
     return within_reach[-1] if within_reach else None
 
 
@@ -67,6 +70,12 @@ def _is_open(profile: Profile, size: int, budget_bytes: int | None) -> bool:
     if profile.is_rehearsed:
         return profile.largest_rehearsed(steps, budget_bytes, size) == size
     return profile.needed_bytes(size, steps) * (1 + MARGIN) + MIB <= budget_bytes
+
+
+def _clearly_fits(profile: Profile, size: int, budget_bytes: int | None) -> bool:
+    largest = profile.measured_sizes()[-1]
+    peaks = [m.peak_memory_bytes or 0 for m in profile.measurements if m.micro_batch_size == largest]
+    return budget_bytes is not None and CLEAR_ROOM * max(peaks) * size / largest + MIB <= budget_bytes
 
 
 def _reach(profile: Profile) -> float:
