@@ -161,11 +161,21 @@ LONG_PAGES = {
         {'"runs:/0123456789abcdef/best_config.json"': 'f"runs:/{search_run}/best_config.json"', "1GiB": "32MiB",
          "verify(build_model, x, y)": "verify(build_model, x, y, peak_tolerance=0.5)", "epochs=100": "epochs=1"},
     ),
-    "how-to/several-gpus.md": ("", {"20GiB": "64MiB"}),
+    "how-to/several-gpus.md": (
+        "", {"20GiB": "64MiB", "MirroredStrategy()": 'MirroredStrategy(["CPU:0", "CPU:1"])'},
+    ),
     "how-to/shared-gpu.md": ("", {}),
     "how-to/tf-data.md": (RECORDS, SHORT),
     "index.md": ("", SMALL),
 }  # fmt: skip
+TWO_DEVICES = """
+import tensorflow as tf
+
+(cpu,) = tf.config.list_physical_devices("CPU")
+tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * 2)
+"""
+# What has to run before anything else on a page.
+FIRST = {"how-to/several-gpus.md": TWO_DEVICES}
 # Pages whose code runs elsewhere: the tutorial above.
 OTHER_PAGES = {"tutorial.md"}
 
@@ -193,7 +203,7 @@ def test_the_blocks_of_a_short_page_run(page, tmp_path, monkeypatch):
 @pytest.mark.parametrize("page", LONG_PAGES)
 def test_the_blocks_of_a_long_page_run(page, tmp_path):
     """Those that make a tuner, which starts processes. Each page is a process of its own."""
-    (tmp_path / "page.py").write_text(script_of(page, *LONG_PAGES[page]))
+    (tmp_path / "page.py").write_text(FIRST.get(page, "") + script_of(page, *LONG_PAGES[page]))
     done = forked.run([sys.executable, "page.py"], cwd=tmp_path, capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stdout + done.stderr
 
