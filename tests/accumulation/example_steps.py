@@ -93,7 +93,7 @@ class Sampling(layers.Layer):
 
 
 class Vae(Tracked):
-    """vae: draws from what the encoder gives, two losses, three means as logs."""
+    """vae: random draws from the encoder's distribution, two losses, three means as logs."""
 
     names = ("loss", "reconstruction_loss", "kl_loss")
 
@@ -148,7 +148,7 @@ class VqVae(Tracked):
 
 
 class RealNvp(Tracked):
-    """real_nvp: the likelihood of coupling layers, weights that are regularized."""
+    """real_nvp: the likelihood of coupling layers, regularized weights."""
 
     def __init__(self):
         super().__init__()
@@ -170,7 +170,7 @@ class RealNvp(Tracked):
 
 
 class Molecules(Tracked):
-    """molecule_generation: a penalty on a gradient with respect to what it generates, interpolated by draws."""
+    """molecule_generation: a penalty on a gradient with respect to randomly interpolated molecules."""
 
     def __init__(self):
         super().__init__()
@@ -254,7 +254,7 @@ def moments(x):
 
 
 class TextualInversion(OwnStep):
-    """textual_inversion: everything is frozen but one row of an embedding, by its gradient."""
+    """textual_inversion: all weights are frozen except one row of an embedding, whose gradient is masked."""
 
     new = 3
 
@@ -301,7 +301,7 @@ class Speech(OwnStep):
 
 
 class MaskedLanguage(OwnStep):
-    """masked_language_modeling: a loss for each token, with weights, is differentiated."""
+    """masked_language_modeling: the unreduced loss of each token, with weights, is differentiated."""
 
     def __init__(self):
         super().__init__(network((5, 3), 6))
@@ -318,7 +318,7 @@ class MaskedLanguage(OwnStep):
 
 
 class GraphAttention(OwnStep):
-    """gat: samples are numbers of nodes, the graph is a part of the model."""
+    """gat: samples are indices of nodes, the graph is a part of the model."""
 
     def __init__(self):
         super().__init__(network(3, 4, rate=0))
@@ -386,7 +386,7 @@ class Distiller(OwnStep):
 
 
 class MaskedImages(OwnStep):
-    """masked_image_modeling: which patches of a picture are hidden is drawn by sorting."""
+    """masked_image_modeling: the hidden patches of a picture are drawn by sorting random numbers."""
 
     def __init__(self):
         super().__init__(network((6, 2), 2))
@@ -404,7 +404,7 @@ class MaskedImages(OwnStep):
 
 
 class Compiled(OwnStep):
-    """edsr, trainer_pattern: the loss and the metrics of `compile`, called by hand."""
+    """edsr, trainer_pattern: the step calls the loss and the metrics of `compile` itself."""
 
     def __init__(self, net=None):
         super().__init__(net or network(4, 3))
@@ -426,7 +426,7 @@ class Compiled(OwnStep):
 
 
 class Nerf(Tracked):
-    """nerf: what is seen along each ray, and a metric of each picture."""
+    """nerf: rendering along rays, and a metric of each picture."""
 
     names = ("loss", "psnr")
 
@@ -458,7 +458,7 @@ class DropPath(layers.Layer):
 
 
 class ShiftVit(Compiled):
-    """shiftvit: patches that are shifted, normalized by layer, with stochastic depth."""
+    """shiftvit: shifted patches, layer normalization, stochastic depth."""
 
     def __init__(self):
         inputs = keras.Input((6, 2))
@@ -479,7 +479,7 @@ class PatchConvNet(Compiled):
 
 
 class ZeroDce(OwnStep):
-    """zero_dce: curves for each picture, four losses of which one divides by the batch itself; they are the logs."""
+    """zero_dce: curves for each picture; four losses, which are the logs, one divided by the batch size in the step."""
 
     def __init__(self):
         super().__init__(network((6, 3), 3))
@@ -498,7 +498,7 @@ class ZeroDce(OwnStep):
 
 
 class SecondOrder(OwnStep):
-    """debugging_tips: the gradient of the loss and the gradient of that gradient, half and half."""
+    """debugging_tips: the mean of the gradient and the gradient of that gradient."""
 
     def __init__(self):
         super().__init__(network(4, 3))
@@ -577,7 +577,7 @@ class Ddim(Tracked):
 
 
 class Siamese(OwnStep):
-    """siamese_network: three views through one network, the loss of each sample is differentiated."""
+    """siamese_network: three views through one network, the unreduced loss of each sample is differentiated."""
 
     def __init__(self, *normalization):
         super().__init__(network(4, 3, *normalization))
@@ -613,7 +613,7 @@ def similarity(predicted, made):
 
 
 class ConsistencyTraining(Tracked):
-    """consistency_training: two views of a sample, a frozen teacher of which one is seen."""
+    """consistency_training: two views of a sample, one of them through a frozen teacher."""
 
     def __init__(self, *normalization):
         super().__init__(network(4, 3, *normalization))
@@ -631,7 +631,7 @@ class ConsistencyTraining(Tracked):
 
 
 class FunctionMatching(OwnStep):
-    """better_knowledge_distillation: what the teacher sees is all that is learned from."""
+    """better_knowledge_distillation: the student learns from the teacher's predictions only."""
 
     def __init__(self, *normalization):
         super().__init__(network(4, 3, *normalization))

@@ -22,14 +22,14 @@ class ClippedByHand(Plain):
 
 
 class Normalized(Plain):
-    """debugging_tips, as it ends: gradients of length 1."""
+    """debugging_tips, as it ends: gradients of norm 1."""
 
     def gradients(self, gradients):
         return [one / (ops.norm(one) + 1e-12) for one in gradients]
 
 
 class Counts(Plain):
-    """debugging_tips, as it prints: a counter that is no variable."""
+    """debugging_tips, as it prints: a counter that is not a variable."""
 
     steps = 0
 
@@ -49,7 +49,7 @@ class DualEncoder(Plain):
 
 
 class MetricLearning(Plain):
-    """metric_learning: each anchor's positive is the one of its number among all positives."""
+    """metric_learning: each anchor is compared with the positives of all samples."""
 
     def objective(self, data):
         anchors, positives = (ops.normalize(self.net(part, training=True), axis=-1) for part in data)
@@ -91,7 +91,7 @@ class AdaMatch(Plain):
 
 
 class DepthEstimation(Plain):
-    """depth_estimation: smoothness is weighed by means over the batch."""
+    """depth_estimation: smoothness is weighted by means over the batch."""
 
     def objective(self, data):
         x, y = data
