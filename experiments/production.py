@@ -101,7 +101,7 @@ def load_config(options):
 
 def start_run(config, options):
     """In the search's experiment; the same run after a kill."""
-    # Not the address in the configuration: whoever wrote that would get this machine's token.
+    # Not the address in the configuration: its author's server would get this machine's token.
     uri = options.tracking_uri or os.environ.get("MLFLOW_TRACKING_URI")
     mlflow.set_tracking_uri(uri or DEFAULT_TRACKING_URI)
     if not uri:

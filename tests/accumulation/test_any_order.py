@@ -156,7 +156,7 @@ class AnyOrder(RuleBasedStateMachine):
             np.testing.assert_allclose(one, other, rtol=1e-8, atol=1e-8)
 
     def draws_in_parts_of(self, size):
-        """From now on the plain model draws as micro-batches of this size do."""
+        """Makes the plain model draw as micro-batches of this size do, from now on."""
         for layer in self.plain.layers if self.case.draws else ():
             if isinstance(layer, Dropout) and layer.size != size:
                 layer.size, self.plain.train_function = size, None

@@ -104,7 +104,7 @@ def test_own_compute_loss_is_reported():
     assert [item.kind for item in batch_coupled_layers(model)] == ["OwnLoss"]
 
 
-# Layers and models of a user, tried out
+# Layers and models of a user, tested with data
 
 
 class Centers(layers.Layer):

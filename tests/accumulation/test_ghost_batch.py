@@ -315,7 +315,7 @@ def test_normalizations_that_cannot_work_in_groups(make, reason):
 
 @pytest.mark.parametrize("micro_batch_size", [GHOST, 2 * GHOST])
 def test_rows_that_are_no_samples(micro_batch_size):
-    """Which sample a row belongs to cannot be told where the first axis is another one."""
+    """If the first axis is not that of the samples, the sample of a row is unknown."""
 
     def folded():
         inputs = keras.Input((4,))

@@ -19,7 +19,7 @@ SAMPLES = 12
 
 
 class Seen(keras.metrics.Metric):
-    """How many samples it was given: more than there are where a step was begun again."""
+    """Counts the samples that it gets: more than there are if a step is run twice."""
 
     def __init__(self):
         super().__init__(name="seen")

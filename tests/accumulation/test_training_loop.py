@@ -174,7 +174,7 @@ def test_train_on_batch():
 
 
 class Halves(keras.callbacks.Callback):
-    """Halves the learning rate after every batch that it is told of."""
+    """Halves the learning rate after every batch that Keras reports to it."""
 
     def on_train_batch_end(self, batch, logs=None):
         self.model.optimizer.learning_rate = float(self.model.optimizer.learning_rate) / 2

@@ -51,7 +51,7 @@ def serve():
 
 @pytest.fixture(autouse=True)
 def caller(tmp_path, monkeypatch):
-    """Somebody with a token, in a folder of their own, whose own store does not answer for long."""
+    """A user with a token, in an empty folder, whose own store does not answer."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     monkeypatch.setenv("MLFLOW_TRACKING_TOKEN", TOKEN)
@@ -124,7 +124,7 @@ def store_with_artifacts_at(address):
 @pytest.mark.parametrize("scheme", ["http", "mlflow-artifacts"])
 @pytest.mark.parametrize("source", ["runs:/r", "models:/net@best", "digits", "weights"])
 def test_artifacts_on_a_server_that_the_store_names_are_not_fetched(serve, scheme, source):
-    """Whoever may make an experiment decides where its artifacts lie."""
+    """The author of an experiment chooses the address of its artifacts."""
     other = serve()
     own = serve(store_with_artifacts_at(other.address.replace("http", scheme, 1)))
     with pytest.raises(ConfigError, match="keeps its artifacts at"):

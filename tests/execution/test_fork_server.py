@@ -127,7 +127,7 @@ def test_an_outcome_that_is_damaged(tmp_path):
 
 @pytest.mark.parametrize("backend", ["tensorflow", "jax", "torch"])
 def test_what_the_server_imports_ahead_is_there(backend):
-    """A name that is gone would only be noted in its log, and each task would import the module anew."""
+    """A missing module would only be written to the log, and each task would import it again."""
     ahead = [name for name in fork_server_client._preload(backend).split(",") if name.startswith("accumtune.")]
     assert "accumtune.worker.training" in ahead
     for name in ahead:

@@ -130,7 +130,7 @@ def look():
 
 
 def test_a_child_finds_its_device_and_computes_with_its_threads(executor, tmp_path):
-    """No GPU is needed to see what a framework would be told; the threads are counted."""
+    """Needs no GPU: the settings for frameworks are checked, and the threads are counted."""
     found = {}
     for cores in (1, 5):
         directory = TaskDirectory(tmp_path / f"task{cores}")
@@ -164,7 +164,7 @@ def test_a_child_from_which_gpus_are_hidden_trains_on_the_cpu(monkeypatch):
 
 
 class Cluster:
-    """Machines of several types: tells what it was asked to do on each."""
+    """Machines of several types; notes what each was asked to run."""
 
     backend = "tensorflow"
 

@@ -181,7 +181,7 @@ def test_a_probe_that_is_lost_is_sent_again(threads, tmp_path):
 
 
 class Waits(keras.callbacks.Callback):
-    """Each epoch takes a while, and says that it has begun."""
+    """Each epoch takes a while, and signals its start."""
 
     def __init__(self, path, seconds):
         super().__init__()

@@ -14,7 +14,7 @@ LARGEST = 1024
 
 
 def need(size, static, slope, waste=0.0):
-    """MiB that a limit must have; what is measured is less, by the allocator's waste."""
+    """Returns the smallest limit in MiB; the measured peak is smaller by the allocator's waste."""
     return (static + slope * size) * (1 + waste)
 
 

@@ -280,11 +280,11 @@ def test_what_tensorflow_says_when_memory_runs_out():
 
 
 class XlaRuntimeError(RuntimeError):
-    """JAX's, by name."""
+    """Has the name of JAX's error."""
 
 
 class OutOfMemoryError(RuntimeError):
-    """torch's, by name."""
+    """Has the name of torch's error."""
 
 
 def test_what_others_say_when_memory_runs_out():

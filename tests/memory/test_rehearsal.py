@@ -142,7 +142,7 @@ def test_a_device_runs_one_operation_at_a_time_and_leaves_graphs_as_they_are(val
 
 
 def trace(size, *requests, phase=(1, 0)):
-    """A training that asks for each of these (name, bytes) and gives it back at the end."""
+    """Makes the trace of a training that requests each of these (name, bytes) and frees all at its end."""
     count = len(requests)
     events = [bytes_ for _, bytes_ in requests] + [-1 - place for place in range(count)]
     return Trace(size, tuple(events), tuple(name for name, _ in requests), (phase, (2, len(events))))

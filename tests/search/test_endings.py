@@ -21,7 +21,7 @@ from accumtune.tracking.journal import Journal, read_search
 
 
 class Misbehaving(keras_tuner.HyperModel):
-    """Trials that end in every way there is; in the probes they behave."""
+    """Trials that end in every possible way; probes succeed."""
 
     def build(self, hp):
         behaviour = hp.Choice("behaviour", ["fine", "raises", "diverges", "is killed", "hangs", "fine again"])

@@ -28,7 +28,7 @@ def test_files_of_the_user_stay_whatever_the_search_does(tmp_path, monkeypatch):
         assert [file.read_text() for file in theirs] == ["mine"] * 4
         assert not (tmp_path / "mnist" / "payload").exists()
     assert len(tuner.record().trials) == 1
-    # Only to look, and to begin anew, while another process searches.
+    # Only to read, and to start over, while another process searches.
     (tmp_path / "mnist" / "oracle.json").write_bytes(b"{")  # as if it were written at this moment, not whole
     before = contents(tmp_path / "mnist")
     with held(tmp_path / "mnist") as is_held:

@@ -176,7 +176,7 @@ def build(rates=(0.1, 0.3), drop=0.0):
 
 
 def batches():
-    """Of data that a generator of its own draws anew each time."""
+    """Returns data that a generator without a seed draws again each time."""
     x = np.random.default_rng().normal(size=(64, 16)).astype("float32")
     return x, (x.sum(axis=1, keepdims=True) > 0).astype("float32")
 

@@ -17,7 +17,7 @@ def never():
 
 
 class Training:
-    """Says when it has begun, and ends when it may."""
+    """Signals its start, and ends when a test allows it."""
 
     def __init__(self, result=RESULT):
         self.result, self.begun, self.may_end = result, Event(), Event()

@@ -52,7 +52,7 @@ def test_a_search_trains_different_things_within_the_budget_and_resumes(tmp_path
     assert tuner.pareto_front()
     assert any(not candidate.is_trained for candidate in tuner.candidates())
 
-    # The same script again: nothing is trained twice, and a larger search goes on where it was.
+    # The same script again: nothing is trained twice, and a larger search resumes.
     again = search(make(tmp_path, max_trials=4))
     assert len(again.record().with_status("completed")) == 4
     search(again)  # max_trials is that of the search, not of a call

@@ -13,7 +13,7 @@ from accumtune.tracking.journal import Journal
 
 
 class World:
-    """Candidates of one training, whose memory and speed show when they run."""
+    """Candidates of one training, whose memory and speed are known only after they have run."""
 
     def __init__(self, fits):
         trained = Candidate(0.5, 100.0, 10.0, 8, 1, 8, {}, "0", is_trained=True, is_measured=True)

@@ -43,7 +43,7 @@ def test_a_dead_server_harms_nothing(finished, uri):
 def test_a_server_that_answers_again_is_waited_for_though_a_request_was_silent(
     made, start_server, tmp_path, empty_store, monkeypatch
 ):
-    """As where it was restarted: MLflow repeats what was on its way after up to minutes."""
+    """As after a restart: MLflow repeats a lost request only after minutes."""
     monkeypatch.setattr(tracking, "_SILENCE_SECONDS", 0.0)
     monkeypatch.setattr(reaching, "_CONNECT_SECONDS", 60.0)
     (tmp_path / "server.db").write_bytes(empty_store.read_bytes())
@@ -92,7 +92,7 @@ def test_a_silent_server_does_not_hold_up_the_end(finished):
 
 
 def test_a_server_that_was_silent_for_long_is_not_waited_for(finished, monkeypatch):
-    """However long an answering one would be: without that, this test would take an hour."""
+    """The limit for a server that answers is an hour, which this test would take otherwise."""
     monkeypatch.setattr(tracking, "_SILENCE_SECONDS", 0.0)
     with silent_server() as address:
         tracker = Tracker(finished.folder, address, stop_seconds=3600)

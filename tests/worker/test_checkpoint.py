@@ -217,7 +217,7 @@ def test_a_state_that_is_not_this_training_s_is_not_used(train, whole, change):
 
 
 def test_a_process_that_was_given_up_writes_nothing_more(train, executor, tmp_path):
-    """A machine that was thought dead comes back while the trial runs elsewhere."""
+    """A machine that seemed to have failed continues while the trial runs on another one."""
 
     class Replaced(keras.callbacks.Callback):
         def __init__(self, path):

@@ -54,7 +54,7 @@ def cached():
 
 
 class MakesItHere(keras_tuner.HyperModel):
-    """The pipeline is made by whoever calls the function, here in the trial's own process."""
+    """Calls the function itself, so that the pipeline is in the trial's own process."""
 
     def build(self, hp):
         return build(hp)

@@ -20,7 +20,7 @@ def build(hp):
 
 
 def in_a_loop(model, callbacks, **kwargs):
-    """As keras.io's guide on custom training loops has it."""
+    """As in keras.io's guide on custom training loops."""
     for callback in callbacks:
         callback.set_model(model)
     for layer in model.layers:

@@ -49,7 +49,7 @@ def _jax_allocator() -> int:
 
 @contextlib.contextmanager
 def _planned_by_xla() -> Iterator[Callable[[], int]]:
-    """Every function that is jitted while this is open tells what it needs."""
+    """Notes the memory of every function that is jitted inside the `with` block."""
     import jax
     from keras.src.backend.jax import trainer
 
