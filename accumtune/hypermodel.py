@@ -10,7 +10,7 @@ import keras
 import keras_tuner
 
 from accumtune.accumulation import accumulate
-from accumtune.accumulation.batch_pair import BatchPair, without_batch
+from accumtune.accumulation.batch_pair import BatchPair, ghost_batch_of, without_batch
 from accumtune.errors import BudgetTooSmallError
 from accumtune.execution.platform_support import require_linux
 from accumtune.execution.profiling import check_sizes
@@ -94,6 +94,7 @@ class AccumulationHyperModel(keras_tuner.HyperModel):
         pair = self._pair(hp)
         # Only accumtune's own tuners choose a ghost batch; they set the effective batch too.
         ghost = hp.values.get("ghost_batch_size") if "effective_batch_size" in hp.values else None
+        ghost = ghost_batch_of(pair.effective_batch_size, ghost)
         model = accumulate(self.build_plain(hp), pair.micro_batch_size, ghost_batch_size=ghost)
         return fit_by_default(model, pair.effective_batch_size)
 
@@ -110,7 +111,7 @@ class AccumulationHyperModel(keras_tuner.HyperModel):
             if pair.micro_batch_size in self.micro_batch_sizes and pair.accumulation_steps in self.accumulation_steps:
                 # The oracle learns from the pair that runs, unless its lists do not have it.
                 hp.values.update(micro_batch_size=pair.micro_batch_size, accumulation_steps=pair.accumulation_steps)
-        feed_by_batches(model, pair.effective_batch_size, pair.micro_batch_size)
+        feed_by_batches(model, pair.effective_batch_size, pair.micro_batch_size, min(self.micro_batch_sizes))
         fit = getattr(self.hypermodel, "fit", None)
         return model.fit(*args, **kwargs) if fit is None else fit(hp, model, *args, **kwargs)
 

@@ -49,6 +49,7 @@ def install(model: Any, accumulation: Accumulation) -> Any:
         "_accumtune_samples": None,  # a few of the first batch, see known_samples.py
         "_accumtune_validation_size": None,  # of the fit that is running
         "_accumtune_metric_batch_size": None,  # of its validation, for metrics over the batch
+        "_accumtune_test_step_batch_size": None,  # of its validation, for a test_step of the model's own
         "_accumtune_validation_samples": None,  # the number of samples in its validation data, if known
         "_accumtune_is_validating": False,  # whether that validation is running, and not another evaluation
         "_accumtune_counts_batches": False,  # whether the fit that is running has set steps_per_epoch by itself
@@ -252,7 +253,8 @@ def _fit(model: Any, own: Any) -> Any:
             with replaced(model, {**during, "_accumtune_metric_batch_size": size}):
                 return type(model).fit(model, **given)
         # A fit that prepares the data, or an autologger's, gets data and arguments as they were given.
-        size = None if kwargs.get("validation_batch_size") else accumulation.micro_batch_size
+        size = model._accumtune_test_step_batch_size or accumulation.micro_batch_size
+        size = None if kwargs.get("validation_batch_size") else size
         counts_batches = kwargs.get("steps_per_epoch") is None
         with replaced(model, {"_accumtune_validation_size": size, "_accumtune_counts_batches": counts_batches}):
             return own(*args, **kwargs) if own is not None else type(model).fit(model, *args, **kwargs)

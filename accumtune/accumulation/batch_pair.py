@@ -37,6 +37,11 @@ class BatchPair:
         return f"{self.effective_batch_size} = {self.micro_batch_size} × {self.accumulation_steps}"
 
 
+def ghost_batch_of(effective_batch_size: int, ghost_batch_size: int | None) -> int | None:
+    """The ghost batch of a training in a search: a smaller effective batch is one group."""
+    return None if ghost_batch_size is None else min(ghost_batch_size, effective_batch_size)
+
+
 def without_batch(values: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the hyperparameters without the batch sizes."""
     return {name: value for name, value in values.items() if name not in BATCH_HYPERPARAMETERS}

@@ -6,6 +6,7 @@ import warnings
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from accumtune.accumulation.batch_pair import ghost_batch_of
 from accumtune.config.production import batch_values, installed_versions
 from accumtune.errors import BatchSizeError, BudgetTooSmallError
 from accumtune.memory.budget import format_bytes, parse_budget
@@ -60,7 +61,7 @@ def for_replicas(config: TrainingConfig, replicas: int) -> TrainingConfig:
             f"use one of these numbers of devices, or an effective batch of {' or '.join(map(str, near))}.",
         )
     share = effective // replicas
-    ghost = config.ghost_batch_size or 1
+    ghost = ghost_batch_of(effective, config.ghost_batch_size) or 1
     micro = max((size for size in divisors(share) if size <= config.micro_batch_size and size % ghost == 0), default=0)
     if not micro:
         raise BatchSizeError(
@@ -98,7 +99,7 @@ def fitted(config: TrainingConfig, profile: Profile, budget_bytes: int, backend:
     Raises:
         BudgetTooSmallError: none fits.
     """
-    share, ghost = _share(config), config.ghost_batch_size
+    share, ghost = _share(config), ghost_batch_of(config.effective_batch_size, config.ghost_batch_size)
     fitting = [size for size in _micro_batch_sizes(config) if profile.fits(size, share // size, budget_bytes)]
     if not fitting:
         least = ghost or 1
@@ -132,7 +133,7 @@ def fitted(config: TrainingConfig, profile: Profile, budget_bytes: int, backend:
 
 def _micro_batch_sizes(config: TrainingConfig) -> list[int]:
     """Returns the micro-batch sizes that train the same."""
-    share, ghost = _share(config), config.ghost_batch_size or 1
+    share, ghost = _share(config), ghost_batch_of(config.effective_batch_size, config.ghost_batch_size) or 1
     return [size for size in divisors(share) if size % ghost == 0] or [ghost]
 
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
-from accumtune.accumulation.batch_pair import BATCH_HYPERPARAMETERS
+from accumtune.accumulation.batch_pair import BATCH_HYPERPARAMETERS, ghost_batch_of
 from accumtune.errors import DataError
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ def accumulate(config: TrainingConfig, model: Any) -> Any:
         model,
         micro_batch_size=config.micro_batch_size,
         whole_batch_loss=choice_of_loss(config),
-        ghost_batch_size=config.ghost_batch_size,
+        ghost_batch_size=ghost_batch_of(config.effective_batch_size, config.ghost_batch_size),
     )
     return fit_by_default(accumulating, config.fit_arguments()["batch_size"])
 

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from accumtune.accumulation.batch_pair import BATCH_HYPERPARAMETERS
+from accumtune.accumulation.batch_pair import BATCH_HYPERPARAMETERS, ghost_batch_of
 from accumtune.errors import ConfigError
 
 SCHEMA_VERSION = 1
@@ -134,9 +134,9 @@ def _inconsistency(values: Mapping[str, Any]) -> str | None:
     for name in BATCH_HYPERPARAMETERS:
         if values["hyperparameters"].get(name, values[name]) != values[name]:
             return f"{name} is {values[name]}, but {values['hyperparameters'][name]!r} among the hyperparameters"
-    ghost = values.get("ghost_batch_size")
+    ghost = ghost_batch_of(effective, values.get("ghost_batch_size"))
     if ghost and micro % ghost:
-        return f"micro_batch_size {micro} is not a multiple of ghost_batch_size {ghost}"
+        return f"micro_batch_size {micro} is not a multiple of ghost_batch_size {values['ghost_batch_size']}"
     if values.get("learning_rate_scaling") and not values.get("base_effective_batch_size"):
         return "learning_rate_scaling needs base_effective_batch_size, to which it is relative"
     return "it holds a number that is not finite" if not _is_finite(values) else None

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from accumtune.accumulation import accumulate
+from accumtune.accumulation.batch_pair import ghost_batch_of
 from accumtune.accumulation.own_step.own_train_step import can_be_evaluated
 from accumtune.execution.device_query import current_backend
 from accumtune.execution.executors import LocalExecutor
@@ -47,7 +48,8 @@ class FixedHyperModel:
 
     def build(self, hp: Any) -> Any:
         model = self.builder.build_plain(hp)
-        return accumulate(model, self.micro_batch_size, ghost_batch_size=self.ghost_batch_size)
+        ghost = ghost_batch_of(self.effective_batch_size, self.ghost_batch_size)
+        return accumulate(model, self.micro_batch_size, ghost_batch_size=ghost)
 
     def fit(self, hp: Any, model: Any, *args: Any, **kwargs: Any) -> Any:
         feed_by_batches(model, self.effective_batch_size, self.micro_batch_size)

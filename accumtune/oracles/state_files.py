@@ -79,6 +79,7 @@ def _tuner_state(folder: Path, file: Path) -> dict[str, Any] | None:
             "batch_coupled_layers": list(search.batch_coupled_layers),
             "whole_batch_loss": search.whole_batch_loss,
             "own_train_step": search.own_train_step,
+            "has_own_test_step": "validation_batch_size" in search.identity,
             "ghost_batch_size": search.ghost_batch_size,
         }
     return read_state(_previous(file))

@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
-from accumtune.accumulation.batch_pair import BatchPair
+from accumtune.accumulation.batch_pair import BatchPair, ghost_batch_of
 
 # The budget of a search without one: only pairs that have run out of memory do not fit.
 _NO_LIMIT = 2**62
@@ -39,9 +39,9 @@ def feasible_pairs(
     """Returns the pairs of one effective batch that fit the budget, smallest micro-batch first.
 
     Other divisors of the effective batch are used only if none of the listed sizes fits. With a ghost batch,
-    micro-batches are multiples of it.
+    micro-batches are multiples of it; a smaller effective batch is one micro-batch, and one group.
     """
-    step = ghost_batch_size or 1
+    step = ghost_batch_of(effective_batch_size, ghost_batch_size) or 1
     divisors = [size for size in range(step, effective_batch_size + 1, step) if effective_batch_size % size == 0]
     for sizes in ([size for size in divisors if size in set(micro_batch_sizes)], divisors):
         pairs = [BatchPair(size, effective_batch_size // size) for size in sizes]
@@ -95,7 +95,8 @@ def next_smaller_pair(
     ghost_batch_size: int | None = None,
 ) -> BatchPair | None:
     """Returns the pair of the same effective batch with the next smaller micro-batch; None if there is none."""
-    effective, step = pair.effective_batch_size, ghost_batch_size or 1
+    effective = pair.effective_batch_size
+    step = ghost_batch_of(effective, ghost_batch_size) or 1
     divisors = [size for size in range(step, pair.micro_batch_size, step) if effective % size == 0]
     listed = [size for size in divisors if size in set(micro_batch_sizes)]
     size = max(listed if listed or only_listed else divisors, default=None)

@@ -50,7 +50,7 @@ class SearchSpace:
         self._processes = processes
         self.listed_micro_batch_sizes = tuple(micro_batch_sizes)
         self._accumulation_steps = tuple(accumulation_steps)
-        self._asked_ghost_batch_size = ghost_batch_size
+        self.asked_ghost_batch_size = ghost_batch_size
         self._memory_budget_bytes = memory_budget_bytes
         self.ghost_batch_size: int | None = None
         self._initial_space = oracle.hyperparameters.copy()
@@ -59,6 +59,7 @@ class SearchSpace:
         self.asked_whole_batch_loss = whole_batch_loss
         self.whole_batch_loss: bool | None = None
         self.own_train_step: str | None = None
+        self.has_own_test_step = False
         self._is_discovered = False
         self._wants_data = False
 
@@ -68,8 +69,21 @@ class SearchSpace:
         return ghost_batches.multiples(self.listed_micro_batch_sizes, self.ghost_batch_size)
 
     @property
+    def test_step_batch_size(self) -> int | None:
+        """The samples that a `test_step` of the models' own gets at a time, in all trials; None without one."""
+        return min(self.listed_micro_batch_sizes) if self.has_own_test_step else None
+
+    @property
+    def listed_effective_batch_sizes(self) -> tuple[int, ...]:
+        """The products of both lists."""
+        return effective_batch_sizes(self.listed_micro_batch_sizes, self._accumulation_steps)
+
+    @property
     def effective_batch_sizes(self) -> tuple[int, ...]:
-        return effective_batch_sizes(self.micro_batch_sizes, self._accumulation_steps)
+        """Those that are searched: with a ghost batch, what it realises."""
+        if self.search_over == "pairs":
+            return effective_batch_sizes(self.micro_batch_sizes, self._accumulation_steps)
+        return ghost_batches.realised(self.listed_effective_batch_sizes, self.ghost_batch_size)
 
     def discover(self) -> None:
         """Builds the model once, to find its hyperparameters and what couples its samples."""
@@ -122,7 +136,8 @@ class SearchSpace:
         return changed
 
     def get_state(self) -> dict[str, Any]:
-        names = ("search_over", "batch_coupled_layers", "whole_batch_loss", "own_train_step", ghost_batches.NAME)
+        names = ("search_over", "batch_coupled_layers", "whole_batch_loss", "own_train_step", "has_own_test_step",
+                 ghost_batches.NAME)  # fmt: skip
         return {name: getattr(self, name) for name in names}
 
     def set_state(self, state: Mapping[str, Any]) -> None:
@@ -130,7 +145,8 @@ class SearchSpace:
         self.batch_coupled_layers = state.get("batch_coupled_layers", [])
         self.whole_batch_loss = state.get("whole_batch_loss")
         self.own_train_step = state.get("own_train_step")
-        self.ghost_batch_size = ghost_batches.resolved(self._asked_ghost_batch_size, state.get(ghost_batches.NAME))
+        self.has_own_test_step = state.get("has_own_test_step", False)
+        self.ghost_batch_size = ghost_batches.resolved(self.asked_ghost_batch_size, state.get(ghost_batches.NAME))
 
     def _discover(self, space: Any) -> dict[str, Any]:
         discovered = self._processes.discover(self._hypermodel, space)
@@ -138,19 +154,20 @@ class SearchSpace:
         is_mean = self.asked_whole_batch_loss is not False
         self.whole_batch_loss = True if discovered["whole_batch_loss"] else None if is_mean else False
         self.own_train_step = discovered["own_train_step"]
-        asked, left = self._asked_ghost_batch_size, discovered["coupled_with_ghost_batches"]
+        self.has_own_test_step = discovered["has_own_test_step"]
+        asked, left = self.asked_ghost_batch_size, discovered["coupled_with_ghost_batches"]
         if isinstance(asked, int) and discovered["against_ghost_batches"]:
             raise refusal(discovered["against_ghost_batches"][0])
         is_in_vain = not self.batch_coupled_layers or left or self.search_over == "pairs"
         if asked is not None and not (asked == "auto" and is_in_vain):
             self.batch_coupled_layers = left
-            largest = ghost_batches.choices(self.listed_micro_batch_sizes)[0]
-            self.ghost_batch_size = ghost_batches.resolved(asked, largest)
+            best = ghost_batches.choices(self.listed_micro_batch_sizes, self.listed_effective_batch_sizes)[0]
+            self.ghost_batch_size = ghost_batches.resolved(asked, best)
         return discovered
 
     def _fit_ghost_batch(self) -> None:
         """Chooses a smaller ghost batch for the search if one does not fit with the initial hyperparameters."""
-        if self._asked_ghost_batch_size != "auto" or self.ghost_batch_size is None or self._memory_budget_bytes is None:
+        if self.asked_ghost_batch_size != "auto" or self.ghost_batch_size is None or self._memory_budget_bytes is None:
             return
         profiler, budget_bytes = self._processes.profiler(), self._memory_budget_bytes
         config = self._oracle.hyperparameters.get_config()
@@ -160,7 +177,8 @@ class SearchSpace:
             return profile.fits(size, 1, budget_bytes)
 
         try:
-            chosen = ghost_batches.chosen(self.listed_micro_batch_sizes, fits)
+            listed = self.listed_micro_batch_sizes, self.listed_effective_batch_sizes
+            chosen = ghost_batches.chosen(*listed, fits)
         except BuildError:  # the trials will fail with a better message
             return
         if chosen != self.ghost_batch_size:

@@ -56,8 +56,9 @@ class Tuner(keras_tuner.Tuner):
             model has layers whose result depends on which samples share a micro-batch.
         ghost_batch_size: the samples that BatchNormalization normalizes together, the same number in all trials.
             Training is then the same in every micro-batch that is a multiple of it; other sizes are left out of
-            `micro_batch_sizes`. `"auto"`: if nothing else couples samples, 32, or the largest listed micro-batch below
-            32 that fits. None: each micro-batch is normalized by itself.
+            `micro_batch_sizes`. A smaller effective batch is one group. `"auto"`: if nothing else couples samples, the
+            largest, up to 32 and to the largest micro-batch, that fits and keeps all effective batches (where none of
+            8 or more does, it keeps the most). None: each micro-batch is normalized by itself.
         whole_batch_loss: as in `accumtune.accumulate`. `"auto"` computes losses that couple samples over the whole
             effective batch, in two passes. False takes a mean of the losses of micro-batches, and searches their size.
         learning_rate_scaling: None, `"linear"` or `"sqrt"`: how the learning rate grows with the effective batch.

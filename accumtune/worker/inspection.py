@@ -15,7 +15,7 @@ from accumtune.accumulation import accumulate, batch_coupled_layers, ghost_batch
 from accumtune.accumulation.coupling.detection import coupled_with_ghost_batches, runs_code_of_the_user
 from accumtune.accumulation.data.array_kinds import is_dense
 from accumtune.accumulation.losses.whole_batch_loss import is_wanted, would_be_wanted
-from accumtune.accumulation.own_step.own_train_step import certify, has_own_step
+from accumtune.accumulation.own_step.own_train_step import certify, has_own_step, has_own_test_step
 from accumtune.accumulation.patched_attributes import put
 from accumtune.memory import probe as probes
 from accumtune.memory.loss_memory import loss_bytes
@@ -51,6 +51,7 @@ def discover(directory: TaskDirectory, payload: str, space: dict[str, Any] | Non
     with_ghost_batches: dict[str, None] = {}
     own_train_step: set[str] = set()
     against_ghost_batches: dict[str, None] = {}
+    own_test_step: set[bool] = set()
     wants_data: set[bool] = set()
     known = content["hyperparameters"] if space is None else hyperparameters_from(space)
     # Oracle and BaseTuner only keep track of the hyperparameters; nothing is searched here.
@@ -60,6 +61,7 @@ def discover(directory: TaskDirectory, payload: str, space: dict[str, Any] | Non
         def build(self, hp: keras_tuner.HyperParameters) -> None:
             model = hypermodel.build_plain(hp)
             wants_data.add(runs_code_of_the_user(model))
+            own_test_step.add(has_own_test_step(model))
             some = () if space is None or not runs_code_of_the_user(model) else _some_data(model, content, hp)
             accumulate(model, micro_batch_size=1)  # refuses what no trial could train
             if space is not None and has_own_step(model):
@@ -87,6 +89,7 @@ def discover(directory: TaskDirectory, payload: str, space: dict[str, Any] | Non
         "whole_batch_loss": any(whole_batch_loss),
         "coupled_with_ghost_batches": list(with_ghost_batches),
         "own_train_step": ", ".join(sorted(own_train_step)) or None,
+        "has_own_test_step": any(own_test_step),
         "against_ghost_batches": list(against_ghost_batches),
         "wants_data": any(wants_data),
     }

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from keras import ops
 from own_steps import BACKEND, OwnStep, data, net
+from precision import set_precision
 
 from accumtune import accumulate
 from accumtune.accumulation.own_step import own_train_step
@@ -213,6 +214,51 @@ def test_sample_weights_of_which_a_mean_over_samples_is_taken():
 def trained_with(model, x, y, weight):
     model.fit(x, y, sample_weight=weight, batch_size=12, epochs=2, verbose=0, shuffle=False)
     return [ops.convert_to_numpy(one.value) for one in model.weights], None
+
+
+class LossOfKeras(OwnStep):
+    """A loss object of Keras's, which computes in floatx whatever the model has."""
+
+    def objective(self, data):
+        return keras.losses.MeanSquaredError()(data[1], self.net(data[0], training=True))
+
+
+def in_float64(step):
+    """A model in float64 where the rest of Keras has float32."""
+    set_precision("float32")
+    keras.utils.set_random_seed(7)
+    layers = [dense(6, activation="tanh", dtype="float64"), dense(3, dtype="float64")]
+    model = step(keras.Sequential([keras.Input((4,), dtype="float64"), *layers]), dtype="float64")
+    model.compile(sgd())
+    return model
+
+
+def test_a_loss_in_float32_of_a_model_in_float64():
+    """Its gradients are rounded to float32, and so are those of the parts."""
+    x, y = (one.astype("float64") for one in data(26))
+    weights, _ = trained(in_float64(LossOfKeras), x, y)
+    accumulated, _ = trained(accumulate(in_float64(LossOfKeras), micro_batch_size=5), x, y)
+    for one, other in zip(weights, accumulated, strict=True):
+        np.testing.assert_allclose(other, one, rtol=1e-5, atol=1e-6)
+
+
+def test_a_model_in_float64_as_keras_has_it(monkeypatch):
+    """Without the tests' own rule: what Keras promotes becomes float32 on JAX and torch."""
+    from keras.src.backend.common import dtypes
+
+    monkeypatch.setitem(dtypes.BIT64_TO_BIT32_DTYPE, "float64", "float32")
+    assert own_train_step.certify(make(LossOfKeras), *data(14)).reduction == "mean"
+
+
+def test_a_model_in_float64_is_compared_in_float64():
+    """A ten millionth is no rounding there."""
+
+    class Nearly(OwnStep):
+        def objective(self, data):
+            loss = ops.square(self.net(data[0], training=True) - data[1])
+            return ops.mean(loss) + 1e-7 * ops.sum(loss)
+
+    check_refused(Nearly, "neither the mean nor the sum")
 
 
 @pytest.mark.parametrize("policy", ["mixed_bfloat16", "mixed_float16"])
@@ -579,6 +625,52 @@ def test_a_condition_on_the_batch_is_refused():
             return ops.cond(loss > 1e6, lambda: 0.5 * loss, lambda: loss)
 
     check_refused(Conditional, "condition|decide")
+
+
+@pytest.mark.skipif(BACKEND != "torch", reason="torch's own tools")
+def test_an_optimizer_of_torch_is_refused_with_the_way_out():
+    class Torchs(OwnStep):
+        def update(self, gradients, weights):
+            import torch
+
+            torch.optim.SGD([weight.value for weight in weights], 0.1).step()
+
+    check_refused(Torchs, r"changes weights past Keras(.|\n)*Fix: use self\.optimizer")
+
+
+@pytest.mark.skipif(BACKEND != "torch", reason="elsewhere a step is compiled")
+@pytest.mark.parametrize("factor", [None, 0.5])
+def test_gradients_are_summed_up_as_they_appear(factor):
+    """Beside their sum there is one at a time where a step hands on `.grad`; the control computes with it."""
+    held = []
+
+    class Holding(OwnStep):
+        def gradients(self, gradients):
+            return gradients if factor is None else [factor * one for one in gradients]
+
+        def update(self, gradients, weights):
+            held.append(max(one.untyped_storage().nbytes() / one.nbytes for one in gradients if one.ndim))
+            super().update(gradients, weights)
+
+    model = check_equal(Holding)
+    assert own_train_step.certificate_of(model).hands_on_grad is (factor is None)
+    held.clear()
+    trained(model, *data(24), epochs=1)
+    assert max(held) == 1 if factor else max(held) < 1
+
+
+@pytest.mark.skipif(BACKEND != "torch", reason="elsewhere a step is compiled")
+def test_a_step_that_hands_on_other_gradients_than_in_its_trial_is_refused():
+    class Other(OwnStep):
+        def gradients(self, gradients):
+            return [one.clone() for one in gradients] if changes else gradients
+
+    changes = False
+    model = accumulate(make(Other), micro_batch_size=5)
+    trained(model, *data(26))
+    changes = True
+    with pytest.raises(CustomTrainStepError, match="other gradients"):
+        trained(model, *data(26))
 
 
 @pytest.mark.skipif(BACKEND != "torch", reason="torch's own tools")

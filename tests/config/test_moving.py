@@ -63,6 +63,26 @@ def test_ghost_batches_are_kept_and_never_divided(monkeypatch):
         config_of(ghost_batch_size=3)
 
 
+def test_ghost_batches_are_kept_on_another_device(monkeypatch):
+    """Also those of a small effective batch, which is one group: there is one micro-batch for it."""
+    from accumtune.execution import device_query
+    from accumtune.execution import standalone_profile as costs
+
+    asked = {}
+    monkeypatch.setattr(costs, "profile", lambda *args, **kwargs: asked.update(kwargs) or profile_of())
+    monkeypatch.setattr(device_query, "free_device_memory_bytes", lambda: 40 * MIB)
+    config = config_of(micro_batch_size=32, accumulation_steps=1, ghost_batch_size=8, hyperparameters={})
+    moved = config.for_device(None, None)
+    assert asked["memory_budget"] == moved.memory_budget_bytes == int(0.9 * 40 * MIB)
+    assert (moved.ghost_batch_size, moved.micro_batch_size, moved.effective_batch_size) == (8, 16, 32)
+    with pytest.raises(ConfigError, match="not a multiple of ghost_batch_size 64"):
+        config_of(ghost_batch_size=64)
+    small = config_of(micro_batch_size=32, accumulation_steps=1, ghost_batch_size=64, hyperparameters={})
+    with pytest.raises(BudgetTooSmallError, match="Not even micro-batch 32"):
+        small.for_device(None, None)
+    assert asked["micro_batch_sizes"] == [32]
+
+
 def test_a_change_of_micro_batch_is_told_where_it_changes_the_training(monkeypatch):
     from accumtune.execution import standalone_profile as costs
 

@@ -194,7 +194,8 @@ def test_a_truncated_file_is_repaired_and_nothing_is_trained_again(name, kind, t
     journal = Journal(folder / "search.jsonl")
     tuner = {"search_over": "pairs", "batch_coupled_layers": [], "whole_batch_loss": True, "ghost_batch_size": 8}
     tuner["own_train_step"] = "mean"
-    journal.append("search_started", search_id="x", **tuner)
+    journal.append("search_started", search_id="x", **tuner, identity={"validation_batch_size": "8"})
+    tuner["has_own_test_step"] = True
     session(folder, kind, trainings)[1].run()
     state_files.write_state(folder / "tuner0.json", tuner)
     before, original = told(folder), json.loads((folder / name).read_text())

@@ -5,19 +5,47 @@ import pytest
 from accumtune.accumulation.batch_pair import BatchPair
 from accumtune.errors import BatchSizeError, SearchError
 from accumtune.search import ghost_batches
-from accumtune.search.feasibility import feasible_pairs, next_smaller_pair
+from accumtune.search.feasibility import effective_batch_sizes, feasible_pairs, next_smaller_pair
 
 
 @pytest.mark.parametrize(
-    "listed, largest", [((8, 16, 32, 64), 32), ((2, 4, 8), 8), ((64, 128), 32), ((24, 48), 24), ((40, 80), 40)]
+    "micro, steps, largest, left_out",
+    [
+        ((8, 16, 32, 64, 128), (1, 2, 4, 8, 16), 32, []),
+        ((2, 8, 32), (4, 16), 32, []),
+        ((2, 4, 8), (1, 2), 8, []),
+        ((64, 128), (1, 2), 32, []),
+        ((24, 48), (1, 2), 24, []),
+        ((40, 80), (1, 2), 20, []),
+        ((12, 24), (2, 3), 12, []),  # 24 would lose 36
+        ((4, 6, 8), (1, 2), 8, [12]),  # as no number of 8 and more keeps it
+        ((37, 74), (1, 2), 37, []),
+    ],
 )
-def test_auto_is_32_or_the_largest_listed_micro_batch_below(listed, largest):
-    assert ghost_batches.chosen(listed, lambda size: True) == largest
+def test_auto_is_the_largest_up_to_32_that_keeps_all_effective_batches(micro, steps, largest, left_out):
+    """A smaller effective batch is one group."""
+    effective = effective_batch_sizes(micro, steps)
+    assert ghost_batches.chosen(micro, effective, lambda size: True) == largest
+    assert [size for size in effective if size not in ghost_batches.realised(effective, largest)] == left_out
 
 
 def test_auto_is_the_largest_that_fits_and_the_smallest_where_none_does():
-    assert ghost_batches.chosen((2, 4, 8), lambda size: size <= 4) == 4
-    assert ghost_batches.chosen((2, 4, 8), lambda size: False) == 2
+    effective = effective_batch_sizes((2, 4, 8), (1, 2))
+    assert ghost_batches.chosen((2, 4, 8), effective, lambda size: size <= 4) == 4
+    assert ghost_batches.chosen((2, 4, 8), effective, lambda size: False) == 1
+
+
+def test_a_smaller_effective_batch_is_one_micro_batch():
+    pairs = {size: feasible_pairs(AllFit(), size, (2, 8, 32), None, ghost_batch_size=32) for size in (8, 32, 64)}
+    assert pairs == {8: [BatchPair(8, 1)], 32: [BatchPair(32, 1)], 64: [BatchPair(32, 2)]}
+    assert next_smaller_pair(BatchPair(8, 1), (2, 8, 32), ghost_batch_size=32) is None
+
+
+def test_what_a_search_says_of_it():
+    (text,) = ghost_batches.line(32, "auto", (8, 32, 48, 64))
+    assert "the largest up to 32" in text
+    assert "Smaller effective batches are one group: 8." in text and "left out: 48." in text
+    assert "the largest" not in ghost_batches.line(32, 32, (32,))[0] and ghost_batches.line(None, "auto", (32,)) == []
 
 
 @pytest.mark.parametrize("asked", [0, -8, 2.0, True, "16", "pairs"])

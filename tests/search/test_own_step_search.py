@@ -1,5 +1,6 @@
 """A search over models that train in their own way."""
 
+import dataclasses
 import functools
 
 import keras
@@ -51,7 +52,7 @@ def build_of_parts(hp):
             return {"loss": loss}
 
         def test_step(self, data):
-            self.mean.update_state(self.losses_of(data))
+            self.mean.update_state(tf.sqrt(self.losses_of(data)))  # an average that depends on the size of batches
             return {"loss": self.mean.result()}
 
     first = keras.Sequential([keras.layers.Dense(hp.Choice("units", [4, 8]))])
@@ -93,12 +94,16 @@ def test_a_model_that_is_never_called_itself_is_searched_and_comes_back_with_its
     (trial,) = tuner.record().trials
     assert trial.status == "completed", trial.reason
     model = tuner.get_best_models()[0]
-    logs = model.evaluate(x, y, batch_size=48, verbose=0, return_dict=True)
+    logs = model.evaluate(x, y, batch_size=4, verbose=0, return_dict=True)
     assert logs["loss"] == pytest.approx(trial.objective_value, rel=1e-5)
     config = tuner.get_best_config()
+    assert config.fit_options["validation_batch_size"] == 4
+    assert any("test_step gets 4 samples at a time" in text for text in tuner.record().advice)
     model = config.build(build_of_parts)
     model.fit(x, y, **config.fit_arguments(epochs=1, verbose=0))
-    assert config.reproduce(build_of_parts, x, y, validation_data=(x, y)).difference < 1e-6
+    for micro_batch_size in (config.effective_batch_size, config.effective_batch_size // 4):
+        pair = dataclasses.replace(config, trial={**config.trial, "micro_batch_size": micro_batch_size})
+        assert pair.reproduce(build_of_parts, x, y, validation_data=(x, y)).difference < 1e-6
     smaller = config.for_budget("64MiB", build_of_parts, x, y)  # by a profile
     assert smaller.effective_batch_size == config.effective_batch_size and smaller.peak_memory_bytes < 64 * 2**20
 

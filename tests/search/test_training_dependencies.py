@@ -27,6 +27,16 @@ def test_what_changes_the_result_is():
     json.dumps(options)
 
 
+def test_the_size_of_validation_batches_is_where_it_was_given_or_a_test_step_depends_on_it():
+    def options(*given):
+        return describe_fit(given[0], lambda hp: None, NOTHING, *given[1:])["options"]
+
+    assert options({}, 4) == {"validation_batch_size": 4}
+    assert options({"validation_batch_size": 6}, 4) == options({"validation_batch_size": 6}) == {
+        "validation_batch_size": 6
+    }  # fmt: skip
+
+
 def test_what_cannot_be_carried_is_named():
     class Own(keras_tuner.HyperModel):
         def fit(self, hp, model, *args, **kwargs):

@@ -247,14 +247,16 @@ def test_batch_normalization_is_searched_in_ghost_batches(tmp_path):
     assert (tuner.ghost_batch_size, tuner.micro_batch_sizes) == (8, (8,))
     search(tuner)
     record = tuner.record()
-    assert {trial.effective_batch_size for trial in record.with_status("completed")} == {8, 16}
+    pairs = {trial.effective_batch_size: trial.micro_batch_size for trial in record.with_status("completed")}
+    assert pairs == {4: 4, 6: 6, 8: 8, 16: 8}
     assert all(trial.hyperparameters["ghost_batch_size"] == 8 for trial in record.trials)
     (said,) = [text for text in record.advice if "ghost batches of 8 samples" in text]
-    assert "4, 6 are not multiples" in said
+    assert "are one group: 4, 6." in said and "left out: 12." in said
     config = tuner.get_best_config()
     assert config.ghost_batch_size == record.ghost_batch_size == 8
     assert "ghost_batch_size" not in config.own_hyperparameters
-    assert accumulation_of(config.build(build_coupled)).ghost_batch_size == 8
+    of_model = accumulation_of(config.build(build_coupled)).ghost_batch_size
+    assert of_model == min(8, config.effective_batch_size)  # a smaller effective batch is one group
     again = make(tmp_path, accumtune.GridSearch, build_coupled, max_trials=None, **sizes)
     assert (again.ghost_batch_size, again.micro_batch_sizes) == (8, (8,))
     other = make(tmp_path, accumtune.GridSearch, build_coupled, max_trials=None, ghost_batch_size=4, **sizes)
@@ -278,7 +280,7 @@ def test_a_ghost_batch_that_does_not_fit_is_smaller_for_the_whole_search(tmp_pat
     tuner._space._fit_ghost_batch()
     assert (tuner.ghost_batch_size, tuner.micro_batch_sizes) == (4, (4, 8))
     space = {hp.name: hp for hp in tuner.oracle.get_space().space}
-    assert space["ghost_batch_size"].value == 4 and list(space["effective_batch_size"].values) == [4, 8, 16]
+    assert space["ghost_batch_size"].value == 4 and list(space["effective_batch_size"].values) == [2, 4, 8, 16]
 
 
 def test_a_layer_that_cannot_be_grouped_is_refused_before_the_first_trial(tmp_path):

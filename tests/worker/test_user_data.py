@@ -173,6 +173,31 @@ def test_validation_steps_mean_the_same_samples_in_every_trial(kind, micro_batch
     assert history["val_loss"][-1] == pytest.approx(model.evaluate(X[:12], Y[:12], verbose=0), rel=1e-5)
 
 
+class OfBatches(keras.Sequential):
+    """Reports the least number of the last batch, which depends on how many samples share a batch."""
+
+    def test_step(self, *arguments):
+        *state, (x, y) = arguments
+        least = {"least": keras.ops.min(x)}
+        return (least, *state) if keras.backend.backend() == "jax" else least
+
+
+@pytest.mark.parametrize(("given", "of_plain"), [({}, 3), ({"validation_batch_size": 5}, 5)])
+def test_a_test_step_of_its_own_gets_one_size_of_batches_in_all_trials(given, of_plain):
+    """Of 17 samples, the last batch of 3 or 5 has two, that of a micro-batch of 2 or 4 has one."""
+    found = []
+    for micro_batch_size in (2, 4, None):
+        model = OfBatches([keras.Input((2,)), keras.layers.Dense(1)])
+        model.compile("sgd", "mse", run_eagerly=True)
+        sizes = {"validation_batch_size": of_plain} if micro_batch_size is None else given
+        if micro_batch_size is not None:
+            feed_by_batches(accumulate(model, micro_batch_size), 4, micro_batch_size, test_step_batch_size=3)
+        batch = {} if micro_batch_size else {"batch_size": 4}
+        history = model.fit(X / 40, Y / 20, **batch, verbose=0, validation_data=(X[:17], Y[:17]), **sizes)
+        found.append(history.history["val_least"])
+    assert found[0] == found[1] == found[2] == [X[15, 0]]
+
+
 def test_a_batch_size_of_the_user_gives_way_with_a_warning():
     model, spy = model_for(X), Spy()
     feed_by_batches(model, effective_batch_size=10, micro_batch_size=5)

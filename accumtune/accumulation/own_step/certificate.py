@@ -51,9 +51,13 @@ class Run:
 
 
 class Trial(Protocol):
-    """Runs a model's step on one backend, without changing the model."""
+    """Runs a model's step on one backend, without changing the model.
+
+    `hands_on_grad` is that of a `Certificate`, for all runs so far.
+    """
 
     rules: Rules
+    hands_on_grad: bool
 
     def run(
         self,
@@ -91,7 +95,7 @@ def certify(model: Any, trial: Trial, batch: Any) -> Certificate:
         except _SaysNothing as nothing:
             if not index:
                 raise refusal(model, str(nothing), nothing.fix) from nothing
-    return findings.certificate()
+    return findings.certificate(trial.hands_on_grad)
 
 
 class _SaysNothing(Exception):
@@ -117,7 +121,7 @@ class _Findings:
     def kinds(self) -> tuple[str, ...]:
         return tuple((allowed or [MEAN])[0] for allowed in self.scalars)
 
-    def certificate(self) -> Certificate:
+    def certificate(self, hands_on_grad: bool) -> Certificate:
         names = sorted(self.unequal_metrics)
         if not all(self.logs):
             names.append(f"{sum(not allowed for allowed in self.logs)} of what it returns")
@@ -128,7 +132,7 @@ class _Findings:
                 stacklevel=2,
             )
         logs = tuple((allowed or [MEAN])[0] for allowed in self.logs)
-        return Certificate(self.reductions[0], self.kinds, logs, self.has_gradient)
+        return Certificate(self.reductions[0], self.kinds, logs, self.has_gradient, hands_on_grad)
 
 
 def _try(model: Any, trial: Trial, batch: Any, change: float, findings: _Findings) -> None:
@@ -246,6 +250,7 @@ def _is_whole(whole: Run, parts: list[Run], kind: str) -> bool:
     if any(len(part.gradients) != len(whole.gradients) or part.applies != 1 for part in parts):
         return False
     weights = [_share(part) if kind == MEAN and len(parts) > 1 else 1.0 for part in PARTS[: len(parts)]]
+    is_rounded = whole.recording.is_rounded(whole.keys)  # a loss of Keras's casts to floatx, whatever the model has
     sizes = [np.max(np.abs(one), initial=0.0) for one in whole.gradients if one is not None]
     largest = max(sizes, default=0.0)
     for index, gradient in enumerate(whole.gradients):
@@ -256,7 +261,8 @@ def _is_whole(whole: Run, parts: list[Run], kind: str) -> bool:
             continue
         terms = [weight * one for weight, one in zip(weights, found, strict=True)]
         scale = max(*(np.max(np.abs(one), initial=0.0) for one in [gradient, *terms]), 0.01 * largest)
-        tolerance = _TOLERANCE.get(whole.dtypes[index], _LOW_PRECISION)
+        precision = "float32" if is_rounded and whole.dtypes[index] == "float64" else whole.dtypes[index]
+        tolerance = _TOLERANCE.get(precision, _LOW_PRECISION)
         if not np.all(np.abs(sum(terms) - gradient) <= tolerance * scale):
             return False
     return True

@@ -18,7 +18,11 @@ Shape = tuple[int, ...]
 
 @dataclass(frozen=True)
 class Operation:
-    """One operation of a step: the keys and shapes of its inputs and outputs, and which inputs depend on samples."""
+    """One operation of a step: the keys and shapes of its inputs and outputs, and which inputs depend on samples.
+
+    Args:
+        precision: the dtype of its first output, such as "float32".
+    """
 
     name: str
     inputs: tuple[Any, ...]
@@ -26,6 +30,7 @@ class Operation:
     depends: tuple[bool, ...]
     outputs: tuple[Any, ...]
     output_shapes: tuple[Shape, ...]
+    precision: str
 
 
 @dataclass(frozen=True)
@@ -74,8 +79,14 @@ class Recording:
         inputs: Sequence[tuple[Any, Shape]],
         outputs: Sequence[tuple[Any, Shape]],
         into: Sequence[Any] = (),
+        precision: str = "",
     ) -> None:
-        """Records an operation; `into` are the keys of the tensors that it writes to."""
+        """Records an operation.
+
+        Args:
+            into: the keys of the tensors that it writes to.
+            precision: the dtype of its first output.
+        """
         depends = tuple(key in self._dependent for key, _ in inputs)
         if any(depends) and name not in self.rules.only_shapes:
             self._dependent.update(key for key, _ in outputs)
@@ -88,6 +99,7 @@ class Recording:
                 depends,
                 tuple(key for key, _ in outputs),
                 tuple(shape for _, shape in outputs),
+                precision,
             )
         )
 
@@ -99,6 +111,10 @@ class Recording:
                 wanted.update(operation.inputs)
                 found.append(operation)
         return found[::-1]
+
+    def is_rounded(self, keys: Sequence[Any]) -> bool:
+        """Whether something on the way from the samples to these results is computed in float32."""
+        return any(one.precision == "float32" and any(one.depends) for one in self.leading_to(keys))
 
 
 Traced = tuple[Recording, Sequence[Any]]

@@ -66,7 +66,7 @@ class OwnStepJax(JaxTraining):
             elif window:
                 carried = self._next(carried, trainable, non_trainable, optimizer, batch, share)
             else:
-                leaves, sums, new = self._last(trainable, optimizer, carried, non_trainable, batch, share)
+                new, sums, leaves = self._last(trainable, optimizer, carried, non_trainable, batch, share)
                 state = (new[0], with_changes(new[1], non_trainable), new[2], new[3])
                 carried = (sums,)
             batch = None  # freed before the next one is taken
@@ -106,7 +106,8 @@ class OwnStepJax(JaxTraining):
         state = (trainable, non_trainable, optimizer, metrics)
         own_apply = self.model.optimizer.stateless_apply
         sums, leaves, _, new = self._run(state, batch, share, so_far, own_apply)
-        return leaves, sums, (new[0], changed(new[1], given), new[2], new[3])
+        # In the order of the arguments: JAX gives a result the memory of the first argument that has its shape.
+        return (new[0], changed(new[1], given), new[2], new[3]), sums, leaves
 
     def _run(self, state: Any, batch: Any, share: Any, so_far: Any, apply: Any) -> tuple[Any, Any, Any, Any]:
         model, known = self.model, self._known()
@@ -117,7 +118,7 @@ class OwnStepJax(JaxTraining):
             sums.extend(mine)
             if apply is None:
                 return trainable, optimizer
-            pairs = zip(mine, trainable, strict=True)
+            pairs = zip(_each_after_all(mine, share < 0), trainable, strict=True)
             return apply(optimizer, [total.astype(value.dtype) for total, value in pairs], trainable)
 
         with (
@@ -144,6 +145,17 @@ class OwnStepJax(JaxTraining):
     def _known(self) -> own.Certificate:
         assert self._certificate is not None
         return self._certificate
+
+
+def _each_after_all(values: list[Any], never: Any) -> list[Any]:
+    """The same values, none of which is known before all are: `never` is false, but the compiler cannot know.
+
+    Else an update may begin while a backward pass still needs the weights, and XLA plans with copies of these. On a CPU
+    it drops `jax.lax.optimization_barrier`, which would say the same.
+    """
+    firsts = [jnp.sum(jnp.ravel(value)[:1].astype(jnp.float32)) for value in values]
+    of_all = jnp.sum(jnp.stack(firsts))
+    return [jnp.where(never, of_all.astype(value.dtype), value) for value in values]
 
 
 def _seeds(model: Any, values: Any) -> list[Any]:

@@ -27,12 +27,15 @@ class Certificate:
         scalars: the same for each number that the step gives to a `keras.metrics.Mean`, in the order of the calls.
         logs: the same for each leaf of the step's logs; "last" if the last micro-step's value is the window's.
         has_gradient: whether a variable has a gradient, for each variable that is passed to the optimizer.
+        hands_on_grad: on torch, whether the step passes to the optimizer what one backward pass has left in `.grad`,
+            and does nothing else with it.
     """
 
     reduction: str
     scalars: tuple[str, ...]
     logs: tuple[str, ...]
     has_gradient: tuple[bool, ...]
+    hands_on_grad: bool = False
 
 
 def has_own_step(model: Any) -> bool:
@@ -42,12 +45,19 @@ def has_own_step(model: Any) -> bool:
     return "train_step" in vars(model) or type(model).train_step is not keras.Model.train_step
 
 
+def has_own_test_step(model: Any) -> bool:
+    """Whether the model's class, or the model itself, has a `test_step` of its own."""
+    import keras
+
+    return "test_step" in vars(model) or type(model).test_step is not keras.Model.test_step
+
+
 def can_be_evaluated(model: Any) -> bool:
     """Returns whether Keras's `evaluate` has a loss: only the model's own `train_step` may have one (a VAE, a GAN)."""
     import keras
 
     has_loss = model._compile_loss is not None or type(model).compute_loss is not keras.Model.compute_loss
-    return has_loss or not has_own_step(model) or type(model).test_step is not keras.Model.test_step
+    return has_loss or not has_own_step(model) or has_own_test_step(model)
 
 
 def certificate_of(model: Any) -> Certificate | None:

@@ -69,26 +69,32 @@ def unchanged(model: Any, has_state: bool = True) -> Iterator[None]:
     variables = {id(one): one for one in every}.values()
     before = [np.array(ops.convert_to_numpy(variable.value)) for variable in variables]
     plain = _plain_attributes(model)
-    with _generators():
-        yield
-    changed = []
-    for variable, value in zip(variables, before, strict=True):
-        if not np.array_equal(ops.convert_to_numpy(variable.value), value, equal_nan=value.dtype.kind == "f"):
-            variable.assign(value)
-            changed.append(variable.path)
-    kept = {name: value for name, value in _plain_attributes(model).items() if plain.get(name, _NEW) != value}
-    put_back(model, [name for name in kept if isinstance(vars(model)[name], _PLAIN)], plain)
+    changed: list[str] = []
+    try:
+        with _generators():
+            yield
+    finally:
+        for variable, value in zip(variables, before, strict=True):
+            if not np.array_equal(ops.convert_to_numpy(variable.value), value, equal_nan=value.dtype.kind == "f"):
+                variable.assign(value)
+                changed.append(variable.path)
+        kept = {name: value for name, value in _plain_attributes(model).items() if plain.get(name, _NEW) != value}
+        put_back(model, [name for name in kept if isinstance(vars(model)[name], _PLAIN)], plain)
     changed += kept
     if changed:
         seen = f"it changes {', '.join(changed)} past Keras, so that each micro-step would."
         raise own.refusal(model, seen, "keep what changes as variables (self.add_weight), and assign() to these.")
 
 
-def check_writes(model: Any, operations: list[str]) -> None:
-    """Raises CustomTrainStepError if a step has written to something other than a Keras variable."""
+def check_writes(model: Any, operations: list[str], are_of_weights: bool = False) -> None:
+    """Raises CustomTrainStepError if a step has written to something past Keras, such as weights (`are_of_weights`)."""
     if operations:
-        seen = f"it writes past Keras ({', '.join(dict.fromkeys(operations))}), so that each micro-step would."
-        raise own.refusal(model, seen, "keep what changes as variables (self.add_weight), and assign() to these.")
+        what = "changes weights" if are_of_weights else "writes"
+        seen = f"it {what} past Keras ({', '.join(dict.fromkeys(operations))}), so that each micro-step would."
+        fix = "keep what changes as variables (self.add_weight), and assign() to these."
+        if are_of_weights:
+            fix = "use self.optimizer (that of compile), not torch.optim: self.optimizer.apply(gradients, weights)."
+        raise own.refusal(model, seen, fix)
 
 
 def _plain_attributes(model: Any) -> dict[str, Any]:

@@ -30,6 +30,8 @@ def certified(model: Any, state: Any, takes: list[Callable[[], Any]], form: int)
 class JaxTrial:
     """Runs the step operation by operation."""
 
+    hands_on_grad = False
+
     def __init__(self, model: Any, state: Any, form: int) -> None:
         self.model, self.state, self.form = model, state, form
         self.rules = RULES
@@ -160,7 +162,7 @@ class _Interpreter:
         keyed = [(one, next(self._numbers)) for one in results]
         if name == "convert_element_type" and not jnp.issubdtype(results[0].dtype, jnp.floating):
             name = "convert_element_type to integers"
-        self.recording.add(name, _shaped(inputs), _shaped(keyed))
+        self.recording.add(name, _shaped(inputs), _shaped(keyed), precision=str(results[0].dtype) if results else "")
         if is_draw:
             self.recording.mark([key for _, key in keyed])
         return keyed

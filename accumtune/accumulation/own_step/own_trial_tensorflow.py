@@ -70,6 +70,8 @@ _CONDITIONS = ("If", "StatelessIf", "Case", "StatelessCase")
 class TensorFlowTrial:
     """Runs the step eagerly, operation by operation."""
 
+    hands_on_grad = False
+
     def __init__(self, model: Any, form: int) -> None:
         self.model, self.form = model, form
         self.rules = RULES
@@ -140,7 +142,8 @@ class _Recorder:
         writes = inputs[:1] if name.startswith(("Assign", "Resource")) else ()
         if name == "Cast" and not outputs[0].dtype.is_floating:
             name = "Cast to integers"
-        self.recording.add(name, _shaped(inputs), _shaped(outputs), [id(value) for value in writes])
+        precision = outputs[0].dtype.name if outputs else ""
+        self.recording.add(name, _shaped(inputs), _shaped(outputs), [id(value) for value in writes], precision)
 
 
 def _shaped(values: Any) -> list[tuple[Any, Any]]:

@@ -10,7 +10,7 @@ from keras import ops, tree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from accumtune.accumulation.own_step import certificate as certificates
-from accumtune.accumulation.own_step import interception, trial_samples
+from accumtune.accumulation.own_step import interception, own_gradients_torch, trial_samples
 from accumtune.accumulation.own_step import own_train_step as own
 from accumtune.accumulation.own_step import own_trial as trials
 from accumtune.accumulation.own_step.dataflow import Recording, Rules, positions
@@ -32,6 +32,7 @@ class TorchTrial:
     def __init__(self, model: Any, form: int) -> None:
         self.model, self.form = model, form
         self.rules = RULES
+        self.hands_on_grad = True
         self._runs = 0
 
     def run(self, batch: Any, draws: Any, share: float, change_of_weights: float = 0.0, **how: Any) -> certificates.Run:
@@ -44,7 +45,13 @@ class TorchTrial:
             variable.value.grad = torch.full_like(variable.value, 1e3 * self._runs)
         recorder.allow([variable.value.grad for variable in self.model.trainable_variables])
         one_hot = replaced(torch.nn.functional, {"one_hot": _one_hot})
-        with trials.other_weights(self.model, change_of_weights), one_hot, recorder:
+        parameters = [variable.value for variable in self.model.trainable_variables]
+        with (
+            trials.other_weights(self.model, change_of_weights),
+            one_hot,
+            own_gradients_torch.seen(parameters, recorder.left_in_grad),
+            recorder,
+        ):
             found = trials.run(
                 self.model,
                 interception.packed(data, self.form),
@@ -55,7 +62,9 @@ class TorchTrial:
                 share,
                 **how,
             )
-        trials.check_writes(self.model, recorder.wrote)
+        weights = {_key(variable.value) for variable in self.model.trainable_variables}
+        trials.check_writes(self.model, recorder.wrote, are_of_weights=not weights.isdisjoint(recorder.wrote_to))
+        self.hands_on_grad &= recorder.hands_on(found.keys)
         return found
 
 
@@ -82,12 +91,24 @@ class _Recorder(TorchDispatchMode):
         self._kept: list[Any] = []  # kept alive, so that no address is used twice
         self._is_on = True
         self.wrote: list[str] = []
+        self.wrote_to: set[Any] = set()
         self._made: set[Any] = set()
+        self._left: list[Any] = []  # of a backward pass, in `.grad`
+        self._is_used = False
 
     def allow(self, values: list[Any]) -> None:
         """Allows a step to write to these tensors."""
         self._kept.append(values)
         self._made.update(_key(value) for value in values)
+
+    def left_in_grad(self, parameter: Any) -> None:
+        """Takes note of what a backward pass leaves."""
+        self._kept.append(parameter.grad)
+        self._left.append(_key(parameter.grad))
+
+    def hands_on(self, keys: list[Any]) -> bool:
+        """Whether these are what a backward pass has left, each once, and no operation has used it."""
+        return not self._is_used and len(set(self._left)) == len(self._left) and set(keys) <= set(self._left)
 
     def stop(self) -> None:
         self._is_on = False
@@ -107,16 +128,20 @@ class _Recorder(TorchDispatchMode):
         written = _tensors(args[0]) if inputs and name.endswith("_") and name != "detach_" else []
         outputs = outputs or written  # an operation on a list of tensors in place returns nothing
         writes = [_key(value) for value in written]
-        self.wrote += [name for key in writes if key not in self._made]
+        past_keras = [key for key in writes if key not in self._made]
+        self.wrote += [name] * len(past_keras)
+        self.wrote_to.update(past_keras)
         self._made.update(_key(value) for value in outputs)
         if not self._is_on:
             return result
         if name in _NLL and args[3] == 0:  # without a reduction, its second result is no sum of weights
             outputs = outputs[:1]
         self._kept += [inputs, outputs]
+        self._is_used = self._is_used or any(_key(value) in self._left for value in inputs)
         if name == "_to_copy" and not result.dtype.is_floating_point:
             name = "_to_copy (integers)"
-        self.recording.add(name, _shaped(inputs), _shaped(outputs), writes)
+        precision = str(outputs[0].dtype).removeprefix("torch.") if outputs else ""
+        self.recording.add(name, _shaped(inputs), _shaped(outputs), writes, precision)
         if is_draw:
             self.recording.mark([_key(value) for value in outputs])
         return result

@@ -19,23 +19,31 @@ from accumtune.worker.transport.task_directory import TaskDirectory
 # Arguments of `fit` that change the result, with Keras's defaults.
 _FIT_OPTIONS = {
     "shuffle": True, "class_weight": None, "steps_per_epoch": None, "validation_split": 0.0, "validation_freq": 1,
-    "validation_steps": None,
+    "validation_steps": None, "validation_batch_size": None,
 }  # fmt: skip
 _DATA = ("x", "y", "validation_data", "epochs", "verbose", "batch_size")
 
 
-def describe_fit(fit_kwargs: Mapping[str, Any], hypermodel: Any, compiled_with: Mapping[str, Any]) -> dict[str, Any]:
+def describe_fit(
+    fit_kwargs: Mapping[str, Any],
+    hypermodel: Any,
+    compiled_with: Mapping[str, Any],
+    test_step_batch_size: int | None = None,
+) -> dict[str, Any]:
     """Describes the arguments of `fit` and `compile`, for the search's journal.
 
     Args:
         fit_kwargs: of `tuner.search`.
         hypermodel: the user's.
         compiled_with: the tuner's `optimizer`, `loss` and `metrics`.
+        test_step_batch_size: see `SearchSpace.test_step_batch_size`.
 
     Returns:
         `options`: a configuration's `fit_options`. `not_carried`: a text for each argument that it cannot hold.
     """
     options = {name: fit_kwargs[name] for name, usual in _FIT_OPTIONS.items() if fit_kwargs.get(name, usual) != usual}
+    if test_step_batch_size is not None:
+        options.setdefault("validation_batch_size", test_step_batch_size)
     if "class_weight" in options:
         options["class_weight"] = {str(int(key)): float(value) for key, value in options["class_weight"].items()}
     not_carried = []

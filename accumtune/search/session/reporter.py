@@ -140,6 +140,7 @@ def setup_advice(
     searches_pairs: bool,
     whole_batch_loss: bool = False,
     own_train_step: str | None = None,
+    test_step_batch_size: int | None = None,
     samples: int | None = None,
 ) -> list[str]:
     """Returns one text for each part of the set-up that changes what the results mean.
@@ -153,6 +154,7 @@ def setup_advice(
         whole_batch_loss: whether the loss is computed over the whole effective batch, in two passes.
         own_train_step: `"mean"` or `"sum"`, over samples: what the gradients of the models' own `train_step` are;
             None without one.
+        test_step_batch_size: how many samples the models' own `test_step` gets at a time; None without one.
         samples: in the training data; None if unknown.
     """
     texts = []
@@ -168,6 +170,11 @@ def setup_advice(
         texts.append(
             "The models' own train_step was tested on the training data and can be accumulated: its gradients are "
             f"{own_train_step.replace('mean', 'means').replace('sum', 'sums')} over samples."
+        )
+    if test_step_batch_size is not None:
+        texts.append(
+            f"The models' own test_step gets {test_step_batch_size} samples at a time in all trials, whatever their "
+            "micro-batch, so that its results can be compared (search(validation_batch_size=...) sets another number)."
         )
     if whole_batch_loss:
         texts.append(

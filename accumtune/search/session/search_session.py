@@ -212,6 +212,7 @@ class SearchSession:
             "base_effective_batch_size": tuner.base_effective_batch_size if tuner.learning_rate_scaling else None,
             "ghost_batch_size": tuner.ghost_batch_size,
             "whole_batch_loss": None if asked == "auto" else str(asked),
+            "validation_batch_size": self._test_step_batch_size(),
             "seed": tuner.oracle.seed,
             "search_over": tuner.search_over,
             "backend": self._parts.processes.backend,
@@ -221,10 +222,17 @@ class SearchSession:
             **self._parts.asked,
         }
 
+    def _test_step_batch_size(self) -> int | None:
+        """Returns what a `test_step` of the models' own gets at a time; None where there is none."""
+        size = self._parts.space.test_step_batch_size
+        return None if size is None else self._fit_kwargs.get("validation_batch_size") or size
+
     def _description(self) -> dict[str, Any]:
         tuner = self._tuner
         objective = tuner.oracle.objective
-        fit = describe_fit(self._fit_kwargs, tuner.hypermodel.hypermodel, self._parts.compiled_with)
+        fit = describe_fit(
+            self._fit_kwargs, tuner.hypermodel.hypermodel, self._parts.compiled_with, self._test_step_batch_size()
+        )
         if self._overrides("run_trial"):
             fit["not_carried"].append(f"{type(tuner).__name__}.run_trial, which may give fit other arguments")
         return {
@@ -251,7 +259,9 @@ class SearchSession:
 
     def _advice(self) -> list[str]:
         tuner = self._tuner
-        said = ghost_batches.line(tuner.ghost_batch_size, self._parts.space.listed_micro_batch_sizes)
+        space = self._parts.space
+        listed = space.listed_effective_batch_sizes
+        said = ghost_batches.line(tuner.ghost_batch_size, space.asked_ghost_batch_size, listed)
         return said + setup_advice(
             hyperparameters=[hp.name for hp in tuner.oracle.hyperparameters.space],
             effective_batch_sizes=tuner.effective_batch_sizes,
@@ -259,6 +269,7 @@ class SearchSession:
             batch_coupled_layers=tuner.batch_coupled_layers,
             whole_batch_loss=bool(tuner.whole_batch_loss),
             own_train_step=self._parts.space.own_train_step,
+            test_step_batch_size=self._test_step_batch_size(),
             searches_pairs=tuner.search_over == "pairs",
             samples=count_samples(self._fit_args, self._fit_kwargs),
         )

@@ -20,7 +20,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from accumtune.accumulation.batch_pair import BatchPair
+from accumtune.accumulation.batch_pair import BatchPair, ghost_batch_of
 from accumtune.errors import AccumtuneError, SearchError
 from accumtune.execution.executors import Executor
 from accumtune.execution.placement import Places
@@ -152,7 +152,7 @@ class TrialRunner:
             self._settings.ghost_batch_size,
         )
         if pair is None:
-            smallest = self._settings.ghost_batch_size or 1
+            smallest = ghost_batch_of(values["effective_batch_size"], self._settings.ghost_batch_size) or 1
             return TrialResult("infeasible", values, reason=_why_infeasible(profile, values, budget, smallest))
         values |= pair.as_hyperparameters()
         if self._settings.has_own_run_trial:

@@ -92,14 +92,19 @@ def first_samples(x: Any, y: Any = None, sample_weight: Any = None, *, count: in
     return map_tree(take, x), map_tree(take, y), map_tree(take, sample_weight)
 
 
-def feed_by_batches(model: Any, effective_batch_size: int, micro_batch_size: int) -> None:
+def feed_by_batches(
+    model: Any, effective_batch_size: int, micro_batch_size: int, test_step_batch_size: int | None = None
+) -> None:
     """Makes `model.fit` train with the effective batch and validate at the micro-batch, whoever calls it.
 
     Arrays are read batch by batch, so that the data set at rest takes no memory on the device; a pipeline's batches
     are changed in size. Metrics with one value per batch, and losses that couple its samples, are computed over
-    `validation_batch_size` samples at a time (default: 32, as in `model.evaluate`), the same number in all trials.
+    `validation_batch_size` samples at a time (default: 32, as in `model.evaluate`), the same number in all trials. The
+    model's own `test_step`, whose results may depend on the size of a batch, gets as many (default:
+    `test_step_batch_size`, and without it the micro-batch).
     """
     from accumtune.accumulation.losses.whole_batch_loss import is_wanted
+    from accumtune.accumulation.own_step.own_train_step import has_own_test_step
     from accumtune.accumulation.patched_attributes import replaced
 
     keras_fit = model.fit
@@ -114,12 +119,18 @@ def feed_by_batches(model: Any, effective_batch_size: int, micro_batch_size: int
                 stacklevel=2,
             )
         given = _with_validation_split(given)
-        size = given.get("validation_batch_size") or _METRIC_BATCH_SIZE
+        asked = given.get("validation_batch_size")
+        size = asked or _METRIC_BATCH_SIZE
         given = _with_training_batches(model, given, effective_batch_size)
         is_whole = is_wanted(model)  # such a model concatenates its predictions for a batch's micro-batches
-        given = _with_validation_batches(model, given, size if is_whole else micro_batch_size, size)
+        tested = asked or test_step_batch_size if has_own_test_step(model) else None
+        given = _with_validation_batches(model, given, size if is_whole else tested or micro_batch_size, size)
+        sizes = {
+            "_accumtune_metric_batch_size": None if is_whole else size,
+            "_accumtune_test_step_batch_size": tested,
+        }
         try:
-            with replaced(model, {"_accumtune_metric_batch_size": None if is_whole else size}):
+            with replaced(model, sizes):
                 return keras_fit(**given)
         except Exception as error:
             refusal = getattr(given["x"], "refusal", None)
