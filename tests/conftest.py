@@ -1,6 +1,7 @@
 """Fixtures for all tests: a process that starts trials, small models and data."""
 
 import fcntl
+import gc
 import os
 import signal
 import subprocess
@@ -29,6 +30,12 @@ settings.load_profile("any time")
 def pytest_configure(config):
     if not hasattr(config, "workerinput"):  # one for all workers of pytest-xdist
         config.add_cleanup(forked.start())
+
+
+def pytest_collection_finish():
+    """A collection of garbage need not look at what is imported: with TensorFlow that takes a second each time."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session", autouse=True)

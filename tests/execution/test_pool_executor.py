@@ -6,6 +6,7 @@ import os
 import time
 from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 
+import forked
 import keras
 import keras_tuner
 import numpy as np
@@ -51,6 +52,11 @@ def pid_in(path):
     return int(path.read_text())
 
 
+def process_pool():
+    context = multiprocessing.get_context("spawn")
+    return ProcessPoolExecutor(1, mp_context=context, initializer=forked.fork_the_fork_servers)
+
+
 @pytest.fixture(scope="module")
 def threads():
     with ThreadPoolExecutor(2) as pool:
@@ -59,7 +65,7 @@ def threads():
 
 @pytest.fixture(scope="module")
 def processes():
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+    with process_pool() as pool:
         yield pool
 
 
@@ -68,6 +74,7 @@ def dask():
     distributed = pytest.importorskip("distributed", reason="pip install 'dask[distributed]'")
     with distributed.LocalCluster(n_workers=1, threads_per_worker=1, dashboard_address=None) as cluster:
         with distributed.Client(cluster) as client:
+            client.run(forked.fork_the_fork_servers)
             yield client.get_executor()
 
 
@@ -115,7 +122,7 @@ def test_time_outs_and_crashes_are_outcomes_there_too(threads, tmp_path):
 
 def test_a_worker_that_is_gone_loses_its_task_and_takes_it_along(tmp_path, monkeypatch):
     monkeypatch.setattr(pools, "_MAX_LOSSES", 1)  # as a training, which is not just sent again
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+    with process_pool() as pool:
         executor = PoolExecutor(pool, "tensorflow")
         future = executor.submit(written(tmp_path, wait, str(tmp_path / "pid")))
         pid = pid_in(tmp_path / "pid")
