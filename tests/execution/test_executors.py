@@ -132,6 +132,7 @@ def test_large_arrays_arrive_as_memory_maps(run):
     assert outcome.result["value"] == ["memmap", 100_000.0, "ndarray", False]
 
 
+@pytest.mark.slow
 def test_a_script_without_a_main_guard_runs_once_and_its_children_die_with_it(tmp_path):
     """multiprocessing's own fork server imports the script again in every child, which would start searches again."""
     script = tmp_path / "script.py"

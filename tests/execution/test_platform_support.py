@@ -4,6 +4,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ELSEWHERE = """
 import os, signal, sys
 import keras, keras_tuner, numpy as np
@@ -45,6 +47,7 @@ print("as promised")
 """
 
 
+@pytest.mark.slow
 def test_accumulation_works_elsewhere_and_a_search_says_what_it_needs(tmp_path):
     tests = Path(__file__).parents[1] / "config"
     script = ELSEWHERE.replace("PLATFORM", repr("win32")).replace("TESTS", repr(str(tests)))

@@ -167,6 +167,7 @@ def _answers(port):
         return False
 
 
+@pytest.mark.slow
 def test_a_server_that_hangs_and_comes_back(made, start_server, tmp_path, empty_store, capfd):
     (tmp_path / "server.db").write_bytes(empty_store.read_bytes())
     port = free_port()

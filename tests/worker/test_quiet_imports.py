@@ -3,6 +3,8 @@
 import subprocess
 import sys
 
+import pytest
+
 SAID = [
     "WARNING: All log messages before absl::InitializeLog() is called are written to STDERR",
     "I0000 00:00:1795567725.255646   23617 port.cc:153] oneDNN custom operations are on.",
@@ -53,6 +55,7 @@ def test_where_tensorflow_is_loaded_already_nothing_is_touched():
     assert said(before=before).stderr.splitlines()[: len(SAID)] == SAID
 
 
+@pytest.mark.slow
 def test_importing_tensorflow_is_silent():
     script = "from accumtune.worker.quiet_imports import without_notes\nwith without_notes():\n    import tensorflow"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=200)
