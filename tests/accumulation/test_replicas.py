@@ -346,3 +346,19 @@ def test_replicas_in_other_processes_are_refused():
     assert Replicas(SimpleNamespace(num_replicas_in_sync=2, extended=here, scope=None)).number == 2
     with pytest.raises(ModelError, match="4 replicas, 2 of them here"):
         Replicas(SimpleNamespace(num_replicas_in_sync=4, extended=here, scope=None))
+
+
+@pytest.mark.skipif(BACKEND != "tensorflow", reason="other backends have no strategies")
+@pytest.mark.parametrize("how", [{"micro_batch_size": 3}, {"accumulation_steps": 2}])
+def test_a_strategy_with_one_replica_trains_as_none(how):
+    """As a script for several GPUs does on a machine with one. Keras's own sum over replicas fails there."""
+    import keras
+    import tensorflow as tf
+    from equality import assert_same_training, dense, numbers, train
+
+    build = dense(optimizer=lambda: keras.optimizers.Adam(0.01, clipnorm=0.1), metrics=["mae"])
+    data = {"x": numbers(12, 4), "y": numbers(12, 2, seed=1)}
+    one = train(build, data, **how)
+    with tf.distribute.MirroredStrategy(["CPU:0"]).scope():
+        mirrored = train(build, data, **how)
+    assert_same_training(mirrored, one)

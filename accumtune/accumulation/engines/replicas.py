@@ -108,6 +108,6 @@ class Replicas:
         """Turns off Keras's sum over replicas, which comes after clipping; `summed` comes before."""
         as_they_are = {"_all_reduce_sum_gradients": lambda gradients_and_variables: gradients_and_variables}
         with contextlib.ExitStack() as changed:
-            for optimizer in optimizers if self.number > 1 else []:
+            for optimizer in optimizers:  # also for one replica of a strategy, where Keras's sum would fail
                 changed.enter_context(replaced(optimizer, as_they_are))
             yield
