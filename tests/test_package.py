@@ -135,6 +135,17 @@ def test_no_folder_is_a_long_flat_list_of_files():
     assert count <= 15, f"{folder} has {count} files: those that belong together share a sub-folder"
 
 
+TOP_LEVEL = {".ci", ".gitignore", "README.md", "accumtune", "experiments", "mlruns", "pyproject.toml", "tests"}
+
+
+def test_nothing_else_is_at_the_top_level():
+    if not (PACKAGE.parent / ".git").exists():
+        pytest.skip("this is no clone of the repository")
+    listed = subprocess.run(["git", "ls-files"], cwd=PACKAGE.parent, capture_output=True, text=True, check=True).stdout
+    assert {path.partition("/")[0] for path in listed.split()} == TOP_LEVEL
+    assert [path for path in listed.split() if path.startswith("mlruns/")] == ["mlruns/README.md"]
+
+
 def test_import_accumtune_loads_no_framework():
     script = f"""
 import sys, accumtune
