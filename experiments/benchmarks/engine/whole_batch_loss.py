@@ -7,7 +7,11 @@ Ways to train at the same effective batch, each in a process of its own, which t
 - two: `accumulate(model, m, whole_batch_loss=True)`;
 - one: `accumulate(model, m, whole_batch_loss=False)`;
 - full: plain Keras at the effective batch;
-- floor: for each micro-batch a forward pass, and a forward and backward pass; one update; nothing else.
+- floor: for each micro-batch a forward pass, then a forward and backward pass whose gradients are added to sums in
+  place; one update; nothing else.
+
+Freed memory stays with the process (`KEEP_MEMORY`), as the allocators of GPUs and TensorFlow's have it: zeroing new
+pages would cost each way another part of its time.
 
 The loss is the same everywhere, and couples no samples: what it takes itself would hide what the passes take. Times are
 medians over the rounds, of the CPU (`--clock`), windows are the batches of one epoch, and ratios compare neighbours in
@@ -34,6 +38,8 @@ WAYS = ("two", "one", "full", "floor")
 BACKENDS = ("tensorflow", "jax", "torch")
 WORKLOADS = ("mlp", "cnn", "transformer", "mobilenet", "lstm")
 PEAK_WINDOWS = 3
+# For glibc.
+KEEP_MEMORY = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**33)}
 
 
 def run_child(way: str, workload: str, clock: str) -> None:
@@ -76,18 +82,16 @@ def floor(way: str, workload: str, clock: Callable[[], float]) -> Callable[[int]
     micro, steps = ways.WORKLOADS[workload]
     model = made(workload)
     x, y = ways.data(model, micro)
-    backend = keras.backend.backend()
-    make = {"tensorflow": ways.tensorflow_passes, "jax": ways.jax_passes, "torch": ways.torch_passes}[backend]
-    forward = forward_pass(model, x)  # JAX's passes take the variables away
-    forward_and_backward, update = make(model, x, y, backend == "jax", is_floor=False)
+    passes = {"tensorflow": tensorflow_floor, "jax": jax_floor, "torch": torch_floor}
+    forward, backward, update = passes[keras.backend.backend()](model, x, y)
 
     def train(windows: int) -> list[float]:
         times = []
         for _ in range(windows):
             for _ in range(steps):
                 forward()
-            for _ in range(steps - 1):
-                forward_and_backward()
+            for step in range(steps):
+                backward(step == 0)
             update()
             times.append(clock())
         return times
@@ -106,32 +110,97 @@ def made(workload: str) -> Any:
     return model
 
 
-def forward_pass(model: Any, x: Any) -> Callable[[], Any]:
+# The floors: a forward pass; a forward and backward pass that adds to sums where they are; an update, waited for
+
+
+def tensorflow_floor(model: Any, x: Any, y: Any) -> tuple[Callable[..., Any], ...]:
+    import tensorflow as tf
+
+    x, y = tf.constant(x), tf.constant(y)
+    weights = model.trainable_weights
+    model.optimizer.build(weights)
+    sums = [tf.Variable(tf.zeros(weight.shape)) for weight in weights]
+
+    def backward(is_first: bool) -> None:
+        with tf.GradientTape() as tape:
+            loss = model.compute_loss(x, y, model(x, training=True))
+        for total, gradient in zip(sums, tape.gradient(loss, weights), strict=True):
+            (total.assign if is_first else total.assign_add)(tf.convert_to_tensor(gradient))
+
+    def update() -> None:
+        model.optimizer.apply_gradients(zip(sums, weights, strict=True))
+
+    apply = tf.function(update)
+    return (
+        tf.function(lambda: model(x, training=True)),
+        tf.function(backward),
+        lambda: (apply(), model.optimizer.iterations.numpy()),
+    )
+
+
+def jax_floor(model: Any, x: Any, y: Any) -> tuple[Callable[..., Any], ...]:
+    import jax
+
+    model._symbolic_build(data_batch=(x, y, None))
+    state = [variable.value for variable in model.non_trainable_variables]
+    trainable, optimizer = ([v.value for v in part] for part in (model.trainable_variables, model.optimizer.variables))
+    for variable in (*model.trainable_variables, *model.optimizer.variables):
+        variable._value = None
+    values, sums = [trainable, optimizer], list[Any]()
+
+    def loss(trainable: Any, state: Any, x: Any, y: Any) -> Any:
+        prediction, state = model.stateless_call(trainable, state, x, training=True)
+        return model._compile_loss(y, prediction), state
+
+    def gradients(trainable: Any, state: Any, x: Any, y: Any) -> Any:
+        return jax.grad(loss, has_aux=True)(trainable, state, x, y)[0]
+
+    def added(sums: Any, trainable: Any, state: Any, x: Any, y: Any) -> Any:
+        return [total + one for total, one in zip(sums, gradients(trainable, state, x, y), strict=True)]
+
+    call = jax.jit(lambda trainable, state, x: model.stateless_call(trainable, state, x, training=True))
+    first, further = jax.jit(gradients), jax.jit(added, donate_argnums=(0,))
+    apply = jax.jit(
+        lambda trainable, optimizer, sums: model.optimizer.stateless_apply(optimizer, sums, trainable),
+        donate_argnums=(0, 1, 2),
+    )
+
+    def backward(is_first: bool) -> None:
+        data = (values[0], state, x, y)
+        sums[:] = jax.block_until_ready(first(*data) if is_first else further(sums, *data))
+
+    def update() -> None:
+        values[:] = jax.block_until_ready(apply(*values, sums))
+
+    return lambda: jax.block_until_ready(call(values[0], state, x)), backward, update
+
+
+def torch_floor(model: Any, x: Any, y: Any) -> tuple[Callable[..., Any], ...]:
     import keras
-
-    if keras.backend.backend() == "tensorflow":
-        import tensorflow as tf
-
-        tensor = tf.constant(x)
-        return tf.function(lambda: model(tensor, training=True))
-    if keras.backend.backend() == "jax":
-        import jax
-
-        values = [
-            [jax.numpy.copy(v.value) for v in part]
-            for part in (model.trainable_variables, model.non_trainable_variables)
-        ]
-        call = jax.jit(lambda trainable, state: model.stateless_call(trainable, state, x, training=True))
-        return lambda: jax.block_until_ready(call(*values))
     import torch
 
-    tensor = keras.ops.convert_to_tensor(x)
+    from accumtune.accumulation import optimizers
+    from accumtune.accumulation.engines import grouped_update
+
+    x, y = keras.ops.convert_to_tensor(x), keras.ops.convert_to_tensor(y)
+    weights = model.trainable_weights
+    model.optimizer.build(weights)
 
     def forward() -> Any:
         with torch.no_grad():
-            return model(tensor, training=True)
+            return model(x, training=True)
 
-    return forward
+    def backward(is_first: bool) -> None:
+        if is_first:
+            model.zero_grad()
+        model.compute_loss(x, y, model(x, training=True)).backward()  # `.grad` is the sum
+
+    def update() -> None:
+        # As accumtune has it: Keras's update of all variables at once takes half as long again.
+        with torch.no_grad(), grouped_update.updating_in_groups(optimizers.updating(model.optimizer)):
+            model.optimizer.apply([weight.value.grad for weight in weights], weights)
+
+    return forward, backward, update
 
 
 class Child:
@@ -141,7 +210,7 @@ class Child:
         self.log = tempfile.TemporaryFile("w+")
         self.process = subprocess.Popen(
             [sys.executable, __file__, "--child", way, workload, clock],
-            env=child_environment(KERAS_BACKEND=backend, TF_CPU_ALLOCATOR_USE_BFC="true"),
+            env=child_environment(KERAS_BACKEND=backend, TF_CPU_ALLOCATOR_USE_BFC="true", **KEEP_MEMORY),
             text=True,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
