@@ -193,7 +193,8 @@ def _normalized(layer: Any, inputs: Any, mask: Any, size: int) -> Any:
     if mask is None and backend.backend() in ("jax", "torch"):
         module = importlib.import_module(f"accumtune.accumulation.ghost_batch_{backend.backend()}")
         normalized, seen = module.normalized(inputs, gamma, beta, layer.axis, layer.epsilon, size)
-        statistics.see(layer, *_together(*seen))
+        _, mean, variance = _together(*seen)
+        statistics.see(layer, math.prod(inputs.shape) / inputs.shape[layer.axis], mean, variance)
         return ops.cast(normalized, layer.compute_dtype)
     whole = rows // size * size
     outputs, moments = [], []

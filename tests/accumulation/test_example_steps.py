@@ -77,7 +77,6 @@ def test_an_example_is_exact_with_its_draws(example):
     assert own_train_step.certificate_of(model).reduction == example.reduction
 
 
-@pytest.mark.skipif(BACKEND == "jax", reason="refused there")
 @pytest.mark.parametrize("example", EXACT_BUT_FOR_NORMALIZATION, ids=ids(EXACT_BUT_FOR_NORMALIZATION))
 def test_an_example_with_batch_normalization_is_one_training_in_ghost_batches(example):
     """Whatever the micro-batch, here all 12 samples or one ghost batch of 4."""
@@ -86,6 +85,10 @@ def test_an_example_with_batch_normalization_is_one_training_in_ghost_batches(ex
     with draws_in_parts({12: (4, 4, 4)}, example.draws):
         expected, _ = trained(whole, example.data())
     model = accumulate(made(example, keras.layers.BatchNormalization()), micro_batch_size=4, ghost_batch_size=4)
+    if BACKEND == "jax" and example.names[0] in ("siamese_network", "simsiam"):
+        with pytest.raises(CustomTrainStepError, match="several times"):
+            trained(model, example.data())
+        return
     assert_equal(trained(model, example.data())[0], expected)
 
 

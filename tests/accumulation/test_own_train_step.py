@@ -543,7 +543,6 @@ def test_what_is_linear_in_the_gradients_is_certified(name):
     assert own_train_step.certify(make(type("Linear", (OwnStep,), methods)), *data(14)).reduction == "mean"
 
 
-@pytest.mark.skipif(BACKEND == "jax", reason="refused there")
 def test_ghost_batches():
     def train(micro_batch_size):
         model = make(OwnStep, [keras.layers.BatchNormalization])

@@ -32,10 +32,6 @@ class OwnStepJax(JaxTraining):
         super().__init__(model, accumulation)
         if keras.distribution.distribution() is not None:
             raise own.refusal(model, "and it is spread over several devices.", "train it on one device.")
-        if accumulation.ghost_batch_size is not None:
-            raise own.refusal(
-                model, "and a ghost_batch_size, on JAX.", "leave out ghost_batch_size, or use another backend."
-            )
         self._form = 3
         self._certificate: own.Certificate | None = None
         self._structure: Any = None
@@ -47,6 +43,7 @@ class OwnStepJax(JaxTraining):
     def _train(self, state: Any, window: list[Any]) -> tuple[Any, Any]:
         model = self.model
         form, self._form = self._form, window[0].form
+        self._ghosts.check_window([part.samples for part in window])
         batch = window[0].take()
         known_samples.note(model, batch)
         if self._certificate is None or form != self._form:
@@ -76,7 +73,8 @@ class OwnStepJax(JaxTraining):
     # The jitted functions
 
     def _whole_step(self, state: Any, batch: Any) -> Any:
-        return self.model.train_step(state, interception.packed(batch, self._form))
+        with self._ghosts.active(batch[0]):
+            return self.model.train_step(state, interception.packed(batch, self._form))
 
     def _first_micro_step(
         self, metrics: Any, trainable: Any, non_trainable: Any, optimizer: Any, batch: Any, share: Any
@@ -125,6 +123,7 @@ class OwnStepJax(JaxTraining):
             interception.weighed_scalars(model, share, known.scalars),
             replaced(model.optimizer, {"stateless_apply": handed}),
             _moments_in_place(model, None if apply is None else so_far[2]) as counts,
+            self._ghosts.active(batch[0]),
         ):
             logs, new = model.train_step(state, interception.packed(batch, self._form))
         self._structure = tree.map_structure(lambda _: None, logs)
@@ -183,35 +182,50 @@ def _moments_in_place(model: Any, so_far: Any) -> Iterator[list[tuple[Any, float
     """
     counts: list[tuple[Any, float]] = []
 
+    def kept(layer: Any, number: Any, mean: Any, variance: Any) -> tuple[Any, Any]:
+        if not isinstance(number, float) or any(known is layer for known, _ in counts):
+            raise own.refusal(
+                model,
+                f"it calls {layer.name!r}, a BatchNormalization, several times or with a mask.",
+                "call it once, on all views of the batch together; or use another backend.",
+            )
+        if so_far is not None:
+            start = sum(known.moving_mean.shape[0] for known, _ in counts)
+            others = tuple(one[start : start + layer.moving_mean.shape[0]] for one in so_far)
+            mine = statistics.packed([statistics.Moments(layer, number, mean, variance)])
+            mean, variance = statistics.moved_values(layer, statistics.combined(others, mine))
+        counts.append((layer, number))
+        return mean, variance
+
     def noting(layer: Any, held: dict[int, Any]) -> Callable[..., Any]:
         own_moments = layer._moments
 
         def moments(inputs: Any, mask: Any) -> tuple[Any, Any]:
-            if mask is not None or any(known is layer for known, _ in counts):
-                raise own.refusal(
-                    model,
-                    f"it calls {layer.name!r}, a BatchNormalization, several times or with a mask.",
-                    "call it once, on all views of the batch together; or use another backend.",
-                )
             mean, variance = own_moments(inputs, mask)
-            number = math.prod(inputs.shape) / inputs.shape[layer.axis]
-            kept = mean, variance
-            if so_far is not None:
-                start = sum(known.moving_mean.shape[0] for known, _ in counts)
-                others = tuple(one[start : start + layer.moving_mean.shape[0]] for one in so_far)
-                mine = statistics.packed([statistics.Moments(layer, number, mean, variance)])
-                kept = statistics.moved_values(layer, statistics.combined(others, mine))
-            held[id(layer.moving_mean)], held[id(layer.moving_variance)] = kept
-            counts.append((layer, number))
+            number = math.prod(inputs.shape) / inputs.shape[layer.axis] if mask is None else None
+            held[id(layer.moving_mean)], held[id(layer.moving_variance)] = kept(layer, number, mean, variance)
             return mean, variance
 
         return moments
+
+    class OfGroups:
+        """Takes what a normalization in ghost batches notes."""
+
+        def mine(self) -> OfGroups:
+            return self
+
+        def append(self, seen: statistics.Moments) -> None:
+            variables = seen.layer.moving_mean, seen.layer.moving_variance
+            values = kept(seen.layer, seen.number, seen.mean, seen.variance)
+            for variable, value in zip(variables, values, strict=True):
+                type(variable).assign(variable, value)
 
     with contextlib.ExitStack() as stack:
         for layer in model._flatten_layers():
             if statistics.keeps_statistics(layer):
                 held: dict[int, Any] = {}
                 stack.enter_context(statistics.left_as_they_are(layer, noting(layer, held), held))
+                stack.enter_context(replaced(layer, {"_accumtune_notes": OfGroups()}))
         yield counts
 
 
