@@ -6,7 +6,7 @@
 It verifies the configuration on this machine, trains, logs to the search's MLflow experiment, and saves a plain Keras
 model. If it is killed and started again, it resumes after the last complete epoch and reaches the same weights: the
 data and random numbers of an epoch depend only on the seed and the epoch's number. `--module` names the file with
-`build_model(hp)`, `load_data()` and, if the loss is over the batch, `VALIDATION_BATCH_SIZE`.
+`build_model(hp)` and `load_data()`.
 """
 
 import argparse
@@ -127,17 +127,17 @@ def train(config, module, options):
     if options.warm_start:
         config.load_weights(model, tracking_uri=options.tracking_uri)
     data = EpochOrder(x_train, y_train, config.effective_batch_size, seed)
-    # A loss over the batch is comparable at one size alone: that of the search.
-    size = getattr(module, "VALIDATION_BATCH_SIZE", config.micro_batch_size)
+    # EpochOrder has shuffled the samples.
+    arguments = config.fit_arguments(epochs=options.epochs, shuffle=False)
+    # A loss over the batch is comparable at one size alone: that of the search, which the configuration has.
+    size = arguments.setdefault("validation_batch_size", config.micro_batch_size)
     model.fit(
         data,
         validation_data=(x_val, y_val),
-        validation_batch_size=size,
         # Logged before it is backed up: killed in between, an epoch is logged twice, not never.
         callbacks=[SeedByEpoch(data, seed), LogToMlflow(), WholeBackup(options.job)],
         verbose=2,
-        # Shuffled already, by EpochOrder.
-        **config.fit_arguments(epochs=options.epochs, shuffle=False),
+        **arguments,
     )
     return model, model.evaluate(x_val, y_val, batch_size=size, verbose=0, return_dict=True)
 

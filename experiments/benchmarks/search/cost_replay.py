@@ -145,6 +145,7 @@ class RecordedExecutor:
         found = {
             "hyperparameters": hp.get_config(), "batch_coupled_layers": [], "whole_batch_loss": False,
             "own_train_step": None, "coupled_with_ghost_batches": [], "against_ghost_batches": [], "wants_data": False,
+            "has_own_test_step": False,
         }  # fmt: skip
         return Outcome("completed", found)
 
