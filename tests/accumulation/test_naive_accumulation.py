@@ -23,8 +23,11 @@ def schedule():
     "optimizer",
     [
         lambda **k: keras.optimizers.SGD(0.1, **k),  # mean of means and stale residue: the batches are 4 4 4 4 4 1
-        lambda **k: keras.optimizers.SGD(schedule(), **k),
-        lambda **k: keras.optimizers.SGD(0.1, use_ema=True, ema_momentum=0.5, ema_overwrite_frequency=2, **k),
+        pytest.param(lambda **k: keras.optimizers.SGD(schedule(), **k), marks=pytest.mark.slow),
+        pytest.param(
+            lambda **k: keras.optimizers.SGD(0.1, use_ema=True, ema_momentum=0.5, ema_overwrite_frequency=2, **k),
+            marks=pytest.mark.slow,
+        ),
     ],
     ids=["mean-of-means", "schedule-per-micro-step", "ema-per-micro-step"],
 )

@@ -130,7 +130,7 @@ def waits_for(op, other):
     return False
 
 
-@pytest.mark.parametrize("size", [12, 5])
+@pytest.mark.parametrize("size", [12, pytest.param(5, marks=pytest.mark.slow)])
 def test_training_in_order_is_the_same_training(graphs, monkeypatch, size):
     ordered = train(branches, data(), micro_batch_size=size, batch_size=12)
     assert graphs

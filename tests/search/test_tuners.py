@@ -67,7 +67,7 @@ def build_deep(hp):
     return dense(layers=[keras.layers.Dense(width) for width in widths])
 
 
-@pytest.mark.parametrize("kind", [accumtune.RandomSearch, accumtune.OptunaSearch])
+@pytest.mark.parametrize("kind", [accumtune.RandomSearch, pytest.param(accumtune.OptunaSearch, marks=pytest.mark.slow)])
 def test_hyperparameters_that_only_some_models_ask_for_are_searched_and_recorded(tmp_path, kind):
     sizes = {"micro_batch_sizes": (4,), "memory_budget": None}
     tuner = search(make(tmp_path, kind, build=build_deep, max_trials=5, **sizes), epochs=1)

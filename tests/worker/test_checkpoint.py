@@ -189,7 +189,9 @@ def drawn():
 
 
 @pytest.mark.skipif(keras.backend.backend() != "tensorflow", reason="a tf.data pipeline")
-@pytest.mark.parametrize("pipeline", [shuffled, uncounted, drawn])
+@pytest.mark.parametrize(
+    "pipeline", [drawn, *(pytest.param(other, marks=pytest.mark.slow) for other in (shuffled, uncounted))]
+)
 def test_a_shuffled_pipeline_goes_on_with_its_next_order(pipeline, train):
     whole, _ = train("whole", x=pipeline)
     train("trial", x=pipeline, interruption=("stop", 4))
