@@ -10,9 +10,9 @@ EXPERIMENTS = Path(__file__).parent.parent / "experiments"
 DIGITS = ("digits.py", "--trials", "3", "--epochs", "2", "--register-as", "digits")
 
 
-def run_experiment(folder, script, *arguments):
+def run_experiment(folder, script, *arguments, run=forked.run):
     """Runs a script of `experiments/` in a folder and returns what it printed."""
-    done = forked.run(
+    done = run(
         [sys.executable, str(EXPERIMENTS / script), *arguments], cwd=folder, capture_output=True, text=True, timeout=500
     )
     assert done.returncode == 0, done.stdout + done.stderr
