@@ -1,4 +1,4 @@
-"""Measures what a loss over the whole effective batch takes by itself: it may compare every sample with every other."""
+"""Measures the memory of a loss over the whole effective batch, which may grow with the pairs of its samples."""
 
 from __future__ import annotations
 
@@ -14,25 +14,25 @@ from accumtune.accumulation.losses import whole_batch_loss
 from accumtune.memory.device import Device
 from accumtune.memory.prediction.profile import NO_LOSS
 
-# Batches that are tried: these, twice and four times as many, as long as their outputs take no more than that. All
-# triples of 256 samples are 64 MiB.
+# The loss is measured on this many samples, twice and four times as many; fewer if their outputs take more than this.
+# A loss over all triples of 256 samples takes 64 MiB.
 _SAMPLES, _MOST_OUTPUT_BYTES = 64, 2**24
-# With JAX nothing is run, and XLA plans otherwise for small matrices (it fuses their products).
+# On JAX nothing runs. XLA plans small matrices differently, because it fuses their products.
 _PLANNED_SAMPLES = 512
-# What is a smaller share of what the largest batch takes is the allocator's rounding.
+# A term with a smaller share of the largest batch's peak is rounding of the allocator.
 _LEAST_SHARE = 0.1
 
 
 def loss_bytes(model: Any, sample: tuple[Any, Any, Any], device: Device) -> tuple[float, float, float]:
-    """Bytes per sample, pair and triple of samples that loss and gradient take: outputs, targets and all between.
+    """Returns the bytes of the loss and its gradient per sample, per pair and per triple of samples, outputs included.
 
     Args:
         model: a compiled model whose loss is that of the whole effective batch.
         sample: `(x, y, sample_weight)` of one sample.
-        device: the opened one, without a limit.
+        device: the opened device, without a limit.
 
     Returns:
-        Zeros where the loss does not run on made-up outputs, or the device counts whole pages of the process.
+        Zeros if the loss fails on random outputs, or if the device counts pages of the process.
     """
     if device.memory_source == "process high-water mark":
         return NO_LOSS
@@ -51,7 +51,7 @@ def loss_bytes(model: Any, sample: tuple[Any, Any, Any], device: Device) -> tupl
 
 
 def fitted(samples: int, one: float, two: float, four: float) -> tuple[float, float, float]:
-    """Bytes per sample, pair and triple, from the peaks of so many samples, of twice and of four times as many.
+    """Returns the bytes per sample, pair and triple, from the peaks of a batch, one twice and one four times as large.
 
     Only differences count, for something is there without any sample. Of two of them there are two terms: the first
     two, or, where that grows faster than pairs do, the last two.
@@ -117,7 +117,7 @@ _GRADIENTS = {"tensorflow": _tensorflow_gradients, "torch": _torch_gradients}
 
 
 def _planned_bytes(model: Any, sample: tuple[Any, Any, Any], outputs: Any, samples: int) -> int:
-    """What XLA plans for loss and gradient, arguments included."""
+    """Returns the bytes that XLA plans for the loss and its gradient, arguments included."""
     import jax
 
     def spec(leaf: Any) -> Any:

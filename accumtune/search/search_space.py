@@ -70,12 +70,12 @@ class SearchSpace:
 
     @property
     def test_step_batch_size(self) -> int | None:
-        """The samples that a `test_step` of the models' own gets at a time, in all trials; None without one."""
+        """The batch size of the models' own `test_step`, in all trials; None if they have none."""
         return min(self.listed_micro_batch_sizes) if self.has_own_test_step else None
 
     @property
     def listed_effective_batch_sizes(self) -> tuple[int, ...]:
-        """The products of both lists."""
+        """The effective batches of both lists: every product."""
         return effective_batch_sizes(self.listed_micro_batch_sizes, self._accumulation_steps)
 
     @property

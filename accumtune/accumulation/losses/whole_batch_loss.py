@@ -32,12 +32,12 @@ _TOLERANCE_OF_HALF_PRECISION = 0.1
 
 
 def chosen_for(model: Any, choice: bool | str) -> None:
-    """Makes every `accumulate(model, whole_batch_loss="auto")` mean a search's or configuration's choice."""
+    """Records the choice of a search or configuration, which later calls of `accumulate` take for "auto"."""
     put(model, {_CHOICE: choice})
 
 
 def choice_of(model: Any, asked: bool | str = "auto") -> bool | str:
-    """What was asked for, or where that is "auto" what `chosen_for` was told."""
+    """Returns the argument of `accumulate`; if that is "auto", the choice that `chosen_for` has recorded."""
     return getattr(model, _CHOICE, asked) if asked == "auto" else asked
 
 

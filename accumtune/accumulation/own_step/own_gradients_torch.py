@@ -16,7 +16,7 @@ import torch
 
 @contextlib.contextmanager
 def seen(parameters: list[Any], left: Callable[[Any], None]) -> Iterator[None]:
-    """While open, each parameter is given to `left` when a backward pass has left something in its `.grad`."""
+    """Calls `left` with each parameter whose `.grad` a backward pass has written, within this context."""
     with contextlib.ExitStack() as stack:
         for parameter in parameters:
             stack.callback(parameter.register_post_accumulate_grad_hook(left).remove)
@@ -38,7 +38,7 @@ class SummedGradients:
 
     @contextlib.contextmanager
     def taken(self, parameters: list[Any]) -> Iterator[None]:
-        """While open, what backward passes leave in the `.grad` of these is summed up; after it, they have none."""
+        """Sums up what backward passes write to `.grad` within this context; clears `.grad` at its end."""
         self._sums.clear()
         try:
             with seen(parameters, self._take):
@@ -49,7 +49,7 @@ class SummedGradients:
                 parameter.grad = None
 
     def begin(self) -> None:
-        """Says that a micro-step begins."""
+        """Begins a micro-step."""
         self._taken.clear()
 
     def _take(self, parameter: Any) -> None:
@@ -58,13 +58,13 @@ class SummedGradients:
             self._sums[key] = self._add(parameter, self._sums.get(key), gradient)
         known = self._in_place.get(key)
         if known is None or (known.shape, known.dtype) != (gradient.shape, gradient.dtype):
-            # A step that does anything with it gets no number.
+            # A step that computes with it gets NaN.
             nothing = torch.full((), torch.nan, dtype=gradient.dtype, device=gradient.device)
             known = self._in_place[key] = nothing.expand(gradient.shape)
         parameter.grad = known
         self._taken.add(key)
 
     def sum_of(self, parameter: Any, gradient: Any) -> Any:
-        """The sum for a gradient that the step hands on; None where that is none of this micro-step."""
+        """Returns the sum for a gradient that the step passes on; None if it is not one of this micro-step."""
         key = id(parameter)
         return self._sums[key] if key in self._taken and gradient is self._in_place[key] else None

@@ -147,7 +147,7 @@ class OwnStepJax(JaxTraining):
 
 
 def _each_after_all(values: list[Any], never: Any) -> list[Any]:
-    """The same values, none of which is known before all are: `never` is false, but the compiler cannot know.
+    """Returns the same values, each of which waits for all: `never` is false, but the compiler cannot know that.
 
     Else an update may begin while a backward pass still needs the weights, and XLA plans with copies of these. On a CPU
     it drops `jax.lax.optimization_barrier`, which would say the same.
@@ -209,7 +209,7 @@ def _moments_in_place(model: Any, so_far: Any) -> Iterator[list[tuple[Any, float
         return moments
 
     class OfGroups:
-        """Takes what a normalization in ghost batches notes."""
+        """Takes the statistics that a normalization in ghost batches records."""
 
         def mine(self) -> OfGroups:
             return self

@@ -102,12 +102,12 @@ class _Recorder(TorchDispatchMode):
         self._made.update(_key(value) for value in values)
 
     def left_in_grad(self, parameter: Any) -> None:
-        """Takes note of what a backward pass leaves."""
+        """Records the gradient that a backward pass has written."""
         self._kept.append(parameter.grad)
         self._left.append(_key(parameter.grad))
 
     def hands_on(self, keys: list[Any]) -> bool:
-        """Whether these are what a backward pass has left, each once, and no operation has used it."""
+        """Returns whether these are the gradients of backward passes, each once, and unused by any operation."""
         return not self._is_used and len(set(self._left)) == len(self._left) and set(keys) <= set(self._left)
 
     def stop(self) -> None:

@@ -154,7 +154,7 @@ def setup_advice(
         whole_batch_loss: whether the loss is computed over the whole effective batch, in two passes.
         own_train_step: `"mean"` or `"sum"`, over samples: what the gradients of the models' own `train_step` are;
             None without one.
-        test_step_batch_size: how many samples the models' own `test_step` gets at a time; None without one.
+        test_step_batch_size: the batch size of the models' own `test_step`; None if they have none.
         samples: in the training data; None if unknown.
     """
     texts = []

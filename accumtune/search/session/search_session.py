@@ -223,7 +223,7 @@ class SearchSession:
         }
 
     def _test_step_batch_size(self) -> int | None:
-        """Returns what a `test_step` of the models' own gets at a time; None where there is none."""
+        """Returns the batch size of the models' own `test_step`; None if they have none."""
         size = self._parts.space.test_step_batch_size
         return None if size is None else self._fit_kwargs.get("validation_batch_size") or size
 
