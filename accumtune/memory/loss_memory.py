@@ -15,8 +15,8 @@ from accumtune.memory.device import Device
 from accumtune.memory.prediction.profile import NO_LOSS
 
 # The loss is measured on this many samples, twice and four times as many; fewer if their outputs take more than this.
-# A loss over all triples of 256 samples takes 64 MiB.
-_SAMPLES, _MOST_OUTPUT_BYTES = 64, 2**24
+# A loss over all triples of 256 samples takes 64 MiB; none is tried that might take more than the third.
+_SAMPLES, _MOST_OUTPUT_BYTES, _MOST_BYTES = 64, 2**24, 2**28
 # On JAX nothing runs. XLA plans small matrices differently, because it fuses their products.
 _PLANNED_SAMPLES = 512
 # A term with a smaller share of the largest batch's peak is rounding of the allocator.
@@ -43,8 +43,13 @@ def loss_bytes(model: Any, sample: tuple[Any, Any, Any], device: Device) -> tupl
             peaks = [_planned_bytes(model, sample, outputs, smallest * factor) for factor in (1, 2, 4)]
         else:
             row_bytes = sum(math.prod(leaf.shape[1:]) * 8 for leaf in tree.flatten(outputs) if leaf is not None)
-            smallest = max(2, min(_SAMPLES, _MOST_OUTPUT_BYTES // (4 * max(row_bytes, 1))))
+            most = max(2, _MOST_OUTPUT_BYTES // (4 * max(row_bytes, 1)))
+            smallest = min(_SAMPLES, most)
             peaks = [_peak_bytes(model, sample, outputs, smallest * factor, device) for factor in (1, 2, 4)]
+            # Of larger batches the allocator's rounding is a smaller share. All triples would take 64 times as much.
+            while 4 * smallest <= most and 64 * peaks[-1] <= _MOST_BYTES:
+                smallest *= 4
+                peaks = [_peak_bytes(model, sample, outputs, smallest * factor, device) for factor in (1, 2, 4)]
     except Exception:  # whatever a user's loss raises for numbers that mean nothing
         return NO_LOSS
     return fitted(smallest, *peaks)
