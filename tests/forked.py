@@ -1,9 +1,11 @@
-"""`Popen` and `run` for Python commands, without the eight seconds in which TensorFlow is imported.
+"""Runs Python commands like `subprocess`, but without the eight seconds of importing TensorFlow.
 
-One process for the whole run of tests, also for all workers of pytest-xdist, imports the framework when it is first
-asked; what `subprocess` would start is a fork of it, with the arguments, environment, folder and files that were asked
-for. What is different from a new interpreter: the seed of hashes is the same in all, and modules that accumtune's
-fork server imports are there already. A test of just that takes `subprocess`.
+One process serves the whole run of tests, with all workers of pytest-xdist. It imports the framework at the first
+request. Each command runs in a fork of it, with its own arguments, environment, working directory and files.
+
+A fork differs from a new interpreter in two ways: all forks have the same seed of hashes, and the modules that
+accumtune's fork server imports are loaded already (so they have read their environment variables, such as KERAS_HOME).
+A test that depends on either uses `subprocess`.
 """
 
 import atexit
@@ -27,7 +29,7 @@ _LARGEST_REQUEST = 2**17
 
 
 def start():
-    """Starts the process, which imports nothing yet; returns what ends it."""
+    """Starts the process, which imports nothing yet; returns a function that ends it."""
     folder = tempfile.TemporaryDirectory(prefix="forked-")
     os.environ[_ADDRESS] = os.path.join(folder.name, "socket")
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -105,7 +107,7 @@ def run(command, *, capture_output=False, timeout=None, check=False, **options):
 
 
 def fork_the_fork_servers():
-    """From now on in this process, fork servers are forks too."""
+    """Makes this process start its fork servers as forks, too."""
     from accumtune.execution import fork_server_client
 
     fork_server_client.subprocess = types.SimpleNamespace(
@@ -114,7 +116,7 @@ def fork_the_fork_servers():
 
 
 def serve(listener):
-    """What the process does until its standard input ends."""
+    """Forks a process for each request, until the standard input ends."""
     from accumtune.execution.fork_server_client import _preload
     from accumtune.worker.quiet_imports import without_notes
 

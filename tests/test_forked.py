@@ -1,4 +1,4 @@
-"""What `forked` starts behaves as what `subprocess` starts."""
+"""Commands that `forked` starts behave as if `subprocess` had started them."""
 
 import signal
 import subprocess

@@ -302,5 +302,9 @@ def test_what_was_taken_under_a_full_limit_is_needed_for_the_next_one():
 
 def test_a_budget_with_ample_room_takes_two_probes():
     assert drive(40_000, [8, 32, 128, 512], slope=1)[0] == [8, 512]
-    # The negative control: where only the slope can tell, one in between.
+    # The negative controls: with less room, one in between; and with a loss over pairs, no jump to a window of them.
     assert len(drive(2000, [8, 32, 128, 512], slope=1)[0]) == 3
+    small = profile_of(measured(8, 1, 10), measured(8, 2, 12), memory_budget_bytes=4000 * MIB)
+    assert next_probe_size(small, 4000 * MIB, [8, 32, 512]) == 512
+    pairs = replace(small, loss_bytes=(0, 4096, 0))
+    assert next_probe_size(pairs, 4000 * MIB, [8, 32, 512]) == 32

@@ -42,7 +42,7 @@ def choice_of(model: Any, asked: bool | str = "auto") -> bool | str:
 
 
 def would_be_wanted(model: Any) -> bool:
-    """Whether the windows of a model that does not accumulate yet will need two passes."""
+    """Returns whether the windows of a model will need two passes, before it accumulates."""
     from accumtune.accumulation.coupling.detection import couples_samples_in_its_loss
 
     chosen = choice_of(model)
