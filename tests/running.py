@@ -1,6 +1,7 @@
 """Runs scripts of `experiments/` as a user does."""
 
 import sys
+import time
 from pathlib import Path
 
 import forked
@@ -24,3 +25,21 @@ WITHOUT_ACCUMTUNE = """
 import sys
 sys.modules.update({name: None for name in ("accumtune", *sys.modules) if name.partition(".")[0] == "accumtune"})
 """
+
+
+def wait_until_gone(pid, seconds=20.0):
+    """Returns whether the process has ended within this time; a zombie, which only waits for its parent, has."""
+    deadline = time.monotonic() + seconds
+    while is_running(pid):
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.02)
+    return True
+
+
+def is_running(pid):
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+    return stat.rsplit(")", 1)[1].split()[0] != "Z"

@@ -9,12 +9,12 @@ import socket
 import subprocess
 import sys
 import textwrap
-import time
 from dataclasses import replace
 from pathlib import Path
 
 import forked
 import pytest
+from running import wait_until_gone
 
 from accumtune import cli
 from accumtune.commands import demo, ui
@@ -258,10 +258,7 @@ def test_the_ui_that_is_ended_takes_its_server_along(number, tmp_path):
         started = int(process.stdout.readline())
         process.send_signal(number)
         process.wait(timeout=50)
-    deadline = time.monotonic() + 20
-    while (status := Path(f"/proc/{started}/status")).exists() and "zombie" not in status.read_text():
-        assert time.monotonic() < deadline, "the server runs on"
-        time.sleep(0.1)
+    assert wait_until_gone(started), "the server runs on"
 
 
 def test_the_help_has_every_command_and_the_exit_codes(capsys):
@@ -474,9 +471,7 @@ def test_the_demo_is_the_digits_search(monkeypatch):
     """tests/test_release.py runs it from the wheel."""
     started = []
     codes = {"--overwrite": 3, "--json": 1, "--trials": -9}
-    monkeypatch.setattr(
-        demo.subprocess, "call", lambda command, stdout: started.append(command) or codes[asked[0]]
-    )
+    monkeypatch.setattr(demo.subprocess, "call", lambda command, stdout: started.append(command) or codes[asked[0]])
     for asked, code in ((["--json"], 70), (["--trials", "2"], 137), (["--overwrite"], 3)):
         assert cli.main(["demo", *asked]) == code
     del started[:-1]

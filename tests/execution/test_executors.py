@@ -8,6 +8,7 @@ import time
 
 import numpy as np
 import pytest
+from running import wait_until_gone
 
 from accumtune.worker.transport.payload import dump_payload
 from accumtune.worker.transport.task_directory import TaskDirectory
@@ -25,22 +26,6 @@ def run(executor, tmp_path):
         return executor.submit(directory, environment, timeout_seconds).result(timeout=60)
 
     return run
-
-
-def is_alive(pid):
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    with open(f"/proc/{pid}/stat") as file:
-        return file.read().rsplit(")", 1)[1].split()[0] != "Z"
-
-
-def wait_until_gone(pid):
-    deadline = time.monotonic() + 10
-    while is_alive(pid) and time.monotonic() < deadline:
-        time.sleep(0.02)
-    return not is_alive(pid)
 
 
 def test_result_comes_back_and_prints_go_to_the_log(run, tmp_path):

@@ -3,7 +3,6 @@
 import itertools
 import os
 import signal
-import time
 from collections import OrderedDict
 from functools import partial
 from pathlib import Path
@@ -12,6 +11,7 @@ import keras
 import keras_tuner
 import numpy as np
 import pytest
+from running import wait_until_gone
 
 from accumtune.execution.standalone_training import FirstUpdates, train_isolated
 from accumtune.hypermodel import AccumulationHyperModel
@@ -244,10 +244,7 @@ def test_its_process_ends_with_the_trial(run, tmp_path):
     assert outcome.is_completed, outcome.traceback
     pid = int(Path(note).read_text())
     assert pid != outcome.pid
-    deadline = time.monotonic() + 20
-    while os.path.exists(f"/proc/{pid}") and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert not os.path.exists(f"/proc/{pid}")
+    assert wait_until_gone(pid)
 
 
 def test_a_function_that_gives_arrays_is_called_once_by_each_process_but_the_first(run, tmp_path, executor):
