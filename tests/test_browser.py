@@ -117,6 +117,7 @@ def test_the_printed_address_shows_the_trials_with_their_columns(digits, server,
     assert [word for word in words if word not in page] == []
 
 
+@pytest.mark.slow
 def test_charts_are_set_up(digits, server, tmp_path):
     words = ("What quality costs", "peak_memory_mib vs. best_val_loss", "Parallel Coordinates", "val_loss")
     page = look(printed_address(digits, server) + "&compareRunsMode=CHART", tmp_path, *words)

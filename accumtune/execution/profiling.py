@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import os
 import shutil
 import threading
@@ -23,6 +24,7 @@ from accumtune.memory.device import memory_limit_environment
 from accumtune.memory.prediction.confirmation import MOST_FAILURES, MOST_TRIES, next_to_run
 from accumtune.memory.prediction.exploration import next_probe_size
 from accumtune.memory.prediction.profile import HEADROOM, LARGEST_EXTRAPOLATION, NO_LOSS, Measurement, Profile
+from accumtune.memory.prediction.similar_profile import SimilarProfile
 from accumtune.tracking.small_files import write_atomically
 from accumtune.worker.transport.outcome import Outcome, finished
 from accumtune.worker.transport.task_directory import TaskDirectory
@@ -143,10 +145,13 @@ class Profiler:
                 sample_bytes=facts.sample_bytes,
                 loss_bytes=facts.loss_bytes,
             )
-            while (size := self._next_size(profile, facts)) is not None:
+            similar = None if profile.measurements else self._similar(facts)
+            while (size := self._next_size(profile, facts, similar)) is not None:
                 measurements, trace = self._probe(hyperparameters, size)
                 profile = _grown(profile, measurements, trace)
                 profile = replace(profile, memory_source=profile.memory_source or measurements[0].memory_source)
+                if similar is not None and len(profile.measured_sizes()) == 1:
+                    profile = replace(profile, estimates=similar.estimates(profile, self._micro_batch_sizes[0]))
                 self._keep(profile)
             return profile
 
@@ -195,18 +200,33 @@ class Profiler:
             if profile is not None:
                 self._keep(profile.with_measurement(measurement))
 
-    def _next_size(self, profile: Profile, facts: ModelFacts) -> int | None:
-        if self._memory_budget_bytes is not None and facts.static_bytes > self._memory_budget_bytes:
-            return None  # the parameters alone are too large
-        if self._only_listed and self._memory_budget_bytes is not None:
-            largest_that_ran, _ = profile.bracket(max(_PROBED_ACCUMULATION_STEPS), self._memory_budget_bytes)
-            if largest_that_ran >= self._micro_batch_sizes[-1]:
+    def _similar(self, facts: ModelFacts) -> SimilarProfile | None:
+        """Returns the profile of this search whose model has the most similar number of parameters."""
+        if not (self._only_listed and self._memory_budget_bytes and facts.static_bytes) or any(facts.loss_bytes):
+            return None
+        found = [
+            SimilarProfile(profile, facts.static_bytes / other.static_bytes)
+            for other in list(self._facts.values())
+            if other.device == facts.device and other.static_bytes and (profile := self._known(other.signature))
+            if len(profile.measured_sizes()) > 1
+        ]
+        return min(found, key=lambda similar: abs(math.log(similar.growth)), default=None)
+
+    def _next_size(self, profile: Profile, facts: ModelFacts, similar: SimilarProfile | None) -> int | None:
+        sizes, budget = self._micro_batch_sizes, self._memory_budget_bytes
+        if budget is not None:
+            if facts.static_bytes > budget:
+                return None  # the parameters alone are too large
+            if similar is not None and not profile.measurements:
+                return similar.first_probe_size(budget, sizes)
+            largest_that_ran, _ = profile.bracket(max(_PROBED_ACCUMULATION_STEPS), budget)
+            if self._only_listed and largest_that_ran >= sizes[-1] and (profile.shows_slope or len(sizes) == 1):
                 return None
-        size = next_probe_size(profile, self._memory_budget_bytes, self._micro_batch_sizes)
+        size = next_probe_size(profile, budget, sizes)
         if size is None and not any(measurement.is_feasible for measurement in profile.measurements):
             # Not even the smallest listed size fits: probe smaller ones.
-            smaller = [2**power for power in range(20) if 2**power < self._micro_batch_sizes[0]]
-            size = next_probe_size(profile, self._memory_budget_bytes, smaller) if smaller else None
+            smaller = [2**power for power in range(20) if 2**power < sizes[0]]
+            size = next_probe_size(profile, budget, smaller) if smaller else None
         return size
 
     def _probe(

@@ -1,5 +1,6 @@
 """`accumtune.profile`: probes in processes of their own, under the budget, predict what fits."""
 
+from concurrent.futures import Future
 from dataclasses import replace
 
 import keras
@@ -9,6 +10,8 @@ import pytest
 import accumtune
 from accumtune import errors
 from accumtune.execution.profiling import Profiler
+from accumtune.memory.prediction.profile import Measurement
+from accumtune.worker.transport.outcome import Outcome
 
 X = np.zeros((64, 32, 32, 3), "float32")
 Y = np.zeros((64, 1), "float32")
@@ -94,3 +97,74 @@ def test_the_matrix_of_an_in_batch_loss_is_predicted_from_small_windows(monkeypa
     predicted = profile.predict_peak_memory(16, 128)
     assert predicted == pytest.approx(measured.peak_memory_bytes, rel=0.15)
     assert replace(profile, loss_bytes=(0, 0, 0)).predict_peak_memory(16, 128) < 0.7 * measured.peak_memory_bytes
+
+
+class Widths:
+    """Models of which parameters, slots and gradients, and activations, grow with their width at rates of their own."""
+
+    backend = "tensorflow"
+
+    def __init__(self):
+        self.probed = []
+
+    @staticmethod
+    def peak_bytes(width, size, steps):
+        return 1000 * (width**2 * (4 if steps == 1 else 5) + 30 * width * size)
+
+    def submit(self, directory, environment=None, timeout_seconds=None, is_memory_limited=False):
+        task, arguments = directory.read_task()
+        width, size = arguments["hyperparameters"]["values"]["width"], arguments.get("micro_batch_size")
+        result = {
+            "signature": f"width_{width}", "device": "CPU", "static_bytes": 1000 * width**2, "sample_bytes": 0,
+            "batch_coupled_layers": [], "precision_policy": "float32", "sample_shapes": None,
+        }  # fmt: skip
+        if task == "probe":
+            self.probed.append((width, size))
+            limit, measured = arguments["memory_budget_bytes"], []
+            for steps in arguments["accumulation_steps"]:
+                peak = self.peak_bytes(width, size, steps)
+                peak = peak if peak <= limit else None
+                measured.append(Measurement(size, steps, peak, 1e-3 * (3 + size) * steps, "made", limit).to_dict())
+            result = {"measurements": measured}
+        future = Future()
+        future.set_result(Outcome("completed", result))
+        return future
+
+
+def profiler_of(widths, folder, budget_bytes, only_listed=True):
+    return Profiler(
+        widths, folder / "payload", folder / "scratch", folder / "profiles", memory_budget_bytes=budget_bytes,
+        micro_batch_sizes=(8, 32, 128, 512), only_listed=only_listed,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("budget_bytes, most", [(2**34, 1), (2**30, 2)])
+def test_a_new_width_takes_one_probe_where_all_fits_and_two_where_not(tmp_path, budget_bytes, most):
+    widths, controls = Widths(), Widths()
+    profiler = profiler_of(widths, tmp_path / "search", budget_bytes)
+    control = profiler_of(controls, tmp_path / "control", budget_bytes, only_listed=False)
+    for width in (100, 70, 130, 60, 200):
+        space = {"space": [], "values": {"width": width}}
+        profile, thorough = profiler.profile(space), control.profile(space)
+        for size in (8, 32, 128, 512):
+            for steps in (1, 4):
+                truth = Widths.peak_bytes(width, size, steps)
+                assert profile.predict_peak_memory(size, steps) == pytest.approx(truth, rel=0.02)
+                assert profile.fits(size, steps, budget_bytes) == thorough.fits(size, steps, budget_bytes)
+                seconds = size * steps / profile.predict_throughput(size, steps)
+                assert seconds == pytest.approx(1e-3 * (3 + size) * steps, rel=0.05)
+        assert profiler_of(widths, tmp_path / "search", budget_bytes).profile(space) == profile  # when resumed
+        assert all(measurement.is_feasible for measurement in profile.measurements)
+    probes = [sum(probed == width for probed, _ in widths.probed) for width in (70, 130, 60, 200)]
+    assert max(probes) <= most and len(controls.probed) > len(widths.probed)
+
+
+def test_a_model_that_is_not_like_the_one_before_is_probed_as_the_first(tmp_path):
+    widths = Widths()
+    profiler = profiler_of(widths, tmp_path, 2**34)
+    profiler.profile({"space": [], "values": {"width": 100}})
+    # Its parameters alone would take more than it takes with 512 samples.
+    widths.peak_bytes = lambda width, size, steps: 1000 * (width**2 + 30 * width * size) // 1000
+    profile = profiler.profile({"space": [], "values": {"width": 200}})
+    assert {size for width, size in widths.probed if width == 200} == {8, 512}
+    assert profile.predict_peak_memory(8) == widths.peak_bytes(200, 8, 1)

@@ -101,6 +101,7 @@ def test_a_trace_that_lacks_something_is_not_believed(value_in_child):
 
 
 @tensorflow_only
+@pytest.mark.slow
 def test_a_limit_is_rehearsed_too(probed):
     probes = [probed(size, 64 * MIB) for size in (4, 16)]
     traces = [trace for _, trace in probes]

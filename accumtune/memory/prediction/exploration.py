@@ -33,8 +33,10 @@ def next_probe_size(profile: Profile, budget_bytes: int | None, micro_batch_size
     if not measured:
         # All have failed so far: go halfway down to the smallest.
         return candidates[0 if failed is None else (len(candidates) - 1) // 2] if candidates else None
+    if not profile.shows_slope and failed is None and candidates[0] < measured[0]:
+        return candidates[0]
     larger = [size for size in candidates if size > measured[-1]]
-    if larger and budget_bytes is not None and len(measured) == 1:
+    if larger and budget_bytes is not None and not profile.shows_slope:
         # If no listed size could fit, twice the measured size shows the slope.
         larger = [size for size in larger if _is_open(profile, size, budget_bytes)]
         double = 2 * measured[0]
@@ -61,7 +63,7 @@ def _is_open(profile: Profile, size: int, budget_bytes: int | None) -> bool:
     measured = profile.measured_sizes()
     if size < SMALLEST_PROBE_STEP * measured[-1]:
         return False
-    if len(measured) == 1:
+    if not profile.shows_slope:
         peak = min(m.peak_memory_bytes for m in profile.measurements if m.peak_memory_bytes is not None)
         # Up to twice the size, any room is enough.
         growth = (1 + size / measured[0]) / 2 if size > 2 * measured[0] else 1 + MARGIN

@@ -48,7 +48,7 @@ REHEARSED_PER_DOUBLING = 0.01
 HEADROOM = 0.02
 # No size beyond this multiple of the largest measured one is predicted to fit: a floor can hide a slope.
 LARGEST_EXTRAPOLATION = 4
-_LISTS = "measurements", "traces"
+_LISTS = {"measurements": Measurement, "traces": Trace, "estimates": Measurement}
 NO_LOSS = (0.0, 0.0, 0.0)
 
 
@@ -67,6 +67,7 @@ class Profile:
         loss_bytes: the bytes per sample, per pair and per triple of samples that a loss over the whole effective batch
             needs between the two passes, outputs and targets included; zeros for other losses.
         traces: the probes' requests to the allocator, a trace per micro-batch size, where they were recorded.
+        estimates: points below the smallest measured size that were not measured (`similar_profile`).
     """
 
     measurements: tuple[Measurement, ...]
@@ -77,13 +78,13 @@ class Profile:
     sample_bytes: int = 0
     loss_bytes: tuple[float, ...] = NO_LOSS
     traces: tuple[Trace, ...] = ()
+    estimates: tuple[Measurement, ...] = ()
     _peaks: MeasuredPeaks = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "measurements", tuple(self.measurements))
-        object.__setattr__(self, "traces", tuple(self.traces))
-        object.__setattr__(self, "loss_bytes", tuple(self.loss_bytes))
-        object.__setattr__(self, "_peaks", MeasuredPeaks(self.measurements, self._window_bytes, self._moment_bytes))
+        for name in (*_LISTS, "loss_bytes"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+        object.__setattr__(self, "_peaks", MeasuredPeaks(self._points, self._window_bytes, self._moment_bytes))
 
     @cached_property
     def _rehearsal(self) -> Rehearsal | None:
@@ -164,6 +165,11 @@ class Profile:
     def is_rehearsed(self) -> bool:
         """Whether peaks are predicted by the simulated allocator instead of curves."""
         return len(self.traces) > 1
+
+    @property
+    def shows_slope(self) -> bool:
+        """Whether two sizes are known, measured or estimated."""
+        return len(self.measured_sizes()) > 1 or bool(self.estimates)
 
     @property
     def is_straight(self) -> bool:
@@ -346,6 +352,16 @@ class Profile:
         """Returns the micro-batch sizes that ran, in ascending order."""
         return sorted({m.micro_batch_size for m in self.measurements if m.is_feasible})
 
+    def static_bytes(self, accumulation_steps: int) -> float:
+        """Returns the memory without any sample."""
+        return self._peaks.static(accumulation_steps)
+
+    @property
+    def _points(self) -> list[Measurement]:
+        """The measurements, and the estimates below them."""
+        smallest = min(self.measured_sizes(), default=0)
+        return [*self.measurements, *(e for e in self.estimates if e.micro_batch_size < smallest)]
+
     # Speed
 
     def predict_throughput(self, micro_batch_size: int, accumulation_steps: int = 1) -> float:
@@ -353,7 +369,7 @@ class Profile:
 
         An update takes `accumulation_steps * s(micro_batch_size) + u` seconds: s for a micro-step, u for the update.
         """
-        seconds_per_update, micro_step = fit_seconds(self.measurements)
+        seconds_per_update, micro_step = fit_seconds(self._points)
         seconds = accumulation_steps * micro_step.at(micro_batch_size) + seconds_per_update
         return micro_batch_size * accumulation_steps / max(seconds, 1e-9)
 
@@ -384,16 +400,15 @@ class Profile:
 
     def to_dict(self) -> dict[str, Any]:
         return {
-            "measurements": [m.to_dict() for m in self.measurements],
-            "traces": [trace.to_dict() for trace in self.traces],
+            **{name: [each.to_dict() for each in getattr(self, name)] for name in _LISTS},
             **{f.name: getattr(self, f.name) for f in fields(self) if f.init and f.name not in _LISTS},
         }
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Profile:
         rest = {key: value for key, value in values.items() if key not in _LISTS}
-        measurements = tuple(Measurement.from_dict(m) for m in values["measurements"])
-        return cls(measurements, traces=tuple(Trace.from_dict(trace) for trace in values.get("traces", ())), **rest)
+        lists = {name: tuple(map(kind.from_dict, values.get(name, ()))) for name, kind in _LISTS.items()}
+        return cls(**lists, **rest)
 
 
 def _key(measurement: Measurement) -> tuple[int, int, bool]:
