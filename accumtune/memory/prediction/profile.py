@@ -48,7 +48,7 @@ REHEARSED_PER_DOUBLING = 0.01
 HEADROOM = 0.02
 # No size beyond this multiple of the largest measured one is predicted to fit: a floor can hide a slope.
 LARGEST_EXTRAPOLATION = 4
-_LISTS = {"measurements": Measurement, "traces": Trace, "estimates": Measurement}
+_LISTS: dict[str, Any] = {"measurements": Measurement, "traces": Trace, "estimates": Measurement}
 NO_LOSS = (0.0, 0.0, 0.0)
 
 
@@ -408,7 +408,7 @@ class Profile:
     def from_dict(cls, values: Mapping[str, Any]) -> Profile:
         rest = {key: value for key, value in values.items() if key not in _LISTS}
         lists = {name: tuple(map(kind.from_dict, values.get(name, ()))) for name, kind in _LISTS.items()}
-        return cls(**lists, **rest)
+        return cls(**{**rest, **lists})
 
 
 def _key(measurement: Measurement) -> tuple[int, int, bool]:
