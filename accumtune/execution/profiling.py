@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import math
 import os
 import shutil
 import threading
@@ -52,6 +51,7 @@ class ModelFacts:
     identity: Mapping[str, str] = field(default_factory=dict)
     parameters: int = 0
     loss_bytes: tuple[float, ...] = NO_LOSS
+    activation_bytes: int = 0
 
     def completed(self, hyperparameters: Mapping[str, Any]) -> dict[str, Any]:
         """Returns Keras Tuner's configuration of hyperparameters, with those that appeared."""
@@ -201,16 +201,20 @@ class Profiler:
                 self._keep(profile.with_measurement(measurement))
 
     def _similar(self, facts: ModelFacts) -> SimilarProfile | None:
-        """Returns the profile of this search whose model has the most similar number of parameters."""
+        """Returns the profile of this search whose model has the most similar number of parameters and outputs."""
         if not (self._only_listed and self._memory_budget_bytes and facts.static_bytes) or any(facts.loss_bytes):
             return None
         found = [
-            SimilarProfile(profile, facts.static_bytes / other.static_bytes)
+            SimilarProfile(
+                profile,
+                facts.static_bytes / other.static_bytes,
+                facts.activation_bytes / other.activation_bytes if other.activation_bytes else None,
+            )
             for other in list(self._facts.values())
             if other.device == facts.device and other.static_bytes and (profile := self._known(other.signature))
             if len(profile.measured_sizes()) > 1
         ]
-        return min(found, key=lambda similar: abs(math.log(similar.growth)), default=None)
+        return min(found, key=SimilarProfile.distance, default=None)
 
     def _next_size(self, profile: Profile, facts: ModelFacts, similar: SimilarProfile | None) -> int | None:
         sizes, budget = self._micro_batch_sizes, self._memory_budget_bytes

@@ -10,7 +10,8 @@ import pytest
 import accumtune
 from accumtune import errors
 from accumtune.execution.profiling import Profiler
-from accumtune.memory.prediction.profile import Measurement
+from accumtune.memory.prediction.profile import Measurement, Profile
+from accumtune.memory.prediction.similar_profile import SimilarProfile
 from accumtune.worker.transport.outcome import Outcome
 
 X = np.zeros((64, 32, 32, 3), "float32")
@@ -116,7 +117,8 @@ class Widths:
         width, size = arguments["hyperparameters"]["values"]["width"], arguments.get("micro_batch_size")
         result = {
             "signature": f"width_{width}", "device": "CPU", "static_bytes": 1000 * width**2, "sample_bytes": 0,
-            "batch_coupled_layers": [], "precision_policy": "float32", "sample_shapes": None,
+            "activation_bytes": 1000 * width, "batch_coupled_layers": [], "precision_policy": "float32",
+            "sample_shapes": None,
         }  # fmt: skip
         if task == "probe":
             self.probed.append((width, size))
@@ -157,6 +159,19 @@ def test_a_new_width_takes_one_probe_where_all_fits_and_two_where_not(tmp_path, 
         assert all(measurement.is_feasible for measurement in profile.measurements)
     probes = [sum(probed == width for probed, _ in widths.probed) for width in (70, 130, 60, 200)]
     assert max(probes) <= most and len(controls.probed) > len(widths.probed)
+
+
+def test_layers_with_larger_outputs_begin_with_a_smaller_micro_batch():
+    pairs = [(size, steps) for size in (8, 512) for steps in (1, 2)]
+    points = [Measurement(*pair, Widths.peak_bytes(100, *pair), 0.1, "made") for pair in pairs]
+    profile, sizes = Profile(points, device="CPU", memory_source="made"), (8, 32, 128, 512)
+    budget = int(1.2 * Widths.peak_bytes(100, 512, 2))
+    assert SimilarProfile(profile, growth=1.0, activation_growth=1.0).first_probe_size(budget, sizes) == 512
+    assert SimilarProfile(profile, growth=0.5, activation_growth=4.0).first_probe_size(budget, sizes) == 128
+    # Where nobody knows the outputs, only much room is enough.
+    assert SimilarProfile(profile, growth=1.0).first_probe_size(budget, sizes) == 128
+    assert SimilarProfile(profile, growth=1.0).first_probe_size(2 * budget, sizes) == 512
+    assert SimilarProfile(profile, growth=1.0, activation_growth=1.0).first_probe_size(1000, sizes) == 8
 
 
 def test_a_model_that_is_not_like_the_one_before_is_probed_as_the_first(tmp_path):

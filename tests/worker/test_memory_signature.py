@@ -99,3 +99,25 @@ def test_a_loss_over_the_batch_keeps_the_outputs_of_the_effective_batch():
         model.compile("sgd", loss)
         kept[name] = describe_model(model, sample, "CPU:0", {})["sample_bytes"]
     assert kept == {"over the batch": 36, "a mean": 0}
+
+
+def test_the_outputs_of_layers_are_counted_where_they_are_known():
+    def facts(model):
+        model.compile("sgd", "mse")
+        return describe_model(model, (np.zeros((1, 4), "float32"), np.zeros((1, 2), "float32"), None), "CPU:0", {})
+
+    class Subclass(keras.Model):
+        def __init__(self):
+            super().__init__()
+            self.dense = keras.layers.Dense(2)
+
+        def call(self, x):
+            return self.dense(x)
+
+    inner = keras.Sequential([keras.Input((4,)), keras.layers.Dense(5), keras.layers.Dense(6, dtype="float16")])
+    x = keras.Input((4,))
+    nested = keras.Model(x, keras.layers.Dense(2)(inner(x)))
+    assert facts(nested)["activation_bytes"] == 4 * 4 + 4 * 5 + 2 * 6 + 4 * 2
+    subclass = Subclass()
+    subclass(np.zeros((1, 4), "float32"))
+    assert facts(subclass)["activation_bytes"] == 0

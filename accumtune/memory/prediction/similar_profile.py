@@ -7,9 +7,11 @@ for the other model; the rest of the measured peak grows with the micro-batch.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from accumtune.memory.prediction.exploration import CLEAR_ROOM
 from accumtune.memory.prediction.measurement import Measurement
 from accumtune.memory.prediction.profile import MARGIN, MIB, Profile
 
@@ -21,18 +23,28 @@ class SimilarProfile:
     Args:
         profile: with at least two measured sizes.
         growth: bytes of this model's parameters to those of the other's.
+        activation_growth: the same of all layers' outputs; None or 0 if unknown.
     """
 
     profile: Profile
     growth: float
+    activation_growth: float | None = None
+
+    def distance(self) -> float:
+        """Returns how far apart the models are in size."""
+        return sum(abs(math.log(ratio)) for ratio in (self.growth, self.activation_growth) if ratio)
 
     def first_probe_size(self, budget_bytes: int, micro_batch_sizes: Sequence[int]) -> int:
         """Returns the largest size that should fit, or the smallest of all."""
-        growth = max(1.0, self.growth)  # activations seldom grow faster than the parameters
         steps = max(point.accumulation_steps for point in self.profile.measurements)
+        static = self.profile.static_bytes(steps)
+        slope_growth, room = self.activation_growth, 1 + MARGIN
+        if not slope_growth:  # activations seldom grow faster than the parameters
+            slope_growth, room = max(1.0, self.growth), CLEAR_ROOM
 
         def fits(size: int) -> bool:
-            return (1 + MARGIN) * growth * self.profile.needed_bytes(size, steps) + MIB <= budget_bytes
+            samples = self.profile.needed_bytes(size, steps) - static
+            return room * (self.growth * static + slope_growth * samples) + MIB <= budget_bytes
 
         return max(filter(fits, micro_batch_sizes), default=min(micro_batch_sizes))
 

@@ -37,7 +37,8 @@ def describe_model(
 
     Returns:
         `signature` (32 hexadecimal digits); `device`; `parameters`, the number of trainable ones; `static_bytes`, their
-        size, which any training needs; `sample_bytes`, the size of one sample's data if a window's data are on the
+        size, which any training needs; `activation_bytes`, the size of all layers' outputs for a sample, 0 if unknown;
+        `sample_bytes`, the size of one sample's data if a window's data are on the
         device at once (0 for arrays), and of what a loss over the whole effective batch keeps;
         `batch_coupled_layers`; `precision_policy`; `sample_shapes`.
     """
@@ -79,6 +80,7 @@ def describe_model(
         "sample_bytes": outputs + (0 if takes_rows else sum(map(bytes_per_row, leaves(sample)))),
         "parameters": sum(int(np.prod(v.shape)) for v in model.trainable_variables),
         "static_bytes": sum(int(np.prod(v.shape)) * _bytes_per_element(v.dtype) for v in model.trainable_variables),
+        "activation_bytes": _activation_bytes(model),
         "batch_coupled_layers": [str(layer) for layer in batch_coupled_layers(model)],
         "precision_policy": facts["policy"],
         "sample_shapes": facts["sample"],
@@ -118,6 +120,21 @@ def _flash_attention() -> Any:
     import keras
 
     return getattr(keras.config, "is_flash_attention_enabled", lambda: None)()
+
+
+def _activation_bytes(model: Any) -> int:
+    """Returns the size of the layers' outputs for one sample; 0 if they are unknown, as in a subclass of Model."""
+    return sum(_activation_bytes(layer) or _bytes_of_output(layer) for layer in getattr(model, "layers", ()))
+
+
+def _bytes_of_output(layer: Any) -> int:
+    import keras
+
+    try:
+        outputs = keras.tree.flatten(layer.output)
+    except (AttributeError, ValueError):  # it was never called on symbolic inputs
+        return 0
+    return sum(math.prod(out.shape[1:]) * _bytes_per_element(out.dtype) for out in outputs if None not in out.shape[1:])
 
 
 def _bytes_of_outputs(model: Any, sample: Any) -> int:
