@@ -5,8 +5,8 @@ is a smaller group. A micro-batch is a multiple of a group, so no group is split
 micro-batch size does not change the result. Moving statistics are those of the whole window, see moving_statistics.py.
 
 A layer's `call` is replaced only while a step runs (or is traced): inference, saving and cloning are unaffected.
-Groups without masks have a custom gradient: three reductions and one sum over the large tensor, about half of what
-automatic differentiation of mean and variance needs.
+Without masks each backend has its own implementation. On TensorFlow and JAX that is a custom gradient, with half of the
+operations that automatic differentiation of mean and variance needs.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ import importlib
 import math
 import threading
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from accumtune.accumulation import moving_statistics as statistics
@@ -152,34 +151,6 @@ def set_aside(model: Any) -> Iterator[None]:
         yield
 
 
-@dataclass(frozen=True)
-class _Groups:
-    """Inputs as groups of samples, and their moments.
-
-    Args:
-        blocks: the inputs with an axis of groups in front.
-        axes: the axes over which a group is normalized.
-        mean, variance: of each group, with the rank of `blocks`.
-        number: entries of a group per channel; with a mask, valid ones, with the rank of `blocks`.
-    """
-
-    blocks: Any
-    axes: tuple[int, ...]
-    mean: Any
-    variance: Any
-    number: Any
-
-    def moments(self) -> tuple[Any, Any, Any]:
-        """Returns numbers, means and variances, `(groups, channels)` each."""
-        from keras import ops
-
-        shape = ops.shape(self.mean)
-        number = ops.broadcast_to(ops.cast(self.number, self.mean.dtype), shape)
-        rows = (shape[0], math.prod(shape[1:]))
-        number, mean, variance = (ops.reshape(value, rows) for value in (number, self.mean, self.variance))
-        return number, ops.stop_gradient(mean), ops.stop_gradient(variance)
-
-
 def _normalized(layer: Any, inputs: Any, mask: Any, size: int) -> Any:
     """Computes `BatchNormalization.call` in training, for groups of `size` samples and a smaller rest."""
     from keras import backend, ops
@@ -188,40 +159,15 @@ def _normalized(layer: Any, inputs: Any, mask: Any, size: int) -> Any:
     gamma = ops.cast(layer.gamma, inputs.dtype) if layer.scale else None
     beta = ops.cast(layer.beta, inputs.dtype) if layer.center else None
     if mask is not None:
-        mask = ops.cast(ops.broadcast_to(ops.expand_dims(mask, -1), ops.shape(inputs)), "bool")
-    rows = ops.shape(inputs)[0]
-    if mask is None and backend.backend() in ("jax", "torch"):
-        module = importlib.import_module(f"accumtune.accumulation.ghost_batch_{backend.backend()}")
-        normalized, seen = module.normalized(inputs, gamma, beta, layer.axis, layer.epsilon, size)
-        _, mean, variance = _together(*seen)
-        statistics.see(layer, math.prod(inputs.shape) / inputs.shape[layer.axis], mean, variance)
+        normalized, seen = _masked(inputs, mask, gamma, beta, layer.axis, layer.epsilon, size)
+        statistics.see(layer, *_together(*seen))
         return ops.cast(normalized, layer.compute_dtype)
-    whole = rows // size * size
-    outputs, moments = [], []
-    for part, number, samples in (
-        (slice(0, whole), rows // size, size),
-        (slice(whole, None), 1, rows - whole),
-    ):
-        if isinstance(rows, int) and (number == 0 or samples == 0):
-            continue
-        is_all = isinstance(rows, int) and number * samples == rows
-        values, valid = (value if value is None or is_all else value[part] for value in (inputs, mask))
-        if mask is None:
-            groups = _groups(values, number, samples, layer.axis)
-            normalized = _with_own_gradient(groups, gamma, beta, layer.epsilon)
-        else:
-            groups = _masked_groups(values, valid, number, samples, layer.axis)
-            normalized = _with_moments(groups, gamma, beta, layer.epsilon)
-        outputs.append(ops.reshape(normalized, ops.shape(values)))
-        moments.append(groups.moments())
-    statistics.see(layer, *_together(*map(_joined, zip(*moments, strict=True))))
-    return ops.cast(_joined(outputs), layer.compute_dtype)
-
-
-def _joined(parts: Sequence[Any]) -> Any:
-    from keras import ops
-
-    return parts[0] if len(parts) == 1 else ops.concatenate(parts)
+    module = importlib.import_module(f"accumtune.accumulation.ghost_batch_{backend.backend()}")
+    normalized, seen = module.normalized(inputs, gamma, beta, layer.axis, layer.epsilon, size)
+    _, mean, variance = _together(*seen)
+    entries = math.prod(ops.shape(inputs)) / inputs.shape[layer.axis]
+    statistics.see(layer, entries, mean, variance)
+    return ops.cast(normalized, layer.compute_dtype)
 
 
 def _together(numbers: Any, means: Any, variances: Any) -> tuple[Any, Any, Any]:
@@ -234,88 +180,63 @@ def _together(numbers: Any, means: Any, variances: Any) -> tuple[Any, Any, Any]:
     return total, mean, ops.divide_no_nan(squares, total)
 
 
-def _groups(inputs: Any, groups: Any, samples: Any, axis: int) -> _Groups:
+def _masked(
+    inputs: Any, mask: Any, gamma: Any, beta: Any, axis: int, epsilon: float, size: int
+) -> tuple[Any, tuple[Any, ...]]:
+    """Normalizes groups by their valid entries; the backend differentiates this. Returns what the modules do."""
     from keras import ops
 
-    shape, axes = _shape_in_groups(ops.shape(inputs), groups, samples, axis % len(inputs.shape))
-    blocks = ops.reshape(inputs, shape)
-    number = math.prod(shape[axis] for axis in axes)
-    values = ops.stop_gradient(blocks)
-    mean = ops.sum(values, axes, keepdims=True) / _at_least_one(number, inputs.dtype)
-    variance = ops.sum(ops.square(values - mean), axes, keepdims=True) / _at_least_one(number, inputs.dtype)
-    return _Groups(blocks, axes, mean, variance, number)
+    mask = ops.cast(ops.broadcast_to(ops.expand_dims(mask, -1), ops.shape(inputs)), "bool")
+    rows = ops.shape(inputs)[0]
+    whole = rows // size * size
+    outputs, moments = [], []
+    for part, number, samples in (
+        (slice(0, whole), rows // size, size),
+        (slice(whole, None), 1, rows - whole),
+    ):
+        if isinstance(rows, int) and (number == 0 or samples == 0):
+            continue
+        is_all = isinstance(rows, int) and number * samples == rows
+        values, valid = (value if is_all else value[part] for value in (inputs, mask))
+        output, seen = _masked_groups(values, valid, gamma, beta, axis, epsilon, (number, samples))
+        outputs.append(output)
+        moments.append(seen)
+    return _joined(outputs), tuple(map(_joined, zip(*moments, strict=True)))
 
 
-def _masked_groups(inputs: Any, mask: Any, groups: Any, samples: Any, axis: int) -> _Groups:
-    """Makes groups with the moments of valid entries, whose number gets a small epsilon as in BatchNormalization."""
+def _joined(parts: Sequence[Any]) -> Any:
+    from keras import ops
+
+    return parts[0] if len(parts) == 1 else ops.concatenate(parts)
+
+
+def _masked_groups(
+    inputs: Any, mask: Any, gamma: Any, beta: Any, axis: int, epsilon: float, groups: tuple[Any, Any]
+) -> tuple[Any, tuple[Any, ...]]:
+    """Normalizes some groups of samples; their number of valid entries gets a small epsilon as in BatchNormalization.
+
+    Args:
+        groups: the number of groups and of samples in each.
+
+    Returns:
+        The outputs; numbers, means and variances, `(groups, channels)` each.
+    """
     import keras
     from keras import ops
 
-    shape, axes = _shape_in_groups(ops.shape(inputs), groups, samples, axis % len(inputs.shape))
+    shape = (*groups, *ops.shape(inputs)[1:])
+    axis = axis % len(inputs.shape) + 1
+    over = tuple(other for other in range(1, len(shape)) if other != axis)
     blocks, mask = ops.reshape(inputs, shape), ops.reshape(mask, shape)
-    number = ops.sum(ops.cast(mask, inputs.dtype), axes, keepdims=True)
+    number = ops.sum(ops.cast(mask, inputs.dtype), over, keepdims=True)
     count = number + keras.config.epsilon()
-    mean = ops.sum(ops.where(mask, blocks, 0), axes, keepdims=True) / count
-    variance = ops.sum(ops.square(ops.where(mask, blocks - mean, 0)), axes, keepdims=True) / count
-    return _Groups(blocks, axes, mean, variance, number)
-
-
-def _at_least_one(number: Any, dtype: Any) -> Any:
-    """Returns the number, but at least 1: a rest of dynamic size may have no samples."""
-    from keras import ops
-
-    return max(number, 1) if isinstance(number, int) else ops.cast(ops.maximum(number, 1), dtype)
-
-
-def _shape_in_groups(
-    shape: Sequence[Any], groups: Any, samples: Any, axis: int
-) -> tuple[tuple[Any, ...], tuple[int, ...]]:
-    """Returns the shape of inputs in groups, and the axes to normalize over."""
-    import keras
-
-    if keras.backend.backend() != "tensorflow":  # merging axes could copy inputs with another memory layout
-        return (groups, samples, *shape[1:]), tuple(i for i in range(1, len(shape) + 1) if i != axis + 1)
-    before, after = math.prod(shape[1:axis]), math.prod(shape[axis + 1 :])
-    if axis == len(shape) - 1:
-        return (groups, samples * before, shape[axis]), (1,)
-    return (groups, samples * before, shape[axis], after), (1, 3)
-
-
-def _with_moments(groups: _Groups, gamma: Any, beta: Any, epsilon: float) -> Any:
-    """Normalizes groups; the backend differentiates this."""
-    from keras import ops
-
-    channels = groups.mean.shape[1:]
-    factor = ops.rsqrt(groups.variance + epsilon)
+    mean = ops.sum(ops.where(mask, blocks, 0), over, keepdims=True) / count
+    variance = ops.sum(ops.square(ops.where(mask, blocks - mean, 0)), over, keepdims=True) / count
+    channels = mean.shape[1:]
+    factor = ops.rsqrt(variance + epsilon)
     factor = factor if gamma is None else factor * ops.reshape(gamma, channels)
-    outputs = (groups.blocks - groups.mean) * factor
-    return outputs if beta is None else outputs + ops.reshape(beta, channels)
-
-
-def _with_own_gradient(groups: _Groups, gamma: Any, beta: Any, epsilon: float) -> Any:
-    """Normalizes groups, with a custom gradient that includes the path through their moments."""
-    from keras import ops
-
-    axes, channels, dtype = groups.axes, groups.mean.shape[1:], groups.mean.dtype
-    number, has_beta = _at_least_one(groups.number, dtype), beta is not None
-    gamma = ops.ones(channels, dtype) if gamma is None else ops.reshape(gamma, channels)
-    beta = ops.zeros(channels, dtype) if beta is None else ops.reshape(beta, channels)
-
-    def normalize(blocks: Any, gamma: Any, beta: Any, mean: Any, inverse: Any) -> Any:
-        scale = inverse * gamma
-        outputs = (blocks - mean) * scale
-        outputs = outputs + beta if has_beta else outputs
-
-        def gradient(*args: Any, upstream: Any = None) -> tuple[Any, ...]:
-            upstream = args[0] if upstream is None else upstream
-            centered = blocks - mean
-            beta_sum = ops.sum(upstream, axes, keepdims=True)
-            gamma_sum = ops.sum(upstream * centered, axes, keepdims=True) * inverse
-            through_moments = centered * (scale * inverse * gamma_sum / number) + scale * beta_sum / number
-            of_blocks = upstream * scale - through_moments
-            nothing = ops.zeros_like(mean)
-            return of_blocks, ops.sum(gamma_sum, 0), ops.sum(beta_sum, 0), nothing, nothing
-
-        return outputs, gradient
-
-    return ops.custom_gradient(normalize)(groups.blocks, gamma, beta, groups.mean, ops.rsqrt(groups.variance + epsilon))
+    outputs = (blocks - mean) * factor
+    outputs = outputs if beta is None else outputs + ops.reshape(beta, channels)
+    rows = (groups[0], math.prod(channels))
+    moments = tuple(ops.stop_gradient(ops.reshape(value, rows)) for value in (number, mean, variance))
+    return ops.reshape(outputs, ops.shape(inputs)), moments

@@ -180,6 +180,38 @@ def test_the_gradient_is_the_one_of_automatic_differentiation():
     assert_same_training(ours, plain, TOLERANCE)
 
 
+@pytest.mark.skipif(BACKEND != "tensorflow", reason="its allocator counts")
+def test_groups_take_no_more_memory_than_plain_normalization(value_in_child):
+    """TensorFlow's own differentiation of the same formula would keep each layer's inputs twice."""
+
+    def peak(ghost_batch_size, has_own_gradient=True):
+        import keras
+        import numpy as np
+        import tensorflow as tf
+
+        from accumtune.accumulation import accumulate
+        from accumtune.memory.device import open_device
+
+        device = open_device("tensorflow")
+        if not has_own_gradient:
+            tf.custom_gradient = lambda function: lambda *arguments: function(*arguments)[0]
+            tf.stop_gradient = tf.identity
+        inputs = x = keras.Input((64, 64, 3))
+        for _ in range(4):
+            x = keras.layers.Dense(8, use_bias=False)(x)
+            x = keras.layers.ReLU()(keras.layers.BatchNormalization()(x))
+        model = keras.Model(inputs, keras.layers.GlobalAveragePooling2D()(x))
+        model.compile("sgd", "mse")
+        accumulate(model, 16, ghost_batch_size=ghost_batch_size)
+        device.reset_peak()
+        model.train_on_batch(np.zeros((32, 64, 64, 3), "float32"), np.zeros((32, 8), "float32"))
+        return device.peak_memory_bytes()
+
+    plain, ghost, differentiated = (value_in_child(peak, *how) for how in ((None,), (4,), (4, False)))
+    assert ghost <= 1.02 * plain
+    assert differentiated > 1.1 * plain
+
+
 def test_with_a_loss_over_the_batch():
     """Both passes of such a loss normalize in the same groups; the statistics are noted once."""
 

@@ -173,6 +173,44 @@ def test_known_training_gives_known_peak_on_jax(value_in_child):
     assert [peak / MIB for peak in peaks] == pytest.approx([4, 36, 4], abs=0.2)
 
 
+@pytest.mark.skipif(BACKEND != "jax" or device_memory().is_gpu, reason="JAX on a CPU")
+def test_an_own_step_takes_the_memory_of_kerass_on_jax(value_in_child):
+    """A weight, one sum and one gradient of 4 MiB each; functions that do not reuse memory keep a second sum."""
+
+    def peak(is_own, reuses_memory=True):
+        import keras
+        import numpy as np
+
+        from accumtune.accumulation import accumulate
+        from accumtune.accumulation.engines.engine_jax import JaxTraining
+        from accumtune.accumulation.own_step import certificate
+        from accumtune.accumulation.own_step.own_train_step import Certificate
+        from accumtune.memory.device import open_device
+
+        class OwnStep(keras.Sequential):
+            def train_step(self, *arguments):
+                return super().train_step(*arguments)
+
+        # The test of a step compares gradients, before training, and takes more than an update.
+        known = Certificate("mean", ("mean",), ("last",), (True,) * 4)
+        certificate.certify = lambda *arguments: known
+        if not reuses_memory:
+            own = JaxTraining._jitted
+            JaxTraining._jitted = lambda self, function, out_shardings=None, donate=(): own(self, function)
+        device = open_device("jax")
+        layers = [keras.Input((1024,)), keras.layers.Dense(1024), keras.layers.Dense(1)]
+        model = (OwnStep if is_own else keras.Sequential)(layers)
+        model.compile(keras.optimizers.SGD(0.1), "mse")
+        accumulate(model, 1)
+        device.reset_peak()
+        model.fit(np.zeros((8, 1024), "float32"), np.zeros((8, 1), "float32"), batch_size=4, verbose=0)
+        return device.peak_memory_bytes()
+
+    stock, own, wasteful = (value_in_child(peak, *how) for how in ((False,), (True,), (True, False)))
+    assert own == pytest.approx(stock, rel=0.02)
+    assert wasteful > stock + 3 * MIB
+
+
 @pytest.mark.skipif(BACKEND != "torch" or device_memory().is_gpu, reason="torch on a CPU")
 def test_known_allocation_gives_known_peak_on_torch(value_in_child):
     def allocate():

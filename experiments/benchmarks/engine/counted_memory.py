@@ -1,6 +1,7 @@
 """Counts the peak memory of a process that trains, in requested bytes: the resident set has much more.
 
-- TensorFlow, and any GPU: the peak that the allocator counts.
+- TensorFlow, and any GPU: the peak that the allocator counts. On a CPU, TensorFlow's order of operations differs from
+  process to process, and with it the peak; with `is_ordered` it has one order, as where a search measures.
 - JAX on a CPU, whose allocator counts nothing: XLA plans the memory of a compiled function before it runs. At each
   call: the arrays that are alive and, by the plan, temporary values and results that do not reuse an argument's memory;
   the maximum over all calls.
@@ -19,9 +20,17 @@ import keras
 import numpy as np
 
 
-def counting() -> contextlib.AbstractContextManager[Callable[[], int]]:
-    """While open, memory is counted; a call of what it gives is the peak so far, and ends the count."""
+def counting(is_ordered: bool = False) -> contextlib.AbstractContextManager[Callable[[], int]]:
+    """While open, memory is counted; a call of what it gives is the peak so far, and ends the count.
+
+    Args:
+        is_ordered: whether TensorFlow runs its operations in one order; it must not have run any before.
+    """
     backend = keras.backend.backend()
+    if backend == "tensorflow" and is_ordered:
+        from accumtune.memory.device_tensorflow import open_device
+
+        return contextlib.nullcontext(open_device(None).peak_memory_bytes)
     if backend == "tensorflow":
         return contextlib.nullcontext(_tensorflow_allocator)
     if backend == "jax":

@@ -105,7 +105,7 @@ def peak_of_this_process(name: str, way: str, options: argparse.Namespace) -> No
     from counted_memory import counting
 
     x, y = window(options)
-    with counting() as peak:
+    with counting(is_ordered=True) as peak:
         model = accumulating(name, way, options)
         for _ in range(2):
             model.train_on_batch(x, y)

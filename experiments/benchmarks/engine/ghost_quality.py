@@ -1,10 +1,11 @@
 """Measures how ghost batches change quality: networks with BatchNormalization, in groups of several sizes.
 
     python experiments/benchmarks/engine/ghost_quality.py [--tasks fashion_mnist segmentation] [--seeds 3]
-        [--effective 32 128 512] [--epochs 5] [--samples 8192] [--json PATH]
+        [--effective 32 128 512] [--epochs 5] [--samples 8192] [--pixels 32] [--results FOLDER] [--json PATH]
 
 The networks and the data of `experiments/fashion_mnist.py` and `experiments/segmentation.py` (there with
-BatchNormalization in the place of GroupNormalization), trained once for each seed, effective batch and column:
+BatchNormalization in the place of GroupNormalization, and pictures of `--pixels` on a side), trained once for each
+seed, effective batch and column:
 
 - `plain`: Keras at the whole effective batch;
 - `ghost 32`, `ghost 16`: the effective batch in groups of 32 or 16 samples;
@@ -12,11 +13,14 @@ BatchNormalization in the place of GroupNormalization), trained once for each se
 
 All columns of a row start from the same weights and see the same batches. The learning rate grows with the root of the
 effective batch, from 1e-3 at 32. A cell is the mean of the last epoch's val_loss over the seeds, and its largest
-difference from that mean; `--json` has all epochs, and the task's metric.
+difference from that mean. `--results` keeps every training, with all epochs and the task's metric; one that is there is
+not repeated, so the table can be made in parts.
 """
 
 from __future__ import annotations
 
+import argparse
+import json
 import os
 import statistics
 import sys
@@ -30,22 +34,24 @@ from common import Table, keep, parser
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
+RESULTS = Path("mlruns/benchmarks/ghost_quality")
 COLUMNS = {"plain": None, "ghost 32": 32, "ghost 16": 16, "micro 8": 8, "micro 2": 2}
 
 
-def fashion_mnist(samples: int) -> tuple[Any, Any]:
+def fashion_mnist(options: argparse.Namespace) -> tuple[Any, Any]:
     import fashion_mnist
 
-    return fashion_mnist.make_build_model(True), fashion_mnist.load_data(samples)
+    return fashion_mnist.make_build_model(True), fashion_mnist.load_data(options.samples)
 
 
-def segmentation(samples: int) -> tuple[Any, Any]:
+def segmentation(options: argparse.Namespace) -> tuple[Any, Any]:
     import keras
     import segmentation
 
+    segmentation.SIZE = options.pixels
     # A momentum for the few updates of a short training, as in the other task.
     normalization = keras.layers.BatchNormalization
-    return segmentation.make_build_model(lambda: normalization(momentum=0.9)), segmentation.load_data(samples)
+    return segmentation.make_build_model(lambda: normalization(momentum=0.9)), segmentation.load_data(options.samples)
 
 
 TASKS = {"fashion_mnist": fashion_mnist, "segmentation": segmentation}
@@ -72,18 +78,30 @@ def curves(build: Any, data: Any, column: str, effective: int, seed: int, epochs
     return {name: [float(value) for value in values] for name, values in history.items() if name.startswith("val_")}
 
 
+def trained(task: str, effective: int, column: str, seed: int, options: argparse.Namespace) -> dict[str, list[float]]:
+    """The curves of one training, which `--results` may have already."""
+    pixels = f"-{options.pixels}" if task == "segmentation" else ""
+    name = f"{task}{pixels}-{options.samples}x{options.epochs}-{effective}-{column.replace(' ', '_')}-{seed}.json"
+    file: Path = options.results / name
+    if not file.exists():
+        build, data = TASKS[task](options)
+        keep(file, curves(build, data, column, effective, seed, options.epochs))
+    found: dict[str, list[float]] = json.loads(file.read_text())
+    return found
+
+
 def main() -> None:
-    arguments = parser(__doc__)
+    arguments = parser(__doc__, results=RESULTS)
     arguments.add_argument("--tasks", nargs="+", choices=TASKS, default=["fashion_mnist"])
     arguments.add_argument("--epochs", type=int, default=5)
     arguments.add_argument("--samples", type=int, default=8192)
+    arguments.add_argument("--pixels", type=int, default=32, help="a side of segmentation's pictures, a multiple of 8")
     arguments.add_argument("--seeds", type=int, default=3)
     arguments.add_argument("--effective", type=int, nargs="+", default=(32, 128, 512))
     options = arguments.parse_args()
 
     trainings = []
     for task in options.tasks:
-        build, data = TASKS[task](options.samples)
         print(f"{task}: val_loss after {options.epochs} epochs of {options.samples} samples, {options.seeds} seeds")
         table = Table({"effective": ">9", **{column: ">15" for column in COLUMNS}})
         table.print_header()
@@ -93,7 +111,7 @@ def main() -> None:
                 if column != "plain" and size is not None and size >= effective:
                     cells.append(None)  # one group: plain
                     continue
-                found = [curves(build, data, column, effective, seed, options.epochs) for seed in range(options.seeds)]
+                found = [trained(task, effective, column, seed, options) for seed in range(options.seeds)]
                 about = {"task": task, "effective_batch_size": effective, "normalized": column}
                 trainings.append({**about, "by_seed": found})
                 last = [one["val_loss"][-1] for one in found]
