@@ -9,7 +9,7 @@ import pytest
 
 import accumtune
 from accumtune import errors
-from accumtune.execution.profiling import Profiler
+from accumtune.execution.profiling import Profiler, out_of_memory
 from accumtune.memory.prediction.profile import Measurement, Profile
 from accumtune.memory.prediction.similar_profile import SimilarProfile
 from accumtune.worker.transport.outcome import Outcome
@@ -172,6 +172,8 @@ def test_layers_with_larger_outputs_begin_with_a_smaller_micro_batch():
     assert SimilarProfile(profile, growth=1.0).first_probe_size(budget, sizes) == 128
     assert SimilarProfile(profile, growth=1.0).first_probe_size(2 * budget, sizes) == 512
     assert SimilarProfile(profile, growth=1.0, activation_growth=1.0).first_probe_size(1000, sizes) == 8
+    failed = profile.with_measurement(out_of_memory(512, 1, budget))
+    assert SimilarProfile(failed, growth=1.0, activation_growth=1.0).first_probe_size(budget, sizes) == 128
 
 
 def test_a_model_that_is_not_like_the_one_before_is_probed_as_the_first(tmp_path):

@@ -35,15 +35,18 @@ class SimilarProfile:
         return sum(abs(math.log(ratio)) for ratio in (self.growth, self.activation_growth) if ratio)
 
     def first_probe_size(self, budget_bytes: int, micro_batch_sizes: Sequence[int]) -> int:
-        """Returns the largest size that should fit, or the smallest of all."""
+        """Returns the largest size that should fit and has not failed for the other model, or the smallest of all."""
         steps = max(point.accumulation_steps for point in self.profile.measurements)
         static = self.profile.static_bytes(steps)
+        _, failed = self.profile.bracket(steps, budget_bytes)
         slope_growth, room = self.activation_growth, 1 + MARGIN
         if not slope_growth:  # activations seldom grow faster than the parameters
             slope_growth, room = max(1.0, self.growth), CLEAR_ROOM
 
         def fits(size: int) -> bool:
             samples = self.profile.needed_bytes(size, steps) - static
+            if failed is not None and size >= failed:
+                return False
             return room * (self.growth * static + slope_growth * samples) + MIB <= budget_bytes
 
         return max(filter(fits, micro_batch_sizes), default=min(micro_batch_sizes))
