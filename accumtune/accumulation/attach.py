@@ -9,6 +9,7 @@ Saving, pickling and cloning use the class and its configuration, so they give a
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import gc
@@ -250,7 +251,8 @@ def _fit(model: Any, own: Any) -> Any:
                 size = given.get("batch_size") or feeding.KERAS_BATCH_SIZE
                 validation_data = feeding.unpacked(given["validation_data"])
                 during["_accumtune_validation_samples"] = feeding.samples_of(validation_data)
-            with replaced(model, {**during, "_accumtune_metric_batch_size": size}):
+            ending = contextlib.nullcontext() if rows is None else contextlib.closing(rows)
+            with ending, replaced(model, {**during, "_accumtune_metric_batch_size": size}):
                 return type(model).fit(model, **given)
         # A fit that prepares the data, or an autologger's, gets data and arguments as they were given.
         size = model._accumtune_test_step_batch_size or accumulation.micro_batch_size

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from accumtune.accumulation.data import row_indices
 from accumtune.memory.device import Device
 
 
@@ -59,6 +60,7 @@ def _process_status_bytes(field: str) -> int:
 def open_device(budget_bytes: int | None) -> Device:
     """Opens the first GPU, or else the CPU; Keras's variable `KERAS_TORCH_DEVICE=cpu` chooses the CPU too."""
     if not torch.cuda.is_available() or os.environ.get("KERAS_TORCH_DEVICE") == "cpu":
+        row_indices.may_gather_ahead = False  # what waits in the host's memory would count as the device's
         return TorchCpu("CPU:0", budget_bytes)
     if budget_bytes is not None:
         total = torch.cuda.get_device_properties(0).total_memory

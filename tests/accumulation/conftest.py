@@ -15,3 +15,12 @@ def float64(monkeypatch):
     set_precision("float64")
     yield
     set_precision("float32")
+
+
+@pytest.fixture(autouse=True)
+def rows_are_gathered_ahead(monkeypatch):
+    """Exactness is shown with a thread that gathers rows, which small batches would do without."""
+    from accumtune.accumulation.data import row_indices
+
+    monkeypatch.setattr(row_indices, "LEAST_BYTES_AHEAD", 0)
+    monkeypatch.setattr(row_indices, "may_gather_ahead", True)

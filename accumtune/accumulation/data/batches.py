@@ -73,9 +73,11 @@ def micro_batches(batch: Any, micro_batch_size: int | None, source: Rows | None,
     batch = batch.batch if isinstance(batch, HostBatch) else batch
     numbers = None if source is None else row_numbers(batch)
     if source is not None and numbers is not None:
-        parts = split(len(numbers), micro_batch_size or len(numbers))
-        takes = [functools.partial(source.take, numbers[part]) for part in parts]
-        return [MicroBatch(part.stop - part.start, take, source.form) for part, take in zip(parts, takes, strict=True)]
+        rows, following = numbers
+        size = micro_batch_size or len(rows)
+        taken = [rows[part] for part in split(len(rows), size)]
+        pairs = itertools.pairwise([*taken, following[:size]])
+        return [MicroBatch(len(mine), functools.partial(source.take, mine, then), source.form) for mine, then in pairs]
     form = len(batch) if isinstance(batch, (tuple, list)) else 0
     batch = unpacked(batch)
     samples = samples_of(batch)
