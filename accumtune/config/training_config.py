@@ -183,6 +183,8 @@ class TrainingConfig:
     def load_weights(self, model: Any, source: Any = None, *, tracking_uri: str | None = None) -> Any:
         """Loads the best trial's weights into a model, for a warm start; nothing is unpickled or executed.
 
+        The state of an optimizer that is not built yet is not loaded, so that its schedule begins anew.
+
         Args:
             model: of the same build function and hyperparameters, such as `build(build_model)`.
             source: a `*.weights.h5` or `*.keras` file, or the search's folder. None: the file that the configuration

@@ -392,7 +392,7 @@ class Tuner(keras_tuner.Tuner):
         return [trial.hyperparameters for trial in self._best_trials(num_trials)]
 
     def get_best_models(self, num_models: int = 1) -> list[Any]:
-        """Returns models with the weights of their best epoch, accumulating as they were trained."""
+        """Returns models with the weights of their best epoch and new optimizers, accumulating as they were trained."""
         return [self.load_model(trial) for trial in self._best_trials(num_models)]
 
     def load_model(self, trial: Any) -> Any:

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from accumtune.accumulation import optimizers
 from accumtune.worker.transport.task_directory import TaskDirectory
 
 
@@ -57,6 +58,9 @@ def build_as_trained(model: Any, weights_file: Path) -> None:
 def load_weights(model: Any, weights_file: str | Path) -> None:
     """Loads weights like Keras, but refuses unbuilt layers, which Keras leaves as they are without an error.
 
+    An optimizer that is not built stays as it is, as in Keras, which warns of it. What continues a trial builds it
+    first; a warm start begins with a new optimizer, whose schedule is not at its end.
+
     Raises:
         ValueError: the weights do not fit, or a layer with weights in the file is not built.
     """
@@ -67,14 +71,19 @@ def load_weights(model: Any, weights_file: str | Path) -> None:
             unbuilt_with_weights.append(layer.name)
 
     with _called(model):
-        unbuilt = [layer for layer in model._flatten_layers() if not layer.built]
-        for layer in unbuilt:
+        layers = [layer for layer in model._flatten_layers() if not layer.built]
+        optimizer = getattr(model, "optimizer", None)
+        every = [] if optimizer is None else [optimizer, *optimizers.updating(optimizer)]
+        unbuilt = [one for one in every if not one.built]
+        for layer in layers:
             vars(layer)["load_own_variables"] = functools.partial(note, layer)
+        for one in unbuilt:
+            vars(one)["load_own_variables"] = lambda store: None
         try:
             model.load_weights(weights_file)
         finally:
-            for layer in unbuilt:
-                del vars(layer)["load_own_variables"]
+            for changed in (*layers, *unbuilt):
+                vars(changed).pop("load_own_variables", None)
     if unbuilt_with_weights:
         raise ValueError(
             f"The file has weights for layers that are not built: {', '.join(unbuilt_with_weights)}. Call the model on "

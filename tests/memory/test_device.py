@@ -173,16 +173,18 @@ def test_known_training_gives_known_peak_on_jax(value_in_child):
     assert [peak / MIB for peak in peaks] == pytest.approx([4, 36, 4], abs=0.2)
 
 
-@pytest.mark.skipif(BACKEND != "jax" or device_memory().is_gpu, reason="JAX on a CPU")
-def test_an_own_step_takes_the_memory_of_kerass_on_jax(value_in_child):
-    """A weight, one sum and one gradient of 4 MiB each; functions that do not reuse memory keep a second sum."""
+@pytest.mark.skipif(BACKEND == "torch" or device_memory().is_gpu, reason="TensorFlow or JAX, on a CPU")
+def test_an_own_step_takes_the_memory_of_kerass(value_in_child):
+    """Weights and their sums, 4 MiB each, and one gradient.
 
-    def peak(is_own, reuses_memory=True):
+    Not on JAX if its functions do not reuse memory, nor on TensorFlow if a gradient waits to be added to its sum.
+    """
+
+    def peak(is_own, is_wasteful=False):
         import keras
         import numpy as np
 
         from accumtune.accumulation import accumulate
-        from accumtune.accumulation.engines.engine_jax import JaxTraining
         from accumtune.accumulation.own_step import certificate
         from accumtune.accumulation.own_step.own_train_step import Certificate
         from accumtune.memory.device import open_device
@@ -192,13 +194,19 @@ def test_an_own_step_takes_the_memory_of_kerass_on_jax(value_in_child):
                 return super().train_step(*arguments)
 
         # The test of a step compares gradients, before training, and takes more than an update.
-        known = Certificate("mean", ("mean",), ("last",), (True,) * 4)
+        known = Certificate("mean", ("mean",), ("last",), (True,) * 8)
         certificate.certify = lambda *arguments: known
-        if not reuses_memory:
+        device = open_device()
+        if is_wasteful and keras.backend.backend() == "jax":
+            from accumtune.accumulation.engines.engine_jax import JaxTraining
+
             own = JaxTraining._jitted
             JaxTraining._jitted = lambda self, function, out_shardings=None, donate=(): own(self, function)
-        device = open_device("jax")
-        layers = [keras.Input((1024,)), keras.layers.Dense(1024), keras.layers.Dense(1)]
+        elif is_wasteful:
+            from accumtune.memory.cpu_simulation import operation_order
+
+            operation_order._is_end = lambda op: not op.outputs
+        layers = [keras.Input((1024,)), *(keras.layers.Dense(1024, "relu") for _ in range(3)), keras.layers.Dense(1)]
         model = (OwnStep if is_own else keras.Sequential)(layers)
         model.compile(keras.optimizers.SGD(0.1), "mse")
         accumulate(model, 1)
@@ -206,8 +214,8 @@ def test_an_own_step_takes_the_memory_of_kerass_on_jax(value_in_child):
         model.fit(np.zeros((8, 1024), "float32"), np.zeros((8, 1), "float32"), batch_size=4, verbose=0)
         return device.peak_memory_bytes()
 
-    stock, own, wasteful = (value_in_child(peak, *how) for how in ((False,), (True,), (True, False)))
-    assert own == pytest.approx(stock, rel=0.02)
+    stock, own, wasteful = (value_in_child(peak, *how) for how in ((False,), (True,), (True, True)))
+    assert own <= 1.05 * stock
     assert wasteful > stock + 3 * MIB
 
 

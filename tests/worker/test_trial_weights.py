@@ -1,6 +1,7 @@
 """A trial's weights are loaded completely, or an error is raised: never a model with some random weights."""
 
 import json
+import warnings
 from types import SimpleNamespace
 
 import keras
@@ -76,3 +77,35 @@ def test_what_cannot_be_built_is_refused(tmp_path):
     model(X)
     load_weights(model, file)
     np.testing.assert_array_equal(keras.ops.convert_to_numpy(model(X)), expected)
+
+
+@pytest.mark.parametrize("policy", [None, "mixed_float16"])
+def test_an_optimizer_that_is_not_built_is_left_without_a_warning(tmp_path, policy):
+    """A trial that is continued builds it first, and gets its state; Keras's own loading warns."""
+
+    def build():
+        model = keras.Sequential([keras.Input((3,)), keras.layers.Dense(2, dtype=policy)])
+        adam = keras.optimizers.Adam()
+        model.compile(keras.optimizers.LossScaleOptimizer(adam) if policy else adam, "mse")
+        return model, adam
+
+    file = tmp_path / "checkpoint.weights.h5"
+    trained, _ = build()
+    trained.fit(X, np.zeros((len(X), 2)), verbose=0)
+    trained.save_weights(file)
+    model, adam = build()
+    with pytest.warns(UserWarning, match="Skipping variable loading for optimizer"):
+        model.load_weights(file)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        load_weights(model, file)
+    assert not adam.built
+    for one, other in zip(model.get_weights(), trained.get_weights(), strict=True):
+        np.testing.assert_array_equal(one, other)
+    model.optimizer.build(model.trainable_variables)
+    load_weights(model, file)
+    state, expected = (
+        [keras.ops.convert_to_numpy(one) for one in it.variables] for it in (model.optimizer, trained.optimizer)
+    )
+    for one, other in zip(state, expected, strict=True):
+        np.testing.assert_array_equal(one, other)

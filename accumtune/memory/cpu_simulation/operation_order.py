@@ -185,8 +185,8 @@ def _needed(operations: Sequence[Any], waits_for: dict[Any, set[Any]], wanted: S
 
 
 def _is_end(op: Any) -> bool:
-    """Returns whether an operation has no output, or one that is only assigned."""
-    if op.outputs and op.type not in _VIEWS and op.type != "Cast":
+    """Returns whether an operation has no output, or one that is only assigned, such as a gradient times a share."""
+    if op.outputs and op.type not in _VIEWS and op.type not in ("Cast", "Mul"):
         return False
     return all(_is_end(reader) for tensor in op.outputs for reader in tensor.consumers())
 
