@@ -82,7 +82,7 @@ class Gathers:
 
 
 def threads():
-    return [thread.name for thread in threading.enumerate() if thread.name.startswith("accumtune")]
+    return [thread.name for thread in threading.enumerate() if thread.name.startswith("accumtune-rows")]
 
 
 class Step(keras.layers.Layer):
@@ -259,3 +259,15 @@ def test_a_memory_map_is_read_by_the_thread(tmp_path):
         (gathered,) = rows_of(array)._gathered(np.arange(2, 6))
         assert np.array_equal(gathered, array[2:6])
         assert np.shares_memory(gathered, array) is not is_read
+
+
+@pytest.mark.parametrize("numbers", [[2, 3, 4], [5, 2, 9]])
+@pytest.mark.parametrize("dtype", ["float32", "float64", "uint8"])
+def test_an_array_with_an_indexing_of_its_own_is_asked(dtype, numbers):
+    class Negative(np.ndarray):
+        def __getitem__(self, key):
+            return -np.asarray(super().__getitem__(key))
+
+    plain = np.arange(40).reshape(10, 4).astype(dtype)
+    taken, _, _ = rows_of(plain.view(Negative)).take(np.array(numbers))
+    assert np.array_equal(keras.ops.convert_to_numpy(taken), -plain[numbers])

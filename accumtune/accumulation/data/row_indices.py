@@ -140,10 +140,11 @@ class Column:
         """As `take`, in memory of its own, at a multiple of 64 bytes; reads a memory map."""
         rows = _aligned_memory((len(indices), *self.row_shape), self.dtype)
         chosen = _slice_or(indices)
-        if isinstance(chosen, slice) or self._array.dtype != self.dtype:
-            rows[...] = self._array[chosen]
-        else:
+        is_plain = type(self._array) in (np.ndarray, np.memmap) and self._array.dtype == self.dtype
+        if is_plain and not isinstance(chosen, slice):
             self._array.take(indices, axis=0, out=rows, mode="clip")  # "raise" would make a copy more
+        else:
+            rows[...] = self._array[chosen]
         return rows
 
 
