@@ -55,7 +55,7 @@ def _groups(
     held = tf.stop_gradient(tf.reshape(inputs, shape))
     mean = tf.reduce_sum(held, over, keepdims=True) / divisor
     variance = tf.reduce_sum(tf.math.squared_difference(held, mean), over, keepdims=True) / divisor
-    inverse = tf.math.rsqrt(variance + tf.cast(epsilon, inputs.dtype))
+    inverse = tf.math.rsqrt(variance + epsilon)  # tf.cast would round a Python number to float32
     weights = [tf.reshape(weight, mean.shape[1:]) for weight in (gamma, beta) if weight is not None]
     scale = inverse if gamma is None else inverse * weights[0]
 

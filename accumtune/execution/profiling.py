@@ -37,7 +37,7 @@ class ModelFacts:
     """The result of `inspect`. Models with the same `signature` share a profile.
 
     `appeared` are the hyperparameters that were first declared while this model was built: `space` and `values`, as in
-    Keras Tuner's configuration.
+    Keras Tuner's configuration. `loss_failure` is why the memory of a loss over the whole effective batch is not known.
     """
 
     signature: str
@@ -52,6 +52,7 @@ class ModelFacts:
     parameters: int = 0
     loss_bytes: tuple[float, ...] = NO_LOSS
     activation_bytes: int = 0
+    loss_failure: str = ""
 
     def completed(self, hyperparameters: Mapping[str, Any]) -> dict[str, Any]:
         """Returns Keras Tuner's configuration of hyperparameters, with those that appeared."""
@@ -136,7 +137,13 @@ class Profiler:
         """
         facts = self.inspect(hyperparameters)
         with self._lock:
-            profile = self._known(facts.signature) or Profile(
+            known = self._known(facts.signature)
+            if known is None and facts.loss_failure:
+                self._on_probe(
+                    "The memory of the loss over the whole effective batch is unknown, and so left out of predictions: "
+                    f"the loss failed on made-up outputs ({facts.loss_failure})"
+                )
+            profile = known or Profile(
                 measurements=(),
                 device=facts.device,
                 memory_source="",

@@ -23,7 +23,7 @@ _PLANNED_SAMPLES = 512
 _LEAST_SHARE = 0.1
 
 
-def loss_bytes(model: Any, sample: tuple[Any, Any, Any], device: Device) -> tuple[float, float, float]:
+def loss_bytes(model: Any, sample: tuple[Any, Any, Any], device: Device) -> tuple[tuple[float, float, float], str]:
     """Returns the bytes of the loss and its gradient per sample, per pair and per triple of samples, outputs included.
 
     Args:
@@ -32,10 +32,11 @@ def loss_bytes(model: Any, sample: tuple[Any, Any, Any], device: Device) -> tupl
         device: the opened device, without a limit.
 
     Returns:
-        Zeros if the loss fails on random outputs, or if the device counts pages of the process.
+        The bytes: zeros if the loss fails on random outputs, or if the device counts pages of the process; and the
+        failure, which is empty if there is none.
     """
     if device.memory_source == "process high-water mark":
-        return NO_LOSS
+        return NO_LOSS, ""
     try:
         outputs = model.compute_output_spec(tree.map_structure(_spec, sample[0]))
         if keras.backend.backend() == "jax":
@@ -50,9 +51,9 @@ def loss_bytes(model: Any, sample: tuple[Any, Any, Any], device: Device) -> tupl
             while 4 * smallest <= most and 64 * peaks[-1] <= _MOST_BYTES:
                 smallest *= 4
                 peaks = [_peak_bytes(model, sample, outputs, smallest * factor, device) for factor in (1, 2, 4)]
-    except Exception:  # whatever a user's loss raises for numbers that mean nothing
-        return NO_LOSS
-    return fitted(smallest, *peaks)
+    except Exception as error:  # whatever a user's loss raises for numbers that mean nothing
+        return NO_LOSS, f"{type(error).__name__}: {error}".splitlines()[0]
+    return fitted(smallest, *peaks), ""
 
 
 def fitted(samples: int, one: float, two: float, four: float) -> tuple[float, float, float]:

@@ -14,7 +14,7 @@ from keras_tuner.engine.oracle import Oracle
 from accumtune.accumulation import accumulate, batch_coupled_layers, ghost_batch
 from accumtune.accumulation.coupling.detection import coupled_with_ghost_batches, runs_code_of_the_user
 from accumtune.accumulation.data.array_kinds import is_dense
-from accumtune.accumulation.losses.whole_batch_loss import is_wanted, would_be_wanted
+from accumtune.accumulation.losses.whole_batch_loss import is_wanted
 from accumtune.accumulation.own_step.own_train_step import certify, has_own_step, has_own_test_step
 from accumtune.accumulation.patched_attributes import put
 from accumtune.memory import probe as probes
@@ -110,8 +110,8 @@ def inspect(directory: TaskDirectory, payload: str, hyperparameters: dict[str, A
     if content.get("max_model_size") and not model.built:
         model(sample[0])  # creates the variables, to count them
     facts = describe_model(model, sample, device.name, hp.values, is_pipeline=is_pipeline)
-    if would_be_wanted(model):
-        facts["loss_bytes"] = loss_bytes(model, sample, device)
+    if is_wanted(model):
+        facts["loss_bytes"], facts["loss_failure"] = loss_bytes(model, sample, device)
     facts["identity"] = {**describe_training(model, hp.values), "device": device.name}
     return {**facts, "appeared": appeared(hp, hyperparameters)}
 

@@ -185,3 +185,25 @@ def test_a_model_that_is_not_like_the_one_before_is_probed_as_the_first(tmp_path
     profile = profiler.profile({"space": [], "values": {"width": 200}})
     assert {size for width, size in widths.probed if width == 200} == {8, 512}
     assert profile.predict_peak_memory(8) == widths.peak_bytes(200, 8, 1)
+
+
+def few_at_once(y_true, y_pred):
+    if y_pred.shape[0] is not None and y_pred.shape[0] >= 64:
+        raise ValueError("at most 63 samples")
+    return in_batch_softmax(y_true, y_pred)
+
+
+def build_few_at_once(hp):
+    model = build_two_towers(hp)
+    model.compile("adam", few_at_once)
+    return model
+
+
+@pytest.mark.skipif(keras.backend.backend() == "torch", reason="on a CPU torch counts the pages of the process")
+def test_a_loss_that_fails_on_made_up_outputs_is_named_and_the_rest_is_profiled():
+    pairs, lines = np.zeros((8, 2, 64), "float32"), []
+    profile = accumtune.profile(
+        build_few_at_once, pairs, np.zeros((8, 1)), micro_batch_sizes=(2,), on_probe=lines.append
+    )
+    assert "ValueError: at most 63 samples" in lines[0] and "unknown" in lines[0]
+    assert profile.measured_sizes() == [2] and profile.loss_bytes == (0, 0, 0)

@@ -41,30 +41,21 @@ def choice_of(model: Any, asked: bool | str = "auto") -> bool | str:
     return getattr(model, _CHOICE, asked) if asked == "auto" else asked
 
 
-def would_be_wanted(model: Any) -> bool:
-    """Returns whether the windows of a model will need two passes, before it accumulates."""
-    from accumtune.accumulation.coupling.detection import couples_samples_in_its_loss
-
-    chosen = choice_of(model)
-    if has_own_step(model):
-        return False
-    return couples_samples_in_its_loss(model) if chosen == "auto" else bool(chosen)
-
-
 def is_wanted(model: Any) -> bool:
-    """Returns whether a model's windows need two passes; found once for each `compile`. False without accumulation."""
+    """Returns whether a model's windows need two passes, or would if it accumulated; found once for each `compile`."""
     from accumtune.accumulation.coupling.detection import couples_samples_in_its_loss
 
-    accumulation = getattr(model, "_accumtune_accumulation", None)
     if has_own_step(model):
         return False
-    chosen = False if accumulation is None else accumulation.whole_batch_loss
+    accumulation = getattr(model, "_accumtune_accumulation", None)
+    chosen = choice_of(model) if accumulation is None else accumulation.whole_batch_loss
     if chosen != "auto":
         return bool(chosen)
     compiled, found = getattr(model, "_accumtune_whole_batch_loss", (None, None))
     if found is None or compiled is not model._compile_loss:
         found = couples_samples_in_its_loss(model)
-        put(model, {"_accumtune_whole_batch_loss": (model._compile_loss, found)})
+        if accumulation is not None:
+            put(model, {"_accumtune_whole_batch_loss": (model._compile_loss, found)})
     return bool(found)
 
 

@@ -47,9 +47,9 @@ def describe_model(
     from accumtune.accumulation import batch_coupled_layers
     from accumtune.accumulation.data.batches import prepares_its_data
     from accumtune.accumulation.data.row_indices import rows_of
-    from accumtune.accumulation.losses.whole_batch_loss import would_be_wanted
+    from accumtune.accumulation.losses.whole_batch_loss import is_wanted
 
-    outputs = _bytes_of_outputs(model, sample) if would_be_wanted(model) else 0
+    outputs = _bytes_of_outputs(model, sample) if is_wanted(model) else 0
     takes_rows = not (is_pipeline or prepares_its_data(model)) and rows_of(*sample) is not None
     facts = {
         "architecture": _architecture(model, hyperparameters),
