@@ -160,6 +160,17 @@ def test_a_window_that_its_loss_did_not_fit_in_says_nothing_of_the_micro_batch()
     assert not replace(unknown, sample_bytes=0).fits(8, 2, budget)
 
 
+def test_a_window_of_a_micro_batch_that_has_run_fails_for_its_loss_if_that_is_most_of_it():
+    """Validation's loss may have made a trial's peak, so that the window's is not seen to be larger than that."""
+    points = [measured(16, steps, mib, limit_mib=16) for steps, mib in ((1, 6.5), (2, 9), (16, 12.8))]
+    profile = profile_of(*points, loss_bytes=(808, 12, 0), memory_budget_bytes=16 * MIB)
+    failed = measured(16, 64, None, limit_mib=16)
+    assert profile.is_failure_of_the_loss(failed)
+    # The loss of 272 samples is not most of what they take; and without such a loss it is the micro-batch.
+    assert not profile.is_failure_of_the_loss(measured(16, 17, None, limit_mib=16))
+    assert not replace(profile, loss_bytes=(0, 0, 0)).is_failure_of_the_loss(failed)
+
+
 def test_quadratic_memory_is_not_promised_too_much_inside_the_measured_range():
     cost = {m: 40 + 0.05 * m * m for m in (1, 8, 64)}
     profile = profile_of(*(measured(m, 1, mib) for m, mib in cost.items()))

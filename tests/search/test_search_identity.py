@@ -113,6 +113,30 @@ def tuned_fit(values, extra=""):
     return namespace["fit"]
 
 
+class Margin(keras.losses.Loss):
+    """As most are written: without a get_config."""
+
+    def __init__(self, margin):
+        super().__init__(name="margin")
+        self.margin = margin
+
+    def call(self, y_true, y_pred):
+        return keras.ops.mean(keras.ops.relu(self.margin - y_true * y_pred), axis=-1)
+
+
+class Above(keras.metrics.Mean):
+    def __init__(self, threshold):
+        super().__init__(name="above")
+        self.threshold = threshold
+
+
+def test_the_arguments_of_a_loss_or_metric_count_without_a_get_config():
+    for kind in (Margin, Above):
+        used = kind(0.5)
+        used(np.ones((2, 1)), np.ones((2, 1)))
+        assert text_of(kind(0.5)) == text_of(used) != text_of(kind(0.2))
+
+
 def test_a_value_more_is_no_edit_of_a_fit():
     assert text_of(tuned_fit([1, 2]), by_source=True) == text_of(tuned_fit([1, 2, 3]), by_source=True)
     assert text_of(tuned_fit([1]), by_source=True) != text_of(tuned_fit([1], "self.x = 1"), by_source=True)

@@ -299,6 +299,13 @@ class Profile:
         at_once = self._moment_peak(micro_batch_size, accumulation_steps)
         return self._peak_with_room(micro_batch_size, accumulation_steps) <= at_once
 
+    def is_failure_of_the_loss(self, failed: Measurement) -> bool:
+        """Returns whether a pair ran out of memory for its loss over the whole window, whatever its micro-batch."""
+        pair = failed.micro_batch_size, failed.accumulation_steps
+        of_the_loss = self.bytes_at_once(_samples_of(failed)) if any(self.loss_bytes) else 0
+        is_most = 2 * of_the_loss > self.predict_peak_memory(*pair)
+        return self.is_peak_of_the_loss(*pair) or is_most and self._is_of_the_window(failed)
+
     def what_the_window_takes(self, micro_batch_size: int, accumulation_steps: int) -> str:
         """Returns part of a message, to follow the predicted peak; empty if the window takes less than half of it."""
         samples = micro_batch_size * accumulation_steps

@@ -252,11 +252,9 @@ class TrialRunner:
     ) -> Attempt | TrialResult:
         """Records in the profile that the pair ran out of memory, and returns the next smaller micro-batch."""
         pair, settings = attempt.pair, self._settings
-        self._profiler.learn(
-            profile.signature,
-            out_of_memory(pair.micro_batch_size, pair.accumulation_steps, settings.memory_budget_bytes),
-        )
-        if profile.is_peak_of_the_loss(pair.micro_batch_size, pair.accumulation_steps):
+        failed = out_of_memory(pair.micro_batch_size, pair.accumulation_steps, settings.memory_budget_bytes)
+        self._profiler.learn(profile.signature, failed)
+        if profile.is_failure_of_the_loss(failed):
             takes = format_bytes(profile.bytes_at_once(pair.effective_batch_size))
             reason = (
                 f"the loss over all {pair.effective_batch_size} samples at once, which takes about {takes} by itself, "
