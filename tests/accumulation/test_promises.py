@@ -68,3 +68,11 @@ def test_the_page_shows_what_the_benchmark_recorded():
         assert figure in readme
     rows[0]["peak_to"]["keras"] += 0.01  # the negative control
     assert module.markdown(rows) not in text
+
+
+def test_the_page_shows_what_losses_over_the_whole_batch_were_recorded_to_cost(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "experiments/benchmarks/engine")
+    module = importlib.import_module("whole_batch_loss")
+    table = module.markdown(module.RECORDS)
+    assert table.count("\n") > 10 and table in BENCHMARKS.read_text()
+    assert table.replace("0", "9") not in BENCHMARKS.read_text()  # the negative control

@@ -51,14 +51,19 @@ TURNS = ("keras", "ours", "limit", "full")
 
 
 class Child:
-    """A process that trains in one way whenever it is asked to."""
+    """A process that trains in one way whenever it is asked to.
 
-    def __init__(self, backend: str, way: str, workload: str, jit: bool, clock: str, **environment: str) -> None:
+    Args:
+        script: the file beside this one that has the way.
+    """
+
+    def __init__(
+        self, backend: str, way: str, workload: str, jit: bool, clock: str, script: str = "ways.py", **environment: str
+    ) -> None:
         self.name = f"{way} on {workload} ({backend})"
-        script = Path(__file__).with_name("ways.py")
         self.log = tempfile.TemporaryFile("w+")
         self.process = subprocess.Popen(
-            [sys.executable, script, way, workload, str(int(jit)), clock],
+            [sys.executable, Path(__file__).with_name(script), way, workload, str(int(jit)), clock],
             env=child_environment(KERAS_BACKEND=backend, TF_CPU_ALLOCATOR_USE_BFC="true", **environment),
             # torch's threads wait for each other by spinning: on a busy machine that takes minutes.
             preexec_fn=on_one_core if clock == "cpu" or (clock, backend) == ("none", "torch") else None,

@@ -218,7 +218,8 @@ def use_all_cores() -> None:
             os.sched_setaffinity(int(thread), range(os.cpu_count() or 1))
 
 
-def main() -> None:
+def main(way_to_train: Callable[[str, str, bool, Callable[[], float]], Run]) -> None:
+    """Answers standard input, as the module's docstring says, with what trains in the ways of a script."""
     way, workload, jit, clock = sys.argv[1:]
     use_all_cores()
     counting = counted_memory.counting() if clock == "none" else contextlib.nullcontext(lambda: 0)
@@ -231,4 +232,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(way_to_train)
