@@ -146,7 +146,7 @@ COMPILED_ONCE = """
     with scope():
         for how in {hows}:
             trained = train(normalizing(learning_rate=0.1), data, **how)
-            assert set(traces(trained.model).values()) <= {{0, 1}}, traces(trained.model)
+            assert set(traces(trained.model)) <= {{0, 1}}, traces(trained.model)
 """
 
 

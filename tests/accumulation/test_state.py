@@ -173,7 +173,7 @@ def test_frozen_weights_are_held_once(build, shape):
     data = {"x": numbers(8, shape[0]), "y": numbers(8, 2), "batch_size": 8, "verbose": 0}
     model.fit(**data)
     functions = model.train_function
-    for name in ("_first", "_next", "_update"):
+    for name in ("_next", "_update"):
         setattr(functions, name, counting(getattr(functions, name)))
     before = as_array(next(v for v in model.non_trainable_variables if tuple(v.shape) == shape))
     model.fit(**data, epochs=2)

@@ -142,7 +142,10 @@ def test_of_several_gpus_one_is_measured_and_the_host_is_not_limited(monkeypatch
 
 @pytest.mark.skipif(BACKEND != "jax" or device_memory().is_gpu, reason="JAX on a CPU")
 def test_known_training_gives_known_peak_on_jax(value_in_child):
-    """A weight of 4 MiB, its sum and a gradient: not what its initializer took, and not without the sum."""
+    """A weight of 4 MiB, its sum and a gradient: not what its initializer took, and not without the sum.
+
+    Of a single sample XLA adds the gradient to the sum as it computes it.
+    """
 
     def train(initializer, validation_samples, momentum):
         import keras
@@ -155,7 +158,7 @@ def test_known_training_gives_known_peak_on_jax(value_in_child):
         wide = keras.layers.Dense(1024, kernel_initializer=initializer)
         model = keras.Sequential([keras.Input((1024,)), wide, keras.layers.Dense(1)])
         model.compile(keras.optimizers.SGD(0.1, momentum=momentum), "mse")
-        accumulate(model, 1)
+        accumulate(model, 2)
         x, y = np.zeros((8, 1024), "float32"), np.zeros((8, 1), "float32")
         validation = (np.zeros((validation_samples, 1024), "float32"), np.zeros((validation_samples, 1), "float32"))
         device.reset_peak()
@@ -209,7 +212,7 @@ def test_an_own_step_takes_the_memory_of_kerass(value_in_child):
         layers = [keras.Input((1024,)), *(keras.layers.Dense(1024, "relu") for _ in range(3)), keras.layers.Dense(1)]
         model = (OwnStep if is_own else keras.Sequential)(layers)
         model.compile(keras.optimizers.SGD(0.1), "mse")
-        accumulate(model, 1)
+        accumulate(model, 2)
         device.reset_peak()
         model.fit(np.zeros((8, 1024), "float32"), np.zeros((8, 1), "float32"), batch_size=4, verbose=0)
         return device.peak_memory_bytes()
@@ -224,18 +227,20 @@ def test_known_allocation_gives_known_peak_on_torch(value_in_child):
     def allocate():
         import torch
 
+        from accumtune.accumulation.data import row_indices
         from accumtune.memory.device import open_device
 
         device = open_device("torch")
         torch.ones(64 * 2**18)  # 64 MiB, gone at once
         peak, after = device.peak_memory_bytes(), device.current_memory_bytes()
         device.reset_peak()
-        return [peak, after, device.peak_memory_bytes(), device.memory_source]
+        reset, source = device.peak_memory_bytes(), device.memory_source
+        return [peak, after, reset, source, row_indices.may_gather_ahead]
 
-    peak, after, reset, source = value_in_child(allocate)
+    peak, after, reset, source, may_gather_ahead = value_in_child(allocate)
     assert peak / MIB == pytest.approx(64, abs=8)
     assert after / MIB < 8 and reset / MIB < 8
-    assert source == "process high-water mark"
+    assert source == "process high-water mark" and not may_gather_ahead
 
 
 class FakeJaxGpu:

@@ -2,8 +2,8 @@
 
 The model's state is donated to the update only, so an interrupted window leaves the model intact. Values that a
 micro-step passes to the next one (sums, metrics, changed non-trainable variables such as seeds) are donated from
-micro-step to micro-step. Unchanged values are not returned, because a compiled function would copy them, frozen weights
-too.
+micro-step to micro-step; the first one gets sums of 0, so that all run one program, compiled once. Unchanged values are
+not returned, because a compiled function would copy them, frozen weights too.
 """
 
 from __future__ import annotations
@@ -47,9 +47,11 @@ class JaxTraining:
         self._normalizations: list[Any] = []
         self._ghosts = GhostBatches(model, accumulation)
         state = trainable, non_trainable, optimizer, metrics = _shardings(model)
-        carried = (trainable, _replicated(), non_trainable, metrics)
+        self._carried = carried = (trainable, _replicated(), non_trainable, metrics)
         self._only = self._jitted(self._only_step, (None, state), donate=(0,))
+        # Without a compiler it is a window's first micro-step; else it is only traced, for what it would pass on.
         self._first = self._jitted(self._first_step, (None, carried))
+        self._begin: dict[Any, Callable[..., Any]] = {}  # by the kind of batch
         self._next = self._jitted(self._next_step, (None, carried), donate=(0,))
         self._update = self._jitted(self._update_step, (trainable, optimizer, non_trainable), donate=(0, 1))
         # The compiler keeps only what the denominators need of this forward pass: masks, rarely predictions.
@@ -95,7 +97,7 @@ class JaxTraining:
         scales = self._scales(state, window, batch)
         listener = noise_scale.listening(self.model, [part.samples for part in window])
         logs: Any = None
-        carried: Any = None
+        carried: Any = self._begun(state, batch, *scales[0]) if self.is_jitted else None
         self._metrics.forget()
         for index in range(len(scales)):
             part = window.pop(0)
@@ -124,6 +126,16 @@ class JaxTraining:
         logs, sums, moments, non_trainable, metrics = self.two_passes.sum_up(state, window, first)
         trainable, optimizer, changed = self._update(trainable, optimizer, sums, moments, non_trainable)
         return logs, (trainable, carrying.with_changes(changed, non_trainable), optimizer, metrics)
+
+    def _begun(self, state: Any, batch: Any, *weights: Any) -> Any:
+        """Returns what the first micro-step of a window is given instead of sums so far."""
+        trainable, non_trainable, optimizer, metrics = state
+        kind = jax.tree.structure(batch), tuple(shape[1:] for shape in feeding.shapes(batch))
+        if kind not in self._begin:
+            traced = self._first.trace(metrics, trainable, non_trainable, optimizer, batch, *weights)
+            step = functools.partial(self._begin_step, traced.out_info[1])
+            self._begin[kind] = self._jitted(step, self._carried)
+        return self._begin[kind](non_trainable, metrics)
 
     # The weights of micro-batches
 
@@ -187,6 +199,13 @@ class JaxTraining:
     def _first_step(self, metrics: Any, trainable: Any, non_trainable: Any, *inputs: Any) -> tuple[Any, Any]:
         logs, gradients, moments, new, metrics = self._gradients(metrics, trainable, non_trainable, *inputs)
         return logs, (carrying.as_sums(gradients), moments, carrying.changed(new, non_trainable), metrics)
+
+    def _begin_step(self, shapes: Any, non_trainable: Any, metrics: Any) -> Any:
+        """Returns sums and moments of nothing, and copies, since micro-steps use up what they are given."""
+        sums, moments = jax.tree.map(lambda one: jnp.zeros(one.shape, one.dtype), shapes[:2])
+        pairs = zip(shapes[2], non_trainable, strict=True)
+        changed = [None if shape is None else value for shape, value in pairs]
+        return sums, moments, *jax.tree.map(lambda value: jnp.array(value, copy=True), (changed, metrics))
 
     def _next_step(self, carried: Any, trainable: Any, non_trainable: Any, *inputs: Any) -> tuple[Any, Any]:
         sums, moments_so_far, changed, metrics = carried
