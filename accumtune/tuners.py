@@ -9,6 +9,7 @@ import keras_tuner
 
 from accumtune.errors import SearchError
 from accumtune.oracles.metric_direction import with_direction
+from accumtune.search.subclassing.overrides import is_overridden
 from accumtune.search.tuner import Tuner
 
 if TYPE_CHECKING:
@@ -83,6 +84,11 @@ class OptunaSearch(Tuner):
     `pip install 'accumtune[optuna]'`. Conditional hyperparameters, several `workers`, resuming and everything else of
     `accumtune.Tuner` work as with Keras Tuner's own oracles.
 
+    `pruner="freeze-thaw"` replaces Optuna's proposals: a model of all learning curves decides after each part of a
+    training (1, 2, 3, 4, 6, 9, … epochs) which paused trial goes on, or which new one begins. `max_trials` is then a
+    number of whole trainings, among which more trials share their epochs. The result of a trial that was not continued
+    is its best epoch, and its reason says after which epoch it was paused.
+
     A pruned trial counts as trained: its status is completed, its result is the best epoch that it reached, and its
     reason (`accumtune.reason` in MLflow) says after which epoch it was pruned. The sampler learns the objective that
     was forecast for it. With several `executions_per_trial` the first one decides.
@@ -94,12 +100,14 @@ class OptunaSearch(Tuner):
         sampler: an `optuna.samplers.BaseSampler`; None for a few trials spread evenly over the space and then
             `GPSampler` where torch is installed, multivariate `TPESampler` otherwise.
         pruner: decides after each epoch, from the objective so far, whether to stop the trial. `"forecast"` estimates
-            from the trials that ran to their end whether this one can still become the best; an
-            `optuna.pruners.BasePruner` decides in its way; None trains all trials to their end.
+            from the trials that ran to their end whether this one can still become the best; `"freeze-thaw"` pauses
+            trials and goes on with the most promising ones; an `optuna.pruners.BasePruner` decides in its way; None
+            trains all trials to their end.
         **kwargs: arguments of `accumtune.Tuner` and of `keras_tuner.Oracle`.
 
     Raises:
-        SearchError: Optuna is not installed, or `pruner` is something else.
+        SearchError: Optuna is not installed, `pruner` is something else, or `"freeze-thaw"` is given a sampler or
+            several `executions_per_trial`.
     """
 
     def __init__(
@@ -112,16 +120,24 @@ class OptunaSearch(Tuner):
         pruner: Any = None,
         **kwargs: Any,
     ) -> None:
+        from accumtune.oracles.freeze_thaw_oracle import FreezeThawOracle
         from accumtune.oracles.optuna_oracle import OptunaOracle, require_optuna
 
         require_optuna()
         _check_pruner(pruner)
         self._pruner = pruner
-        oracle = _oracle(self, OptunaOracle, objective, kwargs, max_trials=max_trials, sampler=sampler)
+        if pruner == _FREEZE_THAW:
+            _check_freeze_thaw(type(self), sampler, kwargs.get("executions_per_trial", 1))
+            oracle = _oracle(self, FreezeThawOracle, objective, kwargs, max_trials=max_trials)
+        else:
+            oracle = _oracle(self, OptunaOracle, objective, kwargs, max_trials=max_trials, sampler=sampler)
         super().__init__(oracle, hypermodel, **kwargs)
 
     def _pruning(self) -> PruningMonitor | None:
         if self._pruner is None:
+            return None
+        if self._pruner == _FREEZE_THAW:
+            self._prepare_freezing()
             return None
         from accumtune.search.pruning.pruner import PruningMonitor
 
@@ -131,13 +147,44 @@ class OptunaSearch(Tuner):
         return pruning
 
 
+    def _prepare_freezing(self) -> None:
+        from accumtune.search.pruning.trial_curves import trial_curves
+
+        epochs = 1 if self._session is None else self._session.epochs
+        if epochs < 2:
+            raise SearchError(
+                f'Received search(epochs={epochs}) and pruner="freeze-thaw".',
+                "two epochs or more: trials are paused between them.",
+                "give search() the epochs of a whole training, also where a HyperModel's fit has its own.",
+            )
+        self.oracle.epochs = epochs
+        self.oracle.curve_of = trial_curves(self._files, self.oracle.objective)
+
+
+_FREEZE_THAW = "freeze-thaw"
+
+
+def _check_freeze_thaw(tuner: type[Tuner], sampler: Any, executions: int) -> None:
+    why = 'which pruner="freeze-thaw" cannot have.'
+    if sampler is not None:
+        raise SearchError(f"Received {sampler=}, {why}", "None: it proposes by itself.", "leave sampler out.")
+    if executions > 1:
+        raise SearchError(f"Received executions_per_trial={executions}, {why}", "1.", "leave it out.")
+    if is_overridden("run_trial", tuner):
+        raise SearchError(
+            f"Received {tuner.__name__}.run_trial, {why}",
+            "a tuner whose trials are paused and continued: its own run_trial would begin anew each time.",
+            "move what it does into callbacks or a HyperModel's fit, or take another pruner.",
+        )
+
+
 def _check_pruner(pruner: Any) -> None:
     from optuna.pruners import BasePruner
 
-    if pruner is not None and pruner != "forecast" and not isinstance(pruner, BasePruner):
+    if pruner not in (None, "forecast", _FREEZE_THAW) and not isinstance(pruner, BasePruner):
         raise SearchError(
             f"Received {pruner=}.",
-            'None, "forecast", or one of optuna.pruners.',
+            'None, "forecast", "freeze-thaw", or one of optuna.pruners.',
             'take pruner="forecast" to stop trials that can no longer become the best.',
         )
 

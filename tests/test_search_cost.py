@@ -92,3 +92,12 @@ def test_a_hopeless_trial_presents_fewer_samples(record):
     whole, stopped = (ours(record, accumtune.OptunaSearch, seed=1, pruner=pruner) for pruner in (None, "forecast"))
     assert len(whole.events) == len(stopped.events) == record.max_trials
     assert stopped.presentations < 0.95 * whole.presentations
+
+
+def test_paused_trials_share_the_samples_of_whole_trainings(record):
+    pytest.importorskip("optuna")
+    record = replace(record, max_trials=4)
+    whole, frozen = (ours(record, accumtune.OptunaSearch, seed=1, pruner=pruner) for pruner in (None, "freeze-thaw"))
+    assert len(whole.events) == record.max_trials < len(frozen.events)
+    of_one_training = record.samples * record.epochs
+    assert 3 * of_one_training < frozen.presentations < 5.5 * of_one_training  # a few more models are probed

@@ -95,6 +95,11 @@ def can_redraw(oracle: Any) -> bool:
     return not is_grid(oracle)
 
 
+def pauses_trials(oracle: Any) -> bool:
+    """Returns whether an oracle pauses trials and goes on with them; its `pause_after` says after which epoch."""
+    return hasattr(oracle, "pause_after")
+
+
 def learn_micro_batch(oracle: Any, trial: Any, batch: Mapping[str, Any]) -> None:
     """Lets the oracle learn from the micro-batch that ran, if it searches the micro-batch and is not a grid."""
     if not can_redraw(oracle):

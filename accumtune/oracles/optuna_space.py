@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import keras_tuner
+import numpy as np
 from keras_tuner.engine import hyperparameters as kinds
 
 from accumtune.accumulation.batch_pair import BATCH_HYPERPARAMETERS
@@ -68,6 +69,20 @@ def spread(space: Sequence[Any], seed: int, first: int, count: int) -> Iterator[
         sequence.fast_forward(first)
     for _ in range(count):
         yield _at(space, [float(place) for place in sequence.random(1)[0]])
+
+
+def near(
+    space: Sequence[Any], values: Mapping[str, Any], seed: int | Sequence[int], count: int
+) -> Iterator[dict[str, Any]]:
+    """Yields points that differ from values in one hyperparameter or two, mostly by little."""
+    generator = np.random.default_rng(seed)
+    center = [_probability(hp, values.get(hp.name, hp.default)) for hp in space]
+    for _ in range(count):
+        point = list(center)
+        for index in generator.integers(0, len(space), 2):
+            step = generator.standard_normal() * generator.choice([0.03, 0.1, 0.3])
+            point[index] = min(max(center[index] + float(step), 0.0), 1.0)
+        yield _at(space, point)
 
 
 def _at(space: Sequence[Any], point: Sequence[float]) -> dict[str, Any]:
@@ -178,6 +193,19 @@ def _suggest(trial: Any, dimension: Dimension) -> Any:
         return trial.suggest_categorical(dimension.name, given.choices)
     suggest = trial.suggest_int if isinstance(given, IntDistribution) else trial.suggest_float
     return suggest(dimension.name, given.low, given.high, log=given.log)
+
+
+def _probability(hp: Any, value: Any) -> float:
+    try:
+        return float(hp.value_to_prob(value))
+    except ValueError:  # a choice that is no longer listed
+        return 0.5
+
+
+def named(space: Sequence[Any]) -> Iterator[tuple[Any, str]]:
+    """Yields the hyperparameters with their unique names."""
+    names = _names(space)
+    return ((hp, names[id(hp)]) for hp in space)
 
 
 def _names(space: Sequence[Any]) -> dict[int, str]:

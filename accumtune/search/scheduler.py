@@ -15,6 +15,7 @@ from accumtune.accumulation.batch_pair import BATCH_HYPERPARAMETERS
 from accumtune.memory.machine import budget_hint
 from accumtune.oracles import keras_tuner_adapter
 from accumtune.search.failure_limits import FailureLimits
+from accumtune.search.pruning.pruner import is_paused
 from accumtune.search.session.console import Console
 from accumtune.search.subclassing.hooks import Hooks
 from accumtune.search.trial.trial_result import TrialResult, completed_result, write_result
@@ -84,6 +85,8 @@ class Scheduler:
         with ThreadPoolExecutor(self._workers, thread_name_prefix="accumtune-trial") as threads:
             with self._stopping(running):
                 self._loop(threads, running)
+        for trial_id in self._oracle.end_order:
+            self._directory.trial(trial_id).checkpoint_file.unlink(missing_ok=True)  # paused ones end with the search
         self._limits.check_end()
 
     def _loop(self, threads: ThreadPoolExecutor, running: dict[Future[TrialResult], tuple[str, Any]]) -> None:
@@ -161,7 +164,9 @@ class Scheduler:
         space = trial.hyperparameters.get_config()
         if payload_file is not None:
             space["payload"] = str(payload_file.resolve())
-        return self._runner.run(trial.trial_id, self._number(trial), space, fit_overrides)
+        is_pausing = keras_tuner_adapter.pauses_trials(self._oracle)
+        pause = self._oracle.pause_after(trial.trial_id) if is_pausing else None
+        return self._runner.run(trial.trial_id, self._number(trial), space, fit_overrides, pause)
 
     def _number(self, trial: Any) -> int:
         return int(self._oracle.start_order.index(trial.trial_id)) + 1
@@ -202,7 +207,8 @@ class Scheduler:
     def _write_end(self, trial: Any, number: int, result: TrialResult) -> None:
         directory = self._directory.trial(trial.trial_id)
         write_result(directory, trial.trial_id, number, result, self._oracle.objective.name)
-        directory.checkpoint_file.unlink(missing_ok=True)  # last, so that a killed search can resume the trial
+        if not result.is_paused:
+            directory.checkpoint_file.unlink(missing_ok=True)  # last, so that a killed search can resume the trial
 
     def _tell_oracle(self, trial: Any, result: TrialResult) -> None:
         oracle = self._oracle
@@ -235,6 +241,7 @@ class Scheduler:
                 self._runner.remember(trial.trial_id, completed_result(trial))
             if trial.trial_id not in ended:
                 continue
-            self._console.remember(trial.status, trial.objective_value, trial.hyperparameters)
+            paused = trial.number if is_paused(trial.reason) else None
+            self._console.remember(trial.status, trial.objective_value, trial.hyperparameters, paused)
             if trial.status in ("reused", "infeasible"):
                 keras_tuner_adapter.grant_another_trial(self._oracle)

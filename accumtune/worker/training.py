@@ -50,6 +50,7 @@ def train(
     fit_overrides: dict[str, Any] | None = None,
     initial_weights: str | None = None,
     identity: str = "",
+    pause_after: int | None = None,
 ) -> dict[str, Any]:
     """Trains one set of hyperparameters and reports each epoch to the journal.
 
@@ -65,6 +66,7 @@ def train(
         fit_overrides: arguments of `fit` for this trial alone.
         initial_weights: of an earlier trial, to start from.
         identity: of the search and the model; a saved state with another identity is not resumed.
+        pause_after: the number of epochs after which the training pauses; None: it does not.
     """
     content, device, pipelines = open_payload(payload, memory_budget_bytes, seed + execution, has_pipelines=True)
     content["fit_kwargs"] = {**content["fit_kwargs"], **(fit_overrides or {}), "verbose": 0}
@@ -76,7 +78,9 @@ def train(
     same_training |= {"identity": identity} if identity else {}
 
     def opened() -> TrialCheckpoint:
-        return TrialCheckpoint(directory, attempt, same_training, execution, earlier, pipelines=pipelines)
+        return TrialCheckpoint(
+            directory, attempt, same_training, execution, earlier, pipelines=pipelines, pause_after=pause_after
+        )
 
     def run(state: TrialCheckpoint) -> dict[str, Any]:
         hp = hyperparameters_from(hyperparameters)
@@ -171,6 +175,7 @@ class _Measurement:
         return {
             "best_value": best if math.isfinite(best) else None,
             "pruned_after_epochs": self._stop.epochs,
+            "paused_after_epochs": self._state.paused_after,
             "peak_memory_bytes": int(self._peak.peak_bytes()),
             "compile_peak_memory_bytes": self._peak.compile_peak_bytes,
             "memory_source": self._device.memory_source,

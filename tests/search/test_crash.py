@@ -16,7 +16,9 @@ from accumtune.execution.executors import Outcome
 from accumtune.execution.profiling import ModelFacts
 from accumtune.memory.prediction.profile import Measurement, Profile
 from accumtune.oracles import state_files
+from accumtune.oracles.freeze_thaw_oracle import FreezeThawOracle
 from accumtune.oracles.persistent_oracle import make_persistent
+from accumtune.search.pruning.trial_curves import trial_curves
 from accumtune.search.scheduler import Scheduler
 from accumtune.search.session.console import Console
 from accumtune.search.trial.trial_runner import TrialRunner
@@ -27,6 +29,7 @@ from accumtune.worker.transport.hyperparameters import appeared
 from accumtune.worker.transport.task_directory import SearchDirectory
 
 TRIALS = 4
+EPOCHS = 2
 
 
 SEARCHED = ("effective_batch_size", "learning_rate")
@@ -83,6 +86,7 @@ class Trainings:
 
     def __init__(self, failing=()):
         self.finished = Counter()
+        self.saved = Counter()  # epochs of paused trials
         self.failing = failing
 
     def submit(self, directory, *args, **kwargs):
@@ -95,8 +99,12 @@ class Trainings:
             values["patience"] = hp.Choice("patience", [1, 2])
             journal.append("appeared", **appeared(hp, arguments["hyperparameters"]))
         loss = values["learning_rate"] + values["effective_batch_size"]
-        for epoch in range(2):
+        begun = self.saved[directory.path.name]
+        epochs = min(max(arguments.get("pause_after", EPOCHS), begun + 1), EPOCHS)
+        for epoch in range(epochs):
             journal.append("epoch", attempt=arguments["attempt"], execution=0, epoch=epoch, logs={"val_loss": loss})
+        if epochs < EPOCHS:
+            self.saved[directory.path.name] = epochs
         if values["learning_rate"] in self.failing:
             outcome = {"status": "failed", "reason": "boom"}
         else:
@@ -104,12 +112,15 @@ class Trainings:
                 "metrics": {"val_loss": loss}, "best_epoch": 1, "peak_memory_bytes": 4000, "memory_source": "made",
                 "device": "CPU", "seconds_per_update": 0.01, "throughput_samples_per_second": 100.0, "updates": 2,
                 "training_seconds": 0.1, "precision_policy": "float32",
+                "paused_after_epochs": epochs if epochs < EPOCHS else None,
             }  # fmt: skip
             outcome = {"status": "completed", "result": result}
         directory.write_outcome(outcome)
         assert ("momentum" in values) or values["learning_rate"] != 0.1
         trained = {name: values.get(name) for name in (*SEARCHED, "momentum", "patience")}
-        self.finished[directory.path.name, json.dumps(trained)] += outcome["status"] == "completed"
+        for epoch in range(begun, epochs):
+            key = json.dumps({**trained, "epoch": epoch})
+            self.finished[directory.path.name, key] += outcome["status"] == "completed"
         future = Future()
         future.set_result(Outcome(**outcome))
         return future
@@ -127,9 +138,12 @@ ORACLES = {
     "hyperband": lambda space: keras_tuner.oracles.HyperbandOracle(
         "val_loss", max_epochs=4, factor=2, seed=3, hyperparameters=space
     ),
+    "freeze-thaw": lambda space: FreezeThawOracle(
+        objective="val_loss", max_trials=TRIALS, seed=3, hyperparameters=space
+    ),
 }
 
-EVERY = {"random": 1, "grid": 1, "bayesian": 19, "hyperband": 5}
+EVERY = {"random": 1, "grid": 1, "bayesian": 19, "hyperband": 5, "freeze-thaw": 17}
 
 
 def session(folder, kind, trainings, workers=1, **settings):
@@ -148,6 +162,8 @@ def session(folder, kind, trainings, workers=1, **settings):
     oracle.save()
     settings = TrialSettings(None, (4, 8), True, False, 1, 3, "val_loss", None, **settings)
     files = SearchDirectory(folder)
+    if kind == "freeze-thaw":
+        oracle.epochs, oracle.curve_of = EPOCHS, trial_curves(files, oracle.objective)
     console = Console("val_loss", oracle.max_trials, 0)
     runner = TrialRunner(settings, files, trainings, Profiles())
     return oracle, Scheduler(oracle, runner, files, console, workers=workers)
@@ -228,14 +244,14 @@ def test_what_cannot_be_repaired_is_named(tmp_path):
 
 @pytest.mark.parametrize("kind", ORACLES)
 def test_a_hyperparameter_that_appears_later_is_searched_from_then_on(kind, tmp_path, monkeypatch):
-    monkeypatch.setattr(f"{__name__}.TRIALS", 4 if kind == "bayesian" else 40)
+    monkeypatch.setattr(f"{__name__}.TRIALS", 4 if kind in ("bayesian", "freeze-thaw") else 40)
     folder = tmp_path / "s"
     oracle, whole = session(folder, kind, Trainings())
     whole.run()
     ran = [values for _, values, _ in told(folder).values()]
     found = {values.get(name) for values in ran for name in ("momentum", "patience")}
     # Four trials, where a Gaussian process takes seconds for each; eleven of Hyperband.
-    assert found & {0.9, 2} or kind == "bayesian"
+    assert found & {0.9, 2} or kind in ("bayesian", "freeze-thaw")
     if kind in ("random", "grid"):
         assert {values["momentum"] for values in ran if values["learning_rate"] == 0.1} == {0.5, 0.9}
         assert {values["patience"] for values in ran if values["learning_rate"] == 0.3} == {1, 2}

@@ -175,6 +175,19 @@ def pruned_reason(epochs: int) -> str:
     return f"{_PRUNED}{epochs}: compared with other trials at this epoch, it could not become the best"
 
 
+_PAUSED = "paused after epoch "
+
+
+def paused_reason(epochs: int) -> str:
+    """Returns the journaled reason of a trial that was paused after so many epochs."""
+    return f"{_PAUSED}{epochs}: others promised more"
+
+
+def is_paused(reason: str) -> bool:
+    """Returns whether a trial was paused, and can go on."""
+    return reason.startswith(_PAUSED)
+
+
 def is_pruned(reason: str) -> bool:
     """Returns whether a completed trial was stopped early."""
     return reason.startswith(_PRUNED)

@@ -38,6 +38,8 @@ class Progress:
     # Trial number -> (what it tries, when it began).
     running: dict[int, tuple[str, float]] = field(default_factory=dict)
     _seconds: list[float] = field(default_factory=list)
+    # Numbers of trials that have completed for now.
+    _paused: set[int] = field(default_factory=set)
 
     @property
     def trained(self) -> int:
@@ -47,18 +49,33 @@ class Progress:
     def started(self, number: int, values: Mapping[str, Any], now: float) -> None:
         """Notes that a trial begins to train."""
         self.running[number] = (describe_values(values), now)
+        if number in self._paused:
+            self._paused.remove(number)
+            self.counts["completed"] -= 1
 
-    def ended(self, number: int, status: str, objective: float | None, values: Mapping[str, Any], now: float) -> float:
-        """Notes that a trial has ended; returns the seconds that it took."""
+    def ended(
+        self,
+        number: int,
+        status: str,
+        objective: float | None,
+        values: Mapping[str, Any],
+        now: float,
+        is_paused: bool = False,
+    ) -> float:
+        """Notes that a trial has ended, perhaps only for now; returns the seconds that it took."""
         _, began = self.running.pop(number, ("", now))
         if status in ("completed", "failed"):
             self._seconds.append(now - began)
-        self.remember(status, objective, values)
+        self.remember(status, objective, values, number if is_paused else None)
         return now - began
 
-    def remember(self, status: str, objective: float | None, values: Mapping[str, Any]) -> None:
-        """Counts a trial that ended, in this session or an earlier one."""
+    def remember(
+        self, status: str, objective: float | None, values: Mapping[str, Any], paused: int | None = None
+    ) -> None:
+        """Counts a trial that ended, in this session or an earlier one; `paused` is its number if it may go on."""
         self.counts[status] += 1
+        if paused is not None:
+            self._paused.add(paused)
         if status != "completed" or objective is None or not math.isfinite(objective):
             return
         sign = -1 if self.direction == "max" else 1
@@ -170,10 +187,12 @@ class Console:
     def probe(self, text: str) -> None:
         self.line(f"  {text}")
 
-    def remember(self, status: str, objective: float | None, values: Mapping[str, Any]) -> None:
-        """Counts a trial of an earlier session, without a line."""
+    def remember(
+        self, status: str, objective: float | None, values: Mapping[str, Any], paused: int | None = None
+    ) -> None:
+        """Counts a trial of an earlier session, without a line; `paused` is its number if it may go on."""
         with self._lock:
-            self.progress.remember(status, objective, values)
+            self.progress.remember(status, objective, values, paused)
 
     def trial_started(self, number: int, values: Mapping[str, Any], predicted_peak_bytes: int | None) -> None:
         with self._lock:
@@ -185,7 +204,9 @@ class Console:
         name = self.progress.objective_name
         with self._lock:
             objective = result.metrics.get(name)
-            seconds = self.progress.ended(number, result.status, objective, result.values, time.monotonic())
+            seconds = self.progress.ended(
+                number, result.status, objective, result.values, time.monotonic(), result.is_paused
+            )
         if result.status == "completed":
             report = result.report
             speed = report["throughput_samples_per_second"]
@@ -194,7 +215,7 @@ class Console:
                 f"peak {format_bytes(report['peak_memory_bytes'])}",
                 *([f"{speed:,.0f} samples/s"] if speed else []),
                 f"{seconds:.1f} s",
-                *([result.reason.split(":")[0]] if result.reason else []),  # pruned
+                *([result.reason.split(":")[0]] if result.reason else []),  # pruned, paused
             ]
             self.line(f"[{self._count(number)}]   → " + ", ".join(parts))
         else:

@@ -10,6 +10,7 @@ from accumtune.config.production import installed_versions
 from accumtune.errors import AccumtuneError
 from accumtune.execution.placement import Place, Places
 from accumtune.oracles import keras_tuner_adapter
+from accumtune.oracles.keras_tuner_adapter import pauses_trials
 from accumtune.search import ghost_batches
 from accumtune.search.processes import SearchProcesses
 from accumtune.search.results.best_model_export import export_best_model
@@ -72,13 +73,20 @@ class SearchSession:
         verbose = fit_kwargs.get("verbose", 1)
         objective = tuner.oracle.objective
         self._console = Console(
-            objective.name, keras_tuner_adapter.asked_trials(tuner.oracle), 1 if verbose == "auto" else int(verbose),
+            # Whole trainings, where trials are paused: no number of trials.
+            objective.name, None if pauses_trials(tuner.oracle) else keras_tuner_adapter.asked_trials(tuner.oracle),
+            1 if verbose == "auto" else int(verbose),
             direction=objective.direction, workers=tuner.workers,
         )  # fmt: skip
         self._identity: dict[str, str] = {}
         self.own_run_trial: OwnRunTrial | None = None
         if self._overrides("run_trial"):
             self.own_run_trial = OwnRunTrial(tuner.run_trial, self.payload(), objective, parts.files)
+
+    @property
+    def epochs(self) -> int:
+        """What a whole trial trains, as `search` was told."""
+        return int(self._fit_kwargs.get("epochs") or 1)
 
     def payload(self) -> dict[str, Any]:
         """Returns what is sent to the processes of trials and probes."""

@@ -24,6 +24,14 @@ class TrainingCache:
         self._trainings[key] = Future()
         self._trainings[key].set_result((trial_id, result))
 
+    def forget_paused(self, trial_id: str) -> None:
+        """Forgets the result of a paused trial, which goes on."""
+        with self._lock:
+            for key, known in list(self._trainings.items()):
+                trained = known.result() if known.done() else None
+                if trained is not None and trained[0] == trial_id and trained[1].is_paused:
+                    del self._trainings[key]
+
     def get_or_train(self, key: str, trial_id: str, train: Callable[[], TrialResult]) -> Trained:
         """Returns the completed training of this key; waits if another trial is running it, and trains if none is.
 

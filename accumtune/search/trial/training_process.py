@@ -73,17 +73,19 @@ class TrainingProcesses:
         space: dict[str, Any],
         fit_overrides: Mapping[str, Any],
         identity: str = "",
+        pause_after: int | None = None,
     ) -> Outcome:
         """Trains a trial `executions_per_trial` times, within its time limit.
 
-        `identity` is that of the training: a checkpoint that was saved under another one is not used.
+        `identity` is that of the training: a checkpoint that was saved under another one is not used. The training
+        pauses after `pause_after` epochs, if that is given.
         """
         timeout_seconds = self._settings.trial_timeout_seconds
         started = time.monotonic()
 
         def run(execution: int, earlier: list[dict[str, Any]]) -> Outcome:
             arguments = self._arguments(attempt, space, fit_overrides, execution, earlier)
-            arguments["identity"] = identity
+            arguments |= {"identity": identity} | ({} if pause_after is None else {"pause_after": pause_after})
             left = timeout_seconds
             if timeout_seconds is not None and earlier:
                 left = max(0.1, timeout_seconds - (time.monotonic() - started))

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from accumtune.memory.budget import format_bytes
-from accumtune.search.pruning.pruner import pruned_reason
+from accumtune.search.pruning.pruner import is_paused, paused_reason, pruned_reason
 from accumtune.tracking.journal import Journal
 from accumtune.tracking.records import TrialRecord
 from accumtune.worker.transport.task_directory import TaskDirectory
@@ -45,6 +45,11 @@ class TrialResult:
     reused_from: str | None = None
     space: Sequence[Mapping[str, Any]] = ()
 
+    @property
+    def is_paused(self) -> bool:
+        """Whether the trial has completed only for now."""
+        return self.status == "completed" and is_paused(self.reason)
+
 
 def trained_result(
     values: Mapping[str, Any],
@@ -54,11 +59,12 @@ def trained_result(
     memory_budget_bytes: int | None,
 ) -> TrialResult:
     """Decides the status of a training that ran to its end, from the report of its process."""
-    pruned_after = report.get("pruned_after_epochs")
+    pruned_after, paused_after = report.get("pruned_after_epochs"), report.get("paused_after_epochs")
+    reason = "" if pruned_after is None else pruned_reason(pruned_after)
     result = TrialResult(
         "completed", values, metrics=report["metrics"], best_epoch=report["best_epoch"],
         predicted_peak_memory_bytes=predicted_peak_memory_bytes, report=report,
-        reason="" if pruned_after is None else pruned_reason(pruned_after),
+        reason=reason if paused_after is None else paused_reason(paused_after),
     )  # fmt: skip
     value, peak = report["metrics"].get(objective_name), report["peak_memory_bytes"]
     if value is not None and not math.isfinite(value):

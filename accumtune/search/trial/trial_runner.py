@@ -28,7 +28,7 @@ from accumtune.execution.profiling import ModelFacts, Profiler, out_of_memory
 from accumtune.memory.budget import format_bytes
 from accumtune.memory.prediction.profile import Measurement, Profile
 from accumtune.search.feasibility import next_smaller_pair, pair_for_proposal, training_key
-from accumtune.search.pruning.pruner import PruningMonitor
+from accumtune.search.pruning.pruner import PruningMonitor, is_paused
 from accumtune.search.trial.training_cache import TrainingCache
 from accumtune.search.trial.training_process import STOPPED, TrainingProcesses
 from accumtune.search.trial.trial_result import TrialResult, completed_result, trained_result
@@ -53,6 +53,7 @@ class Proposal:
         directory: of the trial.
         space: Keras Tuner's configuration of the hyperparameters: the space and the values.
         fit_overrides: arguments of `fit` for this trial alone (Hyperband's epochs).
+        pause_after: the number of epochs after which its training pauses; None: it trains to its end.
     """
 
     trial_id: str
@@ -60,6 +61,7 @@ class Proposal:
     directory: TaskDirectory
     space: Mapping[str, Any]
     fit_overrides: Mapping[str, Any]
+    pause_after: int | None = None
 
     @property
     def values(self) -> dict[str, Any]:
@@ -115,10 +117,16 @@ class TrialRunner:
         self._cache.add(training_key(result.values, self._settings.is_batch_coupled), trial_id, result)
 
     def run(
-        self, trial_id: str, number: int, space: Mapping[str, Any], fit_overrides: Mapping[str, Any]
+        self,
+        trial_id: str,
+        number: int,
+        space: Mapping[str, Any],
+        fit_overrides: Mapping[str, Any],
+        pause_after: int | None = None,
     ) -> TrialResult:
         """Runs one proposal to its end; the arguments are those of `Proposal`."""
-        proposal = Proposal(trial_id, number, self._directory.trial(trial_id), space, fit_overrides)
+        proposal = Proposal(trial_id, number, self._directory.trial(trial_id), space, fit_overrides, pause_after)
+        self._cache.forget_paused(trial_id)
         try:
             with contextlib.nullcontext() if self._places is None else self._places.lease():
                 facts = self._profiler.inspect(space)
@@ -151,6 +159,9 @@ class TrialRunner:
             values.get("micro_batch_size") if self._settings.searches_pairs else None,
             self._settings.ghost_batch_size,
         )
+        paused = read_trial(proposal.directory.path)
+        if is_paused(paused.reason):  # its state is that of the pair that ran
+            pair = BatchPair.of_values(paused.hyperparameters) or pair
         if pair is None:
             smallest = ghost_batch_of(values["effective_batch_size"], self._settings.ghost_batch_size) or 1
             return TrialResult("infeasible", values, reason=_why_infeasible(profile, values, budget, smallest))
@@ -195,15 +206,16 @@ class TrialRunner:
         self._write_proposed(journal, proposal, facts, profile, pair, peak)
         number = read_trial(directory.path).attempt + 1
         identity = _training_digest(self._settings.identity, facts.identity)
-        outcome = self._finished_before(directory, number, values, identity)
+        outcome = self._finished_before(directory, number, values, identity, proposal.pause_after)
         if outcome is None:
             if _crashes(journal) >= _MAX_CRASHES:
                 reason = f"the search was killed {_MAX_CRASHES} times while it ran: it may crash the machine"
                 return TrialResult("failed", values, reason=reason, traceback=directory.log_tail())
             self._on_start(proposal.number, values, peak)
             outcome = self.processes.train(
-                directory, number, {**proposal.space, "values": values}, proposal.fit_overrides, identity
-            )
+                directory, number, {**proposal.space, "values": values}, proposal.fit_overrides, identity,
+                proposal.pause_after,
+            )  # fmt: skip
             if outcome.status == "stopped" or (self.processes.is_stopping and not outcome.is_completed):
                 journal.append("stopped", attempt=number, why=STOPPED)
                 return TrialResult("stopped", values, reason=STOPPED)
@@ -236,7 +248,12 @@ class TrialRunner:
         )
 
     def _finished_before(
-        self, directory: TaskDirectory, number: int, values: Mapping[str, Any], identity: str
+        self,
+        directory: TaskDirectory,
+        number: int,
+        values: Mapping[str, Any],
+        identity: str,
+        pause_after: int | None,
     ) -> Outcome | None:
         """Returns the outcome of a process that completed after the search was killed, if it is still valid."""
         if number == 1 or (written := directory.read_outcome()) is None or written["status"] != "completed":
@@ -245,7 +262,7 @@ class TrialRunner:
             return None  # one of several, and the reports of the others are lost
         _, arguments = directory.read_task()
         same = arguments["hyperparameters"]["values"] == values and arguments.get("identity", "") == identity
-        return Outcome(**written) if same else None
+        return Outcome(**written) if same and arguments.get("pause_after") == pause_after else None
 
     def _repeat_with_smaller_micro_batch(
         self, attempt: Attempt, values: Mapping[str, Any], profile: Profile
@@ -300,6 +317,8 @@ def _repeat_after_lost_machine(attempt: Attempt, values: Mapping[str, Any], outc
 def _ended_before(proposal: Proposal) -> TrialResult | None:
     """Returns the result of a trial that completed in a session that was killed before the oracle had it."""
     record = read_trial(proposal.directory.path)
+    if is_paused(record.reason):
+        return None
     # The pair that ran may be smaller than the proposed one.
     pair = {"micro_batch_size", "accumulation_steps"}
     proposed = {name: value for name, value in proposal.values.items() if name not in pair}

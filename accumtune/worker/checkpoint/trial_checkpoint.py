@@ -27,6 +27,7 @@ from typing import Any, Protocol
 
 import keras
 
+from accumtune.errors import SearchError
 from accumtune.tracking.journal import Journal
 from accumtune.tracking.small_files import atomic_file
 from accumtune.worker.checkpoint.state_file import read_state, write_state
@@ -69,9 +70,11 @@ class TrialCheckpoint:
         earlier: the results of the executions before.
         least_seconds_between: between two saves.
         pipelines: those in another process.
+        pause_after: the number of epochs after which the training saves its state and ends, to go on later.
 
     Attributes:
         attempt, execution, earlier: as given.
+        paused_after: the number of epochs after which it has done so; None if it ran to its end.
         seconds_before: how long earlier processes have trained this execution.
     """
 
@@ -84,7 +87,10 @@ class TrialCheckpoint:
         earlier: Sequence[dict[str, Any]] = (),
         least_seconds_between: float = _LEAST_SECONDS_BETWEEN,
         pipelines: Pipelines | None = None,
+        pause_after: int | None = None,
     ) -> None:
+        self._pause_after = pause_after
+        self.paused_after: int | None = None
         self._directory = directory
         self.attempt = attempt
         self._journal = Journal(directory.journal_file)
@@ -136,6 +142,12 @@ class TrialCheckpoint:
 
         @functools.wraps(own_fit)
         def fit(*args: Any, **kwargs: Any) -> Any:
+            if self.paused_after is not None:
+                raise SearchError(
+                    'Received a HyperModel.fit that trains several times, and pruner="freeze-thaw".',
+                    "a HyperModel.fit that calls model.fit once: the search pauses it, and goes on with it later.",
+                    "train once, or take another pruner.",
+                )
             callbacks = kwargs.pop("callbacks", None) or []
             if isinstance(callbacks, keras.callbacks.CallbackList):
                 return own_fit(*args, **kwargs, callbacks=callbacks)  # the caller drives it
@@ -186,8 +198,8 @@ class TrialCheckpoint:
             self._pipelines.restore_random_state(state)
         self._saved = None
 
-    def epoch_ended(self, epoch: int, model: Any, callbacks: Sequence[CallbackMemory]) -> None:
-        """Saves the state if that is due, and ends the training if the search has asked for it.
+    def epoch_ended(self, epoch: int, epochs: int, model: Any, callbacks: Sequence[CallbackMemory]) -> None:
+        """Saves the state if that is due, and ends the training if it pauses or the search has asked for it.
 
         Raises:
             StopRequested: the search has asked to stop.
@@ -196,14 +208,18 @@ class TrialCheckpoint:
         if _identity(self._directory) != self._task:
             raise Superseded
         is_asked = self._directory.stop_file.exists()
+        is_due = self._pause_after is not None and epoch + 1 >= self._pause_after
+        is_pause = is_due and epoch + 1 < epochs and not model.stop_training
         pause = max(self._least_seconds_between, _WRITING_SECONDS_TIMES * self._writing_seconds)
         began = time.monotonic()
-        if is_asked or began - self._last_saved >= pause:
+        if is_asked or is_pause or began - self._last_saved >= pause:
             self._save(epoch, model, callbacks)
             self._last_saved = time.monotonic()
             self._writing_seconds = self._last_saved - began
         if is_asked:
             raise StopRequested
+        if is_pause:
+            self.paused_after, model.stop_training = epoch + 1, True
 
     def _save(self, epoch: int, model: Any, callbacks: Sequence[CallbackMemory]) -> None:
         state = {
@@ -255,7 +271,8 @@ class _SaveEpochs(keras.callbacks.Callback):
         self._checkpoint.restored()
 
     def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
-        self._checkpoint.epoch_ended(epoch, self.model, self._memories)
+        epochs = (self.params or {}).get("epochs", 0)
+        self._checkpoint.epoch_ended(epoch, epochs, self.model, self._memories)
 
 
 def _load(directory: TaskDirectory, key: str) -> dict[str, Any] | None:

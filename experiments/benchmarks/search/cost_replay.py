@@ -126,6 +126,8 @@ class RecordedExecutor:
     def __init__(self, record: Record, run: Run) -> None:
         self.record, self.run = record, run
         self.pruning: Any = None
+        # How many epochs a paused trial has trained.
+        self.paused: dict[str, int] = {}
 
     def submit(
         self, directory: Any, environment: Any = None, timeout_seconds: Any = None, is_memory_limited: bool = False
@@ -183,7 +185,9 @@ class RecordedExecutor:
                 break
         return Outcome("completed", {"measurements": measurements, "device": "CPU"})
 
-    def train(self, directory: Any, hyperparameters: Any, attempt: int, **others: Any) -> Outcome:
+    def train(
+        self, directory: Any, hyperparameters: Any, attempt: int, pause_after: int | None = None, **others: Any
+    ) -> Outcome:
         values = hyperparameters["values"]
         effective, micro, width = (values[name] for name in ("effective_batch_size", "micro_batch_size", "width"))
         steps = effective // micro
@@ -196,16 +200,21 @@ class RecordedExecutor:
         self.run.spend(self.record.start_seconds[OURS])
         curve = self.record.curve(effective, values["learning_rate"], width)
         cost = self.record.costs[OURS, width, micro]
-        epochs = self.epochs_of(directory, curve)
+        begun = self.paused.pop(directory.path.name, 0)
+        epochs = pause_after or self.epochs_of(directory, curve)
+        if pause_after is not None:
+            self.paused[directory.path.name] = epochs
         for epoch in range(epochs):
             journal.append("epoch", attempt=attempt, epoch=epoch, logs={"val_loss": curve[epoch]})
-        updates = self.record.samples * epochs / effective
-        self.run.spend(cost.seconds(steps, updates), self.record.samples * epochs)
+        presented = self.record.samples * (epochs - begun)
+        updates = presented / effective
+        self.run.spend(cost.seconds(steps, updates), presented)
         objective = min(curve[:epochs])
         self.run.trained(objective)
         return Outcome("completed", {
             "metrics": {"val_loss": objective}, "best_epoch": curve.index(objective), "best_value": objective,
-            "pruned_after_epochs": epochs if epochs < len(curve) else None,
+            "pruned_after_epochs": epochs if epochs < len(curve) and pause_after is None else None,
+            "paused_after_epochs": pause_after,
             "peak_memory_bytes": cost.peak_bytes(steps), "memory_source": "record", "device": "CPU",
             "seconds_per_update": cost.seconds(steps, 1), "updates": int(updates), "training_seconds": 0.0,
             "throughput_samples_per_second": effective / cost.seconds(steps, 1), "precision_policy": "float32",
@@ -238,7 +247,7 @@ def ours(record: Record, tuner_class: type[Tuner], seed: int, **arguments: Any) 
             memory_budget=record.memory_budget_bytes, micro_batch_sizes=space.micro_batch_sizes,
             accumulation_steps=space.accumulation_steps, tracking_uri=False, **arguments,
         )  # fmt: skip
-        tuner.search([0.0], [0.0], validation_data=([0.0], [0.0]), verbose=0)
+        tuner.search([0.0], [0.0], validation_data=([0.0], [0.0]), epochs=record.epochs, verbose=0)
         run.pick = select(tuner.candidates(), "quality").candidate.objective
     return run
 
