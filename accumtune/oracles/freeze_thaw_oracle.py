@@ -33,6 +33,8 @@ _CANDIDATES, _BEST, _NEAR = 1024, 3, 32
 _MOST_OBSERVATIONS = 250
 # Values this much above the best at the same epoch count with their logarithm: a diverged training is just bad.
 _FAR = 0.7
+# How far a trial that failed, does not fit or runs now keeps others away.
+_NEARNESS = 0.15
 # The least spread of the values that the model's priors are meant for, and that of values without a natural scale.
 _LEAST_SPREAD, _SPREAD = 0.1, 0.3
 # More trials than any search has; it decides how many digits their names have.
@@ -137,8 +139,26 @@ class FreezeThawOracle(OptunaOracle):
         means, deviations = model.ends(np.array([*points, *(it.point for it in new)]))
         best = min(height for _, curve in heights.values() for height in curve)
         left = [self.epochs - len(curves[name].values) for name in paused] + [self.epochs] * len(new)
-        choice = int(np.argmax(expected_improvement(means, deviations, best) / left))
+        promise = expected_improvement(means, deviations, best) / left
+        promise[len(paused) :] *= self._chances([it.point for it in new], completed)
+        choice = int(np.argmax(promise))
         return (paused[choice], None) if choice < len(paused) else (None, new[choice - len(paused)].values)
+
+    def _chances(self, points: Sequence[Sequence[float]], completed: Sequence[str]) -> np.ndarray:
+        """Returns the chance that points train: those near failed, infeasible or running ones have little."""
+        if not points:
+            return np.zeros(0)
+        failed = [trial for trial in self.trials.values() if trial.status == TrialStatus.FAILED]
+        others = [trial.hyperparameters.values for trial in (*failed, *self.ongoing_trials.values())] + self._infeasible
+        good = self._nearness(points, [self.trials[name].hyperparameters.values for name in completed])
+        return np.asarray((1 + good) / (1 + good + self._nearness(points, others)))
+
+    def _nearness(self, points: Sequence[Sequence[float]], values: Sequence[dict[str, Any]]) -> np.ndarray:
+        """Returns how many of the values are near each point; those further away count less."""
+        if not values:
+            return np.zeros(len(points))
+        apart = np.array(points)[:, None, :] - np.array([self._point(it) for it in values])
+        return np.asarray(np.exp(-0.5 * (np.minimum(np.abs(apart), 1.0) ** 2).sum(axis=2) / _NEARNESS**2).sum(axis=1))
 
     def _untried(self, best: Sequence[str], seed: int) -> list[_Candidate]:
         """Returns points that were not tried: spread over the space, and near the best trials."""
@@ -198,20 +218,12 @@ class FreezeThawOracle(OptunaOracle):
     def _observed(
         self, ranked: Sequence[str], heights: dict[str, tuple[list[int], list[float]]]
     ) -> Observations:
-        """Returns what the model is fitted to; failed and running trials and infeasible values are given ends."""
+        """Returns what the model is fitted to."""
         rows = []
         for name in ranked[:_MOST_OBSERVATIONS]:
             point = self._point(self.trials[name].hyperparameters.values)
             rows += [(point, name, epoch, height) for epoch, height in zip(*heights[name], strict=True)]
         rows = rows[:_MOST_OBSERVATIONS]
-        last = [height for _, _, _, height in rows]
-        failed = [trial for trial in self.trials.values() if trial.status == TrialStatus.FAILED]
-        failed = [trial for trial in failed if trial.trial_id not in self._infeasible_trials]
-        ends = [(trial.hyperparameters.values, max(last)) for trial in failed]
-        middle = float(np.median(last))
-        ends += [(values, middle) for values in self._infeasible]
-        ends += [(trial.hyperparameters.values, middle) for trial in self.ongoing_trials.values()]
-        rows += [(self._point(it), f"other {number}", self.epochs, end) for number, (it, end) in enumerate(ends)]
         points, names, epochs, seen = zip(*rows, strict=True)
         _, numbers = np.unique(names, return_inverse=True)
         return Observations(np.array(points), np.array(epochs), numbers, np.array(seen))
