@@ -221,13 +221,12 @@ def needed(task: Task, seed: int, design: str) -> dict[str, Any]:
     oracle.epochs, oracle.curve_of = task.epochs, lambda trial_id: curves.get(trial_id, Curve())
     if monitor is not None:
         oracle.forecast = monitor.forecast
-    target, trained, starts, last = task.best * (1 + TOLERANCE), 0, 0, None
+    target, trained, starts = task.best * (1 + TOLERANCE), 0, 0
     while trained < MOST_TRAININGS * task.epochs:
         trial = oracle.create_trial("tuner0")
         if trial.status != TrialStatus.RUNNING:
             break
-        starts += trial.trial_id != last
-        last = trial.trial_id
+        last, starts = trial.trial_id, starts + 1
         curve = task.curves[tuple(float(trial.hyperparameters.values[name]) for name in task.space)]
         end = (oracle.pause_after(last) if is_freezing else None) or task.epochs
         for epoch in range(len(oracle.curve_of(last).values), end):
@@ -236,6 +235,7 @@ def needed(task: Task, seed: int, design: str) -> dict[str, Any]:
                 return {"met": True, "trainings": trained / task.epochs, "starts": starts}
             if monitor is not None and monitor.is_hopeless(last, epoch, {"val_loss": curve[epoch]}) and epoch + 1 < end:
                 end = epoch + 1
+                break
         if monitor is not None:
             monitor.end(last, "pruned" if end < task.epochs else "completed")
         curves[last] = Curve(curve[:end], is_freezing and end < task.epochs, end)
