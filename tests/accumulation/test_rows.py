@@ -271,3 +271,11 @@ def test_an_array_with_an_indexing_of_its_own_is_asked(dtype, numbers):
     plain = np.arange(40).reshape(10, 4).astype(dtype)
     taken, _, _ = rows_of(plain.view(Negative)).take(np.array(numbers))
     assert np.array_equal(keras.ops.convert_to_numpy(taken), -plain[numbers])
+
+
+def test_each_array_of_a_dictionary_is_taken_under_its_own_name():
+    """On torch, Keras maps a dictionary in the order of its insertion and flattens it in that of its keys."""
+    rows = rows_of({"tokens": np.arange(4.0), "other": 10 + np.arange(4.0)}, np.zeros(4))
+    x, _, _ = rows.take(np.array([1, 2]))
+    taken = {name: keras.ops.convert_to_numpy(value).tolist() for name, value in x.items()}
+    assert taken == {"tokens": [1.0, 2.0], "other": [11.0, 12.0]}

@@ -62,9 +62,11 @@ class Rows:
         from keras import tree
 
         is_worth_it = may_gather_ahead and len(following) * self._bytes_per_row >= LEAST_BYTES_AHEAD
-        arrays = iter(self._ahead.take(indices, following if is_worth_it else _NONE))
+        arrays = self._ahead.take(indices, following if is_worth_it else _NONE)
+        # By column, because a structure is not mapped in the order in which it is flattened (torch, dictionaries).
+        of_column = dict(zip(self._columns, arrays, strict=True))
         taken = tree.map_structure(
-            lambda column: None if column is None else self._convert(next(arrays)), self._structure
+            lambda column: None if column is None else self._convert(of_column[column]), self._structure
         )
         if self._is_tensorflow:
             taken = tree.lists_to_tuples(taken)  # as tf.data would
