@@ -70,7 +70,7 @@ def build_model(hp):
 def functions():
     """Returns a dictionary: first paragraph of a docstring -> the function's code and file."""
     folders = [Path(sysconfig.get_path("stdlib"))]
-    folders += [Path(importlib.util.find_spec(name).origin).parent for name in PACKAGES]
+    folders += [Path(spec.origin).parent for spec in map(importlib.util.find_spec, PACKAGES) if spec is not None]
     found = {}
     for file in (file for folder in folders for file in sorted(folder.rglob("*.py"))):
         name = "/".join(file.parts[-3:])
