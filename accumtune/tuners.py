@@ -21,6 +21,7 @@ _ORACLE_ARGUMENTS = (
 )  # fmt: skip
 # Replaces seed=0: Keras Tuner takes 0 for no seed and draws one from 1 to 10,000, so two searches would differ.
 _SEED_FOR_ZERO = 10_001
+_FREEZE_THAW = "freeze-thaw"
 
 
 class RandomSearch(Tuner):
@@ -146,7 +147,6 @@ class OptunaSearch(Tuner):
         self.oracle.forecast = pruning.forecast
         return pruning
 
-
     def _prepare_freezing(self) -> None:
         from accumtune.search.pruning.trial_curves import trial_curves
 
@@ -159,9 +159,6 @@ class OptunaSearch(Tuner):
             )
         self.oracle.epochs = epochs
         self.oracle.curve_of = trial_curves(self._files, self.oracle.objective)
-
-
-_FREEZE_THAW = "freeze-thaw"
 
 
 def _check_freeze_thaw(tuner: type[Tuner], sampler: Any, executions: int) -> None:

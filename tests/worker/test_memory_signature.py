@@ -114,10 +114,18 @@ def test_the_outputs_of_layers_are_counted_where_they_are_known():
         def call(self, x):
             return self.dense(x)
 
+    class Block(keras.layers.Layer):
+        layers = 2  # a number of the user's, not layers
+
+        def call(self, x):
+            return x + 1
+
     inner = keras.Sequential([keras.Input((4,)), keras.layers.Dense(5), keras.layers.Dense(6, dtype="float16")])
     x = keras.Input((4,))
-    nested = keras.Model(x, keras.layers.Dense(2)(inner(x)))
-    assert facts(nested)["activation_bytes"] == 4 * 4 + 4 * 5 + 2 * 6 + 4 * 2
+    nested = keras.Model(x, keras.layers.Dense(2)(Block()(inner(x))))
+    assert facts(nested)["activation_bytes"] == 4 * 4 + 4 * 5 + 2 * 6 + 4 * 6 + 4 * 2
+    words = keras.Sequential([keras.Input((None, 4)), keras.layers.Dense(5)])
+    assert facts(words)["activation_bytes"] == 4 * 5  # for each of an unknown number of words
     subclass = Subclass()
     subclass(np.zeros((1, 4), "float32"))
     assert facts(subclass)["activation_bytes"] == 0

@@ -80,10 +80,12 @@ class SimilarProfile:
         static = self._static(point)
         return static + ((point.peak_memory_bytes or 0) - static) * size / point.micro_batch_size
 
-    def _seconds_at(self, size: int, point: Measurement) -> float:
+    def _seconds_at(self, size: int, point: Measurement) -> float | None:
         """Returns the measured seconds of an update, scaled as the other model's from size to size."""
+        if point.seconds_per_update is None:
+            return None
 
         def seconds(at: int) -> float:
             return at / self.profile.predict_throughput(at, point.accumulation_steps)
 
-        return (point.seconds_per_update or 0.0) * seconds(size) / seconds(point.micro_batch_size)
+        return point.seconds_per_update * seconds(size) / seconds(point.micro_batch_size)

@@ -38,9 +38,9 @@ def describe_model(
     Returns:
         `signature` (32 hexadecimal digits); `device`; `parameters`, the number of trainable ones; `static_bytes`, their
         size, which any training needs; `activation_bytes`, the size of all layers' outputs for a sample, 0 if unknown;
-        `sample_bytes`, the size of one sample's data if a window's data are on the
-        device at once (0 for arrays), and of what a loss over the whole effective batch keeps;
-        `batch_coupled_layers`; `precision_policy`; `sample_shapes`.
+        `sample_bytes`, the size of one sample's data if a window's data are on the device at once (0 for arrays), and
+        of what a loss over the whole effective batch keeps; `batch_coupled_layers`; `precision_policy`;
+        `sample_shapes`.
     """
     import keras
 
@@ -123,8 +123,17 @@ def _flash_attention() -> Any:
 
 
 def _activation_bytes(model: Any) -> int:
-    """Returns the size of the layers' outputs for one sample; 0 if they are unknown, as in a subclass of Model."""
-    return sum(_activation_bytes(layer) or _bytes_of_output(layer) for layer in getattr(model, "layers", ()))
+    """Returns the size of the layers' outputs for one sample; 0 if they are unknown, as in a subclass of Model.
+
+    An unknown dimension, such as the length of a text, counts as 1.
+    """
+    import keras
+
+    total = 0
+    for layer in model.layers:
+        inside = _activation_bytes(layer) if isinstance(layer, keras.Model) else 0
+        total += inside or _bytes_of_output(layer)
+    return total
 
 
 def _bytes_of_output(layer: Any) -> int:
@@ -134,7 +143,7 @@ def _bytes_of_output(layer: Any) -> int:
         outputs = keras.tree.flatten(layer.output)
     except (AttributeError, ValueError):  # it was never called on symbolic inputs
         return 0
-    return sum(math.prod(out.shape[1:]) * _bytes_per_element(out.dtype) for out in outputs if None not in out.shape[1:])
+    return sum(math.prod(size or 1 for size in out.shape[1:]) * _bytes_per_element(out.dtype) for out in outputs)
 
 
 def _bytes_of_outputs(model: Any, sample: Any) -> int:

@@ -120,19 +120,17 @@ def _class(kind: type, by_source: bool) -> Any:
 
 def _object(value: Any, inner: Any, by_source: bool) -> Any:
     described: dict[str, Any] = {"class": _class(type(value), by_source)}
-    attributes = {
-        name: inner(item) for name, item in sorted(getattr(value, "__dict__", {}).items()) if _is_lasting(item)
-    }
+    lasting = {name: item for name, item in sorted(getattr(value, "__dict__", {}).items()) if _is_lasting(item)}
     try:
         described["config"] = _without_names(inner(value.get_config()))
     except Exception:  # no get_config, or whatever a user's raises: its attributes describe it
-        return {**described, "attributes": attributes}
+        return {**described, "attributes": inner(lasting)}
     is_layer = hasattr(value, "_flatten_layers")  # whose get_config has the arguments of a user's layer too
     if is_layer or not _is_of_user(type(value)) or _is_of_user(type(value).get_config):
         return described
     # Keras's get_config of a loss or metric does not know what the user's class adds.
-    own = {name: item for name, item in attributes.items() if not name.startswith("_") and name != "built"}
-    return {**described, "attributes": _without_names(own)}
+    own = {name: item for name, item in lasting.items() if not name.startswith("_") and name != "built"}
+    return {**described, "attributes": _without_names(inner(own))}
 
 
 def _is_lasting(value: Any) -> bool:
