@@ -54,6 +54,11 @@ class ModelFacts:
     activation_bytes: int = 0
     loss_failure: str = ""
 
+    @property
+    def kind(self) -> tuple[str, str, str | None]:
+        """What decides how many bytes a parameter takes: device, precision and optimizer."""
+        return self.device, self.precision_policy, self.identity.get("optimizer")
+
     def completed(self, hyperparameters: Mapping[str, Any]) -> dict[str, Any]:
         """Returns Keras Tuner's configuration of hyperparameters, with those that appeared."""
         return {
@@ -208,7 +213,7 @@ class Profiler:
                 self._keep(profile.with_measurement(measurement))
 
     def _similar(self, facts: ModelFacts) -> SimilarProfile | None:
-        """Returns the profile of this search whose model has the most similar number of parameters and outputs."""
+        """Returns this search's profile of a model of the same kind, most similar in parameters and outputs."""
         if not (self._only_listed and self._memory_budget_bytes and facts.static_bytes) or any(facts.loss_bytes):
             return None
         found = [
@@ -218,7 +223,7 @@ class Profiler:
                 facts.activation_bytes / other.activation_bytes if other.activation_bytes else None,
             )
             for other in list(self._facts.values())
-            if other.device == facts.device and other.static_bytes and (profile := self._known(other.signature))
+            if other.kind == facts.kind and other.static_bytes and (profile := self._known(other.signature))
             if len(profile.measured_sizes()) > 1
         ]
         return min(found, key=SimilarProfile.distance, default=None)

@@ -107,6 +107,7 @@ class Widths:
 
     def __init__(self):
         self.probed = []
+        self.optimizer = "Adam"
 
     @staticmethod
     def peak_bytes(width, size, steps):
@@ -118,7 +119,7 @@ class Widths:
         result = {
             "signature": f"width_{width}", "device": "CPU", "static_bytes": 1000 * width**2, "sample_bytes": 0,
             "activation_bytes": 1000 * width, "batch_coupled_layers": [], "precision_policy": "float32",
-            "sample_shapes": None,
+            "sample_shapes": None, "identity": {"optimizer": self.optimizer},
         }  # fmt: skip
         if task == "probe":
             self.probed.append((width, size))
@@ -207,3 +208,11 @@ def test_a_loss_that_fails_on_made_up_outputs_is_named_and_the_rest_is_profiled(
     )
     assert "ValueError: at most 63 samples" in lines[0] and "unknown" in lines[0]
     assert profile.measured_sizes() == [2] and profile.loss_bytes == (0, 0, 0)
+
+
+def test_a_profile_of_another_optimizer_whose_slots_differ_is_not_similar(tmp_path):
+    widths = Widths()
+    profiler = profiler_of(widths, tmp_path, 2**34)
+    for widths.optimizer, width, expected in (("Adam", 100, {8, 512}), ("SGD", 101, {8, 512}), ("Adam", 102, {512})):
+        profiler.profile({"space": [], "values": {"width": width}})
+        assert {size for probed, size in widths.probed if probed == width} == expected
