@@ -49,12 +49,15 @@ def next_to_run(profile: Profile, budget_bytes: int, accumulation_steps: int, la
     if failed is not None:
         return (ran + possible + 1) // 2
     if profile.is_rehearsed:
-        limit = (1 - HEADROOM - _REHEARSAL_ERROR) * budget_bytes
+        limits = [(1 - HEADROOM - _REHEARSAL_ERROR) * budget_bytes]
     else:
-        limit = budget_bytes / (1 + HEADROOM + _EXPECTED_WASTE) - MIB
-    cautious = _largest_below(profile, accumulation_steps, limit, possible)
-    # Near the limit the prediction may rise with each size that has run: avoid small steps.
-    return cautious if enough * cautious > ran else possible
+        limits = [budget_bytes / (1 + HEADROOM + _EXPECTED_WASTE) - MIB, (1 - HEADROOM) * budget_bytes]
+    for limit in limits:
+        cautious = _largest_below(profile, accumulation_steps, limit, possible)
+        # Near the limit the prediction may rise with each size that has run: avoid small steps.
+        if enough * cautious > ran:
+            return cautious
+    return possible
 
 
 def _largest_below(profile: Profile, steps: int, limit_bytes: float, highest: int) -> int:
