@@ -53,14 +53,14 @@ def test_an_assignment_begins_where_the_one_before_has_ended(name):
     assert not all(chained_assignments(make(), lambda optimizer: contextlib.nullcontext()))
 
 
-def addresses_after_windows(windows=4):
+def addresses_after_windows(windows=4, **choice):
     """Where the large accumulators of a small network lie after each of a few windows."""
     import accumtune
 
     keras.utils.set_random_seed(0)
     model = keras.Sequential([keras.Input((64,)), keras.layers.Dense(128), keras.layers.Dense(1)])
     model.compile("adam", "mse")
-    accumtune.accumulate(model, micro_batch_size=8)
+    accumtune.accumulate(model, micro_batch_size=8, **choice)
     found = []
 
     class Look(keras.callbacks.Callback):
@@ -83,4 +83,16 @@ def test_accumulators_stay_where_they_are(monkeypatch):
     own = sums.put
     monkeypatch.setattr(sums, "put", lambda total, gradient, in_place: own(total, gradient, in_place=False))
     found = addresses_after_windows()
+    assert any(addresses != found[0] for addresses in found)
+
+
+def test_sums_of_two_passes_are_cleared_where_they_are(monkeypatch):
+    from accumtune.accumulation.engines import gradient_sums as sums
+
+    found = addresses_after_windows(whole_batch_loss=True)
+    assert found[0] and all(addresses == found[0] for addresses in found)
+    # The negative control: zeros that are taken over are a constant of the graph, and the sums a copy of it.
+    own = sums.clear
+    monkeypatch.setattr(sums, "clear", lambda totals, in_place: own(totals, in_place=False))
+    found = addresses_after_windows(whole_batch_loss=True)
     assert any(addresses != found[0] for addresses in found)

@@ -222,6 +222,35 @@ def test_an_own_step_takes_the_memory_of_kerass(value_in_child):
     assert wasteful > stock + 3 * MIB
 
 
+@pytest.mark.skipif(BACKEND != "tensorflow" or device_memory().is_gpu, reason="TensorFlow on a CPU")
+def test_two_passes_take_the_memory_of_one(value_in_child):
+    """Weights and their sums, 2.25 MiB in each of three layers, and one gradient; no constant of zeros beside them."""
+
+    def peak(choice, is_wasteful=False):
+        import keras
+        import numpy as np
+
+        from accumtune.accumulation import accumulate
+        from accumtune.accumulation.engines import gradient_sums
+        from accumtune.memory.device import open_device
+
+        device = open_device()
+        if is_wasteful:
+            own = gradient_sums.clear
+            gradient_sums.clear = lambda totals, in_place: own(totals, in_place=False)
+        layers = [keras.Input((768,)), *(keras.layers.Dense(768, "relu") for _ in range(3)), keras.layers.Dense(1)]
+        model = keras.Sequential(layers)
+        model.compile(keras.optimizers.SGD(0.1), "mse")
+        accumulate(model, 2, whole_batch_loss=choice)
+        device.reset_peak()
+        model.fit(np.zeros((8, 768), "float32"), np.zeros((8, 1), "float32"), batch_size=4, verbose=0)
+        return device.peak_memory_bytes()
+
+    one, two, wasteful = (value_in_child(peak, *how) for how in ((False,), (True,), (True, True)))
+    assert two <= 1.02 * one
+    assert wasteful > one + 3 * MIB
+
+
 @pytest.mark.skipif(BACKEND != "torch" or device_memory().is_gpu, reason="torch on a CPU")
 def test_known_allocation_gives_known_peak_on_torch(value_in_child):
     def allocate():

@@ -267,11 +267,12 @@ class TensorFlowTraining:
     def _first_step(self, batch: Any, share: Any, scales: Any, metric_weight: Any) -> Any:
         gradients, logs, outputs = self._gradients(batch, share, scales, metric_weight)
         in_place = self.replicas.number == 1 and not self.model.jit_compile  # XLA plans memory itself
-        for accumulator, gradient in zip(self._accumulators, gradients, strict=True):
+        sums = list(zip(self._accumulators, gradients, strict=True))
+        for total, gradient in sums:
             if gradient is not None:
-                gradient_sums.put(accumulator, gradient, in_place=in_place)
-            else:  # a later micro-batch of the window may have one
-                accumulator.assign(tf.zeros_like(accumulator))
+                gradient_sums.put(total, gradient, in_place=in_place)
+        # A later micro-batch of the window may have one.
+        gradient_sums.clear((total for total, gradient in sums if gradient is None), in_place=in_place)
         return logs, self._noted(), outputs
 
     def _next_step(self, batch: Any, share: Any, scales: Any, metric_weight: Any, so_far: Any) -> Any:

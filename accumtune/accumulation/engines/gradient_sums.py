@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import tensorflow as tf
@@ -90,18 +90,42 @@ def put(total: Any, gradient: Any, *, in_place: bool) -> None:
     differed from process to process.
     """
     gradient = tf.cast(tf.convert_to_tensor(gradient), total.dtype)
-    rank = gradient.shape.rank
-    if not rank or total.shape.num_elements() < SMALL or not in_place:
+    if _is_small(total) or not in_place:
         total.assign(gradient)
-        return
+    else:
+        _copy(gradient, total)
+
+
+def clear(totals: Iterable[Any], *, in_place: bool) -> None:
+    """Makes sums zero, one after the other; `in_place`: in their own memory.
+
+    TensorFlow turns `tf.zeros` into a constant, which a function keeps beside the sums from then on.
+    """
+    before: list[Any] = []
+    for total in totals:
+        with tf.control_dependencies(before):
+            if _is_small(total) or not in_place:
+                total.assign(tf.zeros_like(total))
+            else:
+                before = [_copy(tf.raw_ops.Empty(shape=total.shape, dtype=total.dtype, init=True), total)]
+
+
+def _is_small(total: Any) -> bool:
+    return not total.shape.rank or total.shape.num_elements() < SMALL
+
+
+def _copy(value: Any, total: Any) -> Any:
+    """Copies a tensor into a variable's memory; returns the operation."""
+    rank = total.shape.rank
     everything = {"begin_mask": 2**rank - 1, "end_mask": 2**rank - 1}
     nothing = {"ellipsis_mask": 0, "new_axis_mask": 0, "shrink_axis_mask": 0}
     zeros, ones = [0] * rank, [1] * rank
-    tf.raw_ops.ResourceStridedSliceAssign(
-        ref=total.handle, begin=zeros, end=zeros, strides=ones, value=gradient, **everything, **nothing
+    copied = tf.raw_ops.ResourceStridedSliceAssign(
+        ref=total.handle, begin=zeros, end=zeros, strides=ones, value=value, **everything, **nothing
     )
     # That operation makes later reads copy the variable, unless it is told not to.
     tf.raw_ops.DisableCopyOnRead(resource=total.handle)
+    return copied
 
 
 def add(weight: Any, total: Any, gradient: Any) -> None:

@@ -156,11 +156,12 @@ class TwoPasses:
             loss = model.optimizer.scale_loss(loss)
         gradients, of_layers, direct = _gradients(tape, loss, [floats, of_layers, weights])
         self._has_gradient[_absent(inputs)] = [gradient is not None for gradient in direct]
-        for accumulator, gradient in zip(self.engine._accumulators, direct, strict=True):
-            if gradient is None:
-                accumulator.assign(tf.zeros_like(accumulator))
-            else:
-                gradient_sums.put(accumulator, gradient, in_place=not model.jit_compile)
+        in_place = not model.jit_compile
+        sums = list(zip(self.engine._accumulators, direct, strict=True))
+        gradient_sums.clear((total for total, gradient in sums if gradient is None), in_place=in_place)
+        for total, gradient in sums:
+            if gradient is not None:
+                gradient_sums.put(total, gradient, in_place=in_place)
         logs = model.compute_metrics(x, y, y_pred, sample_weight=sample_weight)
         return logs, gradients, of_layers
 
