@@ -59,6 +59,7 @@ def call(tmp_path, monkeypatch, capfd):
     sys.modules.pop("train", None)
 
 
+@pytest.mark.slow
 def test_probe_answers_how_large_a_micro_batch_fits(tmp_path):
     """As a pipeline calls it: in a process of its own."""
     (tmp_path / "train.py").write_text(textwrap.dedent(MODULE))

@@ -79,6 +79,7 @@ def test_real_updates_are_measured_under_the_budget():
     assert again.peak_memory_bytes == pytest.approx(told.peak_memory_bytes, rel=0.1)
 
 
+@pytest.mark.slow
 def test_a_real_lack_of_memory_is_an_error():
     config = config_of(hyperparameters={"width": 65536}, peak_memory_bytes=4 * MIB, memory_budget_bytes=8 * MIB)
     with pytest.raises(VerificationError, match="does not fit in 8.0 MiB"):

@@ -69,6 +69,7 @@ def own_executor(tmp_path, monkeypatch, started_fork_servers):
     assert not zombies()
 
 
+@pytest.mark.slow
 def test_a_server_that_is_killed_is_started_anew_and_leaves_no_zombies(own_executor, run, tmp_path):
     def leave_a_child():
         subprocess.Popen(["sleep", "600"])

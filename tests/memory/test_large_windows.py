@@ -10,6 +10,7 @@ FITS, FAILS = 2, 4
 TIMES = 64
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.environ["KERAS_BACKEND"] != "tensorflow", reason="others have no limit on a CPU")
 def test_a_window_of_64_times_the_largest_batch_that_fits_in_one_pass(in_child):
     def train(samples, micro_batch_size):

@@ -67,6 +67,7 @@ def peaks_of(measurements):
     return {m.accumulation_steps: m.peak_memory_bytes for m in measurements}
 
 
+@pytest.mark.slow
 @tensorflow_only
 def test_two_small_probes_tell_the_peak_of_a_large_size(probed):
     small, large = probed(3), probed(8)

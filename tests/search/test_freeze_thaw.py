@@ -30,6 +30,7 @@ def trained(tuner):
     return sum(len(trial.epochs) for trial in tuner.record().trials)
 
 
+@pytest.mark.slow
 def test_trials_share_the_epochs_of_whole_trainings_and_go_on_exactly(tmp_path):
     tuner = search(freezing(tmp_path, 2), epochs=EPOCHS)
     trials = tuner.record().trials

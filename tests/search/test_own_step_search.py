@@ -87,6 +87,7 @@ def test_a_step_that_is_certified_is_searched_over_effective_batches(tmp_path, c
     assert config.trial["own_train_step"] == "mean"
 
 
+@pytest.mark.slow
 def test_a_model_that_is_never_called_itself_is_searched_and_comes_back_with_its_weights(tmp_path):
     tuner = make(tmp_path, build_of_parts)
     x, y = data()

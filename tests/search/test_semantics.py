@@ -83,6 +83,7 @@ class ReturnsANumber(keras_tuner.HyperModel):
         return 100 * hp.get("learning_rate") + (hp.get("effective_batch_size") == 4)
 
 
+@pytest.mark.slow
 def test_an_objective_that_fit_returns(tmp_path):
     tuner = accumtune.GridSearch(ReturnsANumber(), directory=tmp_path, max_trials=None, **COMMON)
     search(tuner, epochs=1)
@@ -98,6 +99,7 @@ def build_unscaled(hp):
     return dense(width=hp.Choice("width", [4, 8]))
 
 
+@pytest.mark.slow
 def test_advice_is_given_once_also_when_the_search_is_resumed(tmp_path, capsys):
     for trials in (1, 2):
         tuner = accumtune.RandomSearch(

@@ -112,6 +112,7 @@ class Late(keras_tuner.HyperModel):
         return model.fit(*args, epochs=hp.Int("passes", 1, 2), **kwargs)
 
 
+@pytest.mark.slow
 def test_hyperparameters_of_fit_and_of_the_first_call_are_searched_trained_and_recorded(tmp_path):
     sizes = {"micro_batch_sizes": (4,), "accumulation_steps": (4,), "memory_budget": None}
     tuner = make(tmp_path, accumtune.GridSearch, Late(), max_trials=None, **sizes)
@@ -169,6 +170,7 @@ def test_one_effective_batch_is_trained_once_also_where_pairs_are_searched(tmp_p
         assert trial.objective_value == sources[trial.reused_from].objective_value
 
 
+@pytest.mark.slow
 def test_executions_of_a_trial_are_averaged_and_do_not_add_up_in_memory(tmp_path):
     def build(hp):
         return dense(width=2**15)  # its parameters are most of what it takes
@@ -376,7 +378,7 @@ def test_a_corrupt_search_directory_is_named_and_nothing_is_lost(tmp_path):
     make(tmp_path, overwrite=True)
 
 
-@pytest.mark.parametrize("memory_budget", [None, "16MiB"])
+@pytest.mark.parametrize("memory_budget", [None, pytest.param("16MiB", marks=pytest.mark.slow)])
 def test_a_stock_keras_tuner_accepts_the_hypermodel(tmp_path, memory_budget):
     hypermodel = accumtune.AccumulationHyperModel(
         build_plain, memory_budget=memory_budget, micro_batch_sizes=(4, 8), accumulation_steps=(1, 2)

@@ -56,7 +56,9 @@ def test_the_model_is_registered_once_with_its_alias_and_configuration(finished,
     assert client.get_model_version_by_alias("digits", "best").version in (2, "2")
 
 
-@pytest.mark.parametrize("missing", ["create_model_version", "set_registered_model_alias"])
+@pytest.mark.parametrize(
+    "missing", [pytest.param("create_model_version", marks=pytest.mark.slow), "set_registered_model_alias"]
+)
 def test_a_registry_that_fails_midway_is_completed_by_the_next_sync(missing, finished, uri, monkeypatch):
     saved_model(finished.folder)
     with monkeypatch.context() as broken:

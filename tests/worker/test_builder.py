@@ -84,6 +84,7 @@ def signature(**options):
     return describe_model(build(None, **options), sample, "CPU:0", {"effective_batch_size": 8})["signature"]
 
 
+@pytest.mark.slow
 def test_a_signature_is_shared_by_models_that_take_the_same_memory():
     assert signature(rate=0.1) == signature(rate=0.2)
     assert signature(dropout=0.3) == signature(dropout=0.5)

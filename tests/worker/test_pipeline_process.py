@@ -115,6 +115,7 @@ def test_a_configuration_is_verified_on_it_too():
     assert outcome.result["peak_memory_bytes"] <= BUDGET
 
 
+@pytest.mark.slow
 def test_the_same_pipeline_in_the_trial_s_own_process_is_more_than_the_budget(run):
     """The control: without a process of its own, the pipeline is in the budget."""
     assert run("train", large, hypermodel=MakesItHere()).status == "out_of_memory"
