@@ -1,6 +1,6 @@
-"""How many whole trainings a search needs: `OptunaSearch` without a pruner, with "forecast" and with "freeze-thaw".
+"""How many whole trainings a search needs: `OptunaSearch` without a pruner, with "forecast", with "freeze-thaw"; stock.
 
-    python experiments/benchmarks/search/freeze_thaw.py [--seeds 5] [--designs whole forecast freeze-thaw] [--json PATH]
+    python experiments/benchmarks/search/freeze_thaw.py [--seeds 5] [--designs whole freeze-thaw …] [--json PATH]
 
 The oracles are the products'; a table of learning curves takes the place of training, and memory plays no part. Twenty
 tasks: the five of `search_cost.py`, and three of each of five made families (the number of a task is its seed), whose
@@ -11,6 +11,11 @@ with a flat bottom, and hardly on the batch itself.
 A search has met the target at the first epoch within 1 % of the best of the table, and has 40 whole trainings for it.
 Its cost is the epochs trained until then, over those of a whole training. Differences are between searches with the
 same task and seed.
+
+"random" and "bayesian" are Keras Tuner's own oracles, over micro-batch and accumulation steps instead of the effective
+batch: the smaller half of the batches, and the steps up to the largest batch. Wall time is that of the trainings, for
+three durations of a whole one; of the oracle's decisions, as the replay takes them; and what each process and each
+architecture costs beside training: `SECONDS`, from `time_beside_training.py`.
 """
 
 from __future__ import annotations
@@ -21,6 +26,7 @@ import os
 import random
 import statistics
 import sys
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,10 +39,25 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import numpy as np
 from common import keep, parser
 from cost_tasks import MADE, TRAINED, record_of
+from unchecked_gaussian import unchecked
 
 TOLERANCE, MOST_TRAININGS = 0.01, 40
-DESIGNS = ("whole", "forecast", "freeze-thaw")
+OURS, STOCK = ("whole", "forecast", "freeze-thaw"), ("random", "bayesian")
 BATCH, RATE = "effective_batch_size", "learning_rate"
+PAIR = "micro_batch_size", "accumulation_steps"
+WHOLE_SECONDS = (2, 10, 60)
+
+
+@dataclass(frozen=True)
+class Seconds:
+    """What a search costs beside training, for each start of a process (or each trial), and each architecture."""
+
+    start: float
+    architecture: float
+
+
+# A trial's duration less its training's: of a known architecture, and what a new one adds to it.
+SECONDS = {"ours": Seconds(0.45, 1.15), "stock": Seconds(0.7, 0.1)}
 Losses = Callable[[dict[str, float]], list[float]]
 
 
@@ -129,10 +150,10 @@ def annealed(draw: random.Random, space: dict[str, Any], epochs: int) -> Losses:
         end = 1 + in_batch * b * b + in_rate * s * s * (1 if s < 0 else 1.6) + more(values)
         speed = first * 10 ** (0.4 * s)
         found = []
-        for time in (epoch / epochs for epoch in range(1, epochs + 1)):
-            done = time + 0.5 * math.sin(2 * math.pi * time) / (2 * math.pi)
+        for part in (epoch / epochs for epoch in range(1, epochs + 1)):
+            done = part + 0.5 * math.sin(2 * math.pi * part) / (2 * math.pi)
             now = 0.6 * (math.exp(-speed * done) - math.exp(-speed))
-            now += noise * 0.5 * (1 + math.cos(math.pi * time)) * 10 ** (0.6 * min(s, 1.2)) * 0.3
+            now += noise * 0.5 * (1 + math.cos(math.pi * part)) * 10 ** (0.6 * min(s, 1.2)) * 0.3
             found.append(scale * (end + now))
         return found
 
@@ -198,41 +219,84 @@ def tasks() -> Iterator[Task]:
     yield from (made(family, number) for family in FAMILIES for number in range(3))
 
 
-def needed(task: Task, seed: int, design: str) -> dict[str, Any]:
-    """One search: whether it met the target, the whole trainings until then, and starts of processes."""
+def oracle_of(task: Task, seed: int, design: str) -> Any:
+    """The oracle of a design; all but training is its own."""
     import keras_tuner
+    from keras_tuner.oracles import BayesianOptimizationOracle, RandomSearchOracle
+
+    from accumtune.oracles.freeze_thaw_oracle import FreezeThawOracle
+    from accumtune.oracles.optuna_oracle import OptunaOracle
+
+    space = dict(task.space)
+    if design in STOCK:
+        batches = space.pop(BATCH)
+        micro = batches[: (len(batches) + 1) // 2]
+        steps = [2**power for power in range(int(math.log2(batches[-1] / micro[-1])) + 1)]
+        space |= dict(zip(PAIR, (micro, steps), strict=True))
+    hp = keras_tuner.HyperParameters()
+    for name, values in space.items():
+        hp.Choice(name, [int(it) if name in (BATCH, *PAIR) else it for it in values], ordered=True)
+    objective = keras_tuner.Objective("val_loss", "min")
+    given: dict[str, Any] = {"objective": objective, "seed": seed, "hyperparameters": hp}
+    if design == "freeze-thaw":
+        oracle: Any = FreezeThawOracle(**given, max_trials=MOST_TRAININGS)
+    elif design in STOCK:
+        oracle_class = BayesianOptimizationOracle if design == "bayesian" else RandomSearchOracle
+        oracle = oracle_class(**given, max_trials=MOST_TRAININGS)
+    else:
+        oracle = OptunaOracle(**given)
+    oracle.verbose, oracle._save_trial, oracle.save = 0, lambda trial: None, lambda: None
+    oracle.epochs = task.epochs
+    return oracle
+
+
+def values_of(trial: Any, task: Task) -> tuple[float, ...]:
+    """The point of the table that a trial trains."""
+    values = dict(trial.hyperparameters.values)
+    if PAIR[0] in values:
+        values[BATCH] = math.prod(values[name] for name in PAIR)
+    return tuple(float(values[name]) for name in task.space)
+
+
+def needed(task: Task, seed: int, design: str) -> dict[str, Any]:
+    """One search: whether it met the target, the whole trainings until then, and what else they took."""
     from keras_tuner.engine.trial import TrialStatus
 
     from accumtune.oracles import keras_tuner_adapter
-    from accumtune.oracles.freeze_thaw_oracle import Curve, FreezeThawOracle
-    from accumtune.oracles.optuna_oracle import OptunaOracle
+    from accumtune.oracles.freeze_thaw_oracle import Curve
     from accumtune.search.pruning.pruner import PruningMonitor
 
-    hp = keras_tuner.HyperParameters()
-    for name, values in task.space.items():
-        hp.Choice(name, [int(it) if name == BATCH else it for it in values], ordered=True)
+    oracle = oracle_of(task, seed, design)
     is_freezing = design == "freeze-thaw"
-    objective = keras_tuner.Objective("val_loss", "min")
-    made = {"objective": objective, "seed": seed, "hyperparameters": hp}
-    oracle: Any = FreezeThawOracle(**made, max_trials=MOST_TRAININGS) if is_freezing else OptunaOracle(**made)
-    oracle.verbose, oracle._save_trial, oracle.save = 0, lambda trial: None, lambda: None
-    monitor = PruningMonitor("forecast", objective) if design == "forecast" else None
+    monitor = PruningMonitor("forecast", oracle.objective) if design == "forecast" else None
     curves: dict[str, Curve] = {}
-    oracle.epochs, oracle.curve_of = task.epochs, lambda trial_id: curves.get(trial_id, Curve())
+    oracle.curve_of = lambda trial_id: curves.get(trial_id, Curve())
     if monitor is not None:
         oracle.forecast = monitor.forecast
-    target, trained, starts = task.best * (1 + TOLERANCE), 0, 0
+    target, trained, deciding = task.best * (1 + TOLERANCE), 0, 0.0
+    points: list[tuple[float, ...]] = []
+
+    def result(is_met: bool) -> dict[str, Any]:
+        costs = SECONDS["stock" if design in STOCK else "ours"]
+        widths = {point[2:3] for point in points} if "width" in task.space else {()}
+        beside = deciding + costs.start * len(points) + costs.architecture * len(widths)
+        wall = [trained / task.epochs * seconds + beside for seconds in WHOLE_SECONDS]
+        return {"met": is_met, "trainings": trained / task.epochs, "starts": len(points), "wall": wall}
+
     while trained < MOST_TRAININGS * task.epochs:
+        began = time.process_time()
         trial = oracle.create_trial("tuner0")
+        deciding += time.process_time() - began
         if trial.status != TrialStatus.RUNNING:
             break
-        last, starts = trial.trial_id, starts + 1
-        curve = task.curves[tuple(float(trial.hyperparameters.values[name]) for name in task.space)]
+        last = trial.trial_id
+        points.append(values_of(trial, task))
+        curve = task.curves[points[-1]]
         end = (oracle.pause_after(last) if is_freezing else None) or task.epochs
         for epoch in range(len(oracle.curve_of(last).values), end):
             trained += 1
             if curve[epoch] <= target:
-                return {"met": True, "trainings": trained / task.epochs, "starts": starts}
+                return result(is_met=True)
             if monitor is not None and monitor.is_hopeless(last, epoch, {"val_loss": curve[epoch]}) and epoch + 1 < end:
                 end = epoch + 1
                 break
@@ -240,29 +304,33 @@ def needed(task: Task, seed: int, design: str) -> dict[str, Any]:
             monitor.end(last, "pruned" if end < task.epochs else "completed")
         curves[last] = Curve(curve[:end], is_freezing and end < task.epochs, end)
         keras_tuner_adapter.end_completed(oracle, trial, {"val_loss": min(curve[:end])}, 0)
-    return {"met": False, "trainings": trained / task.epochs, "starts": starts}
+    return result(is_met=False)
 
 
 def main() -> None:
     options = parser(__doc__)
     options.add_argument("--seeds", type=int, default=5)
-    options.add_argument("--designs", nargs="*", default=list(DESIGNS), choices=DESIGNS)
+    options.add_argument("--designs", nargs="*", default=[*OURS, *STOCK], choices=[*OURS, *STOCK])
     arguments = options.parse_args()
     found: dict[str, list[dict[str, Any]]] = {}
-    print("| design | whole trainings | starts | met the target | fewer than the first |")
-    print("|---|---|---|---|---|")
+    walls = "".join(f" {seconds} s each |" for seconds in WHOLE_SECONDS)
+    print(f"| design | whole trainings | starts | met the target | fewer than the first |{walls}")
+    print("|---|---|---|---|---|" + "---|" * len(WHOLE_SECONDS))
     for design in arguments.designs:
-        runs = found[design] = [
-            {"task": task.name, "seed": seed, **needed(task, seed, design)}
-            for task in tasks()
-            for seed in range(1, arguments.seeds + 1)
-        ]
+        with unchecked():
+            runs = found[design] = [
+                {"task": task.name, "seed": seed, **needed(task, seed, design)}
+                for task in tasks()
+                for seed in range(1, arguments.seeds + 1)
+            ]
         first = found[arguments.designs[0]]
         fewer = [one["trainings"] - other["trainings"] for one, other in zip(first, runs, strict=True)]
         error = statistics.stdev(fewer) / math.sqrt(len(fewer))
         trainings, starts = (statistics.mean(run[name] for run in runs) for name in ("trainings", "starts"))
         met = f"{sum(run['met'] for run in runs)} of {len(runs)}"
-        print(f"| {design} | {trainings:.2f} | {starts:.1f} | {met} | {statistics.mean(fewer):.2f} ± {error:.2f} |")
+        walls = "".join(f" {statistics.mean(it):.0f} s |" for it in zip(*(run["wall"] for run in runs), strict=True))
+        gain = f"{statistics.mean(fewer):.2f} ± {error:.2f}"
+        print(f"| {design} | {trainings:.2f} | {starts:.1f} | {met} | {gain} |{walls}", flush=True)
         keep(arguments.json, found)
 
 
