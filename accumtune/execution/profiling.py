@@ -30,6 +30,8 @@ from accumtune.worker.transport.task_directory import TaskDirectory
 
 # Peak memory differs only between one step, without accumulators, and several; a longer window's data are computed.
 _PROBED_ACCUMULATION_STEPS = (1, 2)
+# A loss that should take so many times the budget is not tried.
+_CERTAIN = 1.5
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,7 @@ class ModelFacts:
     loss_bytes: tuple[float, ...] = NO_LOSS
     activation_bytes: int = 0
     loss_failure: str = ""
+    validation_bytes: int = 0
 
     @property
     def kind(self) -> tuple[str, str, str | None]:
@@ -156,6 +159,7 @@ class Profiler:
                 memory_budget_bytes=self._memory_budget_bytes,
                 sample_bytes=facts.sample_bytes,
                 loss_bytes=facts.loss_bytes,
+                validation_bytes=facts.validation_bytes,
             )
             similar = None if profile.measurements else self._similar(facts)
             while (size := self._next_size(profile, facts, similar)) is not None:
@@ -230,9 +234,11 @@ class Profiler:
 
     def _next_size(self, profile: Profile, facts: ModelFacts, similar: SimilarProfile | None) -> int | None:
         sizes, budget = self._micro_batch_sizes, self._memory_budget_bytes
+        if len(sizes) == 1 and any(facts.loss_bytes):
+            sizes = (max(1, sizes[0] // 2), *sizes)  # two show what there is without samples, beside their loss
         if budget is not None:
-            if facts.static_bytes > budget:
-                return None  # the parameters alone are too large
+            if max(facts.static_bytes, facts.validation_bytes / _CERTAIN) > budget:
+                return None  # the parameters, or validation's samples and their loss, alone are too large
             if similar is not None and not profile.measurements:
                 return similar.first_probe_size(budget, sizes)
             largest_that_ran, _ = profile.bracket(max(_PROBED_ACCUMULATION_STEPS), budget)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import keras
@@ -23,7 +23,10 @@ _PLANNED_SAMPLES = 512
 _LEAST_SHARE = 0.1
 
 
-def loss_bytes(model: Any, sample: tuple[Any, Any, Any], device: Device) -> tuple[tuple[float, float, float], str]:
+LossBytes = tuple[float, float, float]
+
+
+def loss_bytes(model: Any, sample: tuple[Any, Any, Any], device: Device) -> tuple[LossBytes, str]:
     """Returns the bytes of the loss and its gradient per sample, per pair and per triple of samples, outputs included.
 
     Args:
@@ -38,7 +41,7 @@ def loss_bytes(model: Any, sample: tuple[Any, Any, Any], device: Device) -> tupl
     if device.memory_source == "process high-water mark":
         return NO_LOSS, ""
     try:
-        outputs = model.compute_output_spec(tree.map_structure(_spec, sample[0]))
+        outputs = _outputs(model, sample)
         if keras.backend.backend() == "jax":
             smallest = _PLANNED_SAMPLES
             peaks = [_planned_bytes(model, sample, outputs, smallest * factor) for factor in (1, 2, 4)]
@@ -54,6 +57,28 @@ def loss_bytes(model: Any, sample: tuple[Any, Any, Any], device: Device) -> tupl
     except Exception as error:  # whatever a user's loss raises for numbers that mean nothing
         return NO_LOSS, f"{type(error).__name__}: {error}".splitlines()[0]
     return fitted(smallest, *peaks), ""
+
+
+def validation_loss_bytes(
+    model: Any, sample: tuple[Any, Any, Any], device: Device, samples: int, in_training: LossBytes
+) -> int:
+    """Returns the bytes of the loss of so many samples without a gradient, outputs and data included.
+
+    Args:
+        in_training: what `loss_bytes` has returned. The loss is not computed of samples that would need too much
+            memory in training: then it takes the same share of that as with fewer samples.
+    """
+    if not any(in_training):
+        return 0
+    measured = samples
+    while measured > 2 and keras.backend.backend() != "jax" and bytes_of(in_training, measured) > _MOST_BYTES:
+        measured //= 2
+    outputs = _outputs(model, sample)
+    if keras.backend.backend() == "jax":
+        found = _planned_bytes(model, sample, outputs, measured, has_gradient=False)
+    else:
+        found = _peak_bytes(model, sample, outputs, measured, device, has_gradient=False)
+    return math.ceil(found * bytes_of(in_training, samples) / bytes_of(in_training, measured))
 
 
 def fitted(samples: int, one: float, two: float, four: float) -> tuple[float, float, float]:
@@ -72,13 +97,24 @@ def fitted(samples: int, one: float, two: float, four: float) -> tuple[float, fl
     return four / largest, 0.0, 0.0
 
 
+def bytes_of(per: Sequence[float], samples: int) -> float:
+    """Returns the bytes of a loss of so many samples, from those per sample, pair and triple."""
+    return sum(each * float(samples) ** power for power, each in enumerate(per, start=1))
+
+
+def _outputs(model: Any, sample: tuple[Any, Any, Any]) -> Any:
+    return model.compute_output_spec(tree.map_structure(_spec, sample[0]))
+
+
 def _spec(leaf: Any) -> Any:
     if leaf is None:
         return None
     return keras.KerasTensor((1, *leaf.shape[1:]), keras.backend.standardize_dtype(leaf.dtype))
 
 
-def _peak_bytes(model: Any, sample: tuple[Any, Any, Any], outputs: Any, samples: int, device: Device) -> int:
+def _peak_bytes(
+    model: Any, sample: tuple[Any, Any, Any], outputs: Any, samples: int, device: Device, has_gradient: bool = True
+) -> int:
     generator = np.random.default_rng(0)
 
     def predicted(spec: Any) -> Any:
@@ -95,13 +131,13 @@ def _peak_bytes(model: Any, sample: tuple[Any, Any, Any], outputs: Any, samples:
     y_pred = tree.map_structure(predicted, outputs)
 
     def loss(y_pred: Any) -> Any:
-        return model._compute_loss(x=x, y=y, y_pred=y_pred, sample_weight=sample_weight, training=True)
+        return model._compute_loss(x=x, y=y, y_pred=y_pred, sample_weight=sample_weight, training=has_gradient)
 
-    _GRADIENTS[keras.backend.backend()](loss, y_pred, model)
+    _COMPUTATIONS[keras.backend.backend()](loss, y_pred, model, has_gradient)
     return device.peak_memory_bytes() - before
 
 
-def _tensorflow_gradients(loss: Callable[[Any], Any], y_pred: Any, model: Any) -> Any:
+def _computed_by_tensorflow(loss: Callable[[Any], Any], y_pred: Any, model: Any, has_gradient: bool) -> Any:
     import tensorflow as tf
 
     def gradients(y_pred: Any) -> Any:
@@ -110,20 +146,28 @@ def _tensorflow_gradients(loss: Callable[[Any], Any], y_pred: Any, model: Any) -
             value = loss(y_pred)
         return value, tape.gradient(value, tree.flatten(y_pred))
 
-    return tf.function(gradients, jit_compile=model.jit_compile, autograph=False)(y_pred)
+    function = gradients if has_gradient else loss
+    return tf.function(function, jit_compile=model.jit_compile, autograph=False)(y_pred)
 
 
-def _torch_gradients(loss: Callable[[Any], Any], y_pred: Any, model: Any) -> Any:
+def _computed_by_torch(loss: Callable[[Any], Any], y_pred: Any, model: Any, has_gradient: bool) -> Any:
+    import torch
+
+    if not has_gradient:
+        with torch.no_grad():
+            return loss(y_pred)
     leaves = [leaf.requires_grad_() for leaf in tree.flatten(y_pred) if leaf.is_floating_point()]
     loss(y_pred).backward()
     return [leaf.grad for leaf in leaves]
 
 
-_GRADIENTS = {"tensorflow": _tensorflow_gradients, "torch": _torch_gradients}
+_COMPUTATIONS = {"tensorflow": _computed_by_tensorflow, "torch": _computed_by_torch}
 
 
-def _planned_bytes(model: Any, sample: tuple[Any, Any, Any], outputs: Any, samples: int) -> int:
-    """Returns the bytes that XLA plans for the loss and its gradient, arguments included."""
+def _planned_bytes(
+    model: Any, sample: tuple[Any, Any, Any], outputs: Any, samples: int, has_gradient: bool = True
+) -> int:
+    """Returns the bytes that XLA plans for the loss and, if asked for, its gradient, arguments included."""
     import jax
 
     def spec(leaf: Any) -> Any:
@@ -133,10 +177,10 @@ def _planned_bytes(model: Any, sample: tuple[Any, Any, Any], outputs: Any, sampl
 
     def loss(y_pred: Any, x: Any, y: Any, sample_weight: Any) -> Any:
         with keras.StatelessScope():
-            return model._compute_loss(x=x, y=y, y_pred=y_pred, sample_weight=sample_weight, training=True)
+            return model._compute_loss(x=x, y=y, y_pred=y_pred, sample_weight=sample_weight, training=has_gradient)
 
     x, y, sample_weight = tree.map_structure(spec, sample)
     x = x if whole_batch_loss.reads_inputs(model) else None
     given = tree.map_structure(spec, outputs), x, y, sample_weight
-    stats = jax.jit(jax.value_and_grad(loss)).lower(*given).compile().memory_analysis()
+    stats = jax.jit(jax.value_and_grad(loss) if has_gradient else loss).lower(*given).compile().memory_analysis()
     return int(stats.argument_size_in_bytes + stats.temp_size_in_bytes + stats.output_size_in_bytes)

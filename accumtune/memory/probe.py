@@ -45,6 +45,7 @@ def probe(
     ghost_batch_size: int | None = None,
     updates: int = 3,
     is_pipeline: bool = False,
+    validation_batch_size: int | None = None,
     device: Device,
     on_out_of_memory: Callable[[list[Measurement]], None] | None = None,
     recorder: Recorder | None = None,
@@ -61,6 +62,7 @@ def probe(
         ghost_batch_size: as training will have it; a micro-batch that would divide it is measured without.
         updates: how many updates are timed at least. One more runs before them, for tracing and compilation.
         is_pipeline: whether training will get its data as batches, all of a window at once, or as arrays.
+        validation_batch_size: the samples of a batch of validation; None: those of a micro-batch.
         device: the opened device, limited or not.
         on_out_of_memory: called with the measurements so far, as soon as TensorFlow waits for memory (instead of after
             its 10 s), or a backend without limits exceeds the budget. It is called in another thread and must end the
@@ -99,7 +101,8 @@ def probe(
             end = functools.partial(on_out_of_memory, [*measurements, measure(steps, None, None)])
         try:
             seconds = _train(
-                model, batches, micro_batch_size, steps, updates, is_pipeline, mark, peak_of_steps.callbacks(),
+                model, batches, micro_batch_size, steps, updates, is_pipeline,
+                validation_batch_size or micro_batch_size, mark, peak_of_steps.callbacks(),
                 contextlib.nullcontext() if end is None else watched(device, end, may_wait=False),
             )  # fmt: skip
         except Exception as error:
@@ -142,6 +145,7 @@ def _train(
     steps: int,
     updates: int,
     is_pipeline: bool,
+    validation_batch_size: int,
     mark: Callable[[], None] | None,
     others: Sequence[Any],
     watch: AbstractContextManager[None],
@@ -159,12 +163,12 @@ def _train(
         else training_arguments(model, *window, batch_size=window_size)
     )
     validation = None
-    if can_be_evaluated(model):  # as trials do: at the micro-batch, while the training data stay in memory
-        held_out = batches(micro_batch_size)
+    if can_be_evaluated(model):  # as trials do, while the training data stay in memory
+        held_out = batches(validation_batch_size)
         validation = (
-            batch_source(*held_out, batch_size=micro_batch_size)
+            batch_source(*held_out, batch_size=validation_batch_size)
             if is_pipeline
-            else validation_source(model, *held_out, batch_size=micro_batch_size)
+            else validation_source(model, *held_out, batch_size=validation_batch_size)
         )
     with watch:
         model.fit(

@@ -13,12 +13,12 @@ from keras_tuner.engine.oracle import Oracle
 
 from accumtune.accumulation import accumulate, batch_coupled_layers, ghost_batch
 from accumtune.accumulation.coupling.detection import coupled_with_ghost_batches, runs_code_of_the_user
-from accumtune.accumulation.data.array_kinds import is_dense
+from accumtune.accumulation.data.array_kinds import bytes_per_row, is_dense
 from accumtune.accumulation.losses.whole_batch_loss import is_wanted
 from accumtune.accumulation.own_step.own_train_step import certify, has_own_step, has_own_test_step
 from accumtune.accumulation.patched_attributes import put
 from accumtune.memory import probe as probes
-from accumtune.memory.loss_memory import loss_bytes
+from accumtune.memory.loss_memory import loss_bytes, validation_loss_bytes
 from accumtune.worker.data import user_data
 from accumtune.worker.data.hypermodel_fit_data import arguments_of_fit, own_fit
 from accumtune.worker.identity.data_identity import describe_arrays, describe_pipeline
@@ -109,9 +109,13 @@ def inspect(directory: TaskDirectory, payload: str, hyperparameters: dict[str, A
         sample = samples(_SAMPLES_OF_UNEQUAL_SIZE)
     if content.get("max_model_size") and not model.built:
         model(sample[0])  # creates the variables, to count them
-    facts = describe_model(model, sample, device.name, hp.values, is_pipeline=is_pipeline)
+    at_once = _samples_validated_at_once(model, content, hp)
+    facts = describe_model(model, sample, device.name, hp.values, is_pipeline=is_pipeline, validated_at_once=at_once)
     if is_wanted(model):
         facts["loss_bytes"], facts["loss_failure"] = loss_bytes(model, sample, device)
+        if at_once is not None:
+            loss = validation_loss_bytes(model, sample, device, at_once, facts["loss_bytes"])
+            facts["validation_bytes"] = loss and loss + at_once * sum(map(bytes_per_row, keras.tree.flatten(sample[0])))
     facts["identity"] = {**describe_training(model, hp.values), "device": device.name}
     return {**facts, "appeared": appeared(hp, hyperparameters)}
 
@@ -171,6 +175,7 @@ def probe(
         accumulation_steps=tuple(accumulation_steps),
         ghost_batch_size=hp.values.get("ghost_batch_size"),
         is_pipeline=is_pipeline,
+        validation_batch_size=_samples_validated_at_once(model, content, hp),
         device=device,
         on_out_of_memory=end,
         recorder=recorder,
@@ -190,15 +195,31 @@ def _some_data(model: Any, content: dict[str, Any], hp: Any) -> tuple[Any, ...]:
 
 def _samples(model: Any, content: dict[str, Any], hp: Any) -> tuple[Callable[[int], Any], bool]:
     """Returns a function for the first samples of the training data, and whether training gets them as batches."""
-    given = user_data.input_arguments(content["fit_args"], content["fit_kwargs"])
-    fit = own_fit(getattr(content["hypermodel"], "hypermodel", None))
-    if given[0] is None and fit is not None:
-        own = arguments_of_fit(fit, hp, model, content["fit_args"], content["fit_kwargs"])
-        given = own.get("x"), own.get("y"), own.get("sample_weight")
-    x, y, sample_weight = user_data.resolve(*given)
+    given = _arguments_of_fit(model, content, hp)
+    x, y, sample_weight = user_data.resolve(given.get("x"), given.get("y"), given.get("sample_weight"))
     is_batched = not user_data.is_tf_dataset(x) or user_data.has_batches(model, x)
 
     def first(count: int) -> Any:
         return user_data.first_samples(x, y, sample_weight, count=count, is_batched=is_batched)
 
     return first, user_data.is_pipeline(x)
+
+
+def _samples_validated_at_once(model: Any, content: dict[str, Any], hp: Any) -> int | None:
+    """Returns the samples of a batch of validation in a trial; None if they are those of a micro-batch."""
+    smallest = min(getattr(content["hypermodel"], "micro_batch_sizes", (1,)))
+    given = _arguments_of_fit(model, content, hp)
+    at_once = user_data.samples_validated_at_once(model, given.get("validation_batch_size"), smallest)
+    if at_once is None:
+        return None
+    most = user_data.most_validation_samples(given)
+    return at_once if most is None else min(at_once, most) or None
+
+
+def _arguments_of_fit(model: Any, content: dict[str, Any], hp: Any) -> dict[str, Any]:
+    """Returns the arguments of `model.fit`; without data, those that a HyperModel's own `fit` passes to it."""
+    x, y, sample_weight = user_data.input_arguments(content["fit_args"], content["fit_kwargs"])
+    fit = own_fit(getattr(content["hypermodel"], "hypermodel", None))
+    if x is None and fit is not None:
+        return arguments_of_fit(fit, hp, model, content["fit_args"], content["fit_kwargs"])
+    return {**content["fit_kwargs"], "x": x, "y": y, "sample_weight": sample_weight}

@@ -93,8 +93,8 @@ def test_the_matrix_of_an_in_batch_loss_is_predicted_from_small_windows(monkeypa
     pairs = np.random.default_rng(0).normal(size=(2048, 2, 64)).astype("float32"), np.zeros((2048, 1), "float32")
     profile = accumtune.profile(build_two_towers, *pairs, micro_batch_sizes=(4, 16))
     monkeypatch.setattr(Profiler._probe, "__defaults__", ((128,), None))
-    (measured,) = accumtune.profile(build_two_towers, *pairs, micro_batch_sizes=(16,)).measurements
-    assert measured.accumulation_steps == 128
+    *_, measured = accumtune.profile(build_two_towers, *pairs, micro_batch_sizes=(16,)).measurements
+    assert (measured.micro_batch_size, measured.accumulation_steps) == (16, 128)
     predicted = profile.predict_peak_memory(16, 128)
     assert predicted == pytest.approx(measured.peak_memory_bytes, rel=0.15)
     assert replace(profile, loss_bytes=(0, 0, 0)).predict_peak_memory(16, 128) < 0.7 * measured.peak_memory_bytes

@@ -131,6 +131,26 @@ def test_a_loss_that_compares_all_samples_with_each_other_is_counted():
     ) > 4 * profile.predict_peak_memory(8, 4)
 
 
+def test_a_loss_of_all_validation_samples_is_counted_at_every_pair():
+    """It takes 60 MiB beside 30 and accumulators of 10, a sample 1 MiB and a pair of samples 12 bytes."""
+
+    def point(size, steps, limit_mib=None):
+        return measured(size, steps, max(40, 30 + size, 30 + 60) + 10 * (steps - 1), limit_mib=limit_mib)
+
+    points = [point(size, steps) for size in (4, 8, 40) for steps in (1, 2)]
+    profile = profile_of(*points, loss_bytes=(0, 12, 0), validation_bytes=60 * MIB)
+    assert profile.predict_peak_memory(4, 2) == 100 * MIB and not profile.fits(4, 2, 90 * MIB)
+    assert profile.predict_peak_memory(4, 1024) == pytest.approx((40 + 12 * 16) * MIB, rel=0.01)
+    # Otherwise what validation takes would be there beside the loss of a window.
+    blind = replace(profile, validation_bytes=0)
+    assert blind.predict_peak_memory(4, 1024) == pytest.approx((100 + 12 * 16) * MIB, rel=0.01)
+    assert "smaller validation_batch_size" in profile.what_the_window_takes(4, 2)
+    assert "smaller effective batch" in profile.what_the_window_takes(4, 4096)
+    # If validation does not fit, nothing does, not even a smaller window.
+    failed = profile.with_measurement(measured(4, 8, None, limit_mib=110))
+    assert profile.fits(4, 2, 112 * MIB) and not failed.fits(4, 2, 112 * MIB)
+
+
 def test_what_a_loss_takes_is_told_from_three_batches():
     n = 64
     for per in [(1000, 0, 0), (1000, 12, 0), (0, 12, 0), (0, 0, 4), (0, 12, 4)]:

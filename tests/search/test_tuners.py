@@ -222,6 +222,40 @@ def test_losses_over_the_batch_are_searched_over_effective_batches_and_said_to_b
     assert config.verify(build_correlated, X, Y, peak_tolerance=1.0).peak_memory_bytes < 2**22
 
 
+def build_pairs_of_views(hp):
+    def in_batch_softmax(y_true, y_pred):
+        logits = keras.ops.matmul(y_pred[:, 0], keras.ops.transpose(y_pred[:, 1]))
+        partners = keras.ops.arange(keras.ops.shape(logits)[0])
+        return keras.losses.sparse_categorical_crossentropy(partners, logits, from_logits=True)
+
+    model = keras.Sequential([keras.Input((2, 8)), keras.layers.Dense(8)])
+    model.compile("adam", in_batch_softmax)
+    return model
+
+
+@pytest.mark.skipif(keras.backend.backend() == "torch", reason="on a CPU torch counts the pages of the process")
+def test_the_loss_of_all_validation_samples_is_in_the_predicted_peak(tmp_path):
+    """1,200² pairs take some 10 MiB, a window of 64 samples takes next to nothing."""
+    views, nothing = np.random.default_rng(0).normal(size=(1200, 2, 8)).astype("float32"), np.zeros((1200, 1))
+
+    def searched(validation_batch_size, budget):
+        sizes = {"micro_batch_sizes": (16,), "accumulation_steps": (4,), "memory_budget": budget}
+        tuner = make(tmp_path / budget, build=build_pairs_of_views, max_trials=1, **sizes)
+        options = {"validation_batch_size": validation_batch_size, "epochs": 1, "verbose": 0}
+        tuner.search(views, nothing, validation_data=(views, nothing), **options)
+        (trial,) = tuner.record().trials
+        return trial
+
+    trial = searched(1200, "32MiB")
+    assert trial.status == "completed" and trial.peak_memory_bytes > 5 * 2**20
+    assert trial.predicted_peak_memory_bytes == pytest.approx(trial.peak_memory_bytes, rel=0.1)
+    # The negative control: so much is predicted where validation takes 32 at once.
+    assert searched(32, "31MiB").predicted_peak_memory_bytes < 2**20
+    # It cannot be made to fit by another pair, and says what can.
+    with pytest.raises(errors.BudgetTooSmallError, match="smaller validation_batch_size"):
+        searched(1200, "4MiB")
+
+
 def test_a_search_may_take_a_mean_of_the_losses_of_micro_batches(tmp_path):
     """Then the micro-batch decides, is searched, and is what the configuration trains with."""
     sizes = {"micro_batch_sizes": (4,), "accumulation_steps": (2,)}

@@ -64,6 +64,8 @@ def _is_open(profile: Profile, size: int, budget_bytes: int | None) -> bool:
     if size < SMALLEST_PROBE_STEP * measured[-1]:
         return False
     if not profile.shows_slope:
+        if size <= 2 * measured[0] and profile.is_peak_of_validation(measured[0], 1):
+            return True  # what grows with the micro-batch is less
         peak = min(m.peak_memory_bytes for m in profile.measurements if m.peak_memory_bytes is not None)
         # Up to twice the size, any room is enough.
         growth = (1 + size / measured[0]) / 2 if size > 2 * measured[0] else 1 + MARGIN

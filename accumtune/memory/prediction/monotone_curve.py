@@ -78,7 +78,7 @@ class Curve:
         most_static: an upper bound of `static`.
 
     Attributes:
-        static: the value without any sample: the smallest point, less what its samples take.
+        static: the value without any sample: the smallest point, less what its samples take if the slope is known.
         doubt: how much steeper the curve may be beyond the last point. If the last chord begins at the update floor,
             the curve leaves the floor somewhere along it. The line that it then follows starts, at x = 0, from at
             least half of the floor (parameters and slots, without gradients).
@@ -90,7 +90,8 @@ class Curve:
         self._x = np.array(sorted(points), dtype=float)
         self._y = np.maximum.accumulate(np.array([points[int(x)] for x in self._x]))
         self.slope = max(0.0, float(self._y[-1] / self._x[-1])) if slope is None else slope
-        self.static = min(float(self._y[0] - self.slope * self._x[0]), most_static)
+        taken = 0.0 if slope is None else self.slope * float(self._x[0])
+        self.static = min(float(self._y[0]) - taken, most_static)
         steepest = (self._y[-1] - 0.5 * self._y[0]) / self._x[-1]
         self.doubt = 0.0 if _is_straight(self._x, self._y) else max(0.0, float(steepest) - self.slope)
 

@@ -66,6 +66,7 @@ class Profile:
             the device at once, as a pipeline's batches are; 0 if each micro-step takes its samples from arrays.
         loss_bytes: the bytes per sample, per pair and per triple of samples that a loss over the whole effective batch
             needs between the two passes, outputs and targets included; zeros for other losses.
+        validation_bytes: what such a loss of validation's samples needs, their data included.
         traces: the probes' requests to the allocator, a trace per micro-batch size, where they were recorded.
         estimates: points below the smallest measured size that were not measured (`similar_profile`).
     """
@@ -77,6 +78,7 @@ class Profile:
     memory_budget_bytes: int | None = None
     sample_bytes: int = 0
     loss_bytes: tuple[float, ...] = NO_LOSS
+    validation_bytes: int = 0
     traces: tuple[Trace, ...] = ()
     estimates: tuple[Measurement, ...] = ()
     _peaks: MeasuredPeaks = field(init=False, repr=False, compare=False)
@@ -202,7 +204,8 @@ class Profile:
         """Returns whether a step runs under a limit of `budget_bytes`, as measured, or as predicted with a margin."""
         samples = micro_batch_size * accumulation_steps
         if any(
-            self.is_peak_of_the_loss(point.micro_batch_size, point.accumulation_steps) and _samples_of(point) <= samples
+            self.is_peak_of_the_loss(point.micro_batch_size, point.accumulation_steps)
+            and (_samples_of(point) <= samples or self._is_most_in_validation(_samples_of(point)))
             for point in self._failures(budget_bytes)
         ):
             return False  # a smaller micro-batch would not help
@@ -212,8 +215,9 @@ class Profile:
             largest_that_ran = self._largest_that_ran(group_of(accumulation_steps))
             if micro_batch_size > min(largest_that_ran, failed - 1):
                 return False
-        # Without the window's data on the device, all steps from the second on are alike.
-        steps = accumulation_steps if self._keeps_window else group_of(accumulation_steps)
+        # Without the window's data on the device, or if validation takes more, all steps from the second on are alike.
+        is_window = self._keeps_window and not self.is_peak_of_validation(micro_batch_size, accumulation_steps)
+        steps = accumulation_steps if is_window else group_of(accumulation_steps)
         for point in self.measurements:
             is_larger = point.micro_batch_size >= micro_batch_size and point.accumulation_steps >= steps
             if is_larger and point.has_run_within(budget_bytes):
@@ -299,6 +303,13 @@ class Profile:
         at_once = self._moment_peak(micro_batch_size, accumulation_steps)
         return self._peak_with_room(micro_batch_size, accumulation_steps) <= at_once
 
+    def is_peak_of_validation(self, micro_batch_size: int, accumulation_steps: int) -> bool:
+        """Returns whether the peak is that of a loss over a batch of validation, which is the same for any pair."""
+        if not self._is_most_in_validation(micro_batch_size * accumulation_steps) or not self._peaks:
+            return False
+        at_once = self._moment_peak(micro_batch_size, accumulation_steps)
+        return self._peak_with_room(micro_batch_size, accumulation_steps) <= (1 + MARGIN) * at_once
+
     def is_failure_of_the_loss(self, failed: Measurement) -> bool:
         """Returns whether a pair ran out of memory for its loss over the whole window, whatever its micro-batch."""
         pair = failed.micro_batch_size, failed.accumulation_steps
@@ -312,6 +323,11 @@ class Profile:
         kept = max(self.sample_bytes * samples, self.bytes_at_once(samples) if any(self.loss_bytes) else 0)
         if kept <= self.predict_peak_memory(micro_batch_size, accumulation_steps) / 2:
             return ""
+        if self._is_most_in_validation(samples):
+            return (
+                f", of which {format_bytes(kept)} hold the samples that validation takes at once and their loss; a "
+                "smaller validation_batch_size needs less"
+            )
         return (
             f", of which {format_bytes(kept)} hold the effective batch's data, or its outputs and their loss over the "
             "whole batch; a smaller effective batch needs less"
@@ -346,7 +362,17 @@ class Profile:
         return int(np.ceil(self._peaks.static(accumulation_steps) + moment))
 
     def bytes_at_once(self, effective_batch_size: int) -> int:
-        """Returns what an effective batch needs while no micro-batch runs: its data, or its outputs and their loss."""
+        """Returns what an effective batch, or validation's batch, needs while no micro-batch runs.
+
+        That is its data, or its outputs and their loss.
+        """
+        return max(self._at_once_in_training(effective_batch_size), self.validation_bytes)
+
+    def _is_most_in_validation(self, effective_batch_size: int) -> bool:
+        """Returns whether validation's batch needs more at once than the effective batch."""
+        return self.validation_bytes > self._at_once_in_training(effective_batch_size)
+
+    def _at_once_in_training(self, effective_batch_size: int) -> int:
         loss = sum(per * float(effective_batch_size) ** power for power, per in enumerate(self.loss_bytes, start=1))
         return max(2 * self.sample_bytes * effective_batch_size, int(np.ceil(loss)))
 

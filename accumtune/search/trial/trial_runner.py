@@ -273,6 +273,12 @@ class TrialRunner:
         self._profiler.learn(profile.signature, failed)
         if profile.is_failure_of_the_loss(failed):
             takes = format_bytes(profile.bytes_at_once(pair.effective_batch_size))
+            if profile.is_peak_of_validation(pair.micro_batch_size, pair.accumulation_steps):
+                reason = (
+                    f"validation ran out of memory: its loss over validation_batch_size samples at once takes about "
+                    f"{takes} with them, whatever the batches of training; a smaller validation_batch_size needs less"
+                )
+                return TrialResult("infeasible", values, reason=reason)
             reason = (
                 f"the loss over all {pair.effective_batch_size} samples at once, which takes about {takes} by itself, "
                 "ran out of memory; no smaller micro-batch needs less, a smaller effective batch does"
@@ -347,9 +353,15 @@ def _crashes(journal: Journal) -> int:
 
 
 def _why_infeasible(profile: Profile, values: Mapping[str, Any], budget: int | None, smallest: int) -> str:
-    if not profile.measurements:
+    has_run = any(measurement.is_feasible for measurement in profile.measurements)
+    if not has_run and profile.validation_bytes > (budget or 0) / 2:
+        why = (
+            f"validation's samples and their loss take about {format_bytes(profile.validation_bytes)} at once; a "
+            "smaller validation_batch_size needs less"
+        )
+    elif not profile.measurements:
         why = "its parameters alone are larger"
-    elif any(measurement.is_feasible for measurement in profile.measurements):
+    elif has_run:
         effective = values["effective_batch_size"]
         predicted = profile.predict_peak_memory(smallest, effective // smallest)
         why = f"predicted {format_bytes(predicted)}{profile.what_the_window_takes(smallest, effective // smallest)}"

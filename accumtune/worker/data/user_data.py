@@ -108,6 +108,7 @@ def feed_by_batches(
     from accumtune.accumulation.patched_attributes import replaced
 
     keras_fit = model.fit
+    by_default = test_step_batch_size or micro_batch_size
 
     @functools.wraps(keras_fit)
     def fit(*args: Any, **kwargs: Any) -> Any:
@@ -122,12 +123,11 @@ def feed_by_batches(
         asked = given.get("validation_batch_size")
         size = asked or _METRIC_BATCH_SIZE
         given = _with_training_batches(model, given, effective_batch_size)
-        is_whole = is_wanted(model)  # such a model concatenates its predictions for a batch's micro-batches
-        tested = asked or test_step_batch_size if has_own_test_step(model) else None
-        given = _with_validation_batches(model, given, size if is_whole else tested or micro_batch_size, size)
+        at_once = samples_validated_at_once(model, asked, by_default)
+        given = _with_validation_batches(model, given, at_once or micro_batch_size, size)
         sizes = {
-            "_accumtune_metric_batch_size": None if is_whole else size,
-            "_accumtune_test_step_batch_size": tested,
+            "_accumtune_metric_batch_size": None if is_wanted(model) else size,
+            "_accumtune_test_step_batch_size": asked or by_default if has_own_test_step(model) else None,
         }
         try:
             with replaced(model, sizes):
@@ -139,6 +139,33 @@ def feed_by_batches(
             raise refusal from error
 
     model.fit = fit
+
+
+def samples_validated_at_once(model: Any, asked: int | None, test_step_batch_size: int) -> int | None:
+    """Returns the samples of a batch of validation; None if they are those of a micro-batch.
+
+    Args:
+        asked: the user's `validation_batch_size`.
+        test_step_batch_size: for a model with a `test_step` of its own, where the user asks for nothing.
+    """
+    from accumtune.accumulation.losses.whole_batch_loss import is_wanted
+    from accumtune.accumulation.own_step.own_train_step import has_own_test_step
+
+    if is_wanted(model):  # it joins its predictions for a batch's micro-batches
+        return asked or _METRIC_BATCH_SIZE
+    return asked or test_step_batch_size if has_own_test_step(model) else None
+
+
+def most_validation_samples(given: Mapping[str, Any]) -> int | None:
+    """Returns the number of validation samples among the arguments of `fit`; None if it is unknown."""
+    validation_data, x = given.get("validation_data"), given.get("x")
+    if validation_data is None:
+        split = given.get("validation_split") or 0.0
+        if not split or is_data_function(x) or is_pipeline(x):
+            return None if split else 0
+        return number_of_rows(x) - int(number_of_rows(x) * (1 - split))
+    parts = validation_data if isinstance(validation_data, (tuple, list)) else (validation_data,)
+    return None if any(is_data_function(leaf) or is_pipeline(leaf) for leaf in parts) else number_of_rows(parts[0])
 
 
 def fit_by_default(model: Any, effective_batch_size: int) -> Any:

@@ -24,7 +24,13 @@ _ENVIRONMENT = ("TF_ENABLE_ONEDNN_OPTS", "TF_XLA_FLAGS", "XLA_FLAGS", "PYTORCH_C
 
 
 def describe_model(
-    model: Any, sample: Any, device: str, hyperparameters: Mapping[str, Any], *, is_pipeline: bool = False
+    model: Any,
+    sample: Any,
+    device: str,
+    hyperparameters: Mapping[str, Any],
+    *,
+    is_pipeline: bool = False,
+    validated_at_once: int | None = None,
 ) -> dict[str, Any]:
     """Returns the facts about a model that a search needs before it trains.
 
@@ -34,6 +40,7 @@ def describe_model(
         device: where it will run.
         hyperparameters: the values that it was built with.
         is_pipeline: whether training gets whole batches, instead of taking samples from arrays.
+        validated_at_once: the samples of a batch of validation; None: those of a micro-batch.
 
     Returns:
         `signature` (32 hexadecimal digits); `device`; `parameters`, the number of trainable ones; `static_bytes`, their
@@ -69,6 +76,8 @@ def describe_model(
         "measured_as": _HOW_IT_IS_MEASURED,
         "device": device,
     }
+    if validated_at_once is not None:
+        facts["validated_at_once"] = validated_at_once
     if outputs:
         facts["outputs"] = outputs
     if hyperparameters.get("ghost_batch_size") is not None:
