@@ -35,6 +35,9 @@ class AccumtuneError(Exception):
         fix: what to do about it.
     """
 
+    # Keras leaves an error in a layer's call as it is, instead of putting `args[0]` alone into a new one.
+    _keras_call_info_injected = True
+
     def __init__(self, received: str, expected: str = "", fix: str = "") -> None:
         super().__init__(received, expected, fix)
         self.received = received

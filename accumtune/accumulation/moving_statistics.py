@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from accumtune.accumulation.patched_attributes import replaced
+from accumtune.errors import ModelError
 
 
 @dataclass
@@ -116,9 +117,35 @@ class Notes:
 
     def __init__(self) -> None:
         self._lists: dict[int, list[Moments]] = {}
+        self._graph = _graph()
 
     def mine(self) -> list[Moments]:
         return self._lists.setdefault(threading.get_ident(), [])
+
+    def add(self, moments: Moments) -> None:
+        """Adds the moments of this thread's next normalization.
+
+        Raises:
+            ModelError: it runs within a TensorFlow loop or condition, whose values end with it.
+        """
+        if _graph() is not self._graph:
+            raise ModelError(
+                f"Received {moments.layer.name!r}, a BatchNormalization in a loop or condition, such as an RNN's cell.",
+                "normalizations that run once, or several times in sequence, in a forward pass.",
+                "unroll the loop (RNN(..., unroll=True)), use LayerNormalization, or freeze it (trainable = False).",
+            )
+        self.mine().append(moments)
+
+
+def _graph() -> Any:
+    """Returns the TensorFlow graph that is being traced; None without one."""
+    import keras
+
+    if keras.backend.backend() != "tensorflow":
+        return None
+    import tensorflow as tf
+
+    return None if tf.executing_eagerly() else tf.compat.v1.get_default_graph()
 
 
 @contextlib.contextmanager
@@ -179,7 +206,7 @@ def see(layer: Any, number: Any, mean: Any, variance: Any) -> None:
     if notes is None:
         moved([layer], packed([moments]))
     else:
-        notes.mine().append(moments)
+        notes.add(moments)
 
 
 def keeps_statistics(layer: Any) -> bool:
@@ -215,7 +242,7 @@ def _noting(layer: Any, notes: Notes, may_be_empty: bool) -> Any:
                 number = ops.sum(ops.broadcast_to(ops.expand_dims(valid, -1), ops.shape(inputs)), others)
         if may_be_empty:  # the mean of no samples is NaN, which would spread to the gradients of all replicas
             mean, variance = (ops.where(number > 0, value, ops.zeros_like(value)) for value in (mean, variance))
-        notes.mine().append(Moments(layer, number, ops.stop_gradient(mean), ops.stop_gradient(variance)))
+        notes.add(Moments(layer, number, ops.stop_gradient(mean), ops.stop_gradient(variance)))
         return mean, variance
 
     return call

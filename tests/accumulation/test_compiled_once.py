@@ -54,6 +54,20 @@ def test_each_function_is_traced_once_per_shape(how, batch_size, layers):
         assert traces(model) == [0, 1, 2, 1]
 
 
+@pytest.mark.skipif(BACKEND != "jax", reason="elsewhere the first micro-step has a function of its own")
+def test_an_own_step_has_one_program_for_all_micro_steps_but_the_last():
+    class OwnStep(keras.Sequential):
+        def train_step(self, *arguments):
+            return super().train_step(*arguments)
+
+    model = OwnStep([keras.Input((4,)), keras.layers.BatchNormalization(), keras.layers.Dense(2)])
+    model.compile("sgd", "mse", metrics=["mae"])
+    accumulate(model, 2).fit(**regression(EFFECTIVE), batch_size=EFFECTIVE, epochs=3, verbose=0)
+    engine = model.train_function
+    functions = engine._first, *engine._begin.values(), engine._next, engine._last
+    assert [function._cache_size() for function in functions] == [0, 1, 1, 1]
+
+
 def counting_compiler(monkeypatch):
     import torch
     from torch._dynamo.testing import CompileCounter

@@ -305,6 +305,102 @@ def test_batches_of_fit_that_would_divide_a_group():
         trained(*MODELS["masked"], accumulation_steps=2, batch_size=6)
 
 
+def sequence_data():
+    return {"x": numbers(SAMPLES, 5, 3), "y": numbers(SAMPLES, 5, 2, seed=1)}
+
+
+def of_sequences(*inner):
+    def build():
+        model = keras.Sequential([keras.Input((5, 3)), *(make() for make in inner), layers.Dense(2)])
+        model.compile(keras.optimizers.SGD(0.1, momentum=0.9), "mse")
+        return model
+
+    return build
+
+
+def tower():
+    return keras.Sequential([keras.Input((3,)), layers.Dense(4), layers.BatchNormalization(momentum=0.9)])
+
+
+class Cell(layers.Layer):
+    """A cell of an RNN, with a normalization."""
+
+    state_size = output_size = 3
+
+    def build(self, shape):
+        self.dense, self.normalization = layers.Dense(3), layers.BatchNormalization()
+        self.dense.build(shape)
+        self.normalization.build((None, 3))
+
+    def call(self, inputs, states, training=None):
+        state = ops.tanh(self.normalization(self.dense(inputs) + states[0], training=training))
+        return state, [state]
+
+
+@pytest.mark.parametrize(
+    "inner",
+    [
+        lambda: layers.TimeDistributed(layers.BatchNormalization(momentum=0.9)),  # one after the other, all steps
+        lambda: layers.TimeDistributed(tower()),
+        lambda: layers.RNN(Cell(), return_sequences=True, unroll=True),
+    ],
+)
+def test_a_normalization_that_runs_once_for_each_time_step(inner):
+    whole = trained(of_sequences(inner), sequence_data(), micro_batch_size=EFFECTIVE)
+    parts = trained(of_sequences(inner), sequence_data(), micro_batch_size=GHOST)
+    assert_same_training(parts, whole, TOLERANCE)
+
+
+def test_a_nested_model_that_is_used_twice():
+    def build():
+        inner, inputs = tower(), [keras.Input((3,)), keras.Input((3,))]
+        model = keras.Model(inputs, layers.Dense(2)(layers.Subtract()([inner(one) for one in inputs])))
+        model.compile(keras.optimizers.SGD(0.1, momentum=0.9), "mse")
+        return model
+
+    data = {"x": [numbers(SAMPLES, 3), numbers(SAMPLES, 3, seed=2) + 2], "y": numbers(SAMPLES, 2, seed=1)}
+    whole, parts = (trained(build, data, micro_batch_size=size) for size in (EFFECTIVE, GHOST))
+    assert_same_training(parts, whole, TOLERANCE)
+
+
+@pytest.mark.skipif(BACKEND != "tensorflow", reason="its own loops and functions")
+def test_a_normalization_in_a_loop_is_refused_with_the_way_out():
+    build = of_sequences(lambda: layers.RNN(Cell(), return_sequences=True))
+    with pytest.raises(ModelError, match=r"in a loop(.|\n)*Fix: unroll"):
+        trained(build, sequence_data(), micro_batch_size=GHOST)
+
+
+@pytest.mark.skipif(BACKEND != "tensorflow", reason="its own loops and functions")
+def test_a_layer_whose_call_is_a_function():
+    """Plain training has traced it before, with plain normalization."""
+    import tensorflow as tf
+
+    class Block(layers.Layer):
+        def build(self, shape):
+            self.normalization = layers.BatchNormalization(momentum=0.9)
+            self.normalization.build(shape)
+
+        def call(self, inputs, training=None):
+            return tf.tanh(self.normalization(inputs, training=training))
+
+    class Function(Block):
+        call = tf.function(Block.call)
+
+    def build():
+        model = of_sequences(Function)()
+        weights = model.get_weights()
+        data = sequence_data()
+        for size in (GHOST, EFFECTIVE):
+            model.fit(data["x"][:size], data["y"][:size], batch_size=size, verbose=0)
+        model.set_weights(weights)
+        model.compile(keras.optimizers.SGD(0.1, momentum=0.9), "mse")
+        return model
+
+    whole = trained(of_sequences(Block), sequence_data(), micro_batch_size=EFFECTIVE)
+    for size in (EFFECTIVE, GHOST):
+        assert_same_training(trained(build, sequence_data(), micro_batch_size=size), whole, TOLERANCE)
+
+
 class OwnCall(layers.BatchNormalization):
     def call(self, inputs, training=None, mask=None):
         return super().call(inputs, training=training, mask=mask)

@@ -1,5 +1,6 @@
 """Models with a `train_step` of their own: exact against their own step at the effective batch, or refused."""
 
+import contextlib
 import itertools
 
 import keras
@@ -670,6 +671,189 @@ def test_a_step_that_hands_on_other_gradients_than_in_its_trial_is_refused():
     changes = True
     with pytest.raises(CustomTrainStepError, match="other gradients"):
         trained(model, *data(26))
+
+
+def test_a_step_that_adds_up_gradients_of_several_calls_is_refused():
+    """By a condition; on torch by one of Python's on a variable, whose first call updates and whose second does not."""
+
+    class AddsUp(OwnStep):
+        def __init__(self, net):
+            super().__init__(net)
+            self.calls = self.add_weight(shape=(), initializer="zeros", dtype="int32", trainable=False)
+
+        def update(self, *arguments):
+            if BACKEND == "tensorflow":
+                own_update = super().update
+                self.calls.assign(self.calls + 1)
+                return ops.cond(self.calls % 2 == 0, lambda: own_update(*arguments) or 0, lambda: 0)
+            if BACKEND == "jax":
+                optimizer, gradients, trainable = arguments
+                own_update = super().update
+                return ops.cond(
+                    optimizer[0] % 2 == 0,
+                    lambda: own_update(optimizer, gradients, trainable),
+                    lambda: (trainable, optimizer),
+                )
+            is_first = int(self.calls.value) % 2 == 0
+            self.calls.assign(self.calls + 1)
+            return super().update(*arguments) if is_first else None
+
+    with pytest.raises(CustomTrainStepError, match=r"condition|does not update once(.|\n)*Fix: update in every step"):
+        trained(accumulate(make(AddsUp), micro_batch_size=5), *data(26))
+
+
+@pytest.mark.skipif(BACKEND == "jax", reason="a step on JAX does not assign to weights")
+def test_a_second_gradient_at_changed_weights_is_refused():
+    """As in sharpness-aware minimization."""
+
+    class Sharpness(OwnStep):
+        def train_step(self, data):
+            for weight in self.net.trainable_weights:
+                weight.assign(weight + 0.01)
+            return super().train_step(data)
+
+    check_refused(Sharpness, "after it has changed weights")
+
+
+def test_logs_with_a_number_for_each_sample_are_refused():
+    class Each(OwnStep):
+        def objective(self, data):
+            losses = ops.mean(ops.square(self.net(data[0], training=True) - data[1]), axis=1)
+            return ops.mean(losses), losses
+
+        def track(self, loss, losses):
+            return {**super().track(loss), "losses": losses}
+
+    check_refused(Each, "a number for each sample")
+
+
+@pytest.mark.skipif(BACKEND == "jax", reason="a step on JAX is traced, not run")
+def test_another_loss_that_an_attribute_chooses_is_tested_too():
+    class Chooses(OwnStep):
+        is_late = False
+
+        def objective(self, data):
+            loss = super().objective(data)
+            return ops.sqrt(loss) if self.is_late else loss
+
+    model = accumulate(make(Chooses, eager=True), micro_batch_size=5)
+    trained(model, *data(26))
+    model.is_late = True
+    with pytest.raises(CustomTrainStepError, match="not linear"):
+        trained(model, *data(26))
+
+
+class InFunctions(Averaged):
+    def update(self, gradients, weights):
+        self.apply(gradients)
+
+    def apply(self, gradients):
+        self.optimizer.apply(gradients, self.trainable_weights)
+
+
+@pytest.mark.skipif(BACKEND != "tensorflow", reason="its own functions")
+@pytest.mark.parametrize("was_trained", [False, True])
+@pytest.mark.parametrize("name", ["train_step", "objective", "apply", "after", "track"])
+def test_functions_of_the_user_run_as_parts_of_the_step(name, was_trained, monkeypatch):
+    """Also if plain training has traced them before. The control calls the traces."""
+    import tensorflow as tf
+
+    from accumtune.accumulation.engines import engine_tensorflow
+
+    step = type("Step", (InFunctions,), {name: tf.function(getattr(InFunctions, name))})
+
+    def made():
+        model = make(step)
+        model.optimizer.build(model.trainable_variables)
+        variables = [*model.variables, *model.optimizer.variables]
+        before = [variable.numpy() for variable in variables]
+        for size in (12, 5, 2) if was_trained else ():
+            trained(model, *data(size), batch_size=size)
+        for variable, value in zip(variables, before, strict=True):
+            variable.assign(value)
+        return model
+
+    def difference():
+        weights, logs = trained(accumulate(made(), micro_batch_size=5), *data(26))
+        return max(
+            *(float(np.max(np.abs(a - b))) for a, b in zip(plain, weights, strict=True)),
+            max(abs(a - b) for a, b in zip(history["loss"], logs["loss"], strict=True)),
+        )
+
+    plain, history = trained(made(), *data(26))
+    assert difference() < 1e-7
+    if was_trained and name in ("after", "track"):
+        monkeypatch.setattr(engine_tensorflow, "inlined_functions", lambda: lambda function: function)
+        assert difference() > 1e-4
+
+
+@pytest.mark.skipif(BACKEND != "tensorflow", reason="its own functions")
+def test_loops_in_functions_of_the_user_are_converted():
+    import tensorflow as tf
+
+    class Loops(OwnStep):
+        @tf.function
+        def total(self, values):
+            total = tf.zeros_like(values[:, 0])
+            for index in tf.range(tf.shape(values)[1]):
+                total += values[:, index]
+            return total
+
+        def objective(self, data):
+            return super().objective(data) + ops.mean(ops.square(self.total(self.net(data[0], training=True))))
+
+    check_equal(Loops)
+
+
+@pytest.mark.skipif(BACKEND != "jax", reason="JAX's own functions")
+def test_functions_that_jax_jit_has_traced_before_are_traced_again(monkeypatch):
+    """The trace of one micro-step would normalize and update the next one as that one. The control uses it."""
+    import jax
+
+    from accumtune.accumulation.own_step import own_step_jax
+
+    if not hasattr(jax, "make_user_context"):
+        pytest.skip("this JAX does not have it")
+
+    class Jitted(OwnStep):
+        def __init__(self, net):
+            super().__init__(net)
+            object.__setattr__(self, "jitted", jax.jit(self.loss_of))
+
+        def loss_of(self, trainable, non_trainable, x, y):
+            outputs, non_trainable = self.stateless_call(trainable, non_trainable, x, training=True)
+            return ops.mean(ops.square(outputs - y)), non_trainable
+
+        def train_step(self, state, data):
+            trainable, non_trainable, optimizer, metrics = state
+            (loss, non_trainable), gradients = jax.value_and_grad(self.jitted, has_aux=True)(
+                trainable, non_trainable, *data
+            )
+            trainable, optimizer = self.optimizer.stateless_apply(optimizer, gradients, trainable)
+            return {"loss": loss}, (trainable, non_trainable, optimizer, metrics)
+
+    def train(micro_batch_size, eager=False):
+        model = make(Jitted, [keras.layers.BatchNormalization], eager=eager)
+        return trained(accumulate(model, micro_batch_size=micro_batch_size, ghost_batch_size=4), *data(24))[0]
+
+    def difference(**how):
+        return max(float(np.max(np.abs(a - b))) for a, b in zip(train(12), train(4, **how), strict=True))
+
+    assert difference() < 1e-7
+    assert difference(eager=True) < 1e-7
+    monkeypatch.setattr(own_step_jax, "retraced_jits", lambda is_traced: contextlib.nullcontext())
+    assert difference() > 1e-4
+
+
+@pytest.mark.skipif(BACKEND != "jax", reason="JAX's own functions")
+def test_a_step_that_computes_activations_again_is_exact():
+    import jax
+
+    class Rematerialized(OwnStep):
+        def objective(self, data):
+            return jax.checkpoint(super().objective)(data)
+
+    check_equal(Rematerialized)
 
 
 @pytest.mark.skipif(BACKEND != "torch", reason="torch's own tools")

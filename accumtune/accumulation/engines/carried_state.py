@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 
 
@@ -15,6 +16,16 @@ def changed(values: list[Any], before: list[Any]) -> list[Any]:
 def with_changes(values: list[Any], before: list[Any]) -> list[Any]:
     """Undoes `changed`."""
     return [old if value is None else value for value, old in zip(values, before, strict=True)]
+
+
+def zeros(shapes: Any) -> Any:
+    """Returns arrays of zeros with these shapes and dtypes."""
+    return jax.tree.map(lambda one: jnp.zeros(one.shape, one.dtype), shapes)
+
+
+def copies(values: Any) -> Any:
+    """Returns arrays of the same values that may be used up."""
+    return jax.tree.map(lambda value: jnp.array(value, copy=True), values)
 
 
 def as_sums(gradients: list[Any]) -> list[Any]:

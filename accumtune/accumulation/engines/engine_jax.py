@@ -133,7 +133,7 @@ class JaxTraining:
         kind = jax.tree.structure(batch), tuple(shape[1:] for shape in feeding.shapes(batch))
         if kind not in self._begin:
             traced = self._first.trace(metrics, trainable, non_trainable, optimizer, batch, *weights)
-            step = functools.partial(self._begin_step, traced.out_info[1])
+            step = functools.partial(self._begin_step, traced.out_info)
             self._begin[kind] = self._jitted(step, self._carried)
         return self._begin[kind](non_trainable, metrics)
 
@@ -200,12 +200,16 @@ class JaxTraining:
         logs, gradients, moments, new, metrics = self._gradients(metrics, trainable, non_trainable, *inputs)
         return logs, (carrying.as_sums(gradients), moments, carrying.changed(new, non_trainable), metrics)
 
-    def _begin_step(self, shapes: Any, non_trainable: Any, metrics: Any) -> Any:
-        """Returns sums and moments of nothing, and copies, since micro-steps use up what they are given."""
-        sums, moments = jax.tree.map(lambda one: jnp.zeros(one.shape, one.dtype), shapes[:2])
+    def _begin_step(self, first: Any, non_trainable: Any, metrics: Any) -> Any:
+        """Returns sums and moments of nothing, and copies, since micro-steps use up what they are given.
+
+        Args:
+            first: the shapes of what `_first_step` returns.
+        """
+        _, shapes = first
         pairs = zip(shapes[2], non_trainable, strict=True)
         changed = [None if shape is None else value for shape, value in pairs]
-        return sums, moments, *jax.tree.map(lambda value: jnp.array(value, copy=True), (changed, metrics))
+        return *carrying.zeros(shapes[:2]), *carrying.copies((changed, metrics))
 
     def _next_step(self, carried: Any, trainable: Any, non_trainable: Any, *inputs: Any) -> tuple[Any, Any]:
         sums, moments_so_far, changed, metrics = carried

@@ -22,6 +22,7 @@ from accumtune.accumulation import building, moving_statistics, noise_scale, opt
 from accumtune.accumulation.coupling import known_samples
 from accumtune.accumulation.data import batches as feeding
 from accumtune.accumulation.engines import gradient_sums, tensor_slices
+from accumtune.accumulation.engines.inlined_functions import inlined_functions
 from accumtune.accumulation.engines.replicas import Replicas
 from accumtune.accumulation.ghost_batch import GhostBatches
 from accumtune.accumulation.losses import batch_metrics, loss_shares
@@ -225,7 +226,7 @@ class TensorFlowTraining:
     # The compiled functions
 
     def _compiled(self, function: Any, jit_compile: bool | None = None, around: Any = contextlib.nullcontext) -> Any:
-        function = self.replicas.run(function, around)
+        function = inlined_functions()(self.replicas.run(function, around))
         if self.model.run_eagerly:
             return function
         jit_compile = self.model.jit_compile if jit_compile is None else jit_compile

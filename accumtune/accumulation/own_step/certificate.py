@@ -24,7 +24,8 @@ from accumtune.errors import CustomTrainStepError
 _TOLERANCE = {"float64": 1e-9, "float32": 1e-4}
 _LOW_PRECISION = 2e-2
 
-_ONE_OPTIMIZER = "compute one gradient, and hand it once to self.optimizer (that of compile)."
+ONE_OPTIMIZER = "compute one gradient, and hand it once to self.optimizer (that of compile)."
+LEAVE_IT = "If it adds up the gradients of several calls, leave that to accumulate()."
 _LOSS = (
     "make the loss a mean over samples; leave train_step as it is and return the loss from compute_loss, where it is "
     "one over the batch; or train without accumulate."
@@ -230,11 +231,11 @@ def _check_apply(model: Any, run: Run) -> None:
         used = ", ".join(dict.fromkeys(run.other_optimizers))
         also = "besides that of compile " if run.applies else ""
         seen = f"it uses other optimizers {also}({used}): a later one needs what an earlier one has updated."
-        raise refusal(model, seen, _ONE_OPTIMIZER + " Networks that take turns (a GAN) train without accumulate.")
+        raise refusal(model, seen, ONE_OPTIMIZER + " Networks that take turns (a GAN) train without accumulate.")
     if not run.applies:
-        raise refusal(model, "it hands no gradients to self.optimizer.", _ONE_OPTIMIZER)
+        raise refusal(model, "it hands no gradients to self.optimizer.", f"{ONE_OPTIMIZER} {LEAVE_IT}")
     if run.applies > 1:
-        raise refusal(model, f"it updates {run.applies} times.", _ONE_OPTIMIZER)
+        raise refusal(model, f"it updates {run.applies} times.", ONE_OPTIMIZER)
 
 
 def _why_not_linear(rules: Rules, whole: Run, parts: list[Run]) -> str:
@@ -290,6 +291,10 @@ def _compare_scalars(whole: Run, parts: list[Run], findings: _Findings) -> None:
 
 def _compare_logs(whole: Run, parts: list[Run], findings: _Findings) -> None:
     columns = list(zip(*(part.logs for part in parts), strict=True))
+    pairs = zip(whole.logs, columns, strict=True)
+    if any(one.shape != value.shape for value, column in pairs for one in column):
+        seen = "it returns logs with a number for each sample."
+        raise refusal(findings.model, seen, "return one number for the batch, such as their mean.")
     findings.logs = findings.logs or [[LAST, MEAN, SUM] for _ in columns]
     for index, (value, column) in enumerate(zip(whole.logs, columns, strict=True)):
         findings.logs[index] = _allowed(value, column, findings.logs[index])

@@ -9,8 +9,9 @@ from typing import Any
 
 import keras
 
-from accumtune.accumulation.own_step.own_train_step import LAST, MEAN, SUM
+from accumtune.accumulation.own_step.own_train_step import LAST, MEAN, SUM, refusal
 from accumtune.accumulation.patched_attributes import replaced
+from accumtune.errors import CustomTrainStepError
 
 _SEED = "seed_generator_state"
 
@@ -53,6 +54,27 @@ def intercepted(optimizer: Any, handed: Handed) -> Iterator[None]:
 
     with replaced(optimizer, {"apply": apply, "apply_gradients": apply_gradients}):
         yield
+
+
+@contextlib.contextmanager
+def one_update(model: Any, handed: Handed) -> Iterator[None]:
+    """Does what `intercepted` does, and checks that the step in the block updates once, as when it was tested."""
+    calls = itertools.count(1)
+
+    def counted(gradients: list[Any], variables: list[Any], apply: Callable[[list[Any]], Any]) -> Any:
+        if next(calls) > 1:
+            raise _not_once(model)
+        return handed(gradients, variables, apply)
+
+    with intercepted(model.optimizer, counted):
+        yield
+    if next(calls) == 1:
+        raise _not_once(model)
+
+
+def _not_once(model: Any) -> CustomTrainStepError:
+    seen = "it does not update once in each call, as it did when it was tested."
+    return refusal(model, seen, "update in every step.")
 
 
 class Overlay(keras.StatelessScope):

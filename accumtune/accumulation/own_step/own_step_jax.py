@@ -16,11 +16,13 @@ from keras import tree
 from accumtune.accumulation import moving_statistics as statistics
 from accumtune.accumulation import noise_scale
 from accumtune.accumulation.coupling import known_samples
-from accumtune.accumulation.engines.carried_state import as_sums, changed, with_changes
+from accumtune.accumulation.engines.carried_state import as_sums, changed, copies, with_changes, zeros
 from accumtune.accumulation.engines.engine_jax import JaxTraining, _precision
 from accumtune.accumulation.own_step import interception
 from accumtune.accumulation.own_step import own_train_step as own
+from accumtune.accumulation.own_step import own_trial as trials
 from accumtune.accumulation.own_step import own_trial_jax as own_trial
+from accumtune.accumulation.own_step.retraced_jits import retraced_jits
 from accumtune.accumulation.patched_attributes import replaced
 from accumtune.accumulation.window import Accumulation, shares
 
@@ -33,6 +35,7 @@ class OwnStepJax(JaxTraining):
         if keras.distribution.distribution() is not None:
             raise own.refusal(model, "and it is spread over several devices.", "train it on one device.")
         self._form = 3
+        self._switches: dict[str, Any] = {}
         self._certificate: own.Certificate | None = None
         self._structure: Any = None
         self._only = self._jitted(self._whole_step, donate=(0,))
@@ -42,11 +45,12 @@ class OwnStepJax(JaxTraining):
 
     def _train(self, state: Any, window: list[Any]) -> tuple[Any, Any]:
         model = self.model
-        form, self._form = self._form, window[0].form
+        before, now = (self._form, self._switches), (window[0].form, trials.switches(model))
+        self._form, self._switches = now
         self._ghosts.check_window([part.samples for part in window])
         batch = window[0].take()
         known_samples.note(model, batch)
-        if self._certificate is None or form != self._form:
+        if self._certificate is None or now != before:
             self._certificate = own_trial.certified(model, state, [part.take for part in window], self._form)
             own.accept(model, self._certificate)
         if len(window) == 1:
@@ -54,11 +58,12 @@ class OwnStepJax(JaxTraining):
         trainable, non_trainable, optimizer, metrics = state
         samples = [part.samples for part in window]
         listener = noise_scale.listening(model, samples)
-        carried: Any = None
-        for index, share in enumerate(np.asarray(shares(samples), _precision())):
+        parts = np.asarray(shares(samples), _precision())
+        carried: Any = self._begun(state, batch, parts[0]) if self.is_jitted else None
+        for index, share in enumerate(parts):
             part = window.pop(0)
             batch = part.take() if index else batch
-            if not index:
+            if carried is None:
                 carried = self._first(metrics, trainable, non_trainable, optimizer, batch, share)
             elif window:
                 carried = self._next(carried, trainable, non_trainable, optimizer, batch, share)
@@ -73,8 +78,12 @@ class OwnStepJax(JaxTraining):
     # The jitted functions
 
     def _whole_step(self, state: Any, batch: Any) -> Any:
-        with self._ghosts.active(batch[0]):
+        with self._ghosts.active(batch[0]), retraced_jits(self.is_jitted):
             return self.model.train_step(state, interception.packed(batch, self._form))
+
+    def _begin_step(self, first: Any, non_trainable: Any, metrics: Any) -> Any:
+        """Returns sums, logs and moments of nothing, and copies, since micro-steps use up what they are given."""
+        return *zeros(first[:3]), *copies((metrics, _seeds(self.model, non_trainable)))
 
     def _first_micro_step(
         self, metrics: Any, trainable: Any, non_trainable: Any, optimizer: Any, batch: Any, share: Any
@@ -124,6 +133,7 @@ class OwnStepJax(JaxTraining):
             replaced(model.optimizer, {"stateless_apply": handed}),
             _moments_in_place(model, None if apply is None else so_far[2]) as counts,
             self._ghosts.active(batch[0]),
+            retraced_jits(self.is_jitted),
         ):
             logs, new = model.train_step(state, interception.packed(batch, self._form))
         self._structure = tree.map_structure(lambda _: None, logs)
@@ -211,10 +221,7 @@ def _moments_in_place(model: Any, so_far: Any) -> Iterator[list[tuple[Any, float
     class OfGroups:
         """Takes the statistics that a normalization in ghost batches records."""
 
-        def mine(self) -> OfGroups:
-            return self
-
-        def append(self, seen: statistics.Moments) -> None:
+        def add(self, seen: statistics.Moments) -> None:
             variables = seen.layer.moving_mean, seen.layer.moving_variance
             values = kept(seen.layer, seen.number, seen.mean, seen.variance)
             for variable, value in zip(variables, values, strict=True):

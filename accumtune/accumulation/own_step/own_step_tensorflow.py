@@ -30,6 +30,7 @@ class OwnStepTensorFlow(TensorFlowTraining):
         if self.replicas.number > 1:
             raise own.refusal(model, "and it is spread over several replicas.", "train it on one device.")
         self._form = 3
+        self._switches: dict[str, Any] = {}
         self._certificate: own.Certificate | None = None
         self._only = self._compiled(self._whole_step, around=self._whole_window)
         self._first = self._compiled(self._first_micro_step, around=self._recording)
@@ -38,11 +39,12 @@ class OwnStepTensorFlow(TensorFlowTraining):
 
     def _train(self, window: Window, is_sized: bool) -> Any:
         model = self.model
-        form, self._form = self._form, window[0][0].form
+        before, now = (self._form, self._switches), (window[0][0].form, trials.switches(model))
+        self._form, self._switches = now
         self._ghosts.check_window([step[0].samples for step in window])
         first = window[0][0].take()
         known_samples.note(model, first)
-        if self._certificate is None or form != self._form:
+        if self._certificate is None or now != before:
             self._certificate = own_trial.certified(model, [step[0].take for step in window], self._form)
             own.accept(model, self._certificate)
         if len(window) == 1:
@@ -120,7 +122,7 @@ class OwnStepTensorFlow(TensorFlowTraining):
         self._ghosts.see(batch[0])
         with (
             interception.weighed_scalars(model, share, known.scalars),
-            interception.intercepted(model.optimizer, handed),
+            interception.one_update(model, handed),
         ):
             logs = model.train_step(interception.packed(batch, self._form))
         self._structure = tree.map_structure(lambda _: None, logs)

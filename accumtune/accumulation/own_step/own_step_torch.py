@@ -31,6 +31,7 @@ class OwnStepTorch(TorchTraining):
         super().__init__(model, accumulation)
         self._certificate: own.Certificate | None = None
         self._form = 3
+        self._switches: dict[str, Any] = {}
         self._variables: list[Any] = []
         self._sums: list[Any] = []
         self._of_backward = own_gradients.SummedGradients(self._added)
@@ -42,8 +43,9 @@ class OwnStepTorch(TorchTraining):
         self._ghosts.check_window([part.samples for part in window])
         batch = window[0].take()
         known_samples.note(model, batch)
-        if self._certificate is None or form != self._form:
-            self._form = form
+        switches = trials.switches(model)
+        if self._certificate is None or (form, switches) != (self._form, self._switches):
+            self._form, self._switches = form, switches
             self._certificate = own_trial.certified(model, [part.take for part in window], form)
             own.accept(model, self._certificate)
         if len(window) == 1:
@@ -104,7 +106,7 @@ class OwnStepTorch(TorchTraining):
         self._of_backward.begin()
         with (
             interception.weighed_scalars(self.model, share, known.scalars),
-            interception.intercepted(self.model.optimizer, handed),
+            interception.one_update(self.model, handed),
             self._ghosts.active(data[0] if isinstance(data, tuple) else data),
         ):
             logs = self.model.train_step(data)

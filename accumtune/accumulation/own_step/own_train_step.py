@@ -66,9 +66,11 @@ def certificate_of(model: Any) -> Certificate | None:
 
 
 def accept(model: Any, certificate: Certificate) -> None:
-    """Keeps a certificate with a model that accumulates, and prints it."""
+    """Keeps a certificate with a model that accumulates, and prints it if the model had another one."""
     import keras
 
+    if certificate == certificate_of(model):
+        return
     put(model, {"_accumtune_certificate": certificate})
     text = (
         f"accumtune: the train_step of {type(model).__name__} was tested on the first samples and can be accumulated: "

@@ -97,6 +97,13 @@ def check_writes(model: Any, operations: list[str], are_of_weights: bool = False
         raise own.refusal(model, seen, fix)
 
 
+def switches(model: Any) -> dict[str, Any]:
+    """Returns the attributes by which a step may choose what it does, if it runs anew each time and is not compiled."""
+    if keras.backend.backend() != "torch" and not model.run_eagerly:
+        return {}
+    return {name: value for name, value in _plain_attributes(model).items() if name != "stop_training"}
+
+
 def _plain_attributes(model: Any) -> dict[str, Any]:
     return {
         name: value if isinstance(value, _PLAIN) else len(value)
@@ -210,6 +217,8 @@ def run(
         found.applies += 1
         if found.applies > 1:
             return
+        if has_moved():
+            raise moved
         gradients = [dense(gradient) for gradient in gradients]
         stop()
         found.keys = [key(gradient) for gradient in gradients if gradient is not None]
@@ -221,6 +230,11 @@ def run(
                     step = 0.01 * gradient / (np.max(np.abs(gradient), initial=0.0) + 1e-30)
                     variable.assign(variable.value - ops.convert_to_tensor(step, variable.dtype))
 
+    def has_moved() -> bool:
+        return any(id(variable) in overlay.assigned for variable in model.trainable_variables)
+
+    seen = "it computes a gradient after it has changed weights in the same step."
+    moved = own.refusal(model, seen, certificates.ONE_OPTIMIZER)
     scalars: list[Any] = []
     with (
         other_optimizers(model) as found.other_optimizers,
@@ -230,7 +244,12 @@ def run(
         interception.weighed_scalars(model, share, kinds, scalars),
         interception.intercepted(model.optimizer, handed),
     ):
-        logs = model.train_step(data)
+        try:
+            logs = model.train_step(data)
+        except (AttributeError, RuntimeError) as error:  # a weight that was assigned in this scope has no gradient
+            if not has_moved():
+                raise
+            raise moved from error
     stop()
     found.scalars = [float(array(value)) for value in scalars]
     found.logs = [array(leaf) for leaf in tree.flatten(logs)]

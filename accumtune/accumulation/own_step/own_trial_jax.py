@@ -17,6 +17,7 @@ from accumtune.accumulation.own_step import interception
 from accumtune.accumulation.own_step import own_train_step as own
 from accumtune.accumulation.own_step import own_trial as trials
 from accumtune.accumulation.own_step.dataflow import Recording, Rules, positions
+from accumtune.accumulation.own_step.retraced_jits import retraced_jits
 from accumtune.accumulation.patched_attributes import replaced
 
 
@@ -84,6 +85,7 @@ class JaxTrial:
                 trials.full_precision(model),
                 interception.weighed_scalars(model, share, kinds, scalars),
                 replaced(model.optimizer, {"stateless_apply": handed}),
+                retraced_jits(),
             ):
                 logs, new = model.train_step(state, interception.packed(data, self.form))
             return list(taken), scalars, [ops.convert_to_tensor(leaf) for leaf in tree.flatten(logs)], new
@@ -172,8 +174,10 @@ def _shaped(values: list[tuple[Any, int]]) -> list[tuple[Any, Any]]:
     return [(key, tuple(np.shape(value))) for value, key in values]
 
 
-_CALLS = ("jit", "pjit", "closed_call", "core_call", "remat", "checkpoint", "custom_jvp_call", "custom_vjp_call",
-          "custom_vjp_call_jaxpr", "custom_lin")  # fmt: skip
+_CALLS = frozenset(
+    "jit pjit closed_call core_call remat remat2 checkpoint custom_jvp_call custom_vjp_call custom_vjp_call_jaxpr "
+    "custom_lin".split()
+)
 
 RULES = Rules(
     linear=frozenset(

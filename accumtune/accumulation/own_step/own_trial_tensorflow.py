@@ -16,6 +16,7 @@ from tensorflow.python.ops import (
     gen_stateless_random_ops_v2,
 )
 
+from accumtune.accumulation.engines.inlined_functions import inlined_functions
 from accumtune.accumulation.own_step import certificate as certificates
 from accumtune.accumulation.own_step import interception
 from accumtune.accumulation.own_step import own_train_step as own
@@ -46,9 +47,14 @@ def _trace(model: Any, data: Any) -> str:
 
         def handed(gradients: list[Any], variables: list[Any], apply: Any) -> None:
             if tf.compat.v1.get_default_graph() is not graph:
-                raise own.refusal(model, "it updates under a condition.", "update in every step.")
+                fix = f"update in every step. {certificates.LEAVE_IT}"
+                raise own.refusal(model, "it updates under a condition.", fix)
 
-        with trials.other_optimizers(model), interception.intercepted(model.optimizer, handed):
+        with (
+            trials.other_optimizers(model),
+            interception.intercepted(model.optimizer, handed),
+            inlined_functions(),
+        ):
             model.train_step(data)
 
     try:
