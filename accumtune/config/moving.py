@@ -105,8 +105,8 @@ def fitted(config: TrainingConfig, profile: Profile, budget_bytes: int, backend:
         least = ghost or 1
         takes = ""
         if profile.measured_sizes():
-            predicted = format_bytes(profile.predict_peak_memory(least, share // least))
-            takes = f" (predicted {predicted}{profile.what_the_window_takes(least, share // least)})"
+            predicted = profile.predict_peak_memory(least, share // least)
+            takes = f" (predicted {format_bytes(predicted)}{profile.window.share_of(predicted, share)})"
         raise BudgetTooSmallError(
             f"Not even micro-batch {least} fits in {format_bytes(budget_bytes)} on {profile.device}{takes}.",
             f"a memory budget in which {'one sample' if ghost is None else f'{ghost} samples'} can be trained",

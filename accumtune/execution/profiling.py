@@ -22,8 +22,9 @@ from accumtune.memory.cpu_simulation import Trace
 from accumtune.memory.device import memory_limit_environment
 from accumtune.memory.prediction.confirmation import MOST_FAILURES, MOST_TRIES, next_to_run
 from accumtune.memory.prediction.exploration import next_probe_size
-from accumtune.memory.prediction.profile import HEADROOM, LARGEST_EXTRAPOLATION, NO_LOSS, Measurement, Profile
+from accumtune.memory.prediction.profile import HEADROOM, LARGEST_EXTRAPOLATION, Measurement, Profile
 from accumtune.memory.prediction.similar_profile import SimilarProfile
+from accumtune.memory.prediction.window_bytes import NO_LOSS
 from accumtune.tracking.small_files import write_atomically
 from accumtune.worker.transport.outcome import Outcome, finished
 from accumtune.worker.transport.task_directory import TaskDirectory

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import keras
@@ -12,7 +12,7 @@ from keras import tree
 
 from accumtune.accumulation.losses import whole_batch_loss
 from accumtune.memory.device import Device
-from accumtune.memory.prediction.profile import NO_LOSS
+from accumtune.memory.prediction.window_bytes import NO_LOSS, bytes_of
 
 # The loss is measured on this many samples, twice and four times as many; fewer if their outputs take more than this.
 # A loss over all triples of 256 samples takes 64 MiB; none is tried that might take more than the third.
@@ -21,7 +21,6 @@ _SAMPLES, _MOST_OUTPUT_BYTES, _MOST_BYTES = 64, 2**24, 2**28
 _PLANNED_SAMPLES = 512
 # A term with a smaller share of the largest batch's peak is rounding of the allocator.
 _LEAST_SHARE = 0.1
-
 
 LossBytes = tuple[float, float, float]
 
@@ -95,11 +94,6 @@ def fitted(samples: int, one: float, two: float, four: float) -> tuple[float, fl
     if pairs * largest**2 >= _LEAST_SHARE * four:
         return max(0.0, (first - 3 * samples**2 * pairs) / samples), pairs, 0.0
     return four / largest, 0.0, 0.0
-
-
-def bytes_of(per: Sequence[float], samples: int) -> float:
-    """Returns the bytes of a loss of so many samples, from those per sample, pair and triple."""
-    return sum(each * float(samples) ** power for power, each in enumerate(per, start=1))
 
 
 def _outputs(model: Any, sample: tuple[Any, Any, Any]) -> Any:

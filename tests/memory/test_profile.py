@@ -144,8 +144,8 @@ def test_a_loss_of_all_validation_samples_is_counted_at_every_pair():
     # Otherwise what validation takes would be there beside the loss of a window.
     blind = replace(profile, validation_bytes=0)
     assert blind.predict_peak_memory(4, 1024) == pytest.approx((100 + 12 * 16) * MIB, rel=0.01)
-    assert "smaller validation_batch_size" in profile.what_the_window_takes(4, 2)
-    assert "smaller effective batch" in profile.what_the_window_takes(4, 4096)
+    assert "smaller validation_batch_size" in profile.window.share_of(100 * MIB, 8)
+    assert "smaller effective batch" in profile.window.share_of(profile.predict_peak_memory(4, 4096), 4 * 4096)
     # If validation does not fit, nothing does, not even a smaller window.
     failed = profile.with_measurement(measured(4, 8, None, limit_mib=110))
     assert profile.fits(4, 2, 112 * MIB) and not failed.fits(4, 2, 112 * MIB)

@@ -81,7 +81,7 @@ def _clearly_fits(profile: Profile, size: int, budget_bytes: int | None) -> bool
     largest = profile.measured_sizes()[-1]
     peaks = [m.peak_memory_bytes or 0 for m in profile.measurements if m.micro_batch_size == largest]
     # A loss over pairs of samples grows faster than the micro-batch.
-    window_bytes = profile.bytes_at_once(size * max(m.accumulation_steps for m in profile.measurements))
+    window_bytes = profile.window.at_once(size * max(m.accumulation_steps for m in profile.measurements))
     needed = CLEAR_ROOM * (max(peaks) * size / largest + window_bytes) + MIB
     return budget_bytes is not None and needed <= budget_bytes
 

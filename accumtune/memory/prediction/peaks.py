@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
 from accumtune.errors import BudgetTooSmallError
 from accumtune.memory.prediction.measurement import Measurement
 from accumtune.memory.prediction.monotone_curve import Curve, curves_of, curves_with_room
+from accumtune.memory.prediction.window_bytes import WindowBytes
 
 # Above this share of a limit a peak says little about what was asked for: TensorFlow's allocator does not split a free
 # chunk of less than twice the requested size, and counts all of it (a model with a large embedding: 114 MiB of 117 for
@@ -28,20 +29,14 @@ class MeasuredPeaks:
 
     Args:
         measurements: the points.
-        window_bytes: the data of a whole window, by micro-batch size and accumulation steps.
-        moment_bytes: the most that a window takes at a moment when no micro-batch runs, its data included.
+        window: what a whole window takes beside its micro-batches.
 
     Attributes:
         points: the peaks in bytes by (micro-batch size, group), without the window's data and without crowded ones.
     """
 
-    def __init__(
-        self,
-        measurements: Sequence[Measurement],
-        window_bytes: Callable[[int, int], int],
-        moment_bytes: Callable[[int, int], int],
-    ) -> None:
-        self._window_bytes, self._moment_bytes = window_bytes, moment_bytes
+    def __init__(self, measurements: Sequence[Measurement], window: WindowBytes) -> None:
+        self._window = window
         peaks: dict[int, dict[int, float]] = {}
         statics: dict[int, float] = {}
         uncertain: dict[int, float] = {}
@@ -49,16 +44,16 @@ class MeasuredPeaks:
         for point in measurements:
             if point.peak_memory_bytes is not None:
                 size, group = point.micro_batch_size, group_of(point.accumulation_steps)
-                window = window_bytes(size, point.accumulation_steps)
-                moment = moment_bytes(size, point.accumulation_steps)
-                is_of_the_loss = moment > max(2 * window, _OF_THE_LOSS * point.peak_memory_bytes)
+                beside = window.beside(size, point.accumulation_steps)
+                at_once = window.at_once(size * point.accumulation_steps)
+                is_of_the_loss = at_once > max(2 * beside, _OF_THE_LOSS * point.peak_memory_bytes)
                 if is_of_the_loss and point.accumulation_steps > group:
                     continue  # with fewer samples at once, such a micro-batch needs less
                 above = peaks.setdefault(group, {})
-                above[size] = max(above.get(size, 0.0), float(point.peak_memory_bytes - window))
+                above[size] = max(above.get(size, 0.0), float(point.peak_memory_bytes - beside))
                 if point.memory_limit_bytes and point.peak_memory_bytes > CROWDED * point.memory_limit_bytes:
                     crowded.setdefault(group, set()).add(size)
-                static = float(point.peak_memory_bytes - moment)
+                static = float(point.peak_memory_bytes - at_once)
                 if not is_of_the_loss:
                     statics[group] = min(statics.get(group, np.inf), static)
                 uncertain[group] = max(uncertain.get(group, 0.0), static)
@@ -105,10 +100,11 @@ class MeasuredPeaks:
                 "at least one micro-batch size that ran.",
                 "probe a smaller micro-batch, or under a larger budget.",
             )
-        window = self._window_bytes(micro_batch_size, accumulation_steps)
         curves = self._known(known, accumulation_steps)
-        running = max(curve.at(micro_batch_size) for curve in curves) + window
-        return int(np.ceil(max(running, curves[-1].static + self._moment_bytes(micro_batch_size, accumulation_steps))))
+        beside = self._window.beside(micro_batch_size, accumulation_steps)
+        at_once = self._window.at_once(micro_batch_size * accumulation_steps)
+        running = max(curve.at(micro_batch_size) for curve in curves) + beside
+        return int(np.ceil(max(running, curves[-1].static + at_once)))
 
     def _known(self, known: Mapping[int, Curve], accumulation_steps: int) -> list[Curve]:
         """Returns the curves whose maximum is the peak: several micro-steps never need less than one."""

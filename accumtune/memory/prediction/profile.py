@@ -31,6 +31,7 @@ from accumtune.memory.prediction.measurement import Measurement
 from accumtune.memory.prediction.peaks import MeasuredPeaks, group_of
 from accumtune.memory.prediction.simulated_peaks import RehearsedPeaks
 from accumtune.memory.prediction.step_time import fit_seconds
+from accumtune.memory.prediction.window_bytes import NO_LOSS, WindowBytes
 
 __all__ = ["Measurement", "Profile"]
 
@@ -49,7 +50,6 @@ HEADROOM = 0.02
 # No size beyond this multiple of the largest measured one is predicted to fit: a floor can hide a slope.
 LARGEST_EXTRAPOLATION = 4
 _LISTS: dict[str, Any] = {"measurements": Measurement, "traces": Trace, "estimates": Measurement}
-NO_LOSS = (0.0, 0.0, 0.0)
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,12 @@ class Profile:
     def __post_init__(self) -> None:
         for name in (*_LISTS, "loss_bytes"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
-        object.__setattr__(self, "_peaks", MeasuredPeaks(self._points, self._window_bytes, self._moment_bytes))
+        object.__setattr__(self, "_peaks", MeasuredPeaks(self._points, self.window))
+
+    @cached_property
+    def window(self) -> WindowBytes:
+        """What a whole window takes beside its micro-batches."""
+        return WindowBytes(self.sample_bytes, self.loss_bytes, self.validation_bytes)
 
     @cached_property
     def _rehearsal(self) -> Rehearsal | None:
@@ -97,7 +102,7 @@ class Profile:
         if self._rehearsal is None:
             return None
         traced_sizes = {trace.micro_batch_size for trace in self.traces}
-        return RehearsedPeaks(self._rehearsal, traced_sizes, self._peaks, self._window_bytes)
+        return RehearsedPeaks(self._rehearsal, traced_sizes, self._peaks, self.window)
 
     def __repr__(self) -> str:
         sizes = ", ".join(str(size) for size in self.measured_sizes()) or "nothing"
@@ -130,15 +135,15 @@ class Profile:
     def _peak_within(self, micro_batch_size: int, accumulation_steps: int, limit_bytes: int) -> int | None:
         """Returns the peak as measured under that limit, or else as rehearsed under it; None if neither is known."""
         group = group_of(accumulation_steps)
-        window = self._window_bytes(micro_batch_size, accumulation_steps)
+        window = self.window.beside(micro_batch_size, accumulation_steps)
         measured = {
             point.accumulation_steps:
-                point.peak_memory_bytes + window - self._window_bytes(micro_batch_size, point.accumulation_steps)
+                point.peak_memory_bytes + window - self.window.beside(micro_batch_size, point.accumulation_steps)
             for point in self.measurements
             if (point.micro_batch_size, group_of(point.accumulation_steps)) == (micro_batch_size, group)
             and point.memory_limit_bytes == limit_bytes and point.peak_memory_bytes is not None
         }  # fmt: skip
-        if accumulation_steps in measured or not any(self.loss_bytes):
+        if accumulation_steps in measured or not self.window.has_loss:
             known = max(measured.values(), default=None)
         else:
             small = [peak for steps, peak in measured.items() if not self.is_peak_of_the_loss(micro_batch_size, steps)]
@@ -154,7 +159,7 @@ class Profile:
         running = self._peaks.points.get((micro_batch_size, group_of(accumulation_steps)))
         if running is None:
             running = self._rehearsed.with_room(micro_batch_size, accumulation_steps)
-        window = self._window_bytes(micro_batch_size, accumulation_steps)
+        window = self.window.beside(micro_batch_size, accumulation_steps)
         return max(int(np.ceil(running + window)), self._moment_peak(micro_batch_size, accumulation_steps))
 
     def largest_rehearsed(self, accumulation_steps: int, limit_bytes: float, highest: int) -> int:
@@ -205,7 +210,7 @@ class Profile:
         samples = micro_batch_size * accumulation_steps
         if any(
             self.is_peak_of_the_loss(point.micro_batch_size, point.accumulation_steps)
-            and (_samples_of(point) <= samples or self._is_most_in_validation(_samples_of(point)))
+            and (_samples_of(point) <= samples or self.window.is_most_in_validation(_samples_of(point)))
             for point in self._failures(budget_bytes)
         ):
             return False  # a smaller micro-batch would not help
@@ -216,7 +221,7 @@ class Profile:
             if micro_batch_size > min(largest_that_ran, failed - 1):
                 return False
         # Without the window's data on the device, or if validation takes more, all steps from the second on are alike.
-        is_window = self._keeps_window and not self.is_peak_of_validation(micro_batch_size, accumulation_steps)
+        is_window = self.window.is_kept and not self.is_peak_of_validation(micro_batch_size, accumulation_steps)
         steps = accumulation_steps if is_window else group_of(accumulation_steps)
         for point in self.measurements:
             is_larger = point.micro_batch_size >= micro_batch_size and point.accumulation_steps >= steps
@@ -298,14 +303,14 @@ class Profile:
 
     def is_peak_of_the_loss(self, micro_batch_size: int, accumulation_steps: int) -> bool:
         """Returns whether the peak is that of a loss over the whole window, which is the same for any micro-batch."""
-        if not any(self.loss_bytes) or not self._peaks:
+        if not self.window.has_loss or not self._peaks:
             return False
         at_once = self._moment_peak(micro_batch_size, accumulation_steps)
         return self._peak_with_room(micro_batch_size, accumulation_steps) <= at_once
 
     def is_peak_of_validation(self, micro_batch_size: int, accumulation_steps: int) -> bool:
         """Returns whether the peak is that of a loss over a batch of validation, which is the same for any pair."""
-        if not self._is_most_in_validation(micro_batch_size * accumulation_steps) or not self._peaks:
+        if not self.window.is_most_in_validation(micro_batch_size * accumulation_steps) or not self._peaks:
             return False
         at_once = self._moment_peak(micro_batch_size, accumulation_steps)
         return self._peak_with_room(micro_batch_size, accumulation_steps) <= (1 + MARGIN) * at_once
@@ -313,29 +318,12 @@ class Profile:
     def is_failure_of_the_loss(self, failed: Measurement) -> bool:
         """Returns whether a pair ran out of memory for its loss over the whole window, whatever its micro-batch."""
         pair = failed.micro_batch_size, failed.accumulation_steps
-        of_the_loss = self.bytes_at_once(_samples_of(failed)) if any(self.loss_bytes) else 0
-        is_most = 2 * of_the_loss > self.predict_peak_memory(*pair)
+        is_most = 2 * self.window.of_the_loss(_samples_of(failed)) > self.predict_peak_memory(*pair)
         return self.is_peak_of_the_loss(*pair) or is_most and self._is_of_the_window(failed)
-
-    def what_the_window_takes(self, micro_batch_size: int, accumulation_steps: int) -> str:
-        """Returns part of a message, to follow the predicted peak; empty if the window takes less than half of it."""
-        samples = micro_batch_size * accumulation_steps
-        kept = max(self.sample_bytes * samples, self.bytes_at_once(samples) if any(self.loss_bytes) else 0)
-        if kept <= self.predict_peak_memory(micro_batch_size, accumulation_steps) / 2:
-            return ""
-        if self._is_most_in_validation(samples):
-            return (
-                f", of which {format_bytes(kept)} hold the samples that validation takes at once and their loss; a "
-                "smaller validation_batch_size needs less"
-            )
-        return (
-            f", of which {format_bytes(kept)} hold the effective batch's data, or its outputs and their loss over the "
-            "whole batch; a smaller effective batch needs less"
-        )
 
     def _is_of_the_window(self, failed: Measurement) -> bool:
         """Returns whether the micro-batch of a failure has run, or would run, in a smaller window."""
-        if not self._keeps_window:
+        if not self.window.is_kept:
             return False
         group = group_of(failed.accumulation_steps)
         return self.is_peak_of_the_loss(failed.micro_batch_size, failed.accumulation_steps) or any(
@@ -347,34 +335,9 @@ class Profile:
             for point in self.measurements
         )
 
-    @property
-    def _keeps_window(self) -> bool:
-        return bool(self.sample_bytes or any(self.loss_bytes))
-
-    def _window_bytes(self, micro_batch_size: int, accumulation_steps: int) -> int:
-        return self.sample_bytes * micro_batch_size * accumulation_steps
-
-    def _moment_bytes(self, micro_batch_size: int, accumulation_steps: int) -> int:
-        return self.bytes_at_once(micro_batch_size * accumulation_steps)
-
     def _moment_peak(self, micro_batch_size: int, accumulation_steps: int) -> int:
-        moment = self._moment_bytes(micro_batch_size, accumulation_steps)
-        return int(np.ceil(self._peaks.static(accumulation_steps) + moment))
-
-    def bytes_at_once(self, effective_batch_size: int) -> int:
-        """Returns what an effective batch, or validation's batch, needs while no micro-batch runs.
-
-        That is its data, or its outputs and their loss.
-        """
-        return max(self._at_once_in_training(effective_batch_size), self.validation_bytes)
-
-    def _is_most_in_validation(self, effective_batch_size: int) -> bool:
-        """Returns whether validation's batch needs more at once than the effective batch."""
-        return self.validation_bytes > self._at_once_in_training(effective_batch_size)
-
-    def _at_once_in_training(self, effective_batch_size: int) -> int:
-        loss = sum(per * float(effective_batch_size) ** power for power, per in enumerate(self.loss_bytes, start=1))
-        return max(2 * self.sample_bytes * effective_batch_size, int(np.ceil(loss)))
+        at_once = self.window.at_once(micro_batch_size * accumulation_steps)
+        return int(np.ceil(self._peaks.static(accumulation_steps) + at_once))
 
     def _largest_that_ran(self, group: int) -> int:
         """Returns the largest size that ran with as many accumulators, or more."""

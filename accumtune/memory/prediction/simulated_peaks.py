@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Set
+from collections.abc import Set
 from functools import cached_property
 
 import numpy as np
 
 from accumtune.memory.cpu_simulation import Rehearsal, largest_before_failure
 from accumtune.memory.prediction.peaks import MeasuredPeaks, group_of
+from accumtune.memory.prediction.window_bytes import WindowBytes
 
 # What TensorFlow's allocator takes before anything trains.
 SMALLEST_LIMIT_BYTES = 4 * 2**20
@@ -23,7 +24,7 @@ class RehearsedPeaks:
         rehearsal: runs a step through the simulated allocator.
         traced_sizes: the micro-batch sizes of its traces.
         measured: the points.
-        window_bytes: the data of a whole window, by micro-batch size and accumulation steps.
+        window: what a whole window takes beside its micro-batches.
     """
 
     def __init__(
@@ -31,17 +32,17 @@ class RehearsedPeaks:
         rehearsal: Rehearsal,
         traced_sizes: Set[int],
         measured: MeasuredPeaks,
-        window_bytes: Callable[[int, int], int],
+        window: WindowBytes,
     ) -> None:
         self._rehearsal = rehearsal
         self._traced_sizes = traced_sizes
         self._measured = measured
-        self._window_bytes = window_bytes
+        self._window = window
 
     def with_room(self, micro_batch_size: int, accumulation_steps: int) -> float:
         """Returns the peak in bytes with memory to spare, without the window's data."""
         group = group_of(accumulation_steps)
-        return self._moved(micro_batch_size, group) + self._excess_bytes - self._window_bytes(micro_batch_size, group)
+        return self._moved(micro_batch_size, group) + self._excess_bytes - self._window.beside(micro_batch_size, group)
 
     def within(self, micro_batch_size: int, accumulation_steps: int, limit_bytes: int) -> int | None:
         """Returns the peak in bytes under a limit, the window's data included; None if memory runs out."""
@@ -54,7 +55,7 @@ class RehearsedPeaks:
 
     def largest(self, accumulation_steps: int, limit_bytes: float, smallest: int, highest: int) -> int:
         """Returns the largest size from `smallest` to `highest` that is expected to run under a limit; 0 for none."""
-        window = self._window_bytes(highest, accumulation_steps)
+        window = self._window.beside(highest, accumulation_steps)
         if self.with_room(highest, accumulation_steps) + window <= AMPLE_SHARE * limit_bytes:
             return highest
 
@@ -65,8 +66,8 @@ class RehearsedPeaks:
 
     def _beside(self, micro_batch_size: int, accumulation_steps: int) -> int:
         """Returns the bytes beside the rehearsed ones: data of further micro-steps, and the excess of real trials."""
-        window = self._window_bytes(micro_batch_size, accumulation_steps)
-        return window - self._window_bytes(micro_batch_size, group_of(accumulation_steps)) + self._excess_bytes
+        window = self._window.beside(micro_batch_size, accumulation_steps)
+        return window - self._window.beside(micro_batch_size, group_of(accumulation_steps)) + self._excess_bytes
 
     def _moved(self, micro_batch_size: int, group: int) -> float:
         """Returns the rehearsed peak, corrected by the errors at the traced sizes, where the order was another."""
@@ -82,7 +83,7 @@ class RehearsedPeaks:
             if size in self._traced_sizes:
                 sizes, off = errors.setdefault(group, ([], []))
                 sizes.append(size)
-                measured = self._measured.points[size, group] + self._window_bytes(size, group)
+                measured = self._measured.points[size, group] + self._window.beside(size, group)
                 off.append(measured - (self._rehearsal.peak_bytes(size, group) or 0))
         return errors
 
@@ -93,5 +94,5 @@ class RehearsedPeaks:
         for (size, group), peak in self._measured.points.items():
             # Not smaller sizes: their traces were dropped, and may have had another order.
             if size > min(self._traced_sizes) and size not in self._traced_sizes:
-                excess.append(peak + self._window_bytes(size, group) - self._moved(size, group))
+                excess.append(peak + self._window.beside(size, group) - self._moved(size, group))
         return int(max(excess))

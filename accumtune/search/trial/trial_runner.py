@@ -272,7 +272,7 @@ class TrialRunner:
         failed = out_of_memory(pair.micro_batch_size, pair.accumulation_steps, settings.memory_budget_bytes)
         self._profiler.learn(profile.signature, failed)
         if profile.is_failure_of_the_loss(failed):
-            takes = format_bytes(profile.bytes_at_once(pair.effective_batch_size))
+            takes = format_bytes(profile.window.at_once(pair.effective_batch_size))
             if profile.is_peak_of_validation(pair.micro_batch_size, pair.accumulation_steps):
                 reason = (
                     f"validation ran out of memory: its loss over validation_batch_size samples at once takes about "
@@ -364,7 +364,7 @@ def _why_infeasible(profile: Profile, values: Mapping[str, Any], budget: int | N
     elif has_run:
         effective = values["effective_batch_size"]
         predicted = profile.predict_peak_memory(smallest, effective // smallest)
-        why = f"predicted {format_bytes(predicted)}{profile.what_the_window_takes(smallest, effective // smallest)}"
+        why = f"predicted {format_bytes(predicted)}{profile.window.share_of(predicted, effective)}"
     else:
         why = "every probe ran out of memory"
     least = "micro-batch 1" if smallest == 1 else f"a micro-batch of one ghost batch ({smallest} samples)"
