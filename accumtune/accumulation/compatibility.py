@@ -1,4 +1,4 @@
-"""Lists every internal name of Keras that accumtune uses, and checks that the installed Keras has it.
+"""Lists every internal name of Keras that accumtune uses, some of TensorFlow's, and checks that they are there.
 
 `accumulate` checks them before it changes a model: after a change in Keras, training would otherwise crash in the
 middle of a window, or silently skip what a name was for.
@@ -24,7 +24,7 @@ TESTED = "3.14 and 3.15"
 
 @dataclass(frozen=True)
 class Name:
-    """An internal name of Keras that accumtune uses.
+    """An internal name of Keras, or of TensorFlow, that accumtune uses.
 
     Args:
         path: `module:object.attribute`.
@@ -58,6 +58,7 @@ _MODEL = "keras:Model."
 _FIT = ("self", "x", "y", "batch_size", "epochs", "validation_data", "validation_batch_size")
 _ADAPTERS = "keras.src.trainers.data_adapters"
 _TENSORFLOW = "keras.src.backend.tensorflow"
+_TF_FUNCTION = "tensorflow.python.eager.polymorphic_function"
 _JAX = "keras.src.backend.jax.trainer:JAXTrainer."
 
 NAMES = (
@@ -103,6 +104,9 @@ NAMES = (
     Name("keras.src.losses.loss:unscale_loss_for_distribution", ("value",), "tensorflow"),
     Name(f"{_TENSORFLOW}.trainer:reduce_per_replica", ("values", "strategy", "reduction"), "tensorflow"),
     Name(f"{_TENSORFLOW}.optimizer:TFOptimizer._all_reduce_sum_gradients", ("self", "grads_and_vars"), "tensorflow"),
+    Name("tensorflow.python.autograph.core.ag_ctx:ControlStatusCtx", ("status", "options"), "tensorflow"),
+    Name(f"{_TF_FUNCTION}.autograph_util:py_func_from_autograph", ("python_func",), "tensorflow"),
+    Name(f"{_TF_FUNCTION}.polymorphic_function:Function.python_function", None, "tensorflow"),
     Name(
         _JAX + "compute_loss_and_updates",
         ("self", "trainable_variables", "non_trainable_variables", "metrics_variables", "x", "y", "sample_weight"),
@@ -137,13 +141,13 @@ _INSTANCES = {
 
 
 def check() -> None:
-    """Raises CompatibilityError if the installed Keras lacks a name, or has other parameters for it."""
+    """Raises CompatibilityError if the installed Keras or backend lacks a name, or has other parameters for it."""
     import keras
 
     found = faults(keras.backend.backend())
     if found:
         raise CompatibilityError(
-            f"Received Keras {keras.__version__}, in which " + "; ".join(found) + ".",
+            f"Received Keras {keras.__version__} on {keras.backend.backend()}, in which " + "; ".join(found) + ".",
             f"a version with the internal names that accumtune uses; it was tested with {TESTED}.",
             "install one of those (pip install 'keras<3.16'), or a newer accumtune.",
         )
