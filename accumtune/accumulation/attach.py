@@ -242,7 +242,7 @@ def _fit(model: Any, own: Any) -> Any:
             # Only during fit, so that the model does not keep its data.
             during: dict[str, Any] = {"_accumtune_rows": rows}
             is_at_default = not named.get("validation_batch_size")
-            if whole_batch_loss.is_wanted(model) and is_at_default:
+            if whole_batch_loss.is_wanted_in_validation(model) and is_at_default:
                 # Such a loss depends on the batch size: validation, too, joins the outputs of micro-batches.
                 batch, steps = given.get("batch_size") or feeding.KERAS_BATCH_SIZE, accumulation.accumulation_steps or 1
                 given["validation_batch_size"] = batch * steps

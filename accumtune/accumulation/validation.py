@@ -42,7 +42,7 @@ class Validation:
                 self._weights.leave_to_keras()
             return self._test(*arguments)
         *state, batches = arguments
-        if size is not None and whole_batch_loss.is_wanted(self._model):
+        if size is not None and whole_batch_loss.is_wanted_in_validation(self._model):
             logs, state = self._in_two_passes(batches, size, state)
         else:
             logs, state = self._in_parts(batches, size, state)
@@ -70,7 +70,7 @@ class Validation:
         if keras.backend.backend() == "tensorflow":
             from accumtune.accumulation.engines.tensor_slices import has_static_batch
 
-            others = [has_static_batch(batches)]
+            others = [has_static_batch(self._model, batches)]
         for batch in itertools.islice(batches, self._model.steps_per_execution):
             result = self._model.train_function.two_passes.test(*state, _parts(batch, size), *others)
             logs, *state = result if state else (result,)

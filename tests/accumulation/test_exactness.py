@@ -22,6 +22,7 @@ from equality import (
 from keras.src.backend.common import dtypes
 from promises import holds
 
+from accumtune.accumulation.losses.whole_batch_loss import chosen_for
 from accumtune.memory.machine import device_memory
 
 
@@ -74,8 +75,11 @@ def test_class_weights():
 # Several outputs
 
 
+@pytest.mark.parametrize("run_eagerly", [False, True])
 @holds("several inputs and outputs, each with its own loss, loss weight and mask")
-def test_outputs_with_their_own_losses_weights_and_masks():
+def test_outputs_with_their_own_losses_weights_and_masks(run_eagerly):
+    """In both ways to run: Keras weights the logged losses of outputs by samples only if it knows their number."""
+
     def build():
         tokens, other = keras.Input((5,), dtype="int32", name="tokens"), keras.Input((4,), name="other")
         x = keras.layers.Embedding(6, 3, mask_zero=True)(tokens)
@@ -89,7 +93,8 @@ def test_outputs_with_their_own_losses_weights_and_masks():
             "kind": keras.losses.SparseCategoricalCrossentropy(from_logits=True, reduction="mean_with_sample_weight"),
         }
         weights = {"tagged": 0.5, "total": 0.1, "kind": 2.0}
-        model.compile(keras.optimizers.SGD(0.05), losses, loss_weights=weights, metrics={"kind": "accuracy"})
+        options = {"metrics": {"kind": "accuracy"}, "run_eagerly": run_eagerly}
+        model.compile(keras.optimizers.SGD(0.05), losses, loss_weights=weights, **options)
         return model
 
     weight = weights_with_empty_micro_batches()
@@ -100,6 +105,26 @@ def test_outputs_with_their_own_losses_weights_and_masks():
     }
     plain = assert_exact(build, data)
     assert {"tagged_loss", "total_loss", "kind_loss", "kind_accuracy"} <= plain.history.keys()
+
+
+@pytest.mark.parametrize("whole_batch_loss", [False, True])
+@holds("compiled, with XLA, eagerly, several steps per execution")
+def test_losses_of_outputs_are_logged_as_an_eager_model_logs_them(whole_batch_loss):
+    """The last batch of training and of validation is smaller."""
+
+    def build():
+        inputs = keras.Input((4,))
+        ends = {name: keras.layers.Dense(2, name=name)(inputs) for name in ("a", "b")}
+        model = keras.Model(inputs, ends)
+        model.compile(keras.optimizers.SGD(0.05), {"a": "mse", "b": "mae"}, run_eagerly=True)
+        chosen_for(model, whole_batch_loss)
+        return model
+
+    x, y = numbers(SAMPLES, 4), {"a": numbers(SAMPLES, 2, seed=1), "b": numbers(SAMPLES, 2, seed=2)}
+    data = {"x": x, "y": y, "validation_data": (x, y)}
+    plain = train(build, data)
+    assert SAMPLES % EFFECTIVE and {"a_loss", "val_b_loss"} <= plain.history.keys()
+    assert_same_training(train(build, data, micro_batch_size=3), plain)
 
 
 # Losses of layers, regularizers, constraints

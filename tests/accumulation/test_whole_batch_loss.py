@@ -400,6 +400,29 @@ class Changes(keras.losses.Loss):
         return correlation(y_true, y_pred)
 
 
+class OwnTestStep(keras.Sequential):
+    def test_step(self, *arguments):
+        found = super().test_step(*arguments)
+        logs = found[0] if isinstance(found, tuple) else found
+        logs["twice"] = 2 * logs["loss"]
+        return found
+
+
+def test_a_test_step_of_the_models_own_validates():
+    """It gets the batches that it would get with any other loss."""
+
+    def build():
+        return compiled(OwnTestStep([keras.Input((4,)), layers.Dense(2)]), correlation)
+
+    data = X | {"y": PAIRS, "validation_data": (*X.values(), PAIRS), "epochs": 2}
+    keras.utils.set_random_seed(7)
+    options = {"batch_size": EFFECTIVE, "validation_batch_size": MICRO, "shuffle": False, "verbose": 0}
+    plain, ours = build().fit(**data, **options).history, two_passes(build, data).history
+    assert plain.keys() == ours.keys() and "val_twice" in ours
+    for name, values in plain.items():
+        np.testing.assert_allclose(ours[name], values, rtol=1e-6)
+
+
 def test_another_value_is_refused():
     fails(ModelError, ["whole_batch_loss='yes'", '"auto"'], outputs("mse"), whole_batch_loss="yes")
 

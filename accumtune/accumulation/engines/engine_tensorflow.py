@@ -68,7 +68,7 @@ class TensorFlowTraining:
 
     def __call__(self, iterator: Any) -> Any:
         """Runs `steps_per_execution` windows; returns the logs. Raises StopIteration when the data end."""
-        is_sized = tensor_slices.has_static_batch(iterator)
+        is_sized = tensor_slices.has_static_batch(self.model, iterator)
         logs = None
         for _ in range(self.model.steps_per_execution):
             window = self._window(iterator)

@@ -12,8 +12,10 @@ from keras import tree
 from accumtune.accumulation.data.batches import MicroBatch, part_of
 
 
-def has_static_batch(iterator: Any) -> bool:
-    """Returns whether batches have a static size, by which plain Keras then weights the logged losses."""
+def has_static_batch(model: Any, iterator: Any) -> bool:
+    """Returns whether a step knows the size of its batch, by which plain Keras then weights the logged losses."""
+    if model.run_eagerly:
+        return True
     spec = getattr(iterator, "element_spec", None)
     if spec is None:
         return True

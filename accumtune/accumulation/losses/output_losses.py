@@ -1,8 +1,8 @@
 """Weights the logged losses of a model's outputs in validation on TensorFlow as plain Keras does.
 
 Keras takes the number of samples from a batch's static shape. If the last batch may be smaller, there is no static
-number, and Keras logs a mean over batches. So a part of a batch is weighted by its share of that batch; if the number
-of batches is not known beforehand, the last one is weighted by its own samples.
+number unless the model runs eagerly, and Keras logs a mean over batches. So a part of a batch is weighted by its share
+of that batch; if the number of batches is not known beforehand, the last one is weighted by its own samples.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class OutputLossWeights:
         """Notes whether these batches have a static number of samples."""
         from accumtune.accumulation.engines.tensor_slices import has_static_batch
 
-        self._is_sized = has_static_batch(batches)
+        self._is_sized = has_static_batch(self._model, batches)
 
     def pieces(self, part: Any, samples_of_batch: int) -> Iterator[Any]:
         """Yields the part of a batch, split where a batch of plain Keras would end; sets the weight of each piece."""
@@ -67,7 +67,8 @@ class OutputLossWeights:
         ends = [*range(first - first % size + size, self._seen, size), self._seen]
         for start, end in zip([first, *ends], ends, strict=False):
             begin = start - start % size
-            self._set((end - start) / (min(begin + size, total) - begin))
+            share = 1 if self._model.run_eagerly else 1 / (min(begin + size, total) - begin)
+            self._set((end - start) * share)
             yield part if len(ends) == 1 else part_of(part, slice(start - first, end - first), cut)
 
     def leave_to_keras(self) -> None:

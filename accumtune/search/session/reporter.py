@@ -177,10 +177,11 @@ def setup_advice(
             "micro-batch, so that its results can be compared (search(validation_batch_size=...) sets another number)."
         )
     if whole_batch_loss:
+        can = "; val_loss can, since all trials compute it over validation_batch_size samples, 32 by default"
         texts.append(
             "The loss couples the samples of a batch, so it is computed over the whole effective batch, in two passes: "
             "every micro-batch size trains the same. Training losses of different effective batches cannot be "
-            "compared; val_loss can, since all trials compute it over validation_batch_size samples, 32 by default."
+            f"compared{can if test_step_batch_size is None else ''}."
         )
     if len(effective_batch_sizes) > 1 and learning_rate_scaling is None and not any(map(_is_rate, hyperparameters)):
         texts.append(
