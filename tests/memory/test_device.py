@@ -66,6 +66,21 @@ def test_a_small_tensor_leaves_a_large_free_chunk_whole(value_in_child):
     assert value_in_child(is_gap_left, False, budget_bytes=64 * MIB) == [False, True]
 
 
+def test_describing_a_model_imports_nothing_large_while_memory_is_measured(value_in_child):
+    """Keras imports TensorFlow then, on any backend; a CPU's peak under torch had these 500 MB."""
+
+    def described():
+        import sys
+
+        import keras
+
+        before = set(sys.modules)
+        keras.Sequential([keras.Input((1,)), keras.layers.Dense(1)]).get_config()
+        return sorted({name.partition(".")[0] for name in set(sys.modules) - before})
+
+    assert "tensorflow" not in value_in_child(described)
+
+
 def test_no_fork_has_seen_the_gpu(value_in_child):
     """CUDA does not survive a fork. What asks for a GPU at its import (Keras on torch) asks the driver."""
 
