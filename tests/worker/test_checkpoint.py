@@ -59,7 +59,9 @@ def callbacks(*more):
 
 
 def trainer(executor, folder):
-    def train(name, *, interruption=None, hypermodel=build, executions=1, attempt=1, x=X, timeout=120):
+    def train(
+        name, *, interruption=None, hypermodel=build, executions=1, attempt=1, x=X, timeout=120, pause_after=None
+    ):
         directory = TaskDirectory(folder / name)
         payload = folder / f"data_{name}" / "payload.pkl"
         how = [] if interruption is None else [Interruption(directory.path, *interruption)]
@@ -74,7 +76,7 @@ def trainer(executor, folder):
         values = {"effective_batch_size": 8, "micro_batch_size": 4, "accumulation_steps": 2}
         arguments = {
             "payload": str(payload), "hyperparameters": {"space": [], "values": values}, "memory_budget_bytes": None,
-            "seed": 5, "attempt": attempt, "executions": executions,
+            "seed": 5, "attempt": attempt, "executions": executions, "pause_after": pause_after,
         }  # fmt: skip
 
         def run(execution, earlier):
@@ -198,6 +200,14 @@ def test_a_shuffled_pipeline_goes_on_with_its_next_order(pipeline, train):
     directory, outcome = train("trial", x=pipeline, interruption=("stop", 4), attempt=2)
     assert outcome.is_completed, outcome.traceback
     assert_same(directory, whole)
+
+
+def test_a_fit_that_trains_on_after_a_pause_is_refused(train):
+    """Its next phase would begin with a model that has not ended the one before."""
+    _, outcome = train("phases", hypermodel=InTwoPhases(), pause_after=2)
+    assert outcome.status == "failed" and "trains several times" in outcome.reason
+    _, outcome = train("whole", hypermodel=InTwoPhases(), pause_after=4)  # the first phase ends before
+    assert outcome.is_completed and outcome.result["paused_after_epochs"] == 4
 
 
 @pytest.mark.parametrize("change", ["seed", "shape", "torn"])
