@@ -20,7 +20,8 @@ The processes take turns, a few windows each, in this order and in reverse. A ra
 table has medians over the rounds. With `--clock cpu` a process makes as many threads as it would on one core: threads
 that wait for others spin, and that is time of the CPU too, more of it on a busier machine. Freed memory stays with the
 process (`KEEP_MEMORY`), as the allocators of GPUs and TensorFlow's have it: zeroing new pages would cost each way
-another part of its time. Peaks are counted in processes of their own, see `counted_memory.py`.
+another part of its time. Peaks are counted in processes of their own, see `counted_memory.py`; TensorFlow runs in one
+order of operations there, as where a search measures.
 """
 
 from __future__ import annotations

@@ -151,4 +151,4 @@ def torch_floor(model: Any, x: Any, y: Any) -> tuple[Callable[..., Any], ...]:
 
 
 if __name__ == "__main__":
-    ways.main(way_to_train)
+    ways.main(way_to_train, is_ordered=True)
