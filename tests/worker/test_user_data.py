@@ -173,6 +173,27 @@ def test_validation_steps_mean_the_same_samples_in_every_trial(kind, micro_batch
     assert history["val_loss"][-1] == pytest.approx(model.evaluate(X[:12], Y[:12], verbose=0), rel=1e-5)
 
 
+@pytest.mark.parametrize("reduction", ["sum", "mean_with_sample_weight"])
+def test_a_loss_that_is_no_mean_over_samples_is_validated_on_as_many_in_every_trial(reduction):
+    """As plain Keras does at that number; on micro-batches, trials would be compared on different scales."""
+    options = {"validation_data": (X, Y, np.linspace(0.1, 2, len(X))), "shuffle": False, "verbose": 0}
+
+    def fit(micro_batch_size=None, **given):
+        model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(1, kernel_initializer="ones")])
+        model.compile(keras.optimizers.SGD(0.0), keras.losses.MeanSquaredError(reduction=reduction), metrics=["mae"])
+        if micro_batch_size is not None:
+            feed_by_batches(accumulate(model, micro_batch_size), 8, micro_batch_size)
+        return model.fit(X, Y, **options, **given).history
+
+    for given in ({}, {"validation_batch_size": 7}):
+        plain = fit(batch_size=8, **{"validation_batch_size": 32, **given})
+        for micro_batch_size in (2, 4):
+            ours = fit(micro_batch_size, **given)
+            assert {name: ours[name] for name in plain} == {
+                name: pytest.approx(values, rel=1e-5) for name, values in plain.items()
+            }
+
+
 class OfBatches(keras.Sequential):
     """Reports the least number of the last batch, which depends on how many samples share a batch."""
 

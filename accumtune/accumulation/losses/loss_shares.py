@@ -29,6 +29,15 @@ def is_sum(loss: Any) -> bool:
     return getattr(loss, "reduction", "sum_over_batch_size") in SUMS
 
 
+def depend_on_batch_size(model: Any) -> bool:
+    """Returns whether a compiled loss of a batch is no mean over its samples: a sum, or a mean over their weights."""
+    from keras import tree
+
+    compiled = model._compile_loss
+    asked = [] if compiled is None else tree.flatten(compiled._user_loss)
+    return any(is_sum(loss) or getattr(loss, "reduction", None) == "mean_with_sample_weight" for loss in asked)
+
+
 def may_depend_on_data(loss: Any, has_sample_weight: bool) -> bool:
     """Returns whether a loss's denominator may differ from a constant times the number of samples.
 

@@ -60,8 +60,13 @@ def is_wanted(model: Any) -> bool:
 
 
 def is_wanted_in_validation(model: Any) -> bool:
-    """Returns whether validation joins the outputs of micro-batches: not for a `test_step` of the model's own."""
-    return is_wanted(model) and not has_own_test_step(model)
+    """Returns whether validation joins the outputs of micro-batches, because its loss depends on their number.
+
+    Not for a `train_step` or `test_step` of the model's own.
+    """
+    if has_own_step(model) or has_own_test_step(model):
+        return False
+    return is_wanted(model) or loss_shares.depend_on_batch_size(model)
 
 
 def check_devices(model: Any, devices: int) -> None:
