@@ -119,6 +119,7 @@ NAMES = (
     ),
     Name(_JAX + "_get_state_sharding_spec", ("self",), "jax"),
     Name("keras.src.backend.jax.trainer:jit", None, "jax"),
+    Name("jax:make_user_context", None, "jax"),  # since 0.8
     Name("keras.src.backend.jax.trainer:_distribute_data", ("data",), "jax"),
     Name(_MODEL + "_should_torch_compile", ("self",), "torch"),
     Name(

@@ -13,8 +13,7 @@ from collections.abc import Iterator
 import jax
 
 _numbers = itertools.count(1)
-# JAX has it since 0.8.
-_context = jax.make_user_context(default_value=0) if hasattr(jax, "make_user_context") else None
+_context = jax.make_user_context(default_value=0)
 
 
 @contextlib.contextmanager
@@ -27,8 +26,6 @@ def retraced_jits(is_traced: bool = True) -> Iterator[None]:
     if not is_traced:
         with jax.disable_jit():
             yield
-    elif _context is None:
-        yield
     else:
         with _context(next(_numbers)):
             yield
