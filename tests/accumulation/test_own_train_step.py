@@ -873,3 +873,17 @@ def test_torchs_clipping_and_gradients_that_are_never_cleared_are_refused():
 
     check_refused(Clipped, "not linear")
     check_refused(NeverCleared, "another gradient")
+
+
+@pytest.mark.skipif(keras.backend.backend() != "tensorflow", reason="TensorFlow's functions")
+def test_blocks_that_end_in_another_order_leave_tensorflow_as_it_was():
+    """As two trainings in threads do."""
+    from accumtune.accumulation.engines.inlined_functions import Function, inlined_functions
+
+    own, first, second = Function.__call__, inlined_functions(), inlined_functions()
+    for block in (first, second):
+        block.__enter__()
+    first.__exit__(None, None, None)
+    assert Function.__call__ is not own
+    second.__exit__(None, None, None)
+    assert Function.__call__ is own

@@ -8,6 +8,7 @@ added, normalize without ghost batches.
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -19,26 +20,37 @@ from tensorflow.python.eager.polymorphic_function.polymorphic_function import Fu
 _LIBRARIES = ("tensorflow", "keras", "accumtune")
 
 
+_lock = threading.Lock()
+# How many blocks there are now, in all threads, and TensorFlow's own method meanwhile.
+_blocks, _own_call = 0, Function.__call__
+
+
 @contextlib.contextmanager
 def inlined_functions() -> Iterator[None]:
     """Makes a `tf.function` run its Python function in the block, converted by AutoGraph as in a trace of its own."""
-    own_call = Function.__call__
-
-    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
-        function = self.python_function
-        if str(getattr(function, "__module__", "")).split(".")[0] in _LIBRARIES:
-            return own_call(self, *args, **kwargs)
-        if tf.executing_eagerly():
-            return function(*args, **kwargs)
-        options, status = self._experimental_autograph_options, ag_ctx.Status.DISABLED
-        if self._autograph:
-            function = autograph_util.py_func_from_autograph(function, options)
-            status = ag_ctx.Status.ENABLED
-        with ag_ctx.ControlStatusCtx(status=status, options=options):
-            return function(*args, **kwargs)
-
-    Function.__call__ = call
+    global _blocks, _own_call
+    with _lock:
+        if not _blocks:
+            _own_call, Function.__call__ = Function.__call__, _inlined
+        _blocks += 1
     try:
         yield
     finally:
-        Function.__call__ = own_call
+        with _lock:
+            _blocks -= 1
+            if not _blocks:
+                Function.__call__ = _own_call
+
+
+def _inlined(self: Any, *args: Any, **kwargs: Any) -> Any:
+    function = self.python_function
+    if str(getattr(function, "__module__", "")).split(".")[0] in _LIBRARIES:
+        return _own_call(self, *args, **kwargs)
+    if tf.executing_eagerly():
+        return function(*args, **kwargs)
+    options, status = self._experimental_autograph_options, ag_ctx.Status.DISABLED
+    if self._autograph:
+        function = autograph_util.py_func_from_autograph(function, options)
+        status = ag_ctx.Status.ENABLED
+    with ag_ctx.ControlStatusCtx(status=status, options=options):
+        return function(*args, **kwargs)
