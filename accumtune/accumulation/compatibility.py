@@ -150,7 +150,8 @@ def check() -> None:
         raise CompatibilityError(
             f"Received Keras {keras.__version__} on {keras.backend.backend()}, in which " + "; ".join(found) + ".",
             f"a version with the internal names that accumtune uses; it was tested with {TESTED}.",
-            "install one of those (pip install 'keras<3.16'), or a newer accumtune.",
+            "install one of those (pip install 'keras<3.16'), or a newer accumtune; where the backend lacks a name, a "
+            "version of it that accumtune's pyproject.toml allows (JAX 0.8 or newer).",
         )
 
 

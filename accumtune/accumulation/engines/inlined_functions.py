@@ -19,7 +19,6 @@ from tensorflow.python.eager.polymorphic_function.polymorphic_function import Fu
 
 _LIBRARIES = ("tensorflow", "keras", "accumtune")
 
-
 _lock = threading.Lock()
 # How many blocks there are now, in all threads, and TensorFlow's own method meanwhile.
 _blocks, _own_call = 0, Function.__call__
