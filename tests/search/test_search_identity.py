@@ -4,9 +4,11 @@ import json
 import linecache
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import keras
+import keras_tuner
 import numpy as np
 import pytest
 from made_tuner import X, Y, make
@@ -22,7 +24,7 @@ from accumtune.search.session import search_identity
 from accumtune.tracking.journal import Journal, read_search
 from accumtune.tracking.small_files import write_atomically
 from accumtune.worker.identity.data_identity import content_digest, describe_arrays
-from accumtune.worker.identity.training_identity import describe_training, exact, text_of
+from accumtune.worker.identity.training_identity import describe_training, exact, text_of, text_of_method
 from accumtune.worker.transport.task_directory import SearchDirectory
 
 # Digests
@@ -161,6 +163,131 @@ def test_models_that_train_differently_are_told_apart_part_by_part():
         assert line.startswith(part)
     assert search_identity.differences(one, described(alpha=2.0))
     assert exact(1.0) != exact(2.0)
+
+
+STRENGTH, MODE, SETTINGS = 1.0, "l1", types.ModuleType("settings_of_the_user")
+SETTINGS.__file__, SETTINGS.gamma = __file__, 1.0
+SETTINGS.unused = 1.0
+
+
+def helper(values):
+    return STRENGTH * values
+
+
+class Options:
+    alpha = 1.0
+
+    def __init__(self):
+        self.beta = 1.0
+
+
+OPTIONS = Options()
+
+
+class Own(keras.Model):
+    """Its config knows none of what its methods use."""
+
+    def __init__(self):
+        super().__init__()
+        self.dense = keras.layers.Dense(1)
+
+    def call(self, x):
+        return self.dense(x)
+
+    def train_step(self, data):
+        return {"loss": helper(1.0), "mode": MODE, "gamma": SETTINGS.gamma, "beta": OPTIONS.beta, "one": self.one()}
+
+    @staticmethod
+    def one():
+        return Options.alpha
+
+
+def scaled(values):
+    return keras.ops.sum(values) * STRENGTH
+
+
+class Descent(keras.optimizers.SGD):
+    def update_step(self, gradient, variable, learning_rate):
+        super().update_step(helper(gradient), variable, learning_rate)
+
+
+class Slower(keras.optimizers.schedules.LearningRateSchedule):
+    def __call__(self, step):
+        return 0.1 / helper(step + 1.0)
+
+    def get_config(self):
+        return {}
+
+
+def own_model():
+    model = Own()
+    model.compile("sgd", "mse")
+    return model
+
+
+def regularized():
+    model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(1, kernel_regularizer=scaled, activation=helper)])
+    model.compile("sgd", "mse")
+    return model
+
+
+def optimized(optimizer):
+    model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(1)])
+    model.compile(optimizer, "mse", weighted_metrics=[scaled])
+    return model
+
+
+class FitWith(keras_tuner.HyperModel):
+    def __init__(self, patience=2):
+        super().__init__()
+        self.patience, self.width = patience, 3
+
+    def build(self, hp):
+        return hp.Choice("width", [self.width])
+
+    def stopping(self):
+        return keras.callbacks.EarlyStopping(patience=self.patience, min_delta=STRENGTH)
+
+    def fit(self, hp, model, *args, **kwargs):
+        return model.fit(*args, callbacks=[self.stopping()], **kwargs)
+
+
+@pytest.mark.parametrize(
+    "name, value, parts",
+    [
+        (f"{__name__}.STRENGTH", 2.0, {"own", "regularized", "descent", "slower", "fit"}),
+        (f"{__name__}.MODE", "l2", {"own"}),
+        (f"{__name__}.SETTINGS.gamma", 2.0, {"own"}),
+        (f"{__name__}.OPTIONS.beta", 2.0, {"own"}),
+        (f"{__name__}.Options.alpha", 2.0, {"own"}),
+        (f"{__name__}.SETTINGS.unused", 2.0, set()),
+    ],
+)
+def test_what_the_user_s_code_uses_counts_wherever_it_is_kept(monkeypatch, name, value, parts):
+    """A global of a train_step, a setting of a regularizer, of an optimizer or of what a HyperModel's fit calls."""
+
+    def described():
+        models = {"own": own_model(), "regularized": regularized(), "descent": optimized(Descent(0.1)),
+                  "slower": optimized(keras.optimizers.SGD(Slower()))}  # fmt: skip
+        return {**{name: describe_training(model, {}) for name, model in models.items()},
+                "fit": {"fit": text_of_method(FitWith(), "fit")}}  # fmt: skip
+
+    before = described()
+    assert described() == before
+    monkeypatch.setattr(name, value)
+    assert {part for part, texts in described().items() if texts != before[part]} == parts
+
+
+def test_of_a_hypermodel_only_what_its_fit_uses_counts():
+    one, other = FitWith(), FitWith()
+    other.width = 4
+    assert text_of_method(one, "fit") == text_of_method(other, "fit") != text_of_method(FitWith(3), "fit")
+
+
+def test_a_schedule_in_a_callback_counts():
+    schedules = [keras.optimizers.schedules.CosineDecay(rate, 9) for rate in (0.1, 0.1, 0.2)]
+    one, same, other = (text_of(keras.callbacks.LearningRateScheduler(schedule)) for schedule in schedules)
+    assert one == same != other
 
 
 # Spaces

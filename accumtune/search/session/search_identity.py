@@ -11,17 +11,16 @@ from accumtune.errors import AccumtuneError
 from accumtune.execution.profiling import Profiler
 from accumtune.tracking.records import SearchRecord
 from accumtune.worker.identity.data_identity import describe_arrays
-from accumtune.worker.identity.training_identity import is_code, text_of
+from accumtune.worker.identity.training_identity import is_code, text_of, text_of_method
 from accumtune.worker.transport.payload import is_data_function
 
 _FORMAT = 1
 # Keras's defaults of `fit`: an argument that is given its default counts as left out.
 _FIT_DEFAULTS = {
     "epochs": 1, "shuffle": True, "class_weight": None, "validation_split": 0.0, "steps_per_epoch": None,
-    "validation_steps": None, "validation_freq": 1, "initial_epoch": 0,
+    "validation_steps": None, "validation_freq": 1, "initial_epoch": 0, "validation_batch_size": 32,
 }  # fmt: skip
-_NOT_DECISIVE = ("x", "y", "sample_weight", "validation_data", "callbacks", "verbose", "batch_size",
-                 "validation_batch_size")  # fmt: skip
+_NOT_DECISIVE = ("x", "y", "sample_weight", "validation_data", "callbacks", "verbose", "batch_size")
 # Callbacks that only record training.
 _LOGGERS = {
     "BackupAndRestore", "CSVLogger", "History", "ModelCheckpoint", "ProgbarLogger", "RemoteMonitor", "TensorBoard",
@@ -72,7 +71,7 @@ def _known_here(
     decisive = [it for it in (callbacks if isinstance(callbacks, (list, tuple)) else [callbacks]) if not _is_logger(it)]
     own_fit = getattr(type(hypermodel), "fit", keras_tuner.HyperModel.fit)
     if own_fit is not keras_tuner.HyperModel.fit:
-        fit["HyperModel.fit"] = text_of(own_fit, by_source=True)
+        fit["HyperModel.fit"] = text_of_method(hypermodel, "fit")
     for index, callback in enumerate(decisive):
         fit[f"callbacks[{index}]"] = f"{type(callback).__name__} {text_of(callback, by_source=True)}"
     is_ordered = given.get("shuffle", True) is not True or bool(given.get("validation_split"))
@@ -105,7 +104,7 @@ def _described(name: str, tree: Any, is_ordered: bool) -> dict[str, str]:
 
 
 def _equals(value: Any, default: Any) -> bool:
-    return isinstance(value, (bool, int, float, type(None))) and value == default
+    return value is None or (isinstance(value, (bool, int, float)) and value == default)
 
 
 def _is_logger(callback: Any) -> bool:

@@ -34,7 +34,15 @@ _READABLE_LENGTH = 80
 
 def text_of(value: Any, *, by_source: bool = False) -> str:
     """Returns a text for any object: readable if it is short, otherwise a digest."""
-    described = exact(value, by_source=by_source)
+    return _text(exact(value, by_source=by_source))
+
+
+def text_of_method(value: Any, name: str) -> str:
+    """Returns the same for a method, by its source, with the attributes and methods of its object that it uses."""
+    return _text(_Description(by_source=True).method(value, name))
+
+
+def _text(described: Any) -> str:
     text = json.dumps(described, sort_keys=True)
     if '"code"' in text:
         return _CODE + hashlib.sha256(text.encode()).hexdigest()[:16]
@@ -54,83 +62,167 @@ def exact(value: Any, *, by_source: bool = False, depth: int = _DEPTH) -> Any:
         by_source: whether code is described by its source.
         depth: how many levels of objects are described; below, an object is its type.
     """
-    if value is None or isinstance(value, (bool, int, str)):
-        return value
-    if isinstance(value, float):
-        return repr(value)
-    if isinstance(value, np.generic):
-        return exact(value.item())
+    return _Description(by_source).of(value, depth)
+
+
+class _Description:
+    """Describes objects and all code of the user's that they use, each function, class and object once."""
+
+    def __init__(self, by_source: bool = False) -> None:
+        self._by_source = by_source
+        self._known: dict[int, Any] = {}  # the objects too: another one may get the identity of one that is gone
+
+    def of(self, value: Any, depth: int) -> Any:
+        if value is None or isinstance(value, (bool, int, str)):
+            return value
+        if isinstance(value, float):
+            return repr(value)
+        if isinstance(value, np.generic):
+            return self.of(value.item(), depth)
+        if isinstance(value, types.ModuleType):
+            return value.__name__
+        if isinstance(value, Mapping):
+            return {str(key): self.of(item, depth) for key, item in value.items()}
+        if isinstance(value, (list, tuple)):
+            return [self.of(item, depth) for item in value]
+        if isinstance(value, (set, frozenset)):
+            return sorted(json.dumps(self.of(item, depth), sort_keys=True) for item in value)
+        if depth <= 0:
+            return _name_of(type(value))
+        if hasattr(value, "shape") and hasattr(value, "dtype") and hasattr(value, "__array__"):
+            return ["array", content_digest(value, is_ordered=True)]
+        if isinstance(value, functools.partial):
+            return [self.of(part, depth - 1) for part in (value.func, value.args, value.keywords)]
+        if inspect.ismethod(value):
+            return [self.of(value.__func__, depth - 1), self.of(value.__self__, depth - 1)]
+        if inspect.isfunction(value):
+            return self._function(value, depth)
+        if isinstance(value, type):
+            return self._class(value, depth)
+        return self._object(value, depth)
+
+    def _function(self, function: types.FunctionType, depth: int) -> Any:
+        if not _is_of_user(function):
+            return f"{function.__module__}.{function.__qualname__}"
+        if id(function) in self._known:
+            return function.__qualname__
+        self._known[id(function)] = function
+        names = _names(function.__code__)
+        used = {name: function.__globals__[name] for name in names if name in function.__globals__}
+        closed = dict(zip(function.__code__.co_freevars, function.__closure__ or (), strict=False))
+        for name, cell in closed.items():
+            with contextlib.suppress(ValueError):  # a name that is not bound yet
+                used[name] = cell.cell_contents
+        return {
+            "code": (_source(function) if self._by_source else None) or _bytecode(function.__code__),
+            "defaults": self.of([function.__defaults__, function.__kwdefaults__], depth),
+            "uses": {
+                name: self._used(item, names, depth)
+                for name, item in sorted(used.items())
+                if item is not function and name != "__class__" and _decides(item)
+            },
+        }
+
+    def _used(self, item: Any, names: set[str], depth: int) -> Any:
+        """Describes a global or an enclosing function's variable; of a module of the user's, what is used of it."""
+        if not isinstance(item, types.ModuleType):
+            return self.of(item, depth)
+        parts = {name: vars(item)[name] for name in sorted(names & vars(item).keys())}
+        return {name: self.of(part, depth) for name, part in parts.items() if _decides(part)}
+
+    def _class(self, kind: type, depth: int) -> Any:
+        """Describes a class by its name and, if it is the user's, by its methods and attributes."""
+        if id(kind) in self._known:
+            return _name_of(kind)
+        self._known[id(kind)] = kind
+        found = {}
+        for base in kind.__mro__:
+            for name, item in sorted(vars(base).items()) if _is_of_user(base) else ():
+                is_plain = not name.startswith("__") and _is_lasting(item)
+                parts = _functions_of(item) or ([item] if is_plain else [])
+                if parts:
+                    found[f"{base.__qualname__}.{name}"] = [self.of(part, depth) for part in parts]
+        return {"class": _name_of(kind), "code": found} if found else _name_of(kind)
+
+    def _object(self, value: Any, depth: int) -> Any:
+        if id(value) in self._known:
+            return _name_of(type(value))
+        self._known[id(value)] = value
+        described: dict[str, Any] = {"class": self._class(type(value), depth)}
+        attributes = getattr(value, "__dict__", {})
+        lasting = {name: item for name, item in sorted(attributes.items()) if _decides(item)}
+        try:
+            described["config"] = _without_names(self.of(value.get_config(), depth - 1))
+        except Exception:  # no get_config, or whatever a user's raises: its attributes describe it
+            return {**described, "attributes": self.of(lasting, depth - 1)}
+        is_layer = hasattr(value, "_flatten_layers")  # whose get_config has the arguments of a user's layer too
+        if is_layer or not _is_of_user(type(value)) or _is_of_user(type(value).get_config):
+            code = self.code_within(value, depth)
+            return {**described, "code": code} if code else described
+        # Keras's get_config of a loss or metric does not know what the user's class adds.
+        own = {name: item for name, item in lasting.items() if not name.startswith("_") and name != "built"}
+        return {**described, "attributes": _without_names(self.of(own, depth - 1))}
+
+    def code_within(self, value: Any, depth: int = _DEPTH) -> dict[str, Any]:
+        """Describes the functions and objects of the user's that an object of Keras holds: an activation, a schedule.
+
+        Its `get_config` has their names only.
+        """
+        attributes = sorted(getattr(value, "__dict__", {}).items())
+        return {name: self.of(item, depth - 1) for name, item in attributes if _is_code_of_user(item)}
+
+    def method(self, value: Any, name: str) -> Any:
+        """Describes a method with the attributes and other methods of its object that it uses."""
+        names, unread = {name}, [name]
+        while unread:
+            for function in _functions_of(inspect.getattr_static(type(value), unread.pop(), None)):
+                found = _names(function.__code__) - names if _is_of_user(function) else set()
+                names |= found
+                unread += sorted(found)
+        kind = type(value)
+        members = {each: inspect.getattr_static(kind, each, None) for each in sorted(names)}
+        used = {each: _functions_of(item) or item for each, item in members.items() if not each.startswith("__")}
+        of_class = {each: item for each, item in used.items() if isinstance(item, list) or _is_lasting(item)}
+        own = {each: item for each, item in sorted(vars(value).items()) if each in names and _decides(item)}
+        return [self.of(of_class, _DEPTH), self.of(own, _DEPTH)]
+
+
+def _functions_of(member: Any) -> list[Any]:
+    """Returns the functions that a member of a class consists of: a method, or the parts of a property."""
+    if inspect.isfunction(member):
+        return [member]
+    if isinstance(member, (staticmethod, classmethod)):
+        return [member.__func__] if inspect.isfunction(member.__func__) else []
+    if isinstance(member, (property, functools.cached_property)):
+        parts = [getattr(member, name, None) for name in ("fget", "fset", "func")]
+        return [part for part in parts if inspect.isfunction(part)]
+    return []
+
+
+def _decides(value: Any) -> bool:
+    """Returns whether something that code uses is described: a lasting value, or what holds code or a configuration."""
     if isinstance(value, types.ModuleType):
-        return value.__name__
-    inner = functools.partial(exact, by_source=by_source, depth=depth)
-    if isinstance(value, Mapping):
-        return {str(key): inner(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [inner(item) for item in value]
-    if isinstance(value, (set, frozenset)):
-        return sorted(json.dumps(inner(item), sort_keys=True) for item in value)
-    if depth <= 0:
-        return _name_of(type(value))
-    inner = functools.partial(exact, by_source=by_source, depth=depth - 1)
-    if hasattr(value, "shape") and hasattr(value, "dtype") and hasattr(value, "__array__"):
-        return ["array", content_digest(value, is_ordered=True)]
-    if isinstance(value, functools.partial):
-        return [inner(value.func), inner(value.args), inner(value.keywords)]
-    if inspect.ismethod(value):
-        return [inner(value.__func__), inner(value.__self__)]
-    if inspect.isfunction(value):
-        return _function(value, by_source, depth)
+        return not str(getattr(value, "__file__", None) or _library_folders()[0]).startswith(_library_folders())
     if isinstance(value, type):
-        return _class(value, by_source)
-    return _object(value, inner, by_source)
+        return _is_of_user(value)
+    if isinstance(value, functools.partial) or inspect.ismethod(value):
+        return True
+    return _is_lasting(value) or _is_of_user(type(value)) or _is_keras_configured(value)
 
 
-def _function(function: types.FunctionType, by_source: bool, depth: int) -> Any:
-    if not _is_of_user(function):
-        return f"{function.__module__}.{function.__qualname__}"
-    used = {name: function.__globals__[name] for name in _names(function.__code__) if name in function.__globals__}
-    closed = dict(zip(function.__code__.co_freevars, function.__closure__ or (), strict=False))
-    cells = {}
-    for name, cell in closed.items():
-        with contextlib.suppress(ValueError):  # a name that is not bound yet
-            cells[name] = cell.cell_contents
-    around = {**used, **cells}
-    return {
-        "code": (_source(function) if by_source else None) or _bytecode(function.__code__),
-        "defaults": exact([function.__defaults__, function.__kwdefaults__], depth=depth - 1),
-        "uses": {
-            name: exact(item, by_source=by_source, depth=depth - 1)
-            for name, item in sorted(around.items())
-            if item is not function and _is_lasting(item)
-        },
-    }
+def _is_keras_configured(value: Any) -> bool:
+    """Returns whether it is a loss, a schedule, a regularizer, ... of Keras; not a layer or a model, which train."""
+    module = type(value).__module__.split(".")[0]
+    return module == "keras" and hasattr(value, "get_config") and not hasattr(value, "_flatten_layers")
 
 
-def _class(kind: type, by_source: bool) -> Any:
-    """Describes a class by its name and, if it is the user's, by the code of its methods."""
-    methods = {
-        f"{base.__qualname__}.{name}": (_source(method) if by_source else None) or _bytecode(method.__code__)
-        for base in kind.__mro__
-        if _is_of_user(base)
-        for name, method in sorted(vars(base).items())
-        if inspect.isfunction(method)
-    }
-    return {"class": _name_of(kind), "code": methods} if methods else _name_of(kind)
-
-
-def _object(value: Any, inner: Any, by_source: bool) -> Any:
-    described: dict[str, Any] = {"class": _class(type(value), by_source)}
-    lasting = {name: item for name, item in sorted(getattr(value, "__dict__", {}).items()) if _is_lasting(item)}
-    try:
-        described["config"] = _without_names(inner(value.get_config()))
-    except Exception:  # no get_config, or whatever a user's raises: its attributes describe it
-        return {**described, "attributes": inner(lasting)}
-    is_layer = hasattr(value, "_flatten_layers")  # whose get_config has the arguments of a user's layer too
-    if is_layer or not _is_of_user(type(value)) or _is_of_user(type(value).get_config):
-        return described
-    # Keras's get_config of a loss or metric does not know what the user's class adds.
-    own = {name: item for name, item in lasting.items() if not name.startswith("_") and name != "built"}
-    return {**described, "attributes": _without_names(inner(own))}
+def _is_code_of_user(value: Any) -> bool:
+    """Returns whether it is a function, or an object (a regularizer, a schedule, ...), of the user's."""
+    if isinstance(value, functools.partial):
+        return _is_code_of_user(value.func)
+    if inspect.isfunction(value):
+        return _is_of_user(value)
+    return not isinstance(value, type) and _is_of_user(type(value)) and not hasattr(value, "_flatten_layers")
 
 
 def _is_lasting(value: Any) -> bool:
@@ -138,8 +230,8 @@ def _is_lasting(value: Any) -> bool:
     if isinstance(value, float):
         return abs(value) < 1e8
     if isinstance(value, str):
-        return re.fullmatch(r"[A-Za-z_ .-]*", value) is not None
-    if isinstance(value, (list, tuple)):
+        return re.fullmatch(r"[\w .-]*", value) is not None and sum(map(str.isdigit, value)) <= 2
+    if isinstance(value, (list, tuple, set, frozenset)):
         return all(map(_is_lasting, value))
     if isinstance(value, dict):
         return all(map(_is_lasting, value.values()))
@@ -222,17 +314,24 @@ def describe_training(model: Any, hyperparameters: Mapping[str, Any]) -> dict[st
         config = _without_names(exact(model.get_config()))
     except Exception:  # whatever a user's get_config raises
         config = [_without_names(exact(layer)) for layer in layers if layer is not model]
-    kinds = {_name_of(type(layer)): exact(type(layer)) for layer in layers}
-    code = text_of([kind for _, kind in sorted(kinds.items())])
+    description = _Description()
+    kinds = {_name_of(type(layer)): type(layer) for layer in layers}
+    code: list[Any] = [description.of(kind, _DEPTH) for _, kind in sorted(kinds.items())]
+    held = [description.code_within(layer) for layer in layers]
+    # What the model was compiled with is described by itself.
+    code += [part for each in held if (part := {name: item for name, item in each.items() if name not in compiled})]
+    own = [description.of(type(optimizer), _DEPTH), description.code_within(optimizer)]
     return {
         "layers": text_of([config, [[list(v.shape), str(v.dtype), bool(v.trainable)] for v in model.variables]]),
-        "code of its layers": code,
+        "code of its layers": _text(code),
         "optimizer": _name_of(type(optimizer)),
+        **({"code of its optimizer": _text(own)} if own != [_name_of(type(optimizer)), {}] else {}),
         **{
             f"optimizer's {name}": text_of(item)
             for name, item in optimizer.get_config().items()
             if name not in ("name", "is_legacy_optimizer")
         },
         **{name: text_of(item) for name, item in compiled.items() if name in ("loss", "loss_weights", "metrics")},
+        **{name: text_of(item) for name, item in compiled.items() if name == "weighted_metrics" and item is not None},
         "batch": json.dumps({name: hyperparameters[name] for name in BATCH_HYPERPARAMETERS if name in hyperparameters}),
     }
