@@ -48,6 +48,15 @@ def test_a_frame_with_columns_of_several_types():
     assert x.dtype == "float32" and np.array_equal(x, [[1, 0.5, 1], [2, np.nan, 0]], equal_nan=True)
 
 
+def test_a_column_s_values_of_pandas_own_types():
+    """As in `y = frame["price"].values`; a column of texts has such values too since pandas 3."""
+    frame = pandas.DataFrame(
+        {"price": pandas.array([0.5, 2.0, 3.0], dtype="Float64"), "colour": ["red", "blue", "red"]}
+    )
+    x, y, _ = first_samples({"colour": frame["colour"].astype("string").values}, frame["price"].values, count=2)
+    assert y.tolist() == [0.5, 2.0] and x["colour"].tolist() == ["red", "blue"]
+
+
 def test_ragged_samples():
     ragged = tf.ragged.constant([[1], [2, 3], [4, 5, 6]])
     x, _, _ = first_samples(ragged, np.zeros((3, 1)), count=4)

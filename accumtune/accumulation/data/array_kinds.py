@@ -45,7 +45,7 @@ def part(leaf: Any, rows: slice) -> Any:
         start, stop, _ = rows.indices(int(leaf.shape[0]))
         others = [0] * (len(leaf.shape) - 1)
         return tf.sparse.slice(leaf, [start, *others], [stop - start, *leaf.shape[1:]])
-    if type(leaf).__module__.split(".")[0] == "pandas":
+    if hasattr(leaf, "iloc"):  # a frame or a series; the arrays of pandas' own types are sliced as NumPy's
         return leaf.iloc[rows]
     return leaf.tocsr()[rows] if is_scipy_sparse(leaf) else leaf[rows]
 
