@@ -197,9 +197,8 @@ def reproduce(
     config: TrainingConfig, build_model: Any, x: Any, y: Any, validation_data: Any, fit_arguments: Mapping[str, Any]
 ) -> Reproduction:
     """See `TrainingConfig.reproduce`."""
-    import keras_tuner
-
     from accumtune.execution.standalone_training import FixedHyperModel, train_isolated
+    from accumtune.oracles.metric_direction import objective_from
     from accumtune.worker.transport.outcome import finished
 
     missing = [name for name, value in (("seed", config.seed), ("epochs", config.epochs)) if value is None]
@@ -211,16 +210,14 @@ def reproduce(
         )
     # The trial's own micro-batch, because another one trains the same only up to rounding.
     micro = int(config.trial.get("micro_batch_size", config.micro_batch_size))
-    name, direction = config.objective["name"], config.objective.get("direction", "min")
+    name = config.objective["name"]
     options = {**config.fit_arguments(), **fit_arguments}
     del options["batch_size"]
     outcome = train_isolated(
-        FixedHyperModel(
-            builder_of(config, build_model), micro, config.effective_batch_size, config.ghost_batch_size
-        ),
+        FixedHyperModel(builder_of(config, build_model), micro, config.effective_batch_size, config.ghost_batch_size),
         {"x": x, "y": y, "validation_data": validation_data, **options},
         hyperparameters={**replayed_values(config, micro), **batch_values(micro, config.effective_batch_size)},
-        objective=keras_tuner.Objective(name, direction),
+        objective=objective_from(config.objective),
         seed=config.seed or 0,
         executions=int(config.trial.get("executions", 1)),
         memory_budget_bytes=config.memory_budget_bytes,

@@ -6,10 +6,12 @@ to the trials. Here Keras Tuner's own rule is applied to the class or function a
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import keras_tuner
 from keras_tuner.engine.metrics_tracking import infer_metric_direction
+from keras_tuner.src.engine.objective import create_objective  # it has no public name
 
 
 def metric_direction(name: str) -> str | None:
@@ -33,6 +35,20 @@ def metric_direction(name: str) -> str | None:
         return _direction_of(keras.losses.get(base))  # "mse" and other short names; losses have no variables
     except ValueError:
         return None
+
+
+def described(objective: Any) -> dict[str, Any]:
+    """Returns name and direction of an objective, and those of its `terms` if it adds up several."""
+    terms = getattr(objective, "name_to_direction", None)
+    return {"name": objective.name, "direction": objective.direction, **({"terms": dict(terms)} if terms else {})}
+
+
+def objective_from(description: Mapping[str, Any]) -> Any:
+    """Returns the objective that `described` describes."""
+    terms = description.get("terms") or {}
+    if terms:
+        return create_objective([keras_tuner.Objective(name, direction) for name, direction in terms.items()])
+    return keras_tuner.Objective(description["name"], description.get("direction", "min"))
 
 
 def _direction_of(metric: Any) -> str | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import os
 import time
 from collections.abc import Sequence
@@ -90,8 +91,31 @@ class StopWhenHopeless(keras.callbacks.Callback):
             self.model.stop_training = True
 
 
+class LogsOfEpochs(keras.callbacks.History):
+    """A history that also knows which epoch a value is of: with `validation_freq`, some epochs have no `val_` values.
+
+    Attributes:
+        rows: `[epoch, logs]` of each epoch.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rows: list[Any] = []
+
+    def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
+        super().on_epoch_end(epoch, logs)
+        self.rows.append([epoch, dict(logs or {})])
+
+
 class SaveBestEpoch(tuner_utils.SaveBestEpoch):
-    """Keras Tuner's callback, which here writes the file atomically: a killed trial keeps its earlier best epoch."""
+    """Keras Tuner's callback, which here writes the file atomically: a killed trial keeps its earlier best epoch.
+
+    Keras Tuner's also saves each epoch without the objective, as between two validations, over the best one.
+    """
+
+    def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
+        if self.objective.has_value(logs) or not math.isfinite(self.best_value):
+            super().on_epoch_end(epoch, logs)
 
     def _save_model(self) -> None:
         path = Path(self.filepath)

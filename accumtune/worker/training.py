@@ -11,8 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import keras
-from keras_tuner import errors as tuner_errors
-from keras_tuner.src.engine import tuner_utils  # how Keras Tuner reads what fit() returns; it has no public name
 
 from accumtune.accumulation.own_step.own_train_step import certificate_of
 from accumtune.errors import SearchError
@@ -31,6 +29,7 @@ from accumtune.worker.callbacks import (
 )
 from accumtune.worker.checkpoint.training_state import CannotContinue
 from accumtune.worker.checkpoint.trial_checkpoint import TrialCheckpoint
+from accumtune.worker.fit_result import result_of
 from accumtune.worker.process_setup import open_payload
 from accumtune.worker.transport.hyperparameters import appeared, hyperparameters_from
 from accumtune.worker.transport.task_directory import TaskDirectory
@@ -130,7 +129,9 @@ def _fit(
         )
     _refuse_own_loop(model, state)
     report = measured.report(hp.values.get("effective_batch_size", 0))
-    metrics, best_epoch = _results(history, objective, content.get("is_scored_later", False))
+    metrics, best_epoch = result_of(
+        history, objective, content.get("is_scored_later", False), state.paused_after is not None
+    )
     _save_build_config(model, directory)
     certificate = certificate_of(model)
     if certificate is not None:
@@ -186,35 +187,6 @@ class _Measurement:
             "training_seconds": self._state.seconds,
             "precision_policy": keras.config.dtype_policy().name,
         }
-
-
-def _results(returned: Any, objective: Any, is_scored_later: bool) -> tuple[dict[str, Any], int]:
-    """Returns the metrics and the number of the best epoch, from the value that `fit` returned.
-
-    Raises:
-        SearchError: it is not a result for Keras Tuner. This would happen in every trial.
-    """
-    if isinstance(returned, keras.callbacks.History) and returned.history:
-        last = {name: values[-1] for name, values in returned.history.items()}
-        if not objective.has_value(last):
-            if is_scored_later:  # by a subclass's run_trial
-                return last, len(returned.epoch) - 1
-            raise SearchError(
-                f"Received the objective {objective.name!r}, and a training that reports {', '.join(last)}.",
-                "an objective that the training reports.",
-                "compile the model with that metric, give search() validation_data, or choose another objective.",
-            )
-    try:
-        tuner_utils.validate_trial_results(returned, objective, "HyperModel.fit()")
-    except tuner_errors.FatalError as error:
-        raise SearchError(
-            f"Received {returned!r} of type {type(returned).__name__} from HyperModel.fit. {error}",
-            f"what model.fit returned, a number, or a dict with {objective.name!r}.",
-            "end HyperModel.fit with `return model.fit(*args, **kwargs)`.",
-        ) from error
-    # In a list, as Keras Tuner has one result for each execution.
-    metrics = tuner_utils.convert_to_metrics_dict([returned], objective)
-    return metrics, int(tuner_utils.get_best_step([returned], objective))
 
 
 def _end_out_of_memory(directory: TaskDirectory, budget_bytes: int | None) -> None:

@@ -1,12 +1,14 @@
 """The direction of an objective is found without using the device, which trials need."""
 
+import json
 import sys
 
 import forked
 import keras_tuner
 import pytest
+from keras_tuner.src.engine.objective import create_objective
 
-from accumtune.oracles.metric_direction import metric_direction, with_direction
+from accumtune.oracles.metric_direction import described, metric_direction, objective_from, with_direction
 
 NAMES = [
     "loss", "val_loss", "acc", "val_accuracy", "weighted_accuracy", "auc", "AUC", "precision", "recall", "mae", "mse",
@@ -23,6 +25,15 @@ def test_objectives_of_the_user_stay_as_they_are():
     mine = keras_tuner.Objective("f1", "max")
     assert with_direction(mine) is mine and with_direction("mine") == "mine" and with_direction(None) is None
     assert with_direction(["val_auc", mine]) == [keras_tuner.Objective("val_auc", "max"), mine]
+
+
+def test_an_objective_of_several_metrics_comes_back_from_its_description():
+    several = create_objective([keras_tuner.Objective("val_loss", "min"), keras_tuner.Objective("val_auc", "max")])
+    description = json.loads(json.dumps(described(several)))
+    assert description["terms"] == {"val_loss": "min", "val_auc": "max"}
+    assert objective_from(description).get_value({"val_loss": 3.0, "val_auc": 1.0, "loss": 9.0}) == 2.0
+    one = keras_tuner.Objective("val_auc", "max")
+    assert objective_from({**described(one), "value": 0.5}) == one and "terms" not in described(one)
 
 
 SCRIPT = """

@@ -10,6 +10,7 @@ import pytest
 from models import data, dense
 
 import accumtune
+from accumtune.errors import SearchDirectoryError
 from accumtune.tracking.journal import Journal
 
 X, Y = data()
@@ -93,6 +94,34 @@ def test_an_objective_that_fit_returns(tmp_path):
     assert values == pytest.approx(expected)
     assert tuner.get_best_config().objective["value"] == pytest.approx(10)
     assert tuner.oracle.get_best_trials()[0].score == pytest.approx(10)
+
+
+def test_rare_validations_and_an_objective_of_two_metrics(tmp_path):
+    """The best epoch is one that validated, its weights are kept, and the configuration reproduces the sum."""
+
+    def make(*objectives):
+        arguments = {**COMMON, "micro_batch_sizes": (4,), "accumulation_steps": (2,)}
+        return accumtune.RandomSearch(
+            build_accurate, objective=list(objectives), max_trials=1, seed=1, directory=tmp_path, **arguments
+        )
+
+    tuner = search(make("val_loss", keras_tuner.Objective("val_accuracy", "max")), epochs=3, validation_freq=2)
+    (trial,) = tuner.record().with_status("completed")
+    (logs,) = [epoch.logs for epoch in trial.epochs if "val_loss" in epoch.logs]
+    assert trial.best_epoch == 1 and trial.objective_value == logs["val_loss"] - logs["val_accuracy"]
+    (model,) = tuner.get_best_models()
+    assert model.evaluate(X, Y, verbose=0, return_dict=True)["loss"] == pytest.approx(logs["val_loss"], rel=1e-5)
+    config = accumtune.TrainingConfig.from_json(tuner.get_best_config().to_json())
+    assert config.objective["terms"] == {"val_loss": "min", "val_accuracy": "max"}
+    assert config.reproduce(build_accurate, X, Y, validation_data=(X, Y)).holds(1e-5, peak_tolerance=0.5)
+    with pytest.raises(SearchDirectoryError, match="objective's terms"):
+        search(make("val_loss", "val_accuracy", "loss"), epochs=3, validation_freq=2)
+
+
+def build_accurate(hp):
+    model = dense()
+    model.compile(model.optimizer, model.loss, metrics=["accuracy"])
+    return model
 
 
 def build_unscaled(hp):

@@ -134,6 +134,7 @@ def training_config(record: SearchRecord, choice: Choice) -> TrainingConfig:
         memory_source=candidate.memory_source,
         throughput_samples_per_second=candidate.throughput_samples_per_second,
         objective={
+            **record.objective,
             "name": record.objective_name,
             "direction": record.objective_direction,
             "value": candidate.objective,

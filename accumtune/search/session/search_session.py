@@ -11,6 +11,7 @@ from accumtune.errors import AccumtuneError
 from accumtune.execution.placement import Place, Places
 from accumtune.oracles import keras_tuner_adapter
 from accumtune.oracles.keras_tuner_adapter import pauses_trials
+from accumtune.oracles.metric_direction import described
 from accumtune.search import ghost_batches
 from accumtune.search.processes import SearchProcesses
 from accumtune.search.results.best_model_export import export_best_model
@@ -215,6 +216,7 @@ class SearchSession:
         objective, asked = tuner.oracle.objective, self._parts.space.asked_whole_batch_loss
         return {
             "objective": f"{objective.name} ({objective.direction})",
+            "objective's terms": described(objective).get("terms"),
             "executions_per_trial": tuner.executions_per_trial,
             "learning_rate_scaling": tuner.learning_rate_scaling,
             "base_effective_batch_size": tuner.base_effective_batch_size if tuner.learning_rate_scaling else None,
@@ -237,7 +239,6 @@ class SearchSession:
 
     def _description(self) -> dict[str, Any]:
         tuner = self._tuner
-        objective = tuner.oracle.objective
         fit = describe_fit(
             self._fit_kwargs, tuner.hypermodel.hypermodel, self._parts.compiled_with, self._test_step_batch_size()
         )
@@ -245,7 +246,7 @@ class SearchSession:
             fit["not_carried"].append(f"{type(tuner).__name__}.run_trial, which may give fit other arguments")
         return {
             "name": tuner.project_name,
-            "objective": {"name": objective.name, "direction": objective.direction},
+            "objective": described(tuner.oracle.objective),
             "memory_budget_bytes": tuner.memory_budget_bytes,
             "micro_batch_sizes": tuner.micro_batch_sizes,
             "accumulation_steps": tuner.accumulation_steps,

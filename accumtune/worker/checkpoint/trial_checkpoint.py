@@ -30,6 +30,7 @@ import keras
 from accumtune.errors import SearchError
 from accumtune.tracking.journal import Journal
 from accumtune.tracking.small_files import atomic_file
+from accumtune.worker.callbacks import LogsOfEpochs
 from accumtune.worker.checkpoint.state_file import read_state, write_state
 from accumtune.worker.checkpoint.training_state import (
     CallbackMemory,
@@ -46,7 +47,7 @@ from accumtune.worker.transport.task_directory import TaskDirectory
 # writing took: so short epochs cost little, and large models at most a twentieth of their time.
 _LEAST_SECONDS_BETWEEN = 2.0
 _WRITING_SECONDS_TIMES = 20.0
-_FORMAT = 3
+_FORMAT = 4
 
 
 class Pipelines(Protocol):
@@ -159,11 +160,13 @@ class TrialCheckpoint:
                 self._advance(kwargs, saved["epoch"] + 1 - kwargs.get("initial_epoch", 0))
                 kwargs["initial_epoch"] = kwargs.get("epochs", 1) if saved["is_ended"] else saved["epoch"] + 1
             callbacks = list(callbacks) if isinstance(callbacks, Sequence) else [callbacks]
-            if not any(isinstance(callback, keras.callbacks.History) for callback in callbacks):
-                callbacks.append(keras.callbacks.History())  # before the saver, so that it is restored too
+            # The last History is what fit returns. It is before the saver, so that it is restored too.
+            callbacks.append(LogsOfEpochs())
             saver = _SaveEpochs(self, callbacks, saved)
             history = own_fit(*args, **kwargs, callbacks=[*callbacks, saver])
-            self._fits.append({"epoch": history.epoch, "history": history.history})
+            self._fits.append(
+                {"epoch": history.epoch, "history": history.history, "rows": getattr(history, "rows", [])}
+            )
             return history
 
         model.fit = fit
@@ -296,8 +299,9 @@ def _identity(directory: TaskDirectory) -> tuple[int, int] | None:
 
 
 def _history(model: Any, saved: Mapping[str, Any]) -> Any:
-    history = keras.callbacks.History()
+    history = LogsOfEpochs()
     history.set_model(model)
+    history.rows = list(saved["rows"])
     history.epoch, history.history = list(saved["epoch"]), dict(saved["history"])
     model.history = history
     return history
