@@ -173,6 +173,21 @@ def test_validation_steps_mean_the_same_samples_in_every_trial(kind, micro_batch
     assert history["val_loss"][-1] == pytest.approx(model.evaluate(X[:12], Y[:12], verbose=0), rel=1e-5)
 
 
+@pytest.mark.parametrize("kind", ["samples", "batches"])
+def test_data_without_an_end_need_a_number_of_steps(kind):
+    model = model_for(X)
+    feed_by_batches(model, effective_batch_size=8, micro_batch_size=2)
+    endless = validation_data(kind)
+    for given, steps in (
+        ({"x": endless}, "steps_per_epoch"),
+        ({"x": X, "y": Y, "validation_data": endless}, "validation_"),
+    ):
+        with pytest.raises(DataError, match=rf"for ever(.|\n)*Fix: .*{steps}"):
+            model.fit(**given, verbose=0)
+    model.fit(endless, steps_per_epoch=2, validation_data=endless, validation_steps=1, verbose=0)
+    assert int(model.optimizer.iterations) == 2
+
+
 @pytest.mark.parametrize("reduction", ["sum", "mean_with_sample_weight"])
 def test_a_loss_that_is_no_mean_over_samples_is_validated_on_as_many_in_every_trial(reduction):
     """As plain Keras does at that number; on micro-batches, trials would be compared on different scales."""

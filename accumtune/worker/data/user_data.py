@@ -225,11 +225,12 @@ def _with_training_batches(model: Any, given: dict[str, Any], batch_size: int) -
     x, y, sample_weight = resolve(given.pop("x", None), given.pop("y", None), given.pop("sample_weight", None))
     if prepares_its_data(model):
         if is_pipeline(x):
-            return {**given, "x": _rebatched(model, x, batch_size)}
+            return {**given, "x": _refuse_endless(_rebatched(model, x, batch_size), given, "steps_per_epoch")}
         return {**given, **training_arguments(model, x, y, sample_weight, batch_size=batch_size)}
     shuffle, class_weight = given.pop("shuffle", True), given.pop("class_weight", None)
     if is_pipeline(x):
-        return {**given, "x": _rebatched(model, x, batch_size), "class_weight": class_weight, "shuffle": shuffle}
+        x = _refuse_endless(_rebatched(model, x, batch_size), given, "steps_per_epoch")
+        return {**given, "x": x, "class_weight": class_weight, "shuffle": shuffle}
     number_of_rows(x)
     options = {"batch_size": batch_size, "shuffle": shuffle, "class_weight": class_weight}
     return {**given, **training_arguments(model, x, y, sample_weight, **options)}
@@ -252,7 +253,8 @@ def _with_validation_batches(model: Any, given: dict[str, Any], batch_size: int,
     if is_pipeline(x):
         if steps and is_tf_dataset(x) and not has_batches(model, x):
             steps *= counted_size
-        return {**given, "validation_data": _rebatched(model, x, batch_size, steps)}
+        cut = _refuse_endless(_rebatched(model, x, batch_size, steps), {"validation_steps": steps}, "validation_steps")
+        return {**given, "validation_data": cut}
     number_of_rows(x)
     if steps:
         first = slice(0, steps * counted_size)
@@ -264,6 +266,18 @@ def _rebatched(model: Any, pipeline: Any, batch_size: int, first: int | None = N
     from accumtune.worker.data.rebatch import rebatched
 
     return rebatched(pipeline, batch_size, not is_tf_dataset(pipeline) or has_batches(model, pipeline), first)
+
+
+def _refuse_endless(pipeline: Any, given: Mapping[str, Any], steps: str) -> Any:
+    """Returns the pipeline; one that repeats its samples for ever, and without a number of steps, is refused."""
+    if is_tf_dataset(pipeline) and int(pipeline.cardinality()) == -1 and not given.get(steps):  # INFINITE_CARDINALITY
+        raise DataError(
+            "Received a tf.data.Dataset that repeats its samples for ever, so that an epoch would never end.",
+            f"a data set with an end, or {steps}.",
+            f"leave out .repeat(), or give search() {steps}=...: "
+            + ("an update is one step." if steps == "steps_per_epoch" else "one of your batches is one step."),
+        )
+    return pipeline
 
 
 def has_batches(model: Any, dataset: Any) -> bool:
