@@ -317,7 +317,8 @@ def test_mixed_precision_with_loss_scaling():
     data = {name: np.asarray(value, "float32") for name, value in CASES["contrastive"][1].items()}
     one, other = two_passes(build, data), in_order(build, data)
     assert type(one.model.optimizer).__name__ == "LossScaleOptimizer"
-    assert difference(one, other) < 2e-3 < difference(two_passes(build, data, whole_batch_loss=False), other)
+    # Half precision keeps three digits, which each kind of CPU rounds in its own way.
+    assert difference(one, other) < 1e-2 < difference(two_passes(build, data, whole_batch_loss=False), other)
 
 
 # What it is chosen for, and what is left
