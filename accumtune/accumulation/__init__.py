@@ -63,8 +63,7 @@ def accumulate(
     samples as their first axis; layers with a state, a loss that changes variables and several replicas are refused.
 
     With `micro_batch_size`, `fit` validates in micro-batches unless `validation_batch_size` says otherwise, so that
-    validation needs no more memory than training. (Where predictions are masked, Keras's val_loss is a mean over
-    batches and depends on their size.)
+    validation needs no more memory than training; `val_loss` is that of plain Keras.
 
     With `tf.distribute.MirroredStrategy` or `keras.distribution.DataParallel`, a micro-batch is what one device
     holds: the effective batch is micro_batch_size * accumulation_steps * devices, and BatchNormalization's moving

@@ -231,6 +231,7 @@ def _begin_epoch(model: Any, epoch: Any) -> None:
 def _fit(model: Any, own: Any) -> Any:
     """Returns the model's new `fit`; `own` is the one that this instance had already, or None."""
     from accumtune.accumulation.data import batches as feeding
+    from accumtune.accumulation.validation import needs_whole_batches
 
     @functools.wraps(own or type(model).fit)
     def fit(*args: Any, **kwargs: Any) -> Any:
@@ -242,8 +243,7 @@ def _fit(model: Any, own: Any) -> Any:
             # Only during fit, so that the model does not keep its data.
             during: dict[str, Any] = {"_accumtune_rows": rows}
             is_at_default = not named.get("validation_batch_size")
-            if whole_batch_loss.is_wanted_in_validation(model) and is_at_default:
-                # Such a loss depends on the batch size: validation, too, joins the outputs of micro-batches.
+            if needs_whole_batches(model) and is_at_default:
                 batch, steps = given.get("batch_size") or feeding.KERAS_BATCH_SIZE, accumulation.accumulation_steps or 1
                 given["validation_batch_size"] = batch * steps
                 during["_accumtune_validation_size"] = accumulation.micro_batch_size or batch

@@ -8,16 +8,32 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from accumtune.accumulation.data.batches import MicroBatch, micro_batches, samples_of
-from accumtune.accumulation.losses import batch_metrics, whole_batch_loss
+from accumtune.accumulation.losses import batch_metrics, loss_shares, whole_batch_loss
 from accumtune.accumulation.losses.output_losses import output_loss_weights
+from accumtune.accumulation.own_step.own_train_step import has_own_step, has_own_test_step
 from accumtune.accumulation.patched_attributes import replaced
+
+# A part of a batch, with the factors of its losses, is given to `test_step` under these names.
+_PART, _FACTORS = "accumtune_part", "accumtune_factors"
+
+
+def needs_whole_batches(model: Any) -> bool:
+    """Returns whether the loss of validation depends on which micro-batches make a batch.
+
+    Then `fit` validates in the batches of plain Keras, each in micro-batches. Not for a `train_step` or `test_step` of
+    the model's own, which get their batches as they are.
+    """
+    if has_own_step(model) or has_own_test_step(model):
+        return False
+    return whole_batch_loss.is_wanted(model) or loss_shares.may_need_factors(model)
 
 
 class Validation:
     """A test function of Keras that processes its batches in parts.
 
-    Parts are micro-batches while a `fit` requests that (`_accumtune_validation_size`). Metrics over the batch get whole
-    batches, or as many samples at a time as a `fit` requests (`_accumtune_metric_batch_size`).
+    Parts are micro-batches while a `fit` requests that (`_accumtune_validation_size`). Each compiled loss of a part is
+    multiplied by its factor, as in training (see window.py), so that the loss is that of the batch. Metrics over the
+    batch get whole batches, or as many samples at a time as a `fit` requests (`_accumtune_metric_batch_size`).
 
     Args:
         make: makes Keras create `model.test_function`, from the present `model.test_step`.
@@ -27,6 +43,7 @@ class Validation:
         self._model = model
         self._metrics = batch_metrics.WholeWindow(model) if batch_metrics.may_have_own_metrics(model) else None
         self._weights = output_loss_weights(model)
+        self._has_factors = needs_whole_batches(model)
         with self._step_gives_outputs():
             make()
         self._test = model.test_function
@@ -42,7 +59,7 @@ class Validation:
                 self._weights.leave_to_keras()
             return self._test(*arguments)
         *state, batches = arguments
-        if size is not None and whole_batch_loss.is_wanted_in_validation(self._model):
+        if size is not None and self._has_factors and whole_batch_loss.is_wanted(self._model):
             logs, state = self._in_two_passes(batches, size, state)
         else:
             logs, state = self._in_parts(batches, size, state)
@@ -55,10 +72,14 @@ class Validation:
         if self._weights is not None:
             self._weights.look_at(batches)
         for batch in itertools.islice(batches, self._model.steps_per_execution):
-            for part in [batch] if size is None else (part.take() for part in _parts(batch, size)):
+            parts = [MicroBatch(0, lambda batch=batch: batch)] if size is None else _parts(batch, size)
+            factors: list[Any] = [None] * len(parts)
+            if self._has_factors and len(parts) > 1:
+                factors = self._model.train_function.validation_factors(parts, *state)
+            for part, row in zip((part.take() for part in parts), factors, strict=True):
                 pieces = [part] if self._weights is None else self._weights.pieces(part, samples_of(batch))
                 for piece in pieces:
-                    logs, state = self._take(piece, state)
+                    logs, state = self._take(piece if row is None else {_PART: piece, _FACTORS: row}, state)
             logs, state = self._update_metrics(logs, state)
         return logs, state
 
@@ -111,21 +132,25 @@ class Validation:
     def _step_gives_outputs(self) -> Iterator[None]:
         """Makes `test_step` return `(logs, outputs)` instead of logs, if metrics need the outputs of a whole batch.
 
-        The logged losses of outputs are weighted by `OutputLossWeights`.
+        Losses are multiplied by the factors of a part. `OutputLossWeights` weights the logged losses of outputs.
         """
         metrics, weights, step = self._metrics, self._weights, self._model.test_step
-        if metrics is None and weights is None:
+        if metrics is None and weights is None and not self._has_factors:
             yield
             return
 
         def on_jax(state: Any, data: Any) -> Any:
-            assert metrics is not None  # weights are for TensorFlow alone
-            with metrics.noting() as noted:
-                logs, state = step(state, data)
+            data, factors = _unpacked(data)
+            with self._multiplied(factors):
+                if metrics is None:
+                    return step(state, data)
+                with metrics.noting() as noted:
+                    logs, state = step(state, data)
             return (logs, noted), state
 
         def elsewhere(data: Any) -> Any:
-            with contextlib.nullcontext() if weights is None else weights.applied():
+            data, factors = _unpacked(data)
+            with self._multiplied(factors), contextlib.nullcontext() if weights is None else weights.applied():
                 if metrics is None:
                     return step(data)
                 with metrics.noting() as noted:
@@ -137,6 +162,15 @@ class Validation:
         test_step = on_jax if keras.backend.backend() == "jax" else elsewhere
         with replaced(self._model, {"test_step": test_step}):
             yield
+
+    def _multiplied(self, factors: Any) -> contextlib.AbstractContextManager[None]:
+        """Multiplies each compiled loss by its factor, inside the `with` block (run or traced)."""
+        return contextlib.nullcontext() if factors is None else loss_shares.scaled(self._model, factors, lambda: None)
+
+
+def _unpacked(data: Any) -> tuple[Any, Any]:
+    """Returns a batch, or a part of one, and the factors of its losses (None: none)."""
+    return (data[_PART], data[_FACTORS]) if isinstance(data, dict) and _FACTORS in data else (data, None)
 
 
 def _parts(batch: Any, size: int) -> list[MicroBatch]:

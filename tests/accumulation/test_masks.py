@@ -4,6 +4,7 @@ import keras
 import numpy as np
 import pytest
 from equality import (
+    EFFECTIVE,
     REDUCTIONS,
     SAMPLES,
     assert_exact,
@@ -59,6 +60,60 @@ def test_a_loss_that_masks_its_own_values():
         return model
 
     assert_exact(build, {"x": numbers(SAMPLES, 5, 2), "y": np.minimum(sequences(), 2)})
+
+
+class IgnoringLoss(keras.losses.Loss):
+    """Masks its own values, which nothing but its values says."""
+
+    def call(self, y_true, y_pred):
+        return keras.losses.sparse_categorical_crossentropy(y_true, y_pred, from_logits=True, ignore_class=0)
+
+
+def labels_of_tokens(make_loss):
+    def build():
+        model = keras.Sequential([keras.Input((5, 2)), keras.layers.Dropout(0.2), keras.layers.Dense(3)])
+        model.compile(keras.optimizers.SGD(0.1), make_loss())
+        return model
+
+    return build, numbers(SAMPLES, 5, 2), np.minimum(sequences(), 2)
+
+
+def two_masked_outputs():
+    inputs = keras.Input((5,), dtype="int32")
+    tokens = keras.layers.Dropout(0.2)(keras.layers.Embedding(6, 3, mask_zero=True)(inputs))
+    outputs = [keras.layers.Dense(2, name="each")(tokens), keras.layers.SimpleRNN(2, name="last")(tokens)]
+    model = keras.Model(inputs, outputs)
+    model.compile(keras.optimizers.SGD(0.0), ["mse", "mae"], loss_weights=[0.3, 2.0])
+    return model
+
+
+VALIDATED = {
+    **{reduction: lambda reduction=reduction: (
+        embedding_model(reduction), sequences(), numbers(SAMPLES, 5, 2),
+        np.repeat(weights_with_empty_micro_batches()[:, None], 5, axis=1),
+    ) for reduction in REDUCTIONS},
+    "ignored class": lambda: labels_of_tokens(
+        lambda: keras.losses.SparseCategoricalCrossentropy(from_logits=True, ignore_class=0)
+    ),
+    "loss of the user": lambda: labels_of_tokens(IgnoringLoss),
+    "two outputs": lambda: (two_masked_outputs, sequences(), [numbers(SAMPLES, 5, 2), numbers(SAMPLES, 2)]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", VALIDATED)
+@holds("masks, with unequal numbers of valid entries")
+def test_validation_in_micro_batches_is_that_of_plain_batches(case):
+    """Weighted by samples alone, as Keras weights batches, micro-batches would give another val_loss."""
+    build, *validation = VALIDATED[case]()
+    data = {"x": validation[0][:1], "y": keras.tree.map_structure(lambda leaf: leaf[:1], validation[1])}
+    plain, *ours = (
+        train(build, data, validation_data=tuple(validation), **form).history
+        for form in ({}, {"micro_batch_size": 3}, {"batch_size": EFFECTIVE // 2, "accumulation_steps": 2})
+    )
+    names = [name for name in plain if name.startswith("val_")]
+    assert "val_loss" in names
+    for name in names:
+        np.testing.assert_allclose([history[name] for history in ours], [plain[name]] * 2, rtol=1e-6)
 
 
 class ExplicitMask(keras.layers.Layer):

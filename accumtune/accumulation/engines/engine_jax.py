@@ -147,12 +147,20 @@ class JaxTraining:
         plain = [factors(samples) if losses.is_sum(loss) else [1.0] * len(window) for loss in compiled]
         rows = np.asarray(plain, _precision()).reshape(len(compiled), len(window)).T
         if self._must_count(state, window, compiled, (first, parts[0], rows[0])):
-            trainable, non_trainable = state[:2]
-            counts = [self._count(trainable, non_trainable, part.take()) for part in window]
-            columns = np.asarray(counts).T.tolist()
-            counted = [factors(samples, None if losses.is_sum(loss) else columns[i]) for i, loss in enumerate(compiled)]
-            rows = np.asarray(counted, _precision()).T
+            rows = self.validation_factors(window, state)
         return list(zip(parts, rows, strict=True))
+
+    def validation_factors(self, parts: list[Any], state: Any) -> Any:
+        """Returns the factors of the losses for each part of a batch, counted: shape `(parts, losses)`.
+
+        Args:
+            state: that of training or of validation; both begin with the trainable and other variables.
+        """
+        samples, (trainable, non_trainable) = [part.samples for part in parts], state[:2]
+        columns = np.asarray([self._count(trainable, non_trainable, part.take()) for part in parts]).T.tolist()
+        compiled = enumerate(losses.flat_losses(self.model))
+        counted = [factors(samples, None if losses.is_sum(loss) else columns[i]) for i, loss in compiled]
+        return np.asarray(counted, _precision()).T
 
     def _must_count(self, state: Any, window: list[Any], compiled: list[Any], first: tuple[Any, Any, Any]) -> bool:
         if not compiled:

@@ -193,6 +193,11 @@ class TensorFlowTraining:
         number = self.replicas.number
         return [self.replicas.join(rows[start : start + number]) for start in range(0, len(rows), number)]
 
+    def validation_factors(self, parts: list[Any]) -> list[Any]:
+        """Returns the factors of the losses, for each part of a batch of validation."""
+        samples = [part.samples for part in parts]
+        return self._counted(loss_shares.flat_losses(self.model), [[part] for part in parts], samples)
+
     def _must_count(self, compiled: list[Any], micro_batches: list[Any], first: list[Any], part: Any) -> bool:
         has_weight = first[0][2] is not None
         if any(loss_shares.may_depend_on_data(loss, has_weight) for loss in compiled):

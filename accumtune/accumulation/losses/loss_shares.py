@@ -29,13 +29,37 @@ def is_sum(loss: Any) -> bool:
     return getattr(loss, "reduction", "sum_over_batch_size") in SUMS
 
 
-def depend_on_batch_size(model: Any) -> bool:
-    """Returns whether a compiled loss of a batch is no mean over its samples: a sum, or a mean over their weights."""
+def may_need_factors(model: Any) -> bool:
+    """Returns whether a compiled loss of a batch may be another mean than that of its micro-batches by their samples.
+
+    Such a loss is a sum, or a mean over weights, valid entries or what is left by a mask of the predictions. The model
+    need not be built.
+    """
     from keras import tree
 
     compiled = model._compile_loss
-    asked = [] if compiled is None else tree.flatten(compiled._user_loss)
-    return any(is_sum(loss) or getattr(loss, "reduction", None) == "mean_with_sample_weight" for loss in asked)
+    asked = [] if compiled is None else [loss for loss in tree.flatten(compiled._user_loss) if loss is not None]
+    return any(map(_may_need_factor, asked)) or (bool(asked) and _may_have_masks(model))
+
+
+def _may_need_factor(loss: Any) -> bool:
+    loss = keras_losses.get(loss)
+    if isinstance(loss, keras_losses.Loss):
+        return is_sum(loss) or may_depend_on_data(loss, has_sample_weight=True)
+    return not str(getattr(loss, "__module__", "")).startswith("keras.")
+
+
+def _may_have_masks(model: Any) -> bool:
+    """Returns whether some layer makes masks; those of Keras that only hand them on do not count."""
+    from keras import layers
+
+    for layer in model._flatten_layers():
+        owner = next(cls for cls in type(layer).__mro__ if "compute_mask" in vars(cls))
+        if owner.__module__.split(".")[0] != "keras":
+            return True
+        if isinstance(layer, layers.Masking) or getattr(layer, "mask_zero", False):
+            return True
+    return False
 
 
 def may_depend_on_data(loss: Any, has_sample_weight: bool) -> bool:

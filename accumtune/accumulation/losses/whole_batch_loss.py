@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from accumtune.accumulation.losses import loss_shares
-from accumtune.accumulation.own_step.own_train_step import has_own_step, has_own_test_step
+from accumtune.accumulation.own_step.own_train_step import has_own_step
 from accumtune.accumulation.patched_attributes import put, replaced
 from accumtune.errors import DataError, ModelError
 
@@ -57,16 +57,6 @@ def is_wanted(model: Any) -> bool:
         if accumulation is not None:
             put(model, {"_accumtune_whole_batch_loss": (model._compile_loss, found)})
     return bool(found)
-
-
-def is_wanted_in_validation(model: Any) -> bool:
-    """Returns whether validation joins the outputs of micro-batches, because its loss depends on their number.
-
-    Not for a `train_step` or `test_step` of the model's own.
-    """
-    if has_own_step(model) or has_own_test_step(model):
-        return False
-    return is_wanted(model) or loss_shares.depend_on_batch_size(model)
 
 
 def check_devices(model: Any, devices: int) -> None:

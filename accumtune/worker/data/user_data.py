@@ -103,9 +103,9 @@ def feed_by_batches(
     model's own `test_step`, whose results may depend on the size of a batch, gets as many (default:
     `test_step_batch_size`, and without it the micro-batch).
     """
-    from accumtune.accumulation.losses.whole_batch_loss import is_wanted_in_validation
     from accumtune.accumulation.own_step.own_train_step import has_own_test_step
     from accumtune.accumulation.patched_attributes import replaced
+    from accumtune.accumulation.validation import needs_whole_batches
 
     keras_fit = model.fit
     by_default = test_step_batch_size or micro_batch_size
@@ -126,7 +126,7 @@ def feed_by_batches(
         at_once = samples_validated_at_once(model, asked, by_default)
         given = _with_validation_batches(model, given, at_once or micro_batch_size, size)
         sizes = {
-            "_accumtune_metric_batch_size": None if is_wanted_in_validation(model) else size,
+            "_accumtune_metric_batch_size": None if needs_whole_batches(model) else size,
             "_accumtune_test_step_batch_size": asked or by_default if has_own_test_step(model) else None,
         }
         try:
@@ -148,10 +148,10 @@ def samples_validated_at_once(model: Any, asked: int | None, test_step_batch_siz
         asked: the user's `validation_batch_size`.
         test_step_batch_size: for a model with a `test_step` of its own, where the user asks for nothing.
     """
-    from accumtune.accumulation.losses.whole_batch_loss import is_wanted_in_validation
     from accumtune.accumulation.own_step.own_train_step import has_own_test_step
+    from accumtune.accumulation.validation import needs_whole_batches
 
-    if is_wanted_in_validation(model):  # it joins its predictions for a batch's micro-batches
+    if needs_whole_batches(model):
         return asked or _METRIC_BATCH_SIZE
     return asked or test_step_batch_size if has_own_test_step(model) else None
 
