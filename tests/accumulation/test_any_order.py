@@ -229,11 +229,11 @@ TestAnyOrder = AnyOrder.TestCase
     ("kind", "case", "form"),
     [
         (arrays, MODELS[0], FORMS[1]),
-        (py_dataset, MODELS[0], FORMS[2]),
+        pytest.param(py_dataset, MODELS[0], FORMS[2], marks=pytest.mark.slow),
         (py_dataset, MODELS[1], FORMS[0]),
         (data_loader, MODELS[1], FORMS[2]),
-        (arrays, MODELS[2], FORMS[0]),
-        (generator, MODELS[2], FORMS[2]),
+        pytest.param(arrays, MODELS[2], FORMS[0], marks=pytest.mark.slow),
+        pytest.param(generator, MODELS[2], FORMS[2], marks=pytest.mark.slow),
     ],
     ids=lambda value: str(value) if isinstance(value, dict) else getattr(value, "__name__", type(value).__name__),
 )

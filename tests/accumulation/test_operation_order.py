@@ -168,6 +168,7 @@ def test_an_own_test_step_is_kept(graphs):
     assert history["val_own"] == [7.0] and model.test_step is test_step
 
 
+@pytest.mark.slow
 def test_there_is_one_order_for_every_size(graphs, monkeypatch):
     orders = []
     for size in (2, 6):

@@ -177,7 +177,8 @@ def classifier(has_preprocessor):
     return model
 
 
-@pytest.mark.parametrize("has_preprocessor", [pytest.param(False, marks=pytest.mark.slow), True])
+@pytest.mark.slow
+@pytest.mark.parametrize("has_preprocessor", [False, True])
 def test_a_task_of_keras_hub(has_preprocessor):
     if has_preprocessor:
         x = np.array(["good film", "bad film", "bad bad film", "good"] * 5)

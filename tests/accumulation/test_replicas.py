@@ -131,6 +131,7 @@ def test_two_devices_train_as_one(run):
     run(32, [{"micro_batch_size": 3}, {"micro_batch_size": 8}, {"accumulation_steps": 2, "batch_size": 4}])
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(BACKEND != "tensorflow", reason="DataParallel wants batches that divide by the devices")
 def test_a_last_batch_that_the_devices_do_not_share_evenly(run):
     """21 samples: 8, 8 and 5, the 5 as 3 and 2. Plain Keras weighs the devices alike here and is off."""

@@ -259,6 +259,7 @@ def test_a_window_of_nan_is_gone_with_the_next():
         np.testing.assert_allclose(ours, expected, rtol=FLOAT64, atol=FLOAT64)
 
 
+@pytest.mark.slow
 @holds("nothing is left of an interrupted window, of a NaN, of an earlier `compile`")
 def test_compile_again_another_size_and_back_to_plain():
     """Each step of this is plain training; only who does it changes."""

@@ -146,6 +146,7 @@ def test_a_worker_without_accumtune_is_no_lost_machine(tmp_path):
         PoolExecutor(Bare(), "tensorflow").submit(written(tmp_path, look, 1)).result(timeout=10)
 
 
+@pytest.mark.slow
 def test_without_shared_storage_files_travel_with_the_task_and_back(threads, tmp_path):
     directory, payload = TaskDirectory(tmp_path / "trial_7"), tmp_path / "data" / "payload.pkl"
     content = {

@@ -87,6 +87,7 @@ def build_two_towers(hp):
     return model
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(keras.backend.backend() == "torch", reason="on a CPU torch counts the pages of the process")
 def test_the_matrix_of_an_in_batch_loss_is_predicted_from_small_windows(monkeypatch):
     """A window of 2,048 samples, where at most 32 were probed; and what the prediction would be without."""

@@ -17,6 +17,7 @@ def test_a_project_name_is_the_name_of_a_folder(tmp_path, name):
     assert not any(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_files_of_the_user_stay_whatever_the_search_does(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     theirs = [tmp_path / "mnist" / name for name in ("data/train.bin", "data/arrays/a.npy", "notes.txt", ".git/HEAD")]

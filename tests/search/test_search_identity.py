@@ -388,6 +388,7 @@ def test_what_is_found_out_by_building(tmp_path):
     assert rates == [0.1, 0.2, 0.3]
 
 
+@pytest.mark.slow
 def test_data_that_a_function_draws_anew_are_no_other_data(tmp_path):
     for trials in (1, 2):
         tuner = run(tmp_path, x=batches, y=None, validation_data=batches, max_trials=trials)

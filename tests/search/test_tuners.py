@@ -233,6 +233,7 @@ def build_pairs_of_views(hp):
     return model
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(keras.backend.backend() == "torch", reason="on a CPU torch counts the pages of the process")
 def test_the_loss_of_all_validation_samples_is_in_the_predicted_peak(tmp_path):
     """1,200² pairs take some 10 MiB, a window of 64 samples takes next to nothing."""
