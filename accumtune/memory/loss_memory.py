@@ -45,7 +45,8 @@ def loss_bytes(model: Any, sample: tuple[Any, Any, Any], device: Device) -> tupl
             smallest = _PLANNED_SAMPLES
             peaks = [_planned_bytes(model, sample, outputs, smallest * factor) for factor in (1, 2, 4)]
         else:
-            most = max(2, int(_MOST_OUTPUT_BYTES // (4 * max(_output_bytes(outputs), 1))))
+            row_bytes = sum(math.prod(leaf.shape[1:]) * 8 for leaf in tree.flatten(outputs) if leaf is not None)
+            most = max(2, _MOST_OUTPUT_BYTES // (4 * max(row_bytes, 1)))
             smallest = min(_SAMPLES, most)
             peaks = [_peak_bytes(model, sample, outputs, smallest * factor, device) for factor in (1, 2, 4)]
             # Of larger batches the allocator's rounding is a smaller share. All triples would take 64 times as much.
@@ -66,22 +67,8 @@ def validation_loss_bytes(
         in_training: what `loss_bytes` has returned. The loss is not computed of samples that would need too much
             memory in training: then it takes the same share of that as with fewer samples.
     """
-    return _validation_bytes(model, sample, device, samples, in_training) if any(in_training) else 0
-
-
-def validation_sum_bytes(model: Any, sample: tuple[Any, Any, Any], device: Device, samples: int) -> int:
-    """Returns the same for a loss that adds up samples, and so takes as many bytes for each; 0 if they are unknown."""
-    if device.memory_source == "process high-water mark":
+    if not any(in_training):
         return 0
-    try:
-        return _validation_bytes(model, sample, device, samples, (_output_bytes(_outputs(model, sample)), 0.0, 0.0))
-    except Exception:  # whatever a user's loss raises for numbers that mean nothing; the probes tell
-        return 0
-
-
-def _validation_bytes(
-    model: Any, sample: tuple[Any, Any, Any], device: Device, samples: int, in_training: LossBytes
-) -> int:
     measured = samples
     while measured > 2 and keras.backend.backend() != "jax" and bytes_of(in_training, measured) > _MOST_BYTES:
         measured //= 2
@@ -111,11 +98,6 @@ def fitted(samples: int, one: float, two: float, four: float) -> tuple[float, fl
 
 def _outputs(model: Any, sample: tuple[Any, Any, Any]) -> Any:
     return model.compute_output_spec(tree.map_structure(_spec, sample[0]))
-
-
-def _output_bytes(outputs: Any) -> float:
-    """Returns the bytes of one sample's outputs, as double precision."""
-    return float(sum(math.prod(leaf.shape[1:]) * 8 for leaf in tree.flatten(outputs) if leaf is not None))
 
 
 def _spec(leaf: Any) -> Any:

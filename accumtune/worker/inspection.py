@@ -14,11 +14,11 @@ from keras_tuner.engine.oracle import Oracle
 from accumtune.accumulation import accumulate, batch_coupled_layers, ghost_batch
 from accumtune.accumulation.coupling.detection import coupled_with_ghost_batches, runs_code_of_the_user
 from accumtune.accumulation.data.array_kinds import bytes_per_row, is_dense
-from accumtune.accumulation.losses.whole_batch_loss import is_wanted, is_wanted_in_validation
+from accumtune.accumulation.losses.whole_batch_loss import is_wanted
 from accumtune.accumulation.own_step.own_train_step import certify, has_own_step, has_own_test_step
 from accumtune.accumulation.patched_attributes import put
 from accumtune.memory import probe as probes
-from accumtune.memory.loss_memory import loss_bytes, validation_loss_bytes, validation_sum_bytes
+from accumtune.memory.loss_memory import loss_bytes, validation_loss_bytes
 from accumtune.worker.data import user_data
 from accumtune.worker.data.hypermodel_fit_data import arguments_of_fit, own_fit
 from accumtune.worker.identity.data_identity import describe_arrays, describe_pipeline
@@ -113,13 +113,9 @@ def inspect(directory: TaskDirectory, payload: str, hyperparameters: dict[str, A
     facts = describe_model(model, sample, device.name, hp.values, is_pipeline=is_pipeline, validated_at_once=at_once)
     if is_wanted(model):
         facts["loss_bytes"], facts["loss_failure"] = loss_bytes(model, sample, device)
-    if is_wanted_in_validation(model) and at_once is not None:
-        loss = (
-            validation_loss_bytes(model, sample, device, at_once, facts["loss_bytes"])
-            if "loss_bytes" in facts
-            else validation_sum_bytes(model, sample, device, at_once)
-        )
-        facts["validation_bytes"] = loss and loss + at_once * sum(map(bytes_per_row, keras.tree.flatten(sample[0])))
+        if at_once is not None:
+            loss = validation_loss_bytes(model, sample, device, at_once, facts["loss_bytes"])
+            facts["validation_bytes"] = loss and loss + at_once * sum(map(bytes_per_row, keras.tree.flatten(sample[0])))
     facts["identity"] = {**describe_training(model, hp.values), "device": device.name}
     return {**facts, "appeared": appeared(hp, hyperparameters)}
 

@@ -151,17 +151,6 @@ def test_a_loss_of_all_validation_samples_is_counted_at_every_pair():
     assert profile.fits(4, 2, 112 * MIB) and not failed.fits(4, 2, 112 * MIB)
 
 
-def test_validation_that_adds_up_samples_is_what_failed_whatever_the_pair():
-    """It takes 60 MiB beside 30, in training the loss takes nothing."""
-    points = [measured(size, steps, 90) for size in (4, 8) for steps in (1, 2)]
-    profile = profile_of(*points, validation_bytes=60 * MIB)
-    assert profile.predict_peak_memory(4, 16) == 90 * MIB
-    failure = measured(8, 2, None, limit_mib=92)
-    assert profile.is_failure_of_the_loss(failure) and profile.is_peak_of_validation(8, 2)
-    assert not profile.with_measurement(failure).fits(4, 2, 94 * MIB) and profile.fits(4, 2, 100 * MIB)
-    assert not profile_of(*points).is_failure_of_the_loss(failure)
-
-
 def test_what_a_loss_takes_is_told_from_three_batches():
     n = 64
     for per in [(1000, 0, 0), (1000, 12, 0), (0, 12, 0), (0, 0, 4), (0, 12, 4)]:

@@ -257,32 +257,6 @@ def test_the_loss_of_all_validation_samples_is_in_the_predicted_peak(tmp_path):
         searched(1200, "4MiB")
 
 
-def build_sum(hp):
-    model = keras.Sequential([keras.Input((16,)), keras.layers.Dense(1), keras.layers.Dense(4096)])
-    model.compile("sgd", keras.losses.MeanSquaredError(reduction="sum"))
-    return model
-
-
-@pytest.mark.skipif(keras.backend.backend() == "torch", reason="on a CPU torch counts the pages of the process")
-def test_so_is_a_loss_that_adds_up_validation_s_samples(tmp_path):
-    """512 samples' outputs take 8 MiB, and so do their targets; a pair of one sample next to nothing."""
-    x, y = np.zeros((512, 16), "float32"), np.zeros((512, 4096), "float32")
-
-    def searched(validation_batch_size, budget):
-        sizes = {"micro_batch_sizes": (1,), "accumulation_steps": (1,), "memory_budget": budget}
-        tuner = make(tmp_path / budget, build=build_sum, max_trials=1, **sizes)
-        options = {"validation_batch_size": validation_batch_size, "epochs": 1, "verbose": 0}
-        tuner.search(x[:4], y[:4], validation_data=(x, y), **options)
-        return tuner.record().trials[0]
-
-    with pytest.raises(errors.BudgetTooSmallError, match="smaller validation_batch_size"):
-        searched(512, "8MiB")
-    trial = searched(512, "64MiB")
-    assert trial.status == "completed"
-    assert trial.predicted_peak_memory_bytes == pytest.approx(trial.peak_memory_bytes, rel=0.1)
-    assert trial.peak_memory_bytes > 16 * 2**20
-
-
 def test_a_search_may_take_a_mean_of_the_losses_of_micro_batches(tmp_path):
     """Then the micro-batch decides, is searched, and is what the configuration trains with."""
     sizes = {"micro_batch_sizes": (4,), "accumulation_steps": (2,)}

@@ -302,9 +302,8 @@ class Profile:
         return [point for point, limit in limits if limit is None or limit >= least]
 
     def is_peak_of_the_loss(self, micro_batch_size: int, accumulation_steps: int) -> bool:
-        """Returns whether the peak is that of a loss over the window or validation: the same for any micro-batch."""
-        of_validation = self.window.is_most_in_validation(micro_batch_size * accumulation_steps)
-        if not (self.window.has_loss or of_validation) or not self._peaks:
+        """Returns whether the peak is that of a loss over the whole window, which is the same for any micro-batch."""
+        if not self.window.has_loss or not self._peaks:
             return False
         at_once = self._moment_peak(micro_batch_size, accumulation_steps)
         return self._peak_with_room(micro_batch_size, accumulation_steps) <= at_once

@@ -19,8 +19,7 @@ class WindowBytes:
         sample_bytes: of one sample's data, if the data of a whole window are on the device at once; otherwise 0.
         loss_bytes: per sample, per pair and per triple of samples, for a loss over the whole effective batch: what it
             needs between the two passes, outputs and targets included. Zeros for other losses.
-        validation_bytes: what such a loss, or one that adds up samples, of validation's samples needs, their data
-            included.
+        validation_bytes: what such a loss of validation's samples needs, their data included.
     """
 
     sample_bytes: int = 0
@@ -53,8 +52,8 @@ class WindowBytes:
         return self.validation_bytes > self._at_once_in_training(effective_batch_size)
 
     def of_the_loss(self, effective_batch_size: int) -> int:
-        """Returns the same as `at_once` for a loss over the effective batch; for others, what validation needs."""
-        return self.at_once(effective_batch_size) if self.has_loss else self.validation_bytes
+        """Returns the same as `at_once` for a loss over the whole effective batch, and 0 for other losses."""
+        return self.at_once(effective_batch_size) if self.has_loss else 0
 
     def share_of(self, peak_bytes: int, effective_batch_size: int) -> str:
         """Returns part of a message, to follow a predicted peak; empty if the window takes less than half of it."""
