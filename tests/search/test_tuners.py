@@ -257,6 +257,26 @@ def test_the_loss_of_all_validation_samples_is_in_the_predicted_peak(tmp_path):
         searched(1200, "4MiB")
 
 
+def build_sum(hp):
+    model = keras.Sequential([keras.Input((16,)), keras.layers.Dense(1), keras.layers.Dense(4096)])
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True, reduction="sum")
+    model.compile("sgd", loss)
+    return model
+
+
+@pytest.mark.skipif(keras.backend.backend() == "torch", reason="on a CPU torch counts the pages of the process")
+def test_validation_of_a_sum_takes_no_more_than_a_micro_batch(tmp_path):
+    """The logits of 512 samples would take 8 MiB."""
+    x, y = np.zeros((512, 16), "float32"), np.zeros(512, "int32")
+    sizes = {"micro_batch_sizes": (4,), "accumulation_steps": (2,), "memory_budget": "4MiB"}
+    tuner = make(tmp_path, build=build_sum, max_trials=1, **sizes)
+    tuner.search(x[:8], y[:8], validation_data=(x, y), validation_batch_size=512, epochs=1, verbose=0)
+    (trial,) = tuner.record().trials
+    assert trial.status == "completed"
+    # The weights change by 1e-2 at most, so each sample's loss stays near that of equal chances; 512 make the batch's.
+    assert trial.metrics["val_loss"] == pytest.approx(512 * np.log(4096), rel=1e-2)
+
+
 def test_a_search_may_take_a_mean_of_the_losses_of_micro_batches(tmp_path):
     """Then the micro-batch decides, is searched, and is what the configuration trains with."""
     sizes = {"micro_batch_sizes": (4,), "accumulation_steps": (2,)}
