@@ -72,11 +72,12 @@ class Validation:
         if self._weights is not None:
             self._weights.look_at(batches)
         for batch in itertools.islice(batches, self._model.steps_per_execution):
-            parts = [MicroBatch(0, lambda batch=batch: batch)] if size is None else _parts(batch, size)
-            factors: list[Any] = [None] * len(parts)
+            parts: list[Any] = [None] if size is None else _parts(batch, size)
+            factors: Any = itertools.repeat(None, len(parts))
             if self._has_factors and len(parts) > 1:
                 factors = self._model.train_function.validation_factors(parts, *state)
-            for part, row in zip((part.take() for part in parts), factors, strict=True):
+            for micro_batch, row in zip(parts, factors, strict=True):
+                part = batch if micro_batch is None else micro_batch.take()
                 pieces = [part] if self._weights is None else self._weights.pieces(part, samples_of(batch))
                 for piece in pieces:
                     logs, state = self._take(piece if row is None else {_PART: piece, _FACTORS: row}, state)

@@ -196,7 +196,7 @@ class TensorFlowTraining:
     def validation_factors(self, parts: list[Any]) -> list[Any]:
         """Returns the factors of the losses, for each part of a batch of validation."""
         samples = [part.samples for part in parts]
-        return self._counted(loss_shares.flat_losses(self.model), [[part] for part in parts], samples)
+        return self._counted(loss_shares.flat_losses(self.model), [(part,) for part in parts], samples)
 
     def _must_count(self, compiled: list[Any], micro_batches: list[Any], first: list[Any], part: Any) -> bool:
         has_weight = first[0][2] is not None
