@@ -9,9 +9,11 @@ from typing import Any
 
 import keras_tuner
 
-from accumtune.errors import BatchSizeError, SearchError
+from accumtune.errors import BatchSizeError, DataError, SearchError
 from accumtune.search.subclassing.overrides import refuse_overridden
 from accumtune.worker.data.hypermodel_fit_data import own_fit
+from accumtune.worker.data.trees import leaves
+from accumtune.worker.data.user_data import input_arguments, is_pipeline
 
 
 def check_tuner_arguments(
@@ -48,12 +50,16 @@ def check_search_arguments(
 
     Raises:
         SearchError: a batch size, or data that are missing.
+        DataError: arrays whose samples do not belong together.
     """
     refuse_batch_size(fit_kwargs)
     if not has_own_run_trial:
         _refuse_third_argument(hypermodel, fit_args)
         _refuse_missing_data(hypermodel, fit_args, fit_kwargs)
         _refuse_missing_validation(objective.name, hypermodel, fit_kwargs)
+        if own_fit(hypermodel) is None:
+            _refuse_unequal_lengths("x, y and sample_weight", input_arguments(fit_args, fit_kwargs))
+            _refuse_unequal_lengths("validation_data", fit_kwargs.get("validation_data"))
 
 
 def check_choice(name: str, value: Any, known: Sequence[Any]) -> None:
@@ -158,4 +164,19 @@ def _refuse_missing_validation(objective_name: str, hypermodel: Any, fit_kwargs:
             f"Received the objective {objective_name!r}, and search() without validation data.",
             "validation data, on which this objective is measured.",
             "tuner.search(x, y, validation_data=(x_val, y_val), ...), or validation_split=0.2.",
+        )
+
+
+def _refuse_unequal_lengths(name: str, data: Any) -> None:
+    """Refuses arrays that differ in their number of samples, or have none; other data are read in the trials."""
+    found = leaves(data)
+    shapes = [getattr(leaf, "shape", None) for leaf in found]
+    if any(is_pipeline(leaf) or not shape or shape[0] is None for leaf, shape in zip(found, shapes, strict=True)):
+        return
+    rows = sorted({int(shape[0]) for shape in shapes if shape})
+    if found and (len(rows) > 1 or 0 in rows):
+        raise DataError(
+            f"Received {name} with arrays of {' and '.join(map(str, rows))} samples.",
+            "arrays with the same number of samples, at least 1.",
+            f"look at the shapes of {name}: the first axis counts the samples.",
         )

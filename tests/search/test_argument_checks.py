@@ -1,10 +1,11 @@
 """Arguments that a tuner refuses before anything runs."""
 
 import keras_tuner
+import numpy as np
 import pytest
 
 import accumtune
-from accumtune.errors import SearchError
+from accumtune.errors import DataError, SearchError
 from accumtune.search.argument_checks import check_search_arguments
 
 
@@ -51,3 +52,24 @@ def test_weights_without_a_name_would_be_the_batch_size():
     with pytest.raises(SearchError, match="of type dict, is the batch_size of model.fit") as caught:
         check(keras_tuner.HyperModel(), (x, y, weights))
     assert "sample_weight=" in caught.value.fix
+
+
+def test_arrays_that_do_not_belong_together_are_named():
+    objective, x, y = keras_tuner.Objective("val_loss", "min"), np.zeros((8, 2)), np.zeros(8)
+
+    def check(*data, validation_data=(x, y), hypermodel=None, **kwargs):
+        kwargs["validation_data"] = validation_data
+        check_search_arguments(data, kwargs, hypermodel, objective, False)
+
+    check({"a": x, "b": [y, y]}, y, sample_weight=y)
+    check(lambda: None, validation_data=(lambda: None, y[:4]))
+    check(["texts", "of", "a", "task"], y)
+    for data, kwargs, words in (
+        ((x, y[:7]), {}, "x, y and sample_weight with arrays of 7 and 8"),
+        ((x, y), {"sample_weight": y[:1]}, "x, y and sample_weight with arrays of 1 and 8"),
+        ((x[:0], y[:0]), {}, "x, y and sample_weight with arrays of 0"),
+        ((x, y), {"validation_data": (x[:0], y[:0])}, "validation_data with arrays of 0"),
+        ((x, y), {"validation_data": (x, y, y[:2])}, "validation_data with arrays of 2 and 8"),
+    ):
+        with pytest.raises(DataError, match=words):
+            check(*data, **kwargs)

@@ -66,7 +66,9 @@ def number_of_rows(tree: Any) -> int:
                 f"Received data of type {type(leaf).__module__}.{type(leaf).__qualname__}.",
                 "arrays (also dicts and tuples of arrays), a keras.utils.PyDataset, or a function without arguments "
                 "that returns these or a tf.data.Dataset.",
-                "convert it with np.asarray, or pass a function that makes it.",
+                "convert it with np.asarray, or pass a function that makes it."
+                if not hasattr(leaf, "__next__")
+                else "make a tf.data.Dataset.from_generator(...), or a keras.utils.PyDataset, of it.",
             )
         rows.add(int(shape[0]))
     if len(rows) != 1 or 0 in rows:
