@@ -76,6 +76,8 @@ def _differences(config: TrainingConfig, steps: int) -> Iterator[str]:
             f"groups of {config.ghost_batch_size} (ghost batches), so the training differs: a batch_size of "
             f"{config.ghost_batch_size} with more steps comes closer."
         )
+    for item in config.trial.get("not_carried", ()):
+        yield f"The trial also depended on what a configuration does not hold: {item}."
     if steps == 1:
         return
     effective = config.micro_batch_size * steps * config.replicas

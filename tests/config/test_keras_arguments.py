@@ -33,6 +33,11 @@ def test_it_reads_as_arguments():
     assert arguments.hyperparameters == {"width": 4, "learning_rate": 0.05}
     assert all(text in str(arguments) for text in ("gradient_accumulation_steps=4", "batch_size=8", "- Learning-rate"))
     assert arguments.to_dict()["differences"] == list(arguments.differences)
+    # Also without accumulation, where nothing else differs.
+    trial = {"not_carried": ["search() was given callbacks: Halving"]}
+    alone = config_of(micro_batch_size=32, accumulation_steps=1, hyperparameters={}, trial=trial)
+    (difference,) = alone.keras_arguments().differences
+    assert "callbacks: Halving" in difference
 
 
 def test_whole_windows_and_a_constant_rate_are_the_same_training():
