@@ -432,11 +432,40 @@ def test_noise_and_zeros_hide_nothing(layer, is_coupled):
     assert [item.is_known for item in found] == [True] * is_coupled
 
 
-@pytest.mark.parametrize("layer, is_coupled", [(AddsMean, False), (AddsRatio, True)])
+class Dropping(AddsMean):
+    """As in a variational autoencoder: dropout before the loss that is added, and noise also without training."""
+
+    def __init__(self):
+        super().__init__()
+        self.dropout = layers.Dropout(0.5)
+
+    def call(self, inputs, training=False):
+        return super().call(self.dropout(inputs, training=training))
+
+
+class DroppingRatio(AddsRatio, Dropping):
+    pass
+
+
+class OnlyInTraining(Dropping):
+    """What it adds depends on the mask, which depends on the micro-batch: nothing can be compared."""
+
+    def call(self, inputs, training=False):
+        inputs = self.dropout(inputs, training=training)
+        if training:
+            self.add(ops.sqrt(ops.mean(ops.square(inputs))))
+        return inputs
+
+
+LAYERS = [(AddsMean, False), (AddsRatio, True), (Dropping, False), (DroppingRatio, True), (OnlyInTraining, True)]
+
+
+@pytest.mark.parametrize("layer, is_coupled", LAYERS)
 @holds("what a layer adds, where it is no mean over samples")
 def test_losses_of_layers_that_add_them_somewhere(layer, is_coupled):
     found = batch_coupled_layers(functional(lambda x: layer()(x)))
     assert [item.kind for item in found] == [layer.__name__] * is_coupled
+    assert all(item.is_known for item in found) or layer is OnlyInTraining
 
 
 def test_a_declaration_counts_for_layers_and_losses():

@@ -115,13 +115,14 @@ def _tried(layer: Any, args: tuple, kwargs: dict[str, Any]) -> str | None:
         return NOT_ALONE
     training = whole.equals(run(same, True, skip=1))
     if not training:  # dropout, whose mask depends on the shape
-        whole = run(same, False)
-        if not whole.equals(run(same, False, skip=1)):  # noise in inference too: only the losses can be compared
-            parts = [run(rows(part), True) for part in (_FIRST, _REST)]
-            return "" if whole.has_mean_losses(*parts) else ADDS_LOSS
+        losses, whole = len(whole.losses), run(same, False)
+        if len(whole.losses) != losses:
+            return None  # what is added in training alone depends on the mask
     parts = [run(rows(part), training) for part in (_FIRST, _REST)]
     if not whole.has_mean_losses(*parts):
         return ADDS_LOSS
+    if not training and not whole.equals(run(same, False, skip=1)):
+        return ""  # noise in inference too: only the losses can be compared
     return "" if whole.joins(*parts) else NOT_ALONE
 
 
