@@ -21,11 +21,13 @@ def needs_whole_batches(model: Any) -> bool:
     """Returns whether the loss of validation depends on which micro-batches make a batch.
 
     Then `fit` validates in the batches of plain Keras, each in micro-batches. Not for a `train_step` or `test_step` of
-    the model's own, which get their batches as they are.
+    the model's own, which get their batches as they are, and not on several devices.
     """
     if has_own_step(model) or has_own_test_step(model):
         return False
-    return whole_batch_loss.is_wanted(model) or loss_shares.may_need_factors(model)
+    if whole_batch_loss.is_wanted(model):
+        return True
+    return loss_shares.may_need_factors(model) and not batch_metrics.is_spread(model)
 
 
 class Validation:
