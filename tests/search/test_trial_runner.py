@@ -88,6 +88,33 @@ def test_without_a_smaller_micro_batch_it_is_infeasible(tmp_path):
     assert "micro-batch 1 ran out of memory" in result.reason
 
 
+def test_what_probes_do_not_see_is_said_where_a_prediction_was_wrong(tmp_path):
+    """A metric over the batch, whose outputs of validation's samples are on the device at once."""
+
+    class Learning(Profiles):
+        failed = ()
+
+        def profile(self, space):
+            profile = super().profile(space)
+            for measurement in self.failed:
+                profile = profile.with_measurement(measurement)
+            return profile
+
+        def learn(self, signature, measurement):
+            self.failed = (*self.failed, measurement)
+
+    profiles, budget = Learning(), 2**24
+    _, run_trial = run(tmp_path, Outcomes(*[OUT_OF_MEMORY] * 9), profiles, budget)
+    # The second begins with one pass, which needs no accumulators.
+    results = [run_trial(trial_id) for trial_id in "012"]
+    assert results[-1].reason.startswith("not even micro-batch 1 fits")
+    for result in results:
+        assert result.status == "infeasible"
+        assert "a training took more than was predicted" in result.reason and "validation_batch_size" in result.reason
+    # Predicted not to fit, nothing was unforeseen.
+    assert "took more" not in run(tmp_path / "small", Outcomes(), Profiles(), 100)[1]().reason
+
+
 def test_a_loss_that_runs_out_of_memory_is_named_and_no_smaller_micro_batch_is_tried(tmp_path):
     class OfALoss(Profiles):
         def profile(self, space):

@@ -175,9 +175,7 @@ class TrialRunner:
     ) -> TrialResult:
         """Trains, or reuses the result of another trial with the same training."""
         key = training_key(values, self._settings.is_batch_coupled)
-        source, result = self._cache.get_or_train(
-            key, proposal.trial_id, lambda: self._train(proposal, facts, pair)
-        )
+        source, result = self._cache.get_or_train(key, proposal.trial_id, lambda: self._train(proposal, facts, pair))
         if source != proposal.trial_id:
             reason = f"the same training as trial {source}"
             ran = BatchPair.of_values(result.values) or pair
@@ -288,7 +286,9 @@ class TrialRunner:
             pair, settings.micro_batch_sizes, settings.searches_pairs, settings.ghost_batch_size
         )
         if smaller is None:
-            reason = f"micro-batch {pair.micro_batch_size} ran out of memory, and there is no smaller one"
+            least = pair.micro_batch_size
+            unforeseen = _unforeseen(profile, pair, settings.memory_budget_bytes)
+            reason = f"micro-batch {least} ran out of memory, and there is no smaller one{unforeseen}"
             return TrialResult("infeasible", values, reason=reason)
         return replace(attempt, pair=smaller)
 
@@ -352,6 +352,18 @@ def _crashes(journal: Journal) -> int:
     return names.count("started") - names.count("stopped") - names.count("ended")
 
 
+def _unforeseen(profile: Profile, pair: BatchPair, budget: int | None) -> str:
+    """Returns part of a message if a pair should fit by its prediction, and yet ran out of memory."""
+    has_failed = any(not measurement.is_feasible for measurement in profile.measurements)
+    predicted = profile.predict_peak_memory(pair.micro_batch_size, pair.accumulation_steps)
+    if not has_failed or budget is None or predicted > budget:
+        return ""
+    return (
+        "; a training took more than was predicted: something that the short probes do not see, such as a callback, or "
+        "a metric over the batch (smaller effective batches, or a smaller validation_batch_size, need less)"
+    )
+
+
 def _why_infeasible(profile: Profile, values: Mapping[str, Any], budget: int | None, smallest: int) -> str:
     has_run = any(measurement.is_feasible for measurement in profile.measurements)
     if not has_run and profile.validation_bytes > (budget or 0) / 2:
@@ -363,8 +375,10 @@ def _why_infeasible(profile: Profile, values: Mapping[str, Any], budget: int | N
         why = "its parameters alone are larger"
     elif has_run:
         effective = values["effective_batch_size"]
-        predicted = profile.predict_peak_memory(smallest, effective // smallest)
-        why = f"predicted {format_bytes(predicted)}{profile.window.share_of(predicted, effective)}"
+        pair = BatchPair(smallest, effective // smallest)
+        predicted = profile.predict_peak_memory(smallest, pair.accumulation_steps)
+        share = profile.window.share_of(predicted, effective) or _unforeseen(profile, pair, budget)
+        why = f"predicted {format_bytes(predicted)}{share}"
     else:
         why = "every probe ran out of memory"
     least = "micro-batch 1" if smallest == 1 else f"a micro-batch of one ghost batch ({smallest} samples)"
