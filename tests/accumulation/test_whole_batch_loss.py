@@ -251,6 +251,20 @@ def test_batches_of_fit_may_be_the_micro_batches():
     assert_same(two_passes(build, data, steps=3), in_order(build, data, batch_size=9))
 
 
+def test_arrays_of_train_on_batch_train_as_tensors_do():
+    """On torch, Keras passes arrays on as they are."""
+    build, data = CASES["weights"]
+    arrays = [array[:EFFECTIVE] for array in data.values()]
+
+    def trained(arrays):
+        keras.utils.set_random_seed(7)
+        model = accumulate(build(), MICRO)
+        losses = [model.train_on_batch(*arrays) for _ in range(2)]
+        return Trained(model, {"loss": losses})
+
+    assert_same(trained(arrays), trained([ops.convert_to_tensor(array) for array in arrays]))
+
+
 def test_a_window_may_have_many_micro_batches():
     data = {"x": numbers(64, 4), "y": np.zeros((64, 1))}
     reference = in_order(embedding(), data, size=1, batch_size=64, epochs=1)

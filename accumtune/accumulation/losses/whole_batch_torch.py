@@ -10,6 +10,7 @@ import itertools
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import torch
 from keras import tree
 
@@ -45,7 +46,7 @@ class TwoPasses:
         samples = [part.samples for part in window]
         of_window = shares(samples)
         randomness, losses_of_layers, given = self._first_pass(window, first, of_window)
-        leaves, masks, x, y, sample_weight = whole.joined_all(given, samples, torch.cat)
+        leaves, masks, x, y, sample_weight = whole.joined_all(given, samples, _concatenated)
         del given
         self._replay.begin(leaves)
         of_layers = whole.mean_losses(losses_of_layers, of_window)
@@ -98,7 +99,7 @@ class TwoPasses:
             losses_of_layers.append(added)
             given.append((leaves, masks, x if whole.reads_inputs(self.model) else None, y, sample_weight))
             del x, y, sample_weight, leaves, masks
-        leaves, masks, x, y, sample_weight = whole.joined_all(given, samples, torch.cat)
+        leaves, masks, x, y, sample_weight = whole.joined_all(given, samples, _concatenated)
         del given
         of_layers = whole.mean_losses(losses_of_layers, shares(samples))
         y_pred = self._outputs.packed(leaves, masks)
@@ -175,6 +176,11 @@ class TwoPasses:
             yield
         finally:
             _restore(self._states, kept)
+
+
+def _concatenated(leaves: list[Any]) -> Any:
+    """Joins tensors, or the NumPy arrays that Keras's `train_on_batch` passes on as it got them."""
+    return np.concatenate(leaves) if isinstance(leaves[0], np.ndarray) else torch.cat(leaves)
 
 
 def _leaves_of_a_graph(leaves: Any) -> list[Any]:
