@@ -223,6 +223,24 @@ def test_losses_along_the_axis_of_the_samples():
         assert len(batch_coupled_layers(dense(loss)())) == 1
 
 
+@holds("losses that compare samples, or are one ratio over the batch, with `whole_batch_loss=False`")
+def test_an_axis_from_the_end_may_be_that_of_the_samples():
+    """In Keras's own losses and layers; for pictures the same argument leaves each sample alone."""
+
+    def pictures(loss, *inner):
+        model = keras.Sequential([keras.Input((4, 4, 2)), layers.Conv2D(3, 1), *inner])
+        model.compile("sgd", loss)
+        return model
+
+    axis = (-2, -1)
+    for loss in (keras.losses.Dice(axis=axis), keras.losses.Tversky(axis=-2), keras.losses.CosineSimilarity(axis=-2)):
+        assert len(batch_coupled_layers(dense(loss)())) == 1
+        assert batch_coupled_layers(pictures(loss)) == []
+    for make in (layers.Softmax, layers.UnitNormalization):
+        assert [item.kind for item in batch_coupled_layers(dense(layers=[make(axis=-2)])())] == [make.__name__]
+        assert batch_coupled_layers(pictures("mse", make(axis=-2))) == []
+
+
 # Losses whose denominator the data decide: random numbers alone never meet a missing target
 
 MISSING = -777.0

@@ -7,7 +7,12 @@ from typing import TYPE_CHECKING, Any
 
 from accumtune.accumulation import ghost_batch
 from accumtune.accumulation.coupling.known_samples import Samples
-from accumtune.accumulation.coupling.layer_trials import has_code_of_the_user, recorded_calls
+from accumtune.accumulation.coupling.layer_trials import (
+    axes_in,
+    has_code_of_the_user,
+    may_have_samples,
+    recorded_calls,
+)
 from accumtune.accumulation.coupling.layer_trials import why_coupled as why_layer_coupled
 from accumtune.accumulation.own_step import own_train_step
 from accumtune.errors import CustomTrainStepError
@@ -209,7 +214,7 @@ def _axis_of(loss: Any) -> Any:
 
 def _has_samples(axis: Any) -> bool:
     """Returns whether `axis`, an int or several, includes the first axis."""
-    return 0 in (axis if isinstance(axis, (list, tuple)) else (axis,))
+    return 0 in axes_in(axis)
 
 
 def _compute_loss(model: Any) -> Coupling | None:
@@ -276,7 +281,7 @@ def _loss(loss: Any, shapes: list[Any], seen: list[Any]) -> Coupling | None:
         reason = DECLARED
     elif isinstance(loss, keras.losses.Circle):
         reason = "compares the samples of a micro-batch with each other."
-    elif function in (keras.losses.dice, keras.losses.tversky):
+    elif function in (keras.losses.dice, keras.losses.tversky) and _axis_of(loss) is None:
         reason = "is one ratio over the whole micro-batch, not a mean over samples."
     elif _has_samples(_axis_of(loss)):
         reason = _ALONG_SAMPLES
@@ -295,9 +300,10 @@ def _is_per_sample(loss: Any, function: Any) -> bool:
     """Returns whether this is one of Keras's losses that give each sample its own value."""
     import keras
 
-    if isinstance(loss, keras.losses.Circle) or _has_samples(_axis_of(loss)):
+    axis = _axis_of(loss)
+    if isinstance(loss, keras.losses.Circle) or _has_samples(axis) or may_have_samples(axis):
         return False
     if function in (keras.losses.dice, keras.losses.tversky):
-        return _axis_of(loss) is not None
+        return axis is not None
     is_stock_class = type(loss).__module__.startswith(("keras.", "builtins"))
     return is_stock_class and getattr(function, "__module__", type(loss).__module__).startswith("keras.")

@@ -26,6 +26,8 @@ _ELEMENTWISE = frozenset(
 )
 # Keras's layers that run code of the user's.
 _FOREIGN = frozenset({"Lambda", "TorchModuleWrapper", "JaxLayer", "FlaxLayer", "TFSMLayer"})
+# Keras's layers whose results depend on one another along their `axis`.
+_ALONG_AN_AXIS = frozenset({"LayerNormalization", "RMSNormalization", "Softmax", "UnitNormalization"})
 SAMPLES = 5  # rarely the size of another axis
 _FREE_SIZES = (8, 2)  # for axes without a fixed size; a table of positions may be short
 _FIRST, _REST = slice(0, 2), slice(2, SAMPLES)
@@ -38,11 +40,24 @@ _LARGEST = (1.9, 0.5, 1.9, 1.2, 0.8)
 Call = tuple[tuple, dict[str, Any]]
 
 
+def axes_in(axis: Any) -> tuple[int, ...]:
+    """Returns the axes in an argument `axis`: an int, several, or None."""
+    return () if axis is None else tuple(axis) if isinstance(axis, (list, tuple)) else (axis,)
+
+
+def may_have_samples(axis: Any) -> bool:
+    """Returns whether `axis`, counted from the end, is the first one where there are few axes."""
+    return any(one < -1 for one in axes_in(axis))
+
+
 def has_code_of_the_user(layer: Any) -> bool:
-    """Returns whether a layer or model runs other code than that of Keras's layers."""
+    """Returns whether a layer or model must be tested: it runs other code than Keras's, or works along an axis.
+
+    An axis counts where the number of axes decides whether it is that of the samples.
+    """
     import keras
 
-    if type(layer).__name__ in _FOREIGN:
+    if type(layer).__name__ in _FOREIGN or type(layer).__name__ in _ALONG_AN_AXIS and may_have_samples(layer.axis):
         return True
     if type(layer).__module__.startswith(("keras.", "keras_hub.")):
         operations = getattr(layer, "operations", None) or []
