@@ -278,6 +278,29 @@ def test_what_the_user_s_code_uses_counts_wherever_it_is_kept(monkeypatch, name,
     assert {part for part, texts in described().items() if texts != before[part]} == parts
 
 
+LAMBDAS = """
+import keras
+model = keras.Sequential([
+    keras.Input((4,)), keras.layers.Lambda(lambda x: x * 2.0), keras.layers.Dense(1, activation=lambda x: x - 1.0)
+])
+model.compile("sgd", "mse")
+"""
+
+
+@pytest.mark.filterwarnings("ignore:.*lambda")
+def test_a_line_above_a_lambda_is_no_other_model():
+    """Keras's config has its code with the line numbers."""
+
+    def described(script):
+        namespace = {"__name__": "__main__"}
+        exec(compile(script, "script.py", "exec"), namespace)
+        return describe_training(namespace["model"], {})
+
+    one = described(LAMBDAS)
+    assert described("# a comment\n" + LAMBDAS) == one
+    assert described(LAMBDAS.replace("2.0", "3.0")) != one != described(LAMBDAS.replace("1.0", "3.0"))
+
+
 def test_of_a_hypermodel_only_what_its_fit_uses_counts():
     one, other = FitWith(), FitWith()
     other.width = 4

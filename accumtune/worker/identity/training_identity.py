@@ -8,11 +8,13 @@ Python. Texts that depend on code begin with `code:`.
 from __future__ import annotations
 
 import ast
+import codecs
 import contextlib
 import functools
 import hashlib
 import inspect
 import json
+import marshal
 import re
 import sys
 import sysconfig
@@ -246,7 +248,17 @@ def _without_names(config: Any) -> Any:
         return {key: _without_names(item) for key, item in config.items()}
     if isinstance(config, list):
         return [_without_names(item) for item in config]
-    return re.sub(r"_\d+$", "", config) if isinstance(config, str) else config
+    return _without_lines(config) if isinstance(config, str) else config
+
+
+def _without_lines(text: str) -> Any:
+    """Returns a text of Keras's config; if it is a lambda's marshalled code, that code without its line numbers."""
+    if text.endswith("\n") and text.startswith(("4w", "Yw")):
+        with contextlib.suppress(Exception):  # it only looks like code
+            code = marshal.loads(codecs.decode(text.encode("ascii"), "base64"))
+            if isinstance(code, types.CodeType):
+                return {"code": _bytecode(code)}
+    return re.sub(r"_\d+$", "", text)
 
 
 def _names(code: types.CodeType) -> set[str]:
