@@ -875,6 +875,28 @@ def test_torchs_clipping_and_gradients_that_are_never_cleared_are_refused():
     check_refused(NeverCleared, "another gradient")
 
 
+@pytest.mark.skipif(BACKEND != "torch", reason="torch's own losses")
+def test_losses_of_torch():
+    """Each is one operation that takes a mean or a sum itself; what follows it must be linear all the same."""
+    from torch.nn import functional
+
+    def stepping(loss):
+        class Step(OwnStep):
+            def objective(self, data):
+                x, y = data
+                return loss(ops.sigmoid(self.net(x, training=True)), ops.sigmoid(y))
+
+        return Step
+
+    named = "mse_loss l1_loss smooth_l1_loss huber_loss binary_cross_entropy soft_margin_loss".split()
+    losses = [getattr(functional, name) for name in named]
+    check_equal(stepping(lambda y_pred, y_true: sum(loss(y_pred, y_true) for loss in losses) / 3))
+    check_equal(stepping(lambda y_pred, y_true: functional.mse_loss(y_pred, y_true, reduction="sum")), reduction="sum")
+    check_refused(stepping(lambda y_pred, y_true: functional.mse_loss(y_pred, y_true) ** 2), "not linear|others")
+    centred = stepping(lambda y_pred, y_true: functional.mse_loss(y_pred - y_pred.mean(0), y_true))
+    check_refused(centred, "depends on the others")
+
+
 @pytest.mark.skipif(keras.backend.backend() != "tensorflow", reason="TensorFlow's functions")
 def test_blocks_that_end_in_another_order_leave_tensorflow_as_it_was():
     """As two trainings in threads do."""

@@ -193,7 +193,7 @@ RULES = Rules(
     choices=frozenset("where".split()),
     reductions=frozenset(
         "sum mean mm bmm matmul addmm dot mv index_add index_put index_put_ _index_put_impl_ view _unsafe_view "
-        "squeeze add_".split()
+        "squeeze add_ mse_loss smooth_l1_loss huber_loss binary_cross_entropy soft_margin_loss".split()
     ),
     only_shapes=frozenset(
         "zeros_like ones_like full_like empty_like new_zeros new_ones new_empty new_full new_empty_strided zero_ "
