@@ -897,6 +897,39 @@ def test_losses_of_torch():
     check_refused(centred, "depends on the others")
 
 
+@pytest.mark.skipif(BACKEND != "tensorflow", reason="elsewhere Keras knows the size of every batch")
+@pytest.mark.parametrize("samples", [24, 26])
+def test_losses_of_outputs_are_logged_as_plain_keras_weights_batches(samples):
+    """By their samples; but equally, if the last one may be smaller, since a compiled step then knows no size."""
+    import tensorflow as tf
+
+    class Step(keras.Model):
+        def train_step(self, data):
+            x, y = data
+            with tf.GradientTape() as tape:
+                y_pred = self(x, training=True)
+                loss = self.compute_loss(x, y, y_pred)
+            self.optimizer.apply(tape.gradient(loss, self.trainable_weights), self.trainable_weights)
+            return self.compute_metrics(x, y, y_pred)
+
+    def history(micro_batch_size):
+        keras.utils.set_random_seed(7)
+        inputs = keras.Input((4,))
+        model = Step(inputs, {name: keras.layers.Dense(3, name=name)(inputs) for name in ("one", "other")})
+        model.compile(sgd(), {"one": "mse", "other": "mae"}, metrics={"one": "mae"})
+        if micro_batch_size:
+            accumulate(model, micro_batch_size)
+        x, y = data(samples)
+        y = y * np.linspace(1, 9, samples)[:, None]  # so that it matters how batches are weighted
+        return model.fit(x, {"one": y, "other": -y}, batch_size=12, epochs=2, verbose=0, shuffle=False).history
+
+    plain, *others = map(history, (None, 5, 12))
+    assert {"one_loss", "other_loss"} <= plain.keys()
+    for other in others:
+        for name in plain:
+            np.testing.assert_allclose(other[name], plain[name], rtol=1e-7)
+
+
 @pytest.mark.skipif(keras.backend.backend() != "tensorflow", reason="TensorFlow's functions")
 def test_blocks_that_end_in_another_order_leave_tensorflow_as_it_was():
     """As two trainings in threads do."""

@@ -191,6 +191,9 @@ class _Weighted:
     def update_state(self, value: Any, sample_weight: Any = None) -> None:
         self.metric.update_state(value, sample_weight=self.weight)
 
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.metric, name)
+
 
 def without_nothing(loss: Any, is_empty: Any) -> Any:
     """Returns the loss, or 0 if there are no samples: a mean over none is NaN, and in Keras may have shape (0,)."""

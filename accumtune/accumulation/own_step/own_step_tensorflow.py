@@ -15,6 +15,7 @@ from accumtune.accumulation.coupling import known_samples
 from accumtune.accumulation.engines import gradient_sums as sums
 from accumtune.accumulation.engines import tensor_slices as tensors
 from accumtune.accumulation.engines.engine_tensorflow import TensorFlowTraining, Window
+from accumtune.accumulation.losses import loss_shares
 from accumtune.accumulation.own_step import interception
 from accumtune.accumulation.own_step import own_train_step as own
 from accumtune.accumulation.own_step import own_trial as trials
@@ -47,11 +48,13 @@ class OwnStepTensorFlow(TensorFlowTraining):
         if self._certificate is None or now != before:
             self._certificate = own_trial.certified(model, [step[0].take for step in window], self._form)
             own.accept(model, self._certificate)
-        if len(window) == 1:
-            return self._only(first)
         samples = [step[0].samples for step in window]
+        # Of the logged losses of outputs: plain Keras weights batches by their samples only if it knows their number.
+        weights = [tensors.scalar(weight) for weight in (samples if is_sized else shares(samples))]
+        if len(window) == 1:
+            return self._only(first, weights[0])
         listener = noise_scale.listening(model, samples)
-        parts = [tensors.scalar(share) for share in shares(samples)]
+        parts = list(zip([tensors.scalar(share) for share in shares(samples)], weights, strict=True))
         moments: Any = ()
         leaves: Any = None
         batch: Any = first
@@ -60,11 +63,11 @@ class OwnStepTensorFlow(TensorFlowTraining):
             step = window.pop(0)[0]
             batch = step.take() if index else batch
             if index == 0:
-                leaves, moments = self._first(batch, part)
+                leaves, moments = self._first(batch, *part)
             elif window:
-                leaves, moments = self._next(batch, part, moments, leaves)
+                leaves, moments = self._next(batch, *part, moments, leaves)
             else:
-                leaves = self._last(batch, part, moments, leaves)
+                leaves = self._last(batch, *part, moments, leaves)
             batch = None  # freed before the next one is taken
             listener(index, self._squared_norm)
         return tree.pack_sequence_as(self._structure, list(leaves))
@@ -76,29 +79,28 @@ class OwnStepTensorFlow(TensorFlowTraining):
 
     # The compiled functions
 
-    def _whole_step(self, batch: Any) -> Any:
-        self._ghosts.see(batch[0])
-        return self.model.train_step(interception.packed(batch, self._form))
+    def _whole_step(self, batch: Any, weight: Any) -> Any:
+        return self._stepped(batch, weight)
 
-    def _first_micro_step(self, batch: Any, share: Any) -> tuple[Any, Any]:
-        return self._micro_step(batch, share, None)
+    def _first_micro_step(self, batch: Any, share: Any, weight: Any) -> tuple[Any, Any]:
+        return self._micro_step(batch, share, weight, None)
 
-    def _next_micro_step(self, batch: Any, share: Any, moments: Any, leaves: Any) -> tuple[Any, Any]:
-        leaves, mine = self._micro_step(batch, share, leaves)
+    def _next_micro_step(self, batch: Any, share: Any, weight: Any, moments: Any, leaves: Any) -> tuple[Any, Any]:
+        leaves, mine = self._micro_step(batch, share, weight, leaves)
         return leaves, statistics.combined(moments, mine)
 
-    def _micro_step(self, batch: Any, share: Any, leaves: Any) -> tuple[Any, Any]:
+    def _micro_step(self, batch: Any, share: Any, weight: Any, leaves: Any) -> tuple[Any, Any]:
         """Runs a micro-step that is not the last, of which only gradients, metrics, seeds and logs are kept."""
 
         def handed(gradients: list[Any], variables: list[Any], apply: Callable[[list[Any]], Any]) -> None:
             self._sum_up(gradients, variables, share, is_first=leaves is None)
 
         with interception.Overlay() as overlay:
-            leaves = self._run(batch, share, leaves, handed)
+            leaves = self._run(batch, share, weight, leaves, handed)
         overlay.keep(self.model)
         return leaves, self._noted()
 
-    def _last_micro_step(self, batch: Any, share: Any, moments: Any, leaves: Any) -> Any:
+    def _last_micro_step(self, batch: Any, share: Any, weight: Any, moments: Any, leaves: Any) -> Any:
         def handed(gradients: list[Any], variables: list[Any], apply: Callable[[list[Any]], Any]) -> None:
             self._sum_up(gradients, variables, share, is_first=False)
             statistics.moved(self._normalizations_of(), statistics.combined(moments, self._noted()))
@@ -111,22 +113,26 @@ class OwnStepTensorFlow(TensorFlowTraining):
                 ]
             )
 
-        return self._run(batch, share, leaves, handed)
+        return self._run(batch, share, weight, leaves, handed)
 
     def _normalizations_of(self) -> list[Any]:
         self._noted()
         return self._normalizations
 
-    def _run(self, batch: Any, share: Any, leaves: Any, handed: interception.Handed) -> list[Any]:
+    def _run(self, batch: Any, share: Any, weight: Any, leaves: Any, handed: interception.Handed) -> list[Any]:
         model, known = self.model, self._known()
-        self._ghosts.see(batch[0])
         with (
             interception.weighed_scalars(model, share, known.scalars),
             interception.one_update(model, handed),
         ):
-            logs = model.train_step(interception.packed(batch, self._form))
+            logs = self._stepped(batch, weight)
         self._structure = tree.map_structure(lambda _: None, logs)
         return interception.joined_logs(leaves, logs, known.logs, share)
+
+    def _stepped(self, batch: Any, weight: Any) -> Any:
+        self._ghosts.see(batch[0])
+        with loss_shares.scaled(self.model, None, lambda: None, weight):
+            return self.model.train_step(interception.packed(batch, self._form))
 
     def _known(self) -> own.Certificate:
         assert self._certificate is not None
