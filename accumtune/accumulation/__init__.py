@@ -63,7 +63,8 @@ def accumulate(
     samples as their first axis; layers with a state, a loss that changes variables and several replicas are refused.
 
     With `micro_batch_size`, `fit` validates in micro-batches unless `validation_batch_size` says otherwise, so that
-    validation needs no more memory than training; `val_loss` is that of plain Keras.
+    validation needs no more memory than training. On one device `val_loss` is that of plain Keras, also with masks;
+    but with a mask that a layer of yours sets without a `compute_mask`, micro-batches count by their samples.
 
     With `tf.distribute.MirroredStrategy` or `keras.distribution.DataParallel`, a micro-batch is what one device
     holds: the effective batch is micro_batch_size * accumulation_steps * devices, and BatchNormalization's moving

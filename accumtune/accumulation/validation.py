@@ -45,7 +45,7 @@ class Validation:
         self._model = model
         self._metrics = batch_metrics.WholeWindow(model) if batch_metrics.may_have_own_metrics(model) else None
         self._weights = output_loss_weights(model)
-        self._has_factors = needs_whole_batches(model)
+        self._needs_whole_batches = needs_whole_batches(model)
         with self._step_gives_outputs():
             make()
         self._test = model.test_function
@@ -61,7 +61,7 @@ class Validation:
                 self._weights.leave_to_keras()
             return self._test(*arguments)
         *state, batches = arguments
-        if size is not None and self._has_factors and whole_batch_loss.is_wanted(self._model):
+        if size is not None and self._needs_whole_batches and whole_batch_loss.is_wanted(self._model):
             logs, state = self._in_two_passes(batches, size, state)
         else:
             logs, state = self._in_parts(batches, size, state)
@@ -76,8 +76,8 @@ class Validation:
         for batch in itertools.islice(batches, self._model.steps_per_execution):
             parts: list[Any] = [None] if size is None else _parts(batch, size)
             factors: Any = itertools.repeat(None, len(parts))
-            if self._has_factors and len(parts) > 1:
-                factors = self._model.train_function.validation_factors(parts, *state)
+            if self._needs_whole_batches and len(parts) > 1:
+                factors = self._model.train_function.counted_factors(parts, *state)
             for micro_batch, row in zip(parts, factors, strict=True):
                 part = batch if micro_batch is None else micro_batch.take()
                 pieces = [part] if self._weights is None else self._weights.pieces(part, samples_of(batch))
@@ -138,7 +138,7 @@ class Validation:
         Losses are multiplied by the factors of a part. `OutputLossWeights` weights the logged losses of outputs.
         """
         metrics, weights, step = self._metrics, self._weights, self._model.test_step
-        if metrics is None and weights is None and not self._has_factors:
+        if metrics is None and weights is None and not self._needs_whole_batches:
             yield
             return
 

@@ -92,10 +92,10 @@ MODELS = {
 }
 
 
-SOME = [name if name != "channels-first" else pytest.param(name, marks=pytest.mark.slow) for name in MODELS]
+NAMES = [name if name != "channels-first" else pytest.param(name, marks=pytest.mark.slow) for name in MODELS]
 
 
-@pytest.mark.parametrize("name", SOME)
+@pytest.mark.parametrize("name", NAMES)
 @holds("BatchNormalization with `ghost_batch_size`: every micro-batch that is a multiple of it")
 def test_every_micro_batch_is_the_same_training(name):
     whole = trained(*MODELS[name], micro_batch_size=EFFECTIVE)

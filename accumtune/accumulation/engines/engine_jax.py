@@ -147,14 +147,14 @@ class JaxTraining:
         plain = [factors(samples) if losses.is_sum(loss) else [1.0] * len(window) for loss in compiled]
         rows = np.asarray(plain, _precision()).reshape(len(compiled), len(window)).T
         if self._must_count(state, window, compiled, (first, parts[0], rows[0])):
-            rows = self.validation_factors(window, state)
+            rows = self.counted_factors(window, state)
         return list(zip(parts, rows, strict=True))
 
-    def validation_factors(self, parts: list[Any], state: Any) -> Any:
-        """Returns the factors of the losses for each part of a batch, counted: shape `(parts, losses)`.
+    def counted_factors(self, parts: list[Any], state: Any) -> Any:
+        """Returns the factors of the losses, for each micro-batch of a window or of a batch of validation.
 
         Args:
-            state: that of training or of validation; both begin with the trainable and other variables.
+            state: of training or of validation, both of which begin with the trainable and other variables.
         """
         samples, (trainable, non_trainable) = [part.samples for part in parts], state[:2]
         columns = np.asarray([self._count(trainable, non_trainable, part.take()) for part in parts]).T.tolist()

@@ -193,8 +193,8 @@ class TensorFlowTraining:
         number = self.replicas.number
         return [self.replicas.join(rows[start : start + number]) for start in range(0, len(rows), number)]
 
-    def validation_factors(self, parts: list[Any]) -> list[Any]:
-        """Returns the factors of the losses, for each part of a batch of validation."""
+    def counted_factors(self, parts: list[Any]) -> list[Any]:
+        """Returns the factors of the losses, for each micro-batch of a batch of validation."""
         samples = [part.samples for part in parts]
         return self._counted(loss_shares.flat_losses(self.model), [(part,) for part in parts], samples)
 

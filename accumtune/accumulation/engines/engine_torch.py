@@ -115,8 +115,8 @@ class TorchTraining:
             columns = [factors(samples) if loss_shares.is_sum(loss) else [1.0] * len(window) for loss in compiled]
         return [list(row) for row in zip(*columns, strict=True)]
 
-    def validation_factors(self, parts: list[feeding.MicroBatch]) -> list[Any]:
-        """Returns the factors of the losses, for each part of a batch of validation."""
+    def counted_factors(self, parts: list[feeding.MicroBatch]) -> list[Any]:
+        """Returns the factors of the losses, for each micro-batch of a batch of validation."""
         return list(_numbers(self._factors(parts, parts[0].take(), [part.samples for part in parts])))
 
     def _count(self, batch: Any) -> list[float]:

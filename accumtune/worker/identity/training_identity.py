@@ -253,7 +253,7 @@ def _without_names(config: Any) -> Any:
 
 def _without_lines(text: str) -> Any:
     """Returns a text of Keras's config; if it is a lambda's marshalled code, that code without its line numbers."""
-    if text.endswith("\n") and text.startswith(("4w", "Yw")):
+    if text.endswith("\n") and text.startswith(("4w", "Yw")):  # how marshalled code begins, in base64
         with contextlib.suppress(Exception):  # it only looks like code
             code = marshal.loads(codecs.decode(text.encode("ascii"), "base64"))
             if isinstance(code, types.CodeType):
