@@ -587,6 +587,22 @@ def test_a_step_around_kerass_own_with_losses_and_metrics_of_compile():
         np.testing.assert_allclose(logs[name], history[name], rtol=1e-6, atol=1e-7)
 
 
+@pytest.mark.parametrize("micro_batch_size", [5, 12])
+def test_a_loss_of_compile_that_the_step_does_not_use(micro_batch_size):
+    """Keras builds it before the first validation alone."""
+
+    def made():
+        model = make(OwnStep)
+        model.compile(sgd(), "mae")
+        return model
+
+    weights, history = trained(made(), *data(26))
+    accumulated, logs = trained(accumulate(made(), micro_batch_size), *data(26))
+    for one, other in zip(weights, accumulated, strict=True):
+        np.testing.assert_allclose(other, one, rtol=1e-7, atol=1e-8)
+    np.testing.assert_allclose(logs["loss"], history["loss"], rtol=1e-6, atol=1e-7)
+
+
 def test_values_that_are_no_variables_are_refused():
     class Counts(OwnStep):
         steps = 0

@@ -14,6 +14,8 @@ from typing import Any
 
 import numpy as np
 
+from accumtune.accumulation.patched_attributes import replaced
+
 # (y, y_pred, sample weights, masks of the leaves of y_pred)
 Outputs = tuple[Any, Any, Any, Any]
 
@@ -36,7 +38,7 @@ class WholeWindow:
         """Does not update metrics over the batch inside the `with` block (run or traced)."""
         with contextlib.ExitStack() as stack:
             for metric in _own_metrics(self._model) if self._is_able else []:
-                stack.enter_context(_replaced(metric, "update_state", self._unless_number(metric)))
+                stack.enter_context(replaced(metric, {"update_state": self._unless_number(metric)}))
             yield
 
     def _unless_number(self, metric: Any) -> Callable[..., Any]:
@@ -52,7 +54,7 @@ class WholeWindow:
             if not len(values.shape):
                 self._wait_for(metric)
                 return None
-            with _replaced(metric, "_fn", lambda *args, **kwargs: values):
+            with replaced(metric, {"_fn": lambda *args, **kwargs: values}):
                 return update(y_true, y_pred, sample_weight=sample_weight)
 
         return update_state
@@ -133,7 +135,7 @@ class WholeWindow:
             if outputs:
                 noted.append(outputs)
 
-        with _replaced(compiled, "update_state", update_state):
+        with replaced(compiled, {"update_state": update_state}):
             yield noted
 
     def forget(self) -> None:
@@ -166,7 +168,7 @@ def tracking(model: Any, share: Any) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         for metric in model.metrics if share is not None else []:
             if getattr(type(metric), "update_state", None) is keras.metrics.Mean.update_state:
-                stack.enter_context(_replaced(metric, "update_state", by_share(metric)))
+                stack.enter_context(replaced(metric, {"update_state": by_share(metric)}))
         yield
 
 
@@ -238,7 +240,7 @@ def _update(model: Any, metrics: list[Any], outputs: Outputs) -> None:
     with contextlib.ExitStack() as stack:
         for metric in model._compile_metrics.metrics:
             if all(metric is not other for other in metrics):
-                stack.enter_context(_replaced(metric, "update_state", lambda *args, **kwargs: None))
+                stack.enter_context(replaced(metric, {"update_state": lambda *args, **kwargs: None}))
         model._compile_metrics.update_state(y, y_pred, sample_weight)
 
 
@@ -292,17 +294,3 @@ def _rows(y_pred: Any) -> int:
     from keras import tree
 
     return int(tree.flatten(y_pred)[0].shape[0])
-
-
-@contextlib.contextmanager
-def _replaced(holder: Any, name: str, value: Any) -> Iterator[None]:
-    # Not by Keras's __setattr__, which tracks attributes for saving.
-    own = vars(holder).get(name)
-    object.__setattr__(holder, name, value)
-    try:
-        yield
-    finally:
-        if own is None:
-            object.__delattr__(holder, name)
-        else:
-            object.__setattr__(holder, name, own)

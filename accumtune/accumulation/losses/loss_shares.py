@@ -7,12 +7,14 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+import functools
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from keras import losses as keras_losses
 from keras import ops
 
+from accumtune.accumulation.patched_attributes import replaced
 from accumtune.errors import ModelError
 
 SUMS = ("sum", "none", None)
@@ -109,10 +111,8 @@ def scaled(
 
         return call
 
-    metrics = None
-    if metric_weight is not None and model._compile_loss is not None:
-        metrics = [_Weighted(metric, metric_weight) for metric in model._compile_loss.metrics]
-    with _replaced(model, scale, metrics):
+    weigh = None if metric_weight is None else functools.partial(_Weighted, weight=metric_weight)
+    with _replaced(model, scale, weigh):
         yield
 
 
@@ -162,24 +162,48 @@ def counting(model: Any) -> Iterator[list[Any]]:
 
         return call
 
-    with _replaced(model, count, [None] * len(model._compile_loss.metrics)):
+    with _replaced(model, count, lambda metric: None):
         yield counted
 
 
 @contextlib.contextmanager
-def _replaced(model: Any, replace: Callable[[int, Any], Any], metrics: list[Any] | None) -> Iterator[None]:
+def _replaced(
+    model: Any, loss_for: Callable[[int, Any], Any], metric_for: Callable[[Any], Any] | None
+) -> Iterator[None]:
+    """Replaces compiled losses, and the metrics that log them, inside the `with` block."""
     compiled = model._compile_loss
-    if compiled is None:
+
+    def replacements() -> Iterator[contextlib.AbstractContextManager[None]]:
+        losses = [entry._replace(loss=loss_for(index, entry.loss)) for index, entry in enumerate(compiled._flat_losses)]
+        yield replaced(compiled, {"_flat_losses": losses})
+        if metric_for is not None:
+            yield replaced(compiled, {"_metrics": [metric_for(metric) for metric in compiled.metrics]})
+
+    with contextlib.nullcontext() if compiled is None else once_built(compiled, replacements):
         yield
-        return
-    own_losses, own_metrics = compiled._flat_losses, compiled._metrics
-    compiled._flat_losses = [entry._replace(loss=replace(index, entry.loss)) for index, entry in enumerate(own_losses)]
-    if metrics is not None:
-        compiled._metrics = metrics
-    try:
+
+
+@contextlib.contextmanager
+def once_built(
+    compiled: Any, replacements: Callable[[], Iterable[contextlib.AbstractContextManager[None]]]
+) -> Iterator[None]:
+    """Enters the replacements until the `with` block ends: at once, or when a step in it builds the compiled losses."""
+    with contextlib.ExitStack() as stack:
+
+        def replace() -> None:
+            for replacement in replacements():
+                stack.enter_context(replacement)
+
+        def build(*arguments: Any) -> None:
+            own_build(*arguments)
+            replace()
+
+        own_build = compiled.build
+        if compiled.built:
+            replace()
+        else:
+            stack.enter_context(replaced(compiled, {"build": build}))
         yield
-    finally:
-        compiled._flat_losses, compiled._metrics = own_losses, own_metrics
 
 
 class _Weighted:

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from accumtune.accumulation.data.batches import part_of, samples_of
+from accumtune.accumulation.losses import loss_shares
 from accumtune.accumulation.losses.batch_metrics import is_spread
 from accumtune.accumulation.patched_attributes import replaced
 
@@ -96,19 +97,8 @@ class OutputLossWeights:
 
             return update_state
 
-        with contextlib.ExitStack() as stack:
+        def replacements() -> Iterator[contextlib.AbstractContextManager[None]]:
+            return (replaced(metric, {"update_state": weighed(metric)}) for metric in compiled.metrics)
 
-            def replace_all() -> None:
-                for metric in compiled.metrics:
-                    stack.enter_context(replaced(metric, {"update_state": weighed(metric)}))
-
-            def build_and_replace(*args: Any) -> None:
-                build(*args)
-                replace_all()
-
-            build = compiled.build
-            if compiled.built:
-                replace_all()
-            else:
-                stack.enter_context(replaced(compiled, {"build": build_and_replace}))
+        with loss_shares.once_built(compiled, replacements):
             yield
