@@ -19,6 +19,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from accumtune.accumulation import moving_statistics as statistics
+from accumtune.accumulation.own_step import own_train_step
 from accumtune.accumulation.patched_attributes import replaced
 from accumtune.accumulation.window import Accumulation, check_groups
 from accumtune.errors import ModelError
@@ -39,6 +40,7 @@ class GhostBatches:
         self.size = accumulation.ghost_batch_size
         self._is_one_group = accumulation.micro_batch_size == self.size
         self._samples: dict[int, int | None] = {}  # by thread: replicas are traced in threads
+        self._trained: set[tuple[int, int]] = set()  # by thread and layer: the normalizations of this pass so far
 
     @contextlib.contextmanager
     def active(self, batch: Any = None) -> Iterator[None]:
@@ -54,10 +56,11 @@ class GhostBatches:
             yield
 
     def see(self, batch: Any) -> None:
-        """Notes the number of samples in the micro-batch that comes next, if its shape is static."""
+        """Notes that a pass over a micro-batch begins, and the number of its samples, if its shape is static."""
         from keras import tree
 
         if self.size is not None and batch is not None:
+            self._trained = {one for one in self._trained if one[0] != threading.get_ident()}
             sizes = [leaf.shape[0] for leaf in tree.flatten(batch) if leaf is not None]
             self._samples[threading.get_ident()] = sizes[0] if sizes and isinstance(sizes[0], int) else None
 
@@ -71,8 +74,15 @@ class GhostBatches:
         own_call = layer.call
 
         def call(inputs: Any, training: Any = None, mask: Any = None) -> Any:
-            if not training or not layer.trainable:
+            if not layer.trainable:
                 return own_call(inputs, training=training, mask=mask)
+            here = threading.get_ident(), id(layer)
+            if not training:
+                # In an own train_step the result may be no more than a log; its test finds what such calls couple.
+                if here in self._trained and not own_train_step.has_own_step(self.model):
+                    raise _in_both_modes(layer)
+                return own_call(inputs, training=training, mask=mask)
+            self._trained.add(here)
             self._check_rows(layer, inputs)
             rows = inputs.shape[0]
             is_one_group = rows <= size if isinstance(rows, int) else self._is_one_group
@@ -116,6 +126,16 @@ def refusal(reason: str) -> ModelError:
         f"Received ghost_batch_size with {reason}.",
         "Keras's own BatchNormalization, without renorm and not synchronized over replicas.",
         "leave out ghost_batch_size, replace that layer, or freeze it (trainable = False).",
+    )
+
+
+def _in_both_modes(layer: Any) -> ModelError:
+    return ModelError(
+        f"Received {layer.name!r} ({type(layer).__name__}), which runs with training=False after training=True in one "
+        "step: with moving statistics that this step has moved already in plain Keras, but that accumulation moves once, "
+        "at the end of an effective batch.",
+        "a normalization that runs in one mode, or with training=False first.",
+        "leave out ghost_batch_size, call it with training=False before, or use a second normalization there.",
     )
 
 

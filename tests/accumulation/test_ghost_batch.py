@@ -462,6 +462,35 @@ def test_rows_that_are_no_samples(micro_batch_size):
         trained(folded, data, micro_batch_size=micro_batch_size)
 
 
+@pytest.mark.parametrize("is_trained_first", [True, False])
+def test_a_normalization_that_runs_in_both_modes(is_trained_first):
+    """Moving statistics move once per update, which a pass with training=False may only follow in plain Keras."""
+
+    class Both(keras.Model):
+        def __init__(self):
+            super().__init__()
+            self.mine, self.last = layers.BatchNormalization(momentum=0.5, name="mine"), layers.Dense(2)
+
+        def call(self, inputs, training=None):
+            modes = (training, False) if is_trained_first else (False, training)
+            one, other = (self.mine(inputs, training=mode) for mode in modes)
+            return self.last(one + other)
+
+    def build():
+        model = Both()
+        model.compile(keras.optimizers.SGD(0.01), "mse")
+        return model
+
+    data = {"x": numbers(SAMPLES, 4), "y": numbers(SAMPLES, 2, seed=1)}
+    if is_trained_first:
+        for micro_batch_size in (GHOST, EFFECTIVE):
+            with pytest.raises(ModelError, match="mine.*training=False after training=True"):
+                trained(build, data, micro_batch_size=micro_batch_size)
+    else:
+        one, other = (trained(build, data, micro_batch_size=size) for size in (GHOST, EFFECTIVE))
+        assert_same_training(one, other, TOLERANCE)
+
+
 def test_what_still_couples_samples():
     """BatchNormalization in groups does not; a layer of the user's that holds one is tried by itself."""
 
