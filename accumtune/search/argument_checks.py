@@ -28,9 +28,9 @@ def check_tuner_arguments(
         oracle, hypermodel: as given.
 
     Raises:
-        SearchError: an argument that no tuner takes, or a subclass with methods that nothing would call.
+        SearchError: an argument that the tuner does not take, or a subclass with methods that nothing would call.
     """
-    _refuse_unknown_arguments(kwargs, known)
+    _refuse_unknown_arguments(kwargs, known, tuner)
     _refuse_strategy(kwargs.get("distribution_strategy"))
     _refuse_no_oracle(oracle)
     _refuse_missing_hypermodel(hypermodel)
@@ -73,16 +73,16 @@ def check_choice(name: str, value: Any, known: Sequence[Any]) -> None:
         raise BatchSizeError(f"Received {name}={value!r}.", f"one of {listed}.", f"leave {name} out for the default.")
 
 
-def _refuse_unknown_arguments(names: Iterable[str], tuner: Callable[..., Any]) -> None:
+def _refuse_unknown_arguments(names: Iterable[str], init: Callable[..., Any], tuner: type) -> None:
     """Refuses arguments that neither this tuner nor Keras Tuner's own has."""
     keras_tuners = set(inspect.signature(keras_tuner.Tuner.__init__).parameters) - {"self", "kwargs"}
-    known = keras_tuners | (set(inspect.signature(tuner).parameters) - {"self", "kwargs"})
+    known = keras_tuners | (set(inspect.signature(init).parameters) - {"self", "kwargs"})
     for name in sorted(set(names) - keras_tuners):
-        similar = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+        similar = difflib.get_close_matches(name, known, n=1)
         raise SearchError(
-            f"Received {name}=..., which no tuner takes.",
-            "arguments of accumtune's tuners or of keras_tuner.Tuner; those of `fit` go to search().",
-            f"did you mean {similar[0]}?" if similar else f"leave {name} out.",
+            f"Received {name}=..., which {tuner.__name__} does not take.",
+            "its own arguments, or those of accumtune.Tuner and keras_tuner.Tuner; those of `fit` go to search().",
+            f"did you mean {similar[0]}?" if similar else f"leave {name} out, or use a tuner that has it.",
         )
 
 
