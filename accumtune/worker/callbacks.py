@@ -41,8 +41,8 @@ class JournalWriter(keras.callbacks.Callback):
 
     @property
     def seconds_per_update(self) -> float | None:
-        """The median over all updates after warm-up; None before the first update."""
-        warm = self._seconds_of_updates[_WARM_UP_UPDATES:] or self._seconds_of_updates[-1:]
+        """The median over all updates after warm-up, or the second update's; None before that: the first compiles."""
+        warm = self._seconds_of_updates[_WARM_UP_UPDATES:] or self._seconds_of_updates[1:]
         return median(warm) if warm else None
 
     def on_epoch_begin(self, epoch: int, logs: dict[str, Any] | None = None) -> None:

@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 
 from accumtune.hypermodel import AccumulationHyperModel
+from accumtune.tracking.journal import Journal
+from accumtune.worker.callbacks import JournalWriter
 from accumtune.worker.transport.payload import dump_payload
 from accumtune.worker.transport.task_directory import TaskDirectory
 
@@ -75,3 +77,16 @@ def test_what_no_batch_of_the_search_trains_is_refused(executor, tmp_path, train
         assert outcome.error["class"] == "SearchError", outcome
         received, expected, fix = outcome.error["arguments"]
         assert "does not call the fit of the model that it is given" in received and "model.fit" in fix
+
+
+def test_the_time_of_an_update_never_includes_its_compilation(monkeypatch, tmp_path):
+    """A trial with one update has no speed: its only one compiled."""
+    clock = iter([0, 9, 10, 12, 20, 21, 30, 34])
+    monkeypatch.setattr("accumtune.worker.callbacks.time.perf_counter", lambda: float(next(clock)))
+    writer = JournalWriter(Journal(tmp_path / "journal"), attempt=1, execution=0)
+    told = [writer.seconds_per_update]
+    for update in range(4):
+        writer.on_train_batch_begin(update)
+        writer.on_train_batch_end(update)
+        told.append(writer.seconds_per_update)
+    assert told == [None, None, 2, 1, 2.5]
