@@ -132,8 +132,8 @@ def refusal(reason: str) -> ModelError:
 def _in_both_modes(layer: Any) -> ModelError:
     return ModelError(
         f"Received {layer.name!r} ({type(layer).__name__}), which runs with training=False after training=True in one "
-        "step: with moving statistics that this step has moved already in plain Keras, but that accumulation moves once, "
-        "at the end of an effective batch.",
+        "step. In plain Keras the step has moved its statistics by then; accumulation moves them once, at the "
+        "end of an effective batch.",
         "a normalization that runs in one mode, or with training=False first.",
         "leave out ghost_batch_size, call it with training=False before, or use a second normalization there.",
     )
