@@ -14,8 +14,11 @@ X, Y = np.ones((32, 2), "float32"), np.ones((32, 1), "float32")
 @pytest.fixture
 def fit(new_uri, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    earlier = mlflow.get_tracking_uri()
-    mlflow.set_tracking_uri(new_uri())
+    # What is set here is unset for the tests that follow.
+    monkeypatch.setattr(mlflow.tracking._tracking_service.utils, "_tracking_uri", None)
+    uri = new_uri()
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)  # set_tracking_uri sets it too
+    mlflow.set_tracking_uri(uri)
     mlflow.tensorflow.autolog(log_models=False, checkpoint=False)
 
     def fit(*data, **accumulation):
@@ -29,7 +32,6 @@ def fit(new_uri, monkeypatch, tmp_path):
 
     yield fit
     mlflow.tensorflow.autolog(disable=True)
-    mlflow.set_tracking_uri(earlier)
 
 
 def test_the_training_data_are_an_input_of_the_run(fit, caplog):
