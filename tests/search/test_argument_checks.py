@@ -22,9 +22,11 @@ def tuner(tmp_path, **arguments):
         ("micro_batch_size", "did you mean micro_batch_sizes?"),
         ("epochs", "those of `fit` go to search()"),
         ("zzz", "leave zzz out"),
+        ("pruner", "which RandomSearch does not take"),
+        ("pruner", "use a tuner that has it"),
     ],
 )
-def test_an_argument_that_no_tuner_takes_is_named_with_the_one_it_resembles(name, advice, tmp_path):
+def test_an_argument_that_the_tuner_does_not_take_is_named_with_the_one_it_resembles(name, advice, tmp_path):
     with pytest.raises(SearchError, match=f"Received {name}=") as caught:
         tuner(tmp_path, **{name: 1})
     assert advice in str(caught.value)

@@ -1,4 +1,4 @@
-"""A HyperModel's own fit is accepted if it trains the model that it gets, and refused otherwise."""
+"""What a trial's process trains, or refuses to, and the time that it tells."""
 
 import keras
 import keras_tuner
